@@ -1,0 +1,312 @@
+"""The DELTA tree: stored requests that share KV instead of repeating it.
+
+A node is a stored request. It owns KV only for the positions it computed; for every other position
+it holds a *piece* that names the node that owns the KV and where. Pieces always name the owner
+itself, never a node that merely points on, so reading a node costs one step however long its
+history is, and dropping a node in between loses nothing but what that node owned.
+
+No tensors here: the tree is arithmetic on positions. KV bytes live in `kvshare_mm.store`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from kvshare_mm.plan import Donor, ReusePlan
+
+
+class Span(NamedTuple):
+    """Positions ``[start, end)``."""
+
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+class Piece(NamedTuple):
+    """`length` positions from `start` whose KV is `owner`'s from `owner_start`."""
+
+    owner: str
+    owner_start: int
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def shift(self) -> int:
+        """Target position minus owner position: what the keys are re-rotated by."""
+        return self.start - self.owner_start
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One stored request.
+
+    Attributes:
+        node_id: unique id.
+        namespace: everything that must be equal before KV may be shared.
+        keys: ``[N]`` uint64 alignment keys of the request.
+        own: spans whose KV this node owns, ascending and disjoint.
+        pieces: spans whose KV other nodes own, ascending, disjoint, and disjoint from `own`.
+        exact_len: positions ``[0, exact_len)`` equal what a full prefill gives.
+        parent: id of the donor this request was edited from (lineage, for people), or None.
+        created_s: seconds since the epoch.
+    """
+
+    node_id: str
+    namespace: str
+    keys: np.ndarray = field(repr=False)
+    own: tuple[Span, ...]
+    pieces: tuple[Piece, ...] = ()
+    exact_len: int = 0
+    parent: str | None = None
+    created_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        spans = sorted([*self.own, *(Span(p.start, p.end) for p in self.pieces)])
+        end = 0
+        for span in spans:
+            if span.start < end or span.length <= 0:
+                raise ValueError(f"node {self.node_id}: spans overlap or are empty at {span}")
+            end = span.end
+        if end > len(self.keys) or not 0 <= self.exact_len <= len(self.keys):
+            raise ValueError(f"node {self.node_id}: spans or exact_len go beyond the keys")
+        if list(self.own) != sorted(self.own) or list(self.pieces) != sorted(
+            self.pieces, key=lambda p: p.start
+        ):
+            raise ValueError(f"node {self.node_id}: spans must be ascending")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_owned(self) -> int:
+        """Number of positions whose KV this node owns."""
+        return sum(s.length for s in self.own)
+
+    @property
+    def owners(self) -> dict[str, int]:
+        """Positions borrowed, by the id of the node that owns their KV."""
+        borrowed: dict[str, int] = {}
+        for piece in self.pieces:
+            borrowed[piece.owner] = borrowed.get(piece.owner, 0) + piece.length
+        return borrowed
+
+    def owned_row(self, start: int, length: int) -> int | None:
+        """Row of position `start` in the owned KV; None if the `length` positions are not one span."""
+        row = 0
+        for span in self.own:
+            if span.start <= start and start + length <= span.end:
+                return row + start - span.start
+            row += span.length
+        return None
+
+
+class DeltaTree:
+    """All stored requests of one process.
+
+    Not thread-safe: the engine guards it with the lock that also guards its indexes.
+
+    Args:
+        max_owners: a new node borrows from at most this many others. What it would borrow from
+            more it owns itself: reading a node stays cheap however its history branched.
+    """
+
+    def __init__(self, max_owners: int = 8) -> None:
+        if max_owners < 1:
+            raise ValueError("max_owners must be at least 1")
+        self.max_owners = max_owners
+        self._nodes: dict[str, Node] = {}
+        self._borrowers: dict[str, set[str]] = {}
+
+    def __contains__(self, node_id: object) -> bool:
+        return node_id in self._nodes
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(list(self._nodes.values()))
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __getitem__(self, node_id: str) -> Node:
+        return self._nodes[node_id]
+
+    def get(self, node_id: str) -> Node | None:
+        return self._nodes.get(node_id)
+
+    # -- life of a node ---------------------------------------------------------------------
+
+    def derive(
+        self, node_id: str, namespace: str, keys: np.ndarray, plan: ReusePlan, created_s: float
+    ) -> Node:
+        """The node of a request served with `plan`: it owns only what was computed.
+
+        Args:
+            keys: ``[N]`` keys of prompt and answer; ``N`` is at least ``plan.num_tokens``. Behind
+                the plan everything was computed.
+
+        Returns:
+            A node that is not inserted yet.
+        """
+        kept = plan.kept
+        kept[plan.repair] = False
+        pieces: list[Piece] = []
+        for run in plan.runs:
+            if run.donor not in self._nodes:
+                continue  # dropped since it was planned: what it gave is owned
+            for span in _spans(kept[run.start : run.end], run.start):
+                pieces.extend(self.resolve(run.donor, span.start, span.length, run.shift))
+        borrowed: dict[str, int] = {}
+        for piece in pieces:
+            borrowed[piece.owner] = borrowed.get(piece.owner, 0) + piece.length
+        owners = set(sorted(borrowed, key=lambda o: -borrowed[o])[: self.max_owners])
+        pieces = sorted((p for p in pieces if p.owner in owners), key=lambda p: p.start)
+        approximate = [r.start for r in plan.runs if not r.exact]
+        owned = np.ones(len(keys), dtype=bool)
+        for piece in pieces:
+            owned[piece.start : piece.end] = False
+        return Node(
+            node_id=node_id,
+            namespace=namespace,
+            keys=keys,
+            own=tuple(_spans(owned)),
+            pieces=tuple(pieces),
+            exact_len=approximate[0] if approximate else len(keys),
+            parent=plan.donors[0] if plan.donors and plan.donors[0] in self._nodes else None,
+            created_s=created_s,
+        )
+
+    def insert(self, node: Node) -> None:
+        """Add a node. Pieces whose owner is not (or no longer) here are holes."""
+        if node.node_id in self._nodes:
+            raise ValueError(f"node {node.node_id} is in the tree already")
+        self._nodes[node.node_id] = node
+        for owner in node.owners:
+            self._borrowers.setdefault(owner, set()).add(node.node_id)
+
+    def merge(self, node_id: str) -> tuple[Piece, ...]:
+        """Make a node own everything it can read; returns the pieces it absorbed.
+
+        The caller moves the KV: the node's owned rows are afterwards those of the new `Node.own`.
+        Positions that cannot be read any more stay holes.
+        """
+        node = self._nodes[node_id]
+        pieces = tuple(p for p in node.pieces if p.owner in self._nodes)
+        owned = np.zeros(len(node), dtype=bool)
+        for span in node.own:
+            owned[span.start : span.end] = True
+        for piece in pieces:
+            owned[piece.start : piece.end] = True
+        for owner in node.owners:
+            self._borrowers[owner].discard(node_id)
+        self._nodes[node_id] = replace(node, own=tuple(_spans(owned)), pieces=())
+        return pieces
+
+    def drop(self, node_id: str) -> frozenset[str]:
+        """Forget a node; returns the ids of the nodes that lost positions with it.
+
+        Children keep what they own and what others own for them, and move up to the parent.
+        """
+        node = self._nodes.pop(node_id, None)
+        if node is None:
+            return frozenset()
+        for owner in node.owners:
+            self._borrowers[owner].discard(node_id)
+        losers = frozenset(self._borrowers.pop(node_id, ()))
+        for loser in losers:
+            child = self._nodes[loser]
+            self._nodes[loser] = replace(
+                child, pieces=tuple(p for p in child.pieces if p.owner != node_id)
+            )
+        for child in list(self._nodes.values()):
+            if child.parent == node_id:
+                self._nodes[child.node_id] = replace(child, parent=node.parent)
+        return losers
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def resolve(self, node_id: str, start: int, length: int, shift: int = 0) -> list[Piece]:
+        """Who owns the KV of `length` positions of a node.
+
+        Args:
+            start: first position, in target coordinates: the node's position plus `shift`.
+            length: number of positions.
+            shift: target position minus the node's position.
+
+        Returns:
+            Pieces in target coordinates, ascending. Holes are left out.
+        """
+        node = self._nodes[node_id]
+        low, high = start - shift, start - shift + length
+        found = [
+            Piece(node_id, max(s.start, low), max(s.start, low) + shift, n)
+            for s in node.own
+            if (n := min(s.end, high) - max(s.start, low)) > 0
+        ]
+        for piece in node.pieces:
+            first = max(piece.start, low)
+            n = min(piece.end, high) - first
+            if n > 0 and piece.owner in self._nodes:
+                found.append(
+                    Piece(piece.owner, piece.owner_start + first - piece.start, first + shift, n)
+                )
+        return sorted(found, key=lambda p: p.start)
+
+    def donor(self, node_id: str) -> Donor:
+        """The node as the planner sees it."""
+        node = self._nodes[node_id]
+        readable = np.zeros(len(node), dtype=bool)
+        material = np.zeros(len(node), dtype=bool)
+        for piece in self.resolve(node_id, 0, len(node)):
+            readable[piece.start : piece.end] = True
+            sure = self._nodes[piece.owner].exact_len - piece.owner_start
+            material[piece.start : piece.start + max(0, min(piece.length, sure))] = True
+        holes = np.flatnonzero(~readable)
+        prefix = int(holes[0]) if len(holes) else len(node)
+        return Donor(node_id, node.keys, material, prefix, min(prefix, node.exact_len))
+
+    def relatives(self, node_id: str) -> list[str]:
+        """Parent, children and siblings: they may fit a target better than the node found."""
+        node = self._nodes[node_id]
+        near = {node_id} if node.parent is None else {node_id, node.parent}
+        return [
+            n.node_id
+            for n in self._nodes.values()
+            if n.node_id != node_id and (n.node_id in near or n.parent in near)
+        ]
+
+    def depth(self, node_id: str) -> int:
+        """Number of ancestors in the tree."""
+        depth, parent = 0, self._nodes[node_id].parent
+        while parent is not None and parent in self._nodes:
+            depth, parent = depth + 1, self._nodes[parent].parent
+        return depth
+
+    @property
+    def num_tokens_owned(self) -> int:
+        """Positions whose KV is held."""
+        return sum(n.num_owned for n in self._nodes.values())
+
+    @property
+    def num_tokens_whole(self) -> int:
+        """Positions that would be held if every readable request were stored whole."""
+        return sum(
+            n.num_owned + sum(p.length for p in n.pieces if p.owner in self._nodes)
+            for n in self._nodes.values()
+        )
+
+
+def _spans(mask: np.ndarray, offset: int = 0) -> list[Span]:
+    """Spans of the true positions of `mask`, moved by `offset`."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(np.int8), [0]))))
+    return [Span(int(a) + offset, int(b) + offset) for a, b in edges.reshape(-1, 2)]

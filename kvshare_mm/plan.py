@@ -1,0 +1,282 @@
+"""The reuse plan: which target positions take their KV from which donor, and which are computed.
+
+Planning is arithmetic on keys: no tensors, no store, no text. The order of trust is fixed:
+
+1. the longest prefix that is token-identical to a donor's and exact there is reused exactly;
+2. what follows is aligned with every candidate; the one that covers most becomes the primary
+   donor, the others fill the gaps it leaves (the paper's "combine", section 4.2);
+3. the last position is always computed, because its hidden state gives the first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from kvshare_mm.align import Match, align, common_prefix, maximal_matches
+
+
+class Decline(StrEnum):
+    """Why a request (or the part of it behind its exact prefix) was computed in full."""
+
+    SHARING_OFF = "sharing_off"
+    UNSUPPORTED_MODEL = "unsupported_model"
+    NO_DONOR = "no_donor"
+    BELOW_MIN_GAIN = "below_min_gain"
+    EXACT_ONLY = "exact_only"
+    LOOKUP_ERROR = "lookup_error"
+
+
+@dataclass(frozen=True, slots=True)
+class Donor:
+    """What the planner may know of a stored request.
+
+    Attributes:
+        donor_id: the node's id.
+        keys: ``[M]`` uint64 alignment keys.
+        material: ``[M]`` bool, positions whose KV is exact where it was computed, so that it may
+            be edited into another context.
+        readable: length of the prefix whose KV can be read at all.
+        exact_len: length of the prefix that is exact.
+    """
+
+    donor_id: str
+    keys: np.ndarray = field(repr=False)
+    material: np.ndarray = field(repr=False)
+    readable: int
+    exact_len: int
+
+
+class KeptRun(NamedTuple):
+    """Target ``[start, start + length)`` takes the KV of `donor` from `donor_start`."""
+
+    donor: str
+    donor_start: int
+    start: int
+    length: int
+    exact: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def shift(self) -> int:
+        """Target position minus donor position: what the keys are re-rotated by."""
+        return self.start - self.donor_start
+
+
+@dataclass(frozen=True, slots=True)
+class ReusePlan:
+    """Kept runs and positions to compute for one target.
+
+    Attributes:
+        num_tokens: length of the target.
+        runs: kept runs, ascending and disjoint; none reaches the last position.
+        repair: ``[R]`` ascending int64, positions inside approximate runs that are computed anyway.
+        declined: why nothing behind the exact prefix is reused, or None.
+    """
+
+    num_tokens: int
+    runs: tuple[KeptRun, ...] = ()
+    repair: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
+    declined: Decline | None = None
+
+    def __post_init__(self) -> None:
+        end = 0
+        for run in self.runs:
+            if run.start < end or run.length <= 0:
+                raise ValueError(f"kept runs overlap or are empty at {run}")
+            if run.exact and (run.shift or run.start != end):
+                raise ValueError(f"an exact run must continue the prefix unshifted: {run}")
+            end = run.end
+        if self.num_tokens < 1 or end > self.num_tokens - 1:
+            raise ValueError("the last position must be computed")
+
+    @property
+    def kept(self) -> np.ndarray:
+        """``[num_tokens]`` bool: positions inside a kept run, repaired or not."""
+        kept = np.zeros(self.num_tokens, dtype=bool)
+        for run in self.runs:
+            kept[run.start : run.end] = True
+        return kept
+
+    @property
+    def placeholders(self) -> np.ndarray:
+        """Ascending int64 positions with no donor KV."""
+        return np.flatnonzero(~self.kept)
+
+    @property
+    def compute(self) -> np.ndarray:
+        """Ascending int64 positions that the model runs on: placeholders and repair positions."""
+        computed = ~self.kept
+        computed[self.repair] = True
+        return np.flatnonzero(computed)
+
+    @property
+    def num_exact(self) -> int:
+        return sum(r.length for r in self.runs if r.exact)
+
+    @property
+    def num_reused(self) -> int:
+        """Approximate positions that are reused and not repaired."""
+        return sum(r.length for r in self.runs if not r.exact) - len(self.repair)
+
+    @property
+    def num_computed(self) -> int:
+        return self.num_tokens - self.num_exact - self.num_reused
+
+    @property
+    def donors(self) -> tuple[str, ...]:
+        """Ids of the donors used, the one that gives most first."""
+        given: dict[str, int] = {}
+        for run in self.runs:
+            given[run.donor] = given.get(run.donor, 0) + run.length
+        return tuple(sorted(given, key=lambda d: -given[d]))
+
+    def with_repair(self, positions: np.ndarray) -> ReusePlan:
+        """The same plan with `positions` (any order, duplicates allowed) computed as well.
+
+        Only positions inside approximate runs count: exact ones have nothing to repair and the
+        others are computed already.
+        """
+        wanted = np.zeros(self.num_tokens, dtype=bool)
+        wanted[positions] = True
+        return replace(self, repair=np.flatnonzero(wanted & self.approximate))
+
+    @property
+    def approximate(self) -> np.ndarray:
+        """``[num_tokens]`` bool: positions inside an approximate run."""
+        mask = np.zeros(self.num_tokens, dtype=bool)
+        for run in self.runs:
+            if not run.exact:
+                mask[run.start : run.end] = True
+        return mask
+
+
+@dataclass(frozen=True, slots=True)
+class PlannerOptions:
+    """When reuse is worth it.
+
+    Attributes:
+        min_run: shortest kept run; shorter ones cost more than they save.
+        min_gain_tokens: fewest approximate positions worth an edit.
+        min_gain_share: the least share of the positions behind the exact prefix that must be kept;
+            below it the edits outweigh what is known and the answer would drift.
+        exact_only: never reuse approximately.
+    """
+
+    min_run: int = 4
+    min_gain_tokens: int = 16
+    min_gain_share: float = 0.3
+    exact_only: bool = False
+
+    def but_exact_only(self) -> PlannerOptions:
+        return replace(self, exact_only=True)
+
+
+def make_plan(target: np.ndarray, donors: Sequence[Donor], options: PlannerOptions) -> ReusePlan:
+    """Plan the reuse of `donors` (the better candidates first) for `target` (``[N]`` keys)."""
+    n = len(target)
+    runs = _prefix_runs(target, donors)
+    if options.exact_only:
+        runs = tuple(r for r in runs if r.exact)
+    prefix = runs[-1].end if runs else 0
+    if prefix >= n - 1:
+        return ReusePlan(n, runs)
+    if options.exact_only:
+        return ReusePlan(n, runs, declined=Decline.EXACT_ONLY)
+    rest = _approximate_runs(target, prefix, donors, options)
+    if not rest:
+        reason = Decline.BELOW_MIN_GAIN if donors else Decline.NO_DONOR
+        return ReusePlan(n, runs, declined=None if runs else reason)
+    kept = sum(r.length for r in rest)
+    if kept < max(options.min_gain_tokens, options.min_gain_share * (n - prefix)):
+        return ReusePlan(n, runs, declined=Decline.BELOW_MIN_GAIN)
+    return ReusePlan(n, (*runs, *rest))
+
+
+def _prefix_runs(target: np.ndarray, donors: Sequence[Donor]) -> tuple[KeptRun, ...]:
+    """The exact prefix, and the approximate one that continues it token for token.
+
+    A request that repeats or extends an approximate one sees the very context that its KV was
+    computed in, so nothing is compounded: it gets the answer that one got.
+    """
+    limit = len(target) - 1
+    exact: KeptRun | None = None
+    longest: KeptRun | None = None
+    for donor in donors:
+        shared = min(common_prefix(donor.keys, target), donor.readable, limit)
+        sure = min(shared, donor.exact_len)
+        if sure > (exact.length if exact else 0):
+            exact = KeptRun(donor.donor_id, 0, 0, sure, exact=True)
+        if shared > (longest.length if longest else 0):
+            longest = KeptRun(donor.donor_id, 0, 0, shared, exact=False)
+    sure = exact.length if exact else 0
+    runs = [exact] if exact else []
+    if longest and longest.length > sure:
+        runs.append(KeptRun(longest.donor, sure, sure, longest.length - sure, exact=False))
+    return tuple(runs)
+
+
+def _approximate_runs(
+    target: np.ndarray, prefix: int, donors: Sequence[Donor], options: PlannerOptions
+) -> list[KeptRun]:
+    limit = len(target) - 1
+    best: list[KeptRun] = []
+    covered = 0
+    for donor in donors:
+        runs = _usable(align(donor.keys, target, options.min_run), donor, prefix, limit, options)
+        length = sum(r.length for r in runs)
+        if length > covered:
+            best, covered = runs, length
+    for donor in donors:
+        gaps = _gaps(best, prefix, limit, options.min_run)
+        if not gaps:
+            break
+        best.extend(_fill(target, gaps, donor, options))
+        best.sort(key=lambda r: r.start)
+    return best
+
+
+def _usable(
+    matches: Iterable[Match], donor: Donor, low: int, high: int, options: PlannerOptions
+) -> list[KeptRun]:
+    """`matches` cut to target ``[low, high)`` and to the donor's usable positions."""
+    runs: list[KeptRun] = []
+    for match in matches:
+        start, end = max(match.start, low), min(match.end, high)
+        if end - start < options.min_run:
+            continue
+        shift = match.start - match.donor_start
+        usable = donor.material[start - shift : end - shift]
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], usable.astype(np.int8), [0]))))
+        runs.extend(
+            KeptRun(donor.donor_id, start - shift + int(a), start + int(a), int(b - a), exact=False)
+            for a, b in edges.reshape(-1, 2)
+            if b - a >= options.min_run
+        )
+    return runs
+
+
+def _gaps(runs: list[KeptRun], low: int, high: int, min_run: int) -> list[tuple[int, int]]:
+    edges = [low, *(e for r in runs for e in (r.start, r.end)), high]
+    return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a >= min_run]
+
+
+def _fill(
+    target: np.ndarray, gaps: list[tuple[int, int]], donor: Donor, options: PlannerOptions
+) -> list[KeptRun]:
+    """Runs of one donor for the gaps that are left, the longest first, moved blocks included."""
+    taken: list[KeptRun] = []
+    for low, high in gaps:
+        matches = maximal_matches(donor.keys, target[low:high], options.min_run)
+        moved = (Match(m.donor_start, m.start + low, m.length) for m in matches)
+        for run in sorted(_usable(moved, donor, low, high, options), key=lambda r: -r.length):
+            if all(run.end <= t.start or run.start >= t.end for t in taken):
+                taken.append(run)
+    return taken

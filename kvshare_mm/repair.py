@@ -1,0 +1,148 @@
+"""Repair policies: which kept positions are computed anyway, because their donor KV is not trusted.
+
+A policy is one small frozen class with its parameters as fields. It sees the plan and may ask the
+probe how far each position's KV drifted from what the new context gives; asking costs a pass over
+the first layers, so policies that can decide without it do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kvshare_mm.plan import ReusePlan
+
+
+class DriftProbe(Protocol):
+    """Measures drift on the first layers, once, when a policy asks."""
+
+    def deviation(self, layer: int) -> np.ndarray:
+        """``[num_tokens]`` float32: L2 norm over heads of new V minus the edited V at `layer`.
+
+        Positions without donor KV are 0.
+        """
+
+
+class RepairPolicy(Protocol):
+    """Chooses repair positions for a plan."""
+
+    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
+        """Positions to compute, any order; those outside approximate runs are ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoRepair:
+    """Placeholders only: the paper's method (arXiv 2503.16525 v1)."""
+
+    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
+        return np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundaryWindow:
+    """The first `width` positions of every approximate run: those that look back on an edit.
+
+    This is what EPIC recomputes of each chunk (arXiv 2410.15332).
+    """
+
+    width: int = 8
+
+    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
+        windows = [
+            np.arange(r.start, min(r.start + self.width, r.end)) for r in plan.runs if not r.exact
+        ]
+        return np.concatenate(windows) if windows else np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The last `width` positions of the prompt: those that the first token attends with."""
+
+    width: int = 16
+
+    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
+        return np.arange(max(0, plan.num_tokens - self.width), plan.num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class TopDeviation:
+    """The `share` of approximate positions whose V drifted most at an early layer.
+
+    CacheBlend's choice (arXiv 2405.16444) with one selection layer, and the prompt's last `tail`
+    positions on top.
+    """
+
+    share: float = 0.15
+    layer: int = 1
+    tail: int = 8
+
+    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
+        approximate = np.flatnonzero(plan.approximate)
+        count = int(np.ceil(self.share * len(approximate)))
+        if not count:
+            return Tail(self.tail).positions(plan, probe)
+        drift = probe.deviation(self.layer)[approximate]
+        top = approximate[np.argpartition(-drift, count - 1)[:count]]
+        return np.concatenate((top, Tail(self.tail).positions(plan, probe)))
+
+
+@dataclass(frozen=True, slots=True)
+class EditBudget:
+    """Boundary windows as wide as the edits allow: `ratio` repairs for every computed position.
+
+    Drift comes from edits, so a prompt with few of them needs few repairs, and a budget that
+    follows them keeps reuse fast where it is safe. Windows of all runs are filled evenly, the
+    first positions of each run first.
+    """
+
+    ratio: float = 0.6
+    max_width: int = 32
+
+    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
+        runs = [r for r in plan.runs if not r.exact]
+        budget = int(self.ratio * len(plan.placeholders))
+        order = np.concatenate(
+            [np.arange(min(self.max_width, r.length)) for r in runs] or [np.empty(0, np.int64)]
+        )
+        at = np.concatenate(
+            [r.start + np.arange(min(self.max_width, r.length)) for r in runs]
+            or [np.empty(0, np.int64)]
+        )
+        return at[np.argsort(order, kind="stable")[:budget]]
+
+
+@dataclass(frozen=True, slots=True)
+class Union:
+    """Everything that any of `policies` wants."""
+
+    policies: tuple[RepairPolicy, ...]
+
+    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
+        return np.concatenate([p.positions(plan, probe) for p in self.policies])
+
+
+_POLICIES: dict[str, Callable[[str], RepairPolicy]] = {
+    "none": lambda _: NoRepair(),
+    "window": lambda a: BoundaryWindow(int(a or 8)),
+    "tail": lambda a: Tail(int(a or 16)),
+    "deviation": lambda a: TopDeviation(float(a or 0.15)),
+    "auto": lambda a: EditBudget(float(a or 0.6)),
+}
+
+
+def make_policy(spec: str) -> RepairPolicy:
+    """A policy from its text form, e.g. ``window:8`` or ``deviation:0.2+tail:8``.
+
+    Raises:
+        ValueError: unknown policy or a parameter that is not a number of its kind.
+    """
+    policies = []
+    for part in spec.split("+"):
+        name, _, argument = part.strip().partition(":")
+        if name not in _POLICIES:
+            raise ValueError(f"repair policy {name!r} is none of {', '.join(_POLICIES)}")
+        policies.append(_POLICIES[name](argument))
+    return policies[0] if len(policies) == 1 else Union(tuple(policies))
