@@ -1,0 +1,183 @@
+"""One loader for every causal language model: a hub name, a folder, a GGUF file, or `smollm2`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from kvshare_mm.errors import ConfigError, ModelLoadError
+from kvshare_mm.models.gguf import EMBEDDED, converted, embedded_gguf
+from kvshare_mm.models.support import KVShape, check_support
+from kvshare_mm.rotary import RotarySpec
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to serve.
+
+    Attributes:
+        name: as the user gave it.
+        model: the transformers module, in eval mode.
+        tokenizer: its tokenizer.
+        device: where it runs.
+        dtype: of weights and KV.
+        context_len: the model's own limit in tokens.
+        eos_token_ids: tokens that end an answer.
+        fingerprint: names weights, dtype, RoPE and tokenizer: the namespace's first part.
+        rotary: how keys are re-rotated; None if KV cannot be reused.
+        kv_shape: of one position's KV; None if KV cannot be reused.
+        unsupported: why KV cannot be reused, in words, or None.
+    """
+
+    name: str
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    context_len: int
+    eos_token_ids: frozenset[int]
+    fingerprint: str
+    rotary: RotarySpec | None
+    kv_shape: KVShape | None
+    unsupported: str | None
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model and find out whether its KV can be re-used at other positions.
+
+    Args:
+        name: hub name, folder, ``.gguf`` file, or the embedded ``smollm2``.
+        dtype: "float32", "bfloat16", "float16", or "auto": the model's own unless a short
+            measurement shows that float32 is faster on this machine.
+        device: a torch device, or "auto": the GPU if there is one.
+        trust_remote_code: run model code from the hub.
+
+    Raises:
+        ModelLoadError: there is no such model, or it cannot be loaded.
+        ConfigError: dtype or device are not known.
+    """
+    source = _locate(name)
+    where = _device(device)
+    hf_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        chosen = _dtype(dtype, config, where)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=chosen, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        hint = "" if Path(source).exists() else " It is neither a folder nor an embedded model."
+        raise ModelLoadError(f"Could not load the model {name!r}.{hint} {error}") from error
+    finally:
+        hf_logging.enable_progress_bar()
+    model = model.to(where).eval().requires_grad_(False)
+    support = check_support(model)
+    if support.reason:
+        logger.warning("%s is served without KV reuse: %s", name, support.reason)
+    return LoadedModel(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        device=where,
+        dtype=chosen,
+        context_len=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
+        eos_token_ids=_eos(model, tokenizer),
+        fingerprint=_fingerprint(model, tokenizer),
+        rotary=support.rotary,
+        kv_shape=support.kv_shape,
+        unsupported=support.reason,
+    )
+
+
+def _locate(name: str) -> str:
+    if name in EMBEDDED:
+        return str(converted(embedded_gguf(name)))
+    if name.endswith(".gguf"):
+        return str(converted(Path(name).expanduser()))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.is_absolute() or name.startswith("."):
+        raise ModelLoadError(f"There is no model folder at {name}")
+    return name
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is not known to torch") from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} asks for a GPU, and torch sees none")
+    return where
+
+
+def _dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in known:
+            raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(known)}")
+        return known[dtype]
+    own = getattr(config, "dtype", None) or torch.float32
+    if device.type != "cpu" or own == torch.float32:
+        return own
+    width = int(getattr(config, "hidden_size", 1024))
+    slow, fast = _matmul_seconds(width, own), _matmul_seconds(width, torch.float32)
+    if slow > fast:
+        logger.info("float32 instead of %s: %.1f times faster on this CPU", own, slow / fast)
+        return torch.float32
+    return own
+
+
+def _matmul_seconds(width: int, dtype: torch.dtype, rows: int = 64, repeats: int = 5) -> float:
+    x, w = torch.ones(rows, width, dtype=dtype), torch.ones(4 * width, width, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _eos(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    ids: set[int] = set()
+    for eos in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+        ids.update([eos] if isinstance(eos, int) else eos or [])
+    return frozenset(ids)
+
+
+def _fingerprint(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """128 bits over the configuration, the vocabulary and the first 64 KiB of every weight."""
+    digest = xxhash.xxh3_128()
+    config = model.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "_attn_implementation"):
+        config.pop(volatile, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in model.named_parameters():
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+        sample = weight.detach().reshape(-1)[: _SAMPLE_BYTES // weight.element_size()].cpu()
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""Can a model's KV be moved to other positions? Declared by its config, then proved by running it.
+
+The proof needs no list of architectures: two forwards over a few tokens show that PartialAttention
+gives the model's own logits, and that a key computed at one position, re-rotated, is the key
+computed at the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kvshare_mm.attention import ATTENTION_NAME, Layout, SlotCache, rows
+from kvshare_mm.rotary import SUPPORTED_ROPE_TYPES, RotarySpec, rerotate
+
+_PROBE_TOKENS = 12
+_PROBE_SHIFT = 37
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """Shape of one position's KV: ``[num_layers, num_kv_heads, key_dim or value_dim]``."""
+
+    num_layers: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        per_layer = self.num_kv_heads * (self.key_dim + self.value_dim)
+        return self.num_layers * per_layer * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What `check_support` found; `reason` is None if KV can be reused."""
+
+    reason: str | None = None
+    rotary: RotarySpec | None = None
+    kv_shape: KVShape | None = None
+
+
+class _Captured(Exception):
+    """Ends a forward early: the first layer's K and V are known."""
+
+
+class _FirstLayer(SlotCache):
+    """Takes the first layer's K/V and ends the forward."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.empty(0), torch.empty(0))
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = key_states, value_states
+        raise _Captured
+
+
+def check_support(model: Any) -> Support:
+    """Find out whether `model` can run under PartialAttention and its keys be re-rotated.
+
+    On success the model's attention implementation is PartialAttention; otherwise it is as before.
+    """
+    reason = _declared(model.config)
+    if reason:
+        return Support(reason)
+    inv_freq = _inv_freq(model)
+    if inv_freq is None:
+        return Support("it has no rotary position embedding")
+    before = model.config._attn_implementation
+    device = model.device
+    vocab = int(model.config.vocab_size)
+    ids = torch.arange(3, 3 + _PROBE_TOKENS, device=device).remainder(vocab)[None]
+    try:
+        with torch.inference_mode():
+            expected = model(input_ids=ids, use_cache=False).logits[0, -1]
+            model.set_attn_implementation(ATTENTION_NAME)
+            support = _prove(model, ids, expected, RotarySpec(inv_freq))
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        support = Support(f"it does not run under PartialAttention ({error})")
+    if support.reason:
+        model.set_attn_implementation(before)
+    return support
+
+
+def _declared(config: Any) -> str | None:
+    """The reason that the configuration itself gives against reuse, if any."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(v, dict) for v in rope.values()):
+        return "its layers use different rotary embeddings"
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        return f"rotary type {rope_type!r} depends on the sequence length"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    if kinds - {"full_attention"} or (window and window < limit):
+        return "it has sliding-window or recurrent layers"
+    if getattr(config, "kv_lora_rank", None):
+        return "its KV is compressed (multi-head latent attention)"
+    return None
+
+
+def _inv_freq(model: Any) -> torch.Tensor | None:
+    for module in model.modules():
+        inv_freq = getattr(module, "inv_freq", None)
+        if isinstance(inv_freq, torch.Tensor) and inv_freq.ndim == 1:
+            return inv_freq.detach().float()
+    return None
+
+
+def _prove(model: Any, ids: torch.Tensor, expected: torch.Tensor, spec: RotarySpec) -> Support:
+    n = ids.shape[1]
+    index = torch.arange(n, device=ids.device)
+    first = _first_layer(model, ids, index)
+    moved = _first_layer(model, ids, index + _PROBE_SHIFT)
+    shape = KVShape(
+        num_layers=model.config.num_hidden_layers,
+        num_kv_heads=first.keys.shape[1],
+        key_dim=first.keys.shape[3],
+        value_dim=first.values.shape[3],
+    )
+    tolerance = 1e-3 if first.keys.dtype == torch.float32 else 5e-2
+    scale = first.keys.float().abs().max().clamp(min=1e-6)
+    shift = torch.full((n,), _PROBE_SHIFT)
+    for candidate in (spec, replace(spec, interleaved=True)):
+        error = (rerotate(first.keys, shift, candidate) - moved.keys).float().abs().max()
+        if error <= tolerance * scale:
+            spec = candidate
+            break
+    else:
+        return Support("its keys do not follow its rotary embedding")
+    heads, layers = shape.num_kv_heads, shape.num_layers
+    cache = SlotCache(
+        first.keys.new_empty(layers, 1, heads, n, shape.key_dim),
+        first.values.new_empty(layers, 1, heads, n, shape.value_dim),
+    )
+    # The last position is computed by itself, so that the keys it needs come from the slot.
+    for part in (index[:-1], index[-1:]):
+        cache.layout = Layout([rows(0, part, first.keys.dtype)])
+        logits = model(
+            input_ids=ids[:, part],
+            position_ids=part[None],
+            past_key_values=cache,
+            use_cache=True,
+            kvshare_layout=cache.layout,
+        ).logits[0, -1]
+    error = (logits - expected).float().abs().max()
+    if error > 10 * tolerance * expected.float().abs().max():
+        return Support("PartialAttention does not reproduce its logits")
+    return Support(None, spec, shape)
+
+
+def _first_layer(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> _FirstLayer:
+    cache = _FirstLayer()
+    cache.layout = Layout([rows(0, torch.arange(ids.shape[1]), torch.float32)])
+    try:
+        model(
+            input_ids=ids,
+            position_ids=positions[None],
+            past_key_values=cache,
+            use_cache=True,
+            kvshare_layout=cache.layout,
+        )
+    except _Captured:
+        return cache
+    raise ValueError("its layers do not use transformers' cache")
