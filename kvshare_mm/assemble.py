@@ -1,0 +1,138 @@
+"""Builds the parts of a server from its configuration, in the order they depend on each other."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvshare_mm.config import KVShareConfig
+from kvshare_mm.donors import DonorPool
+from kvshare_mm.editor import KVEditor
+from kvshare_mm.engine.engine import NativeEngine
+from kvshare_mm.engine.prefill import Prefiller
+from kvshare_mm.engine.runner import ModelRunner, PlainRunner, SlotRunner
+from kvshare_mm.errors import ConfigError
+from kvshare_mm.index.semantic import Opened
+from kvshare_mm.models.loader import LoadedModel, load_model
+from kvshare_mm.repair import make_policy
+from kvshare_mm.store.disk import DiskTier
+from kvshare_mm.store.host import HostTier
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_MAX_LEN = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A running server."""
+
+    loaded: LoadedModel
+    runner: ModelRunner
+    prefiller: Prefiller
+    donors: DonorPool | None
+    engine: NativeEngine
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start and sizes now.
+
+        Returns:
+            ``requests``: counts by outcome and prompt tokens by provenance; ``queue``: waiting and
+            running; and, if KV can be shared, ``donors``: number, tokens owned and stored, bytes by
+            tier, events.
+        """
+        engine = self.engine
+        stats: dict[str, Any] = {
+            "model": self.loaded.name,
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+            "unsupported": self.loaded.unsupported,
+            "requests": dict(engine.counters),
+            "queue": {"waiting": engine.num_waiting, "running": engine.num_running},
+        }
+        if self.donors is not None:
+            tree = self.donors.tree
+            stats["donors"] = {
+                "nodes": len(tree),
+                "tokens_owned": tree.num_tokens_owned,
+                "tokens_whole": tree.num_tokens_whole,
+                "bytes": self.donors.store.bytes_by_tier(),
+                "events": {**self.donors.counters, **self.donors.store.counters},
+            }
+        return stats
+
+    def flush(self, timeout_s: float | None) -> bool:
+        captured = self.engine.wait_captured(timeout_s)
+        return captured and (self.donors is None or self.donors.flush(timeout_s))
+
+    def close(self) -> None:
+        self.engine.close()
+        if self.donors is not None:
+            self.donors.close()
+
+
+def assemble(config: KVShareConfig) -> Parts:
+    """Load the model and start a server.
+
+    Raises:
+        ConfigError, ModelLoadError, StoreError: what is wrong, before anything is served.
+    """
+    # The store first: a folder that cannot be written is known in a moment, a model is not.
+    disk = DiskTier(config.store_dir / "kv", config.disk_bytes) if config.store_dir else None
+    loaded = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    max_len = min(config.max_model_len or _DEFAULT_MAX_LEN, loaded.context_len)
+    if config.max_model_len and config.max_model_len > loaded.context_len:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} exceeds the model's context of "
+            f"{loaded.context_len} tokens"
+        )
+    donors: DonorPool | None = None
+    runner: ModelRunner
+    if loaded.unsupported:
+        runner = PlainRunner(loaded, config.max_num_seqs)
+    else:
+        runner = SlotRunner(loaded, config.max_num_seqs, max_len, config.prefill_chunk)
+        if config.sharing != "off":
+            donors = _donors(config, loaded, disk)
+    prefiller = Prefiller(
+        runner, donors, KVEditor(loaded.rotary), config.planner, make_policy(config.repair)
+    )
+    engine = NativeEngine(loaded, runner, prefiller, donors, max_len, config.max_queue)
+    return Parts(loaded, runner, prefiller, donors, engine)
+
+
+def _donors(config: KVShareConfig, loaded: LoadedModel, disk: DiskTier | None) -> DonorPool:
+    return DonorPool(
+        loaded.fingerprint,
+        HostTier(config.host_bytes),
+        disk,
+        _dense(config, loaded.fingerprint) if config.embedder else None,
+        config.max_candidates,
+    )
+
+
+def _dense(config: KVShareConfig, fingerprint: str) -> Callable[[], Opened]:
+    """Opens the dense index; heavy imports and connections happen when it is called."""
+
+    def open_index() -> Opened:
+        from kvshare_mm.index.milvus import MilvusIndex
+        from kvshare_mm.modalities.embed import TextEmbedder
+
+        embedder = TextEmbedder(str(config.embedder))
+        uri = config.index_uri
+        if uri is None:
+            # One file a model: two servers with different models can share a store folder.
+            folder = config.store_dir or Path(tempfile.mkdtemp(prefix="kvshare-index-"))
+            uri = str(folder / f"milvus-{fingerprint[:16]}.db")
+        index = MilvusIndex(uri, embedder.dim, embedder.name, token=config.index_token)
+        return index, lambda text: embedder.embed([text])[0]
+
+    return open_index

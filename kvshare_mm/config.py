@@ -1,0 +1,87 @@
+"""Every option in one place: typed, documented, validated before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from kvshare_mm.errors import ConfigError
+from kvshare_mm.plan import PlannerOptions
+from kvshare_mm.repair import make_policy
+
+
+class KVShareConfig(BaseModel):
+    """Options of `kvshare_mm.KVShare`. Unknown names are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field("smollm2", description="hub name, folder, .gguf file, or `smollm2`")
+    engine: Literal["native"] = Field("native", description="what runs the model")
+    dtype: str = Field("auto", description="auto (measured), float32, bfloat16 or float16")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    trust_remote_code: bool = Field(False, description="run model code that comes from a hub")
+
+    max_model_len: int | None = Field(
+        None,
+        ge=16,
+        description="longest prompt plus answer in tokens; default: the model's, <=8192",
+    )
+    max_num_seqs: int = Field(4, ge=1, le=256, description="requests decoded together (KV slots)")
+    max_queue: int = Field(256, ge=1, description="requests that may wait; more are refused")
+    prefill_chunk: int = Field(2048, ge=16, description="most tokens of one prefill forward")
+
+    sharing: Literal["on", "exact", "off"] = Field(
+        "on", description="reuse similar requests' KV, only exact prefixes, or nothing"
+    )
+    cache_salt: str = Field("", description="only requests with the same salt share KV")
+    repair: str = Field(
+        "auto",
+        description="which kept positions are recomputed: none, window:K, tail:K, "
+        "deviation:SHARE, auto or auto:RATIO (several joined with +)",
+    )
+    min_run: int = Field(4, ge=1, description="shortest run of equal tokens that is kept")
+    min_gain_tokens: int = Field(16, ge=1, description="fewest similar tokens worth an edit")
+    min_gain_share: float = Field(
+        0.3, ge=0, le=1, description="least share of the remaining prompt that must be kept"
+    )
+    max_candidates: int = Field(4, ge=1, le=64, description="donors considered for a request")
+
+    store_dir: Path | None = Field(None, description="folder for donors on disk; None: RAM only")
+    host_bytes: int = Field(2 << 30, ge=1 << 20, description="budget of donor KV in RAM")
+    disk_bytes: int = Field(20 << 30, ge=1 << 20, description="budget of donor KV on disk")
+    index_uri: str | None = Field(
+        None,
+        description="Milvus server or Lite file for dense search; default: a Lite file in store_dir",
+    )
+    index_token: str | None = Field(None, description="Milvus credentials, 'user:password'")
+    embedder: str | None = Field(
+        "all-MiniLM-L6-v2", description="sentence-transformers model for dense search; None: off"
+    )
+
+    @field_validator("repair")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        make_policy(value)
+        return value
+
+    @classmethod
+    def of(cls, **options: Any) -> KVShareConfig:
+        """Validated options. Raises ConfigError naming the option that is wrong."""
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors()
+            )
+            raise ConfigError(f"Invalid options: {problems}") from error
+
+    @property
+    def planner(self) -> PlannerOptions:
+        return PlannerOptions(
+            min_run=self.min_run,
+            min_gain_tokens=self.min_gain_tokens,
+            min_gain_share=self.min_gain_share,
+            exact_only=self.sharing == "exact",
+        )

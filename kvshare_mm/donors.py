@@ -1,0 +1,252 @@
+"""The pool of donors: finds them for a new request, reads their KV, takes up finished requests.
+
+This is where the DELTA tree, the indexes and the store meet. Nothing in here may fail a request:
+every failure is counted with its reason and the request is computed in full.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+
+from kvshare_mm.delta_tree import DeltaTree, Node, Piece
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.index.base import IndexRecord
+from kvshare_mm.index.lexical import LexicalIndex
+from kvshare_mm.index.prefix import PrefixIndex
+from kvshare_mm.index.semantic import Opened, SemanticIndex
+from kvshare_mm.plan import Donor, PlannerOptions, ReusePlan, make_plan
+from kvshare_mm.store.base import NodeKV, StoredNode
+from kvshare_mm.store.disk import DiskTier
+from kvshare_mm.store.host import HostTier
+from kvshare_mm.store.tiered import TieredStore
+
+_MIN_STORED_TOKENS = 16
+_PREFIX_CANDIDATES = 2
+
+
+def namespace(fingerprint: str, salt: str) -> str:
+    """The namespace of a model's requests under one salt."""
+    return f"{fingerprint}-{xxhash.xxh3_128_hexdigest(salt.encode())}"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A plan with what it took to make it, in seconds."""
+
+    plan: ReusePlan
+    lookup: float
+    planning: float
+
+
+class DonorPool:
+    """Donors of one model.
+
+    Args:
+        fingerprint: the model's; stored nodes of other models are left alone.
+        host: RAM tier.
+        disk: disk tier, or None.
+        open_dense: opens the index of meaning and its embedder, or None: none is used.
+        max_candidates: donors aligned with a target.
+    """
+
+    def __init__(
+        self,
+        fingerprint: str,
+        host: HostTier,
+        disk: DiskTier | None = None,
+        open_dense: Callable[[], Opened] | None = None,
+        max_candidates: int = 4,
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self.store = TieredStore(host, disk, self.forget)
+        self.tree = DeltaTree()
+        self._fingerprint = fingerprint
+        self._max_candidates = max_candidates
+        self._lexical = LexicalIndex()
+        self._prefixes = PrefixIndex()
+        self._lock = threading.RLock()
+        known = self._restore()
+        self._semantic: SemanticIndex | None = None
+        if open_dense is not None:
+            self._semantic = SemanticIndex(
+                open_dense, known, self.store.update_embedding, self.counters
+            )
+
+    # -- a new request ----------------------------------------------------------------------
+
+    def find(
+        self,
+        keys: np.ndarray,
+        ns: str,
+        options: PlannerOptions,
+        similar: tuple[str, ...] = (),
+    ) -> Found:
+        """Plan the reuse of stored requests for a prompt.
+
+        Args:
+            keys: ``[N]`` uint64 alignment keys.
+            ns: the request's namespace; donors of others are never looked at.
+            options: when reuse is worth it.
+            similar: ids that a dense search brought in time, if any.
+        """
+        start = time.perf_counter()
+        with self._lock:
+            ids = self._prefixes.longest(ns, keys, _PREFIX_CANDIDATES)
+            if not options.exact_only:
+                ids += [c.node_id for c in self._lexical.search(ns, keys, self._max_candidates)]
+                ids += similar
+            donors = self._donors(ids, ns)
+            found = time.perf_counter()
+        plan = make_plan(keys, donors, options)
+        return Found(plan, found - start, time.perf_counter() - found)
+
+    def similar(self, text: str, ns: str) -> tuple[str, ...]:
+        """Donors that mean something similar; takes as long as embedding a prompt does."""
+        if self._semantic is None:
+            return ()
+        return self._semantic.search(ns, text, self._max_candidates)
+
+    def pieces(self, plan: ReusePlan) -> list[Piece]:
+        """Who owns the KV of a plan's kept runs. Raises KVUnavailableError("evicted")."""
+        found: list[Piece] = []
+        with self._lock:
+            for run in plan.runs:
+                parts = (
+                    self.tree.resolve(run.donor, run.start, run.length, run.shift)
+                    if run.donor in self.tree
+                    else []
+                )
+                if sum(p.length for p in parts) != run.length:
+                    raise KVUnavailableError("evicted", f"donor {run.donor} is no longer whole")
+                found.extend(parts)
+        return found
+
+    def read(self, node_id: str, ns: str) -> StoredNode:
+        """A donor's KV, its namespace checked once more. Raises KVUnavailableError."""
+        return self.store.get(node_id, ns)
+
+    # -- a finished request -----------------------------------------------------------------
+
+    def capture(
+        self,
+        keys: np.ndarray,
+        ns: str,
+        plan: ReusePlan,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        text: str,
+    ) -> str | None:
+        """Take up a finished request as a donor.
+
+        Args:
+            keys: ``[N]`` keys of prompt and answer, as far as KV was computed.
+            ns: its namespace.
+            plan: what it was served with.
+            k: ``[num_layers, num_kv_heads, >= N, head_dim]`` its keys; copied.
+            v: its values; copied.
+            text: what the dense index shall find it by.
+
+        Returns:
+            The new node's id, or None if there is nothing to gain from storing it.
+        """
+        if len(keys) < _MIN_STORED_TOKENS:
+            return None
+        with self._lock:
+            twin = self._twin(keys, ns)
+            if twin:
+                self.counters["capture_known"] += 1
+                return None
+            node = self.tree.derive(uuid.uuid4().hex, ns, keys.copy(), plan, time.time())
+        kv = NodeKV(_owned(k, node), _owned(v, node))
+        self.store.put(StoredNode(node, kv))
+        with self._lock:
+            self._index(node)
+        if self.store.resident(node.node_id) is None:
+            # It never fitted, and `forget` came before there was anything to forget.
+            self.forget(node.node_id)
+            self.counters["capture_too_large"] += 1
+            return None
+        self.counters["captured"] += 1
+        if self._semantic is not None:
+            self._semantic.add(IndexRecord(node.node_id, ns, node.keys), text)
+        return node.node_id
+
+    def forget(self, node_id: str) -> None:
+        """The store no longer holds a node: out of the tree and all indexes."""
+        with self._lock:
+            if node_id not in self.tree:
+                return
+            self.tree.drop(node_id)
+            self._lexical.remove([node_id])
+            self._prefixes.remove([node_id])
+        self.counters["forgotten"] += 1
+        if self._semantic is not None:
+            self._semantic.remove(node_id)
+
+    def delete(self, node_id: str) -> None:
+        """Delete a donor everywhere."""
+        self.store.delete(node_id)
+        self.forget(node_id)
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until every donor is searchable and durable; False if time ran out."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        done = self._semantic is None or self._semantic.flush(timeout_s)
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return self.store.flush(left) and done
+
+    def close(self) -> None:
+        """Flush and stop the background threads."""
+        if self._semantic is not None:
+            self._semantic.close()
+        self.store.close()
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _donors(self, ids: list[str], ns: str) -> list[Donor]:
+        """Donors by id, each once, of this namespace only; caller holds the lock."""
+        donors = []
+        for node_id in dict.fromkeys(ids):
+            node = self.tree.get(node_id)
+            if node is not None and node.namespace == ns:
+                donors.append(self.tree.donor(node_id))
+        return donors
+
+    def _twin(self, keys: np.ndarray, ns: str) -> str | None:
+        """A donor that holds these very keys exactly already; caller holds the lock."""
+        for donor in self._donors(self._prefixes.longest(ns, keys), ns):
+            if donor.exact_len >= len(keys) and np.array_equal(donor.keys[: len(keys)], keys):
+                return donor.donor_id
+        return None
+
+    def _index(self, node: Node) -> None:
+        self.tree.insert(node)
+        record = IndexRecord(node.node_id, node.namespace, node.keys)
+        self._lexical.add([record])
+        self._prefixes.add([record])
+
+    def _restore(self) -> list[IndexRecord]:
+        """Take up what an earlier process left in the store; returns what has a vector."""
+        embedded = []
+        for node, embedding in self.store.records():
+            if node.namespace.startswith(f"{self._fingerprint}-"):
+                self._index(node)
+                self.counters["restored"] += 1
+                if embedding is not None:
+                    embedded.append(IndexRecord(node.node_id, node.namespace, node.keys, embedding))
+        return embedded
+
+
+def _owned(tensor: torch.Tensor, node: Node) -> torch.Tensor:
+    """The rows a node owns of ``[layers, heads, >= N, dim]``, copied to the CPU."""
+    parts = [tensor[:, :, s.start : s.end] for s in node.own]
+    return torch.cat(parts, dim=2).cpu().contiguous()

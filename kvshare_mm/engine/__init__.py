@@ -1,0 +1,1 @@
+"""The native engine: continuous batching over preallocated KV slots, with transformers' models."""

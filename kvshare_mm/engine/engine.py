@@ -1,0 +1,306 @@
+"""The engine's loop: one prefill at a time, decode batched over all active requests.
+
+One thread runs the model. A second one captures finished requests as donors; their slots are free
+again once their KV has been copied, and the next request does not wait for it if another slot is.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter, deque
+
+import numpy as np
+import torch
+
+from kvshare_mm.donors import DonorPool
+from kvshare_mm.engine.prefill import Prefiller
+from kvshare_mm.engine.request import Request, RequestSpec, Sink
+from kvshare_mm.engine.runner import ModelRunner, SlotRunner
+from kvshare_mm.errors import EngineClosedError, InvalidRequestError, QueueFullError
+from kvshare_mm.models.loader import LoadedModel
+from kvshare_mm.outputs import FinishReason
+
+logger = logging.getLogger(__name__)
+
+
+class NativeEngine:
+    """Serves one model.
+
+    Args:
+        loaded: the model.
+        runner: its forward passes.
+        prefiller: fills slots.
+        donors: takes up finished requests; None: nothing is stored.
+        max_model_len: longest prompt plus answer.
+        max_queue: requests that may wait.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        runner: ModelRunner,
+        prefiller: Prefiller,
+        donors: DonorPool | None,
+        max_model_len: int,
+        max_queue: int,
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self._loaded = loaded
+        self._runner = runner
+        self._prefiller = prefiller
+        self._donors = donors
+        self._max_model_len = max_model_len
+        self._max_queue = max_queue
+        self._changed = threading.Condition()
+        self._waiting: deque[Request] = deque()
+        self._free = list(range(runner.num_slots))
+        self._active: list[Request] = []
+        self._known: dict[str, Request] = {}
+        self._closing = False
+        self._captures: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._capturing = 0
+        self._lookups: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
+        self._capturer = threading.Thread(target=self._capture, name="kvshare-capture", daemon=True)
+        self._searcher = threading.Thread(target=self._search, name="kvshare-search", daemon=True)
+        self._thread.start()
+        self._capturer.start()
+        self._searcher.start()
+
+    # -- called from any thread -------------------------------------------------------------
+
+    def submit(self, spec: RequestSpec, sink: Sink) -> str:
+        """Queue a request; chunks and at last its output, or an error, go to `sink`.
+
+        Raises:
+            InvalidRequestError: empty prompt, or one longer than the context.
+            QueueFullError: too many requests are waiting.
+            EngineClosedError: the engine was closed or has died.
+        """
+        n = len(spec.stream)
+        if n == 0:
+            raise InvalidRequestError("the prompt is empty", "prompt")
+        if n >= self._max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {n} tokens and the context holds {self._max_model_len}, "
+                "answer included; shorten it or raise max_model_len",
+                "prompt",
+            )
+        request = Request(spec, sink)
+        with self._changed:
+            if self._closing or not self._thread.is_alive():
+                raise EngineClosedError("the engine is closed")
+            if len(self._waiting) >= self._max_queue:
+                self.counters["queue_full"] += 1
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests are waiting already; try again later"
+                )
+            must_wait = bool(self._waiting) or not self._free
+            self._waiting.append(request)
+            self._known[request.request_id] = request
+            self._changed.notify_all()
+        if must_wait and spec.sharing == "on":
+            self._lookups.put(request)
+        return request.request_id
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at its next token; an unknown or finished one is not an error."""
+        with self._changed:
+            request = self._known.get(request_id)
+            if request is not None:
+                request.cancelled = True
+                self._changed.notify_all()
+
+    def wait_captured(self, timeout_s: float | None = None) -> bool:
+        """Wait until every finished request has become a donor; False if time ran out."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._capturing == 0, timeout_s)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._active)
+
+    def close(self) -> None:
+        """Abort what is in flight, capture what is finished, stop the threads."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._captures.put(None)
+        self._lookups.put(None)
+        self._capturer.join()
+        self._searcher.join()
+
+    # -- the engine's thread ----------------------------------------------------------------
+
+    def _run(self) -> None:
+        error: Exception = EngineClosedError("the engine was closed")
+        try:
+            while self._step():
+                pass
+        except Exception as failure:
+            logger.exception("the engine died")
+            error = EngineClosedError(f"the engine died: {failure}")
+        with self._changed:
+            self._closing = True
+            left = [*self._active, *self._waiting]
+            self._active.clear()
+            self._waiting.clear()
+            self._known.clear()
+        for request in left:
+            request.sink(error)
+
+    def _step(self) -> bool:
+        """One prefill and one decode step; waits if there is nothing to do."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._closing
+                    or self._active
+                    or (self._waiting and self._free)
+                    or any(r.cancelled for r in self._waiting)
+                )
+            )
+            if self._closing:
+                return False
+            gone = [r for r in self._waiting if r.cancelled]
+            for request in gone:
+                self._waiting.remove(request)
+            request = None
+            if self._waiting and self._free:
+                request = self._waiting.popleft()
+                slot = self._free.pop()
+        for dropped in gone:
+            self._finish(dropped, "abort")
+        if request is not None:
+            self._start(request, slot)
+        if self._active:
+            self._decode()
+        return True
+
+    def _start(self, request: Request, slot: int) -> None:
+        spec = request.spec
+        request.begin(slot, self._loaded.tokenizer, self._loaded.device)
+        try:
+            request.prefill = self._prefiller.prefill(
+                slot,
+                spec.stream,
+                spec.namespace,
+                sharing=spec.sharing,
+                policy=spec.policy,
+                similar=request.similar,
+            )
+        except Exception as failure:
+            # One request that the model cannot take must not end the others.
+            logger.exception("prefill of %s failed", request.request_id)
+            self.counters["failed"] += 1
+            self._release(request)
+            request.sink(failure)
+            return
+        self._count(request)
+        self._active.append(request)
+        self._accept(request, request.prefill.logits)
+
+    def _decode(self) -> None:
+        for request in [r for r in self._active if r.cancelled]:
+            self._finish(request, "abort")
+        if not self._active:
+            return
+        batch = list(self._active)
+        logits = self._runner.decode(
+            [r.slot for r in batch],
+            [r.token_ids[-1] for r in batch],
+            [r.num_cached for r in batch],
+        )
+        for request, row in zip(batch, logits, strict=True):
+            self._accept(request, row)
+
+    def _accept(self, request: Request, logits: torch.Tensor) -> None:
+        left = self._max_model_len - len(request.spec.stream)
+        reason = request.accept(logits, self._loaded.eos_token_ids, left)
+        if reason is not None:
+            self._finish(request, reason)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request in self._active:
+            self._active.remove(request)
+        self.counters[f"finished_{reason}"] += 1
+        self.counters["generation_tokens"] += len(request.token_ids)
+        request.finish(reason)
+        wanted = self._donors is not None and request.spec.store and request.prefill is not None
+        if wanted and request.spec.sharing != "off" and isinstance(self._runner, SlotRunner):
+            with self._changed:
+                self._capturing += 1
+                self._known.pop(request.request_id, None)
+            self._captures.put(request)
+        else:
+            self._release(request)
+
+    def _release(self, request: Request) -> None:
+        if request.slot >= 0:
+            self._runner.release(request.slot)
+        with self._changed:
+            self._known.pop(request.request_id, None)
+            if request.slot >= 0:
+                self._free.append(request.slot)
+            self._changed.notify_all()
+
+    def _count(self, request: Request) -> None:
+        assert request.prefill is not None
+        plan = request.prefill.plan
+        self.counters["requests"] += 1
+        self.counters["prompt_tokens"] += plan.num_tokens
+        self.counters["prompt_tokens_exact"] += plan.num_exact
+        self.counters["prompt_tokens_reused"] += plan.num_reused
+        self.counters["prompt_tokens_computed"] += plan.num_computed
+        if plan.declined:
+            self.counters[f"declined_{plan.declined}"] += 1
+        if request.prefill.fallback:
+            self.counters[f"fallback_{request.prefill.fallback}"] += 1
+
+    # -- the search thread ------------------------------------------------------------------
+
+    def _search(self) -> None:
+        """Look for donors by meaning, for requests that wait anyway."""
+        while (request := self._lookups.get()) is not None:
+            if request.slot < 0 and not request.cancelled and self._donors is not None:
+                request.similar = self._donors.similar(request.spec.text, request.spec.namespace)
+
+    # -- the capture thread -----------------------------------------------------------------
+
+    def _capture(self) -> None:
+        while (request := self._captures.get()) is not None:
+            start = time.perf_counter()
+            try:
+                self._capture_one(request)
+            except Exception:
+                self.counters["capture_failed"] += 1
+                logger.exception("could not take up %s as a donor", request.request_id)
+            finally:
+                self.counters["capture_us"] += int(1e6 * (time.perf_counter() - start))
+                self._release(request)
+                with self._changed:
+                    self._capturing -= 1
+                    self._changed.notify_all()
+
+    def _capture_one(self, request: Request) -> None:
+        assert self._donors is not None and request.prefill is not None
+        assert isinstance(self._runner, SlotRunner)
+        answer = np.array(request.token_ids[:-1], dtype=np.uint64)
+        keys, values = self._runner.slot_kv(request.slot)
+        with torch.inference_mode():
+            self._donors.capture(
+                np.concatenate((request.spec.stream.keys, answer)),
+                request.spec.namespace,
+                request.prefill.plan,
+                keys,
+                values,
+                request.spec.text,
+            )

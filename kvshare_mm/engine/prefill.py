@@ -1,0 +1,186 @@
+"""Prefill with reuse: plan, edit, repair, compute. One call a request, used by engine and bench."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from kvshare_mm.donors import DonorPool
+from kvshare_mm.editor import KVEditor
+from kvshare_mm.engine.runner import ModelRunner, SlotRunner
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.outputs import Provenance, Span
+from kvshare_mm.plan import Decline, PlannerOptions, ReusePlan
+from kvshare_mm.repair import RepairPolicy
+from kvshare_mm.stream import SegmentStream
+
+logger = logging.getLogger(__name__)
+
+Sharing = Literal["on", "exact", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """A filled slot.
+
+    Attributes:
+        logits: ``[vocab_size]`` of the last prompt position.
+        plan: what was reused in the end.
+        fallback: why a planned reuse was given up, or None.
+        lookup, planning, edit, compute: seconds.
+    """
+
+    logits: torch.Tensor
+    plan: ReusePlan
+    fallback: str | None
+    lookup: float
+    planning: float
+    edit: float
+    compute: float
+
+
+class Prefiller:
+    """Fills slots.
+
+    Args:
+        runner: runs the model; reuse needs a `SlotRunner`.
+        donors: where reuse comes from, or None.
+        editor: puts donor KV into a slot.
+        options: when reuse is worth it.
+        policy: which kept positions are recomputed.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        donors: DonorPool | None,
+        editor: KVEditor,
+        options: PlannerOptions,
+        policy: RepairPolicy,
+    ) -> None:
+        self._runner = runner
+        self._donors = donors
+        self._editor = editor
+        self._options = options
+        self._policy = policy
+
+    def prefill(
+        self,
+        slot: int,
+        stream: SegmentStream,
+        ns: str,
+        *,
+        sharing: Sharing = "on",
+        policy: RepairPolicy | None = None,
+        similar: tuple[str, ...] = (),
+    ) -> PrefillResult:
+        """Fill `slot` with the KV of a prompt and return its last logits.
+
+        Args:
+            stream: the prompt.
+            ns: its namespace.
+            sharing: what may be reused for this request.
+            policy: repairs for this request; the default policy if None.
+            similar: donors that a dense search found.
+        """
+        plan, fallback, lookup, planning = self._plan(stream, ns, sharing, similar)
+        start = time.perf_counter()
+        if plan.runs and fallback is None:
+            try:
+                self._edit(plan, slot, ns)
+            except KVUnavailableError as error:
+                logger.info("computing in full: %s", error)
+                plan, fallback = ReusePlan(len(stream), declined=plan.declined), error.reason
+            except Exception:
+                # A cache problem is never a request's problem; the slot is computed whole.
+                logger.exception("edit failed; computing in full")
+                plan, fallback = ReusePlan(len(stream), declined=plan.declined), "edit_error"
+        edited = time.perf_counter()
+        if plan.num_reused and isinstance(self._runner, SlotRunner):
+            probe = _SlotProbe(self._runner, slot, stream.token_ids, plan)
+            plan = plan.with_repair((policy or self._policy).positions(plan, probe))
+        logits = self._runner.prefill(slot, stream.token_ids, plan.compute)
+        done = time.perf_counter()
+        return PrefillResult(
+            logits, plan, fallback, lookup, planning, edited - start, done - edited
+        )
+
+    def _plan(
+        self, stream: SegmentStream, ns: str, sharing: Sharing, similar: tuple[str, ...]
+    ) -> tuple[ReusePlan, str | None, float, float]:
+        n = len(stream)
+        if not isinstance(self._runner, SlotRunner):
+            return ReusePlan(n, declined=Decline.UNSUPPORTED_MODEL), None, 0.0, 0.0
+        if self._donors is None or sharing == "off":
+            return ReusePlan(n, declined=Decline.SHARING_OFF), None, 0.0, 0.0
+        options = self._options.but_exact_only() if sharing == "exact" else self._options
+        try:
+            found = self._donors.find(stream.keys, ns, options, similar)
+        except Exception:
+            # A cache problem is never a request's problem.
+            self._donors.counters["lookup_error"] += 1
+            logger.exception("donor lookup failed; computing in full")
+            return ReusePlan(n, declined=Decline.LOOKUP_ERROR), "lookup_error", 0.0, 0.0
+        return found.plan, None, found.lookup, found.planning
+
+    def _edit(self, plan: ReusePlan, slot: int, ns: str) -> None:
+        assert self._donors is not None and isinstance(self._runner, SlotRunner)
+        donors = self._donors
+        keys, values = self._runner.slot_kv(slot)
+        with torch.inference_mode():
+            self._editor.edit(
+                donors.pieces(plan), lambda node_id: donors.read(node_id, ns), keys, values
+            )
+
+
+class _SlotProbe:
+    """Measures drift of an edited slot, at most once a layer."""
+
+    def __init__(
+        self, runner: SlotRunner, slot: int, token_ids: np.ndarray, plan: ReusePlan
+    ) -> None:
+        self._runner = runner
+        self._slot = slot
+        self._token_ids = token_ids
+        self._plan = plan
+
+    def deviation(self, layer: int) -> np.ndarray:
+        first = int(np.flatnonzero(self._plan.approximate)[0])
+        start = min(first, int(self._plan.placeholders[0]))
+        deviation = self._runner.value_deviation(self._slot, self._token_ids, start, layer)
+        return np.where(self._plan.approximate, deviation, np.float32(0))
+
+
+def provenance(result: PrefillResult) -> Provenance:
+    """What a caller is told of a prefill."""
+    plan = result.plan
+    kinds = np.zeros(plan.num_tokens, np.int8)
+    owner = np.full(plan.num_tokens, -1)
+    names = {donor: i for i, donor in enumerate(plan.donors)}
+    for run in plan.runs:
+        kinds[run.start : run.end] = 1 if run.exact else 2
+        owner[run.start : run.end] = names[run.donor]
+    kinds[plan.repair] = 0
+    owner[plan.repair] = -1
+    edges = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(owner) != 0)) + 1
+    bounds = [0, *edges.tolist(), plan.num_tokens]
+    labels: tuple[Literal["recomputed", "exact", "reused"], ...] = ("recomputed", "exact", "reused")
+    spans = tuple(
+        Span(a, b, labels[kinds[a]], plan.donors[owner[a]] if owner[a] >= 0 else None)
+        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+    )
+    return Provenance(
+        exact=plan.num_exact,
+        reused=plan.num_reused,
+        recomputed=plan.num_computed,
+        donors=plan.donors,
+        similarity=float(plan.kept.mean()),
+        declined=plan.declined,
+        fallback=result.fallback,
+        spans=spans,
+    )

@@ -1,0 +1,217 @@
+"""Model runners: the forward passes of the engine, over slots.
+
+`SlotRunner` runs PartialAttention and is what KV reuse needs. `PlainRunner` serves models that it
+cannot run, with transformers' own cache, whole prompts only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from kvshare_mm.attention import Layout, SlotCache, rows
+from kvshare_mm.models.loader import LoadedModel
+
+
+class ModelRunner(Protocol):
+    """Prefill and decode over numbered slots."""
+
+    num_slots: int
+
+    def prefill(self, slot: int, token_ids: np.ndarray, compute: np.ndarray) -> torch.Tensor:
+        """Compute positions `compute` of a prompt; the others' KV is in the slot already.
+
+        Args:
+            token_ids: ``[N]`` the whole prompt.
+            compute: ascending positions; the last is ``N - 1``.
+
+        Returns:
+            ``[vocab_size]`` logits of the last position.
+        """
+
+    def decode(
+        self, slots: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]
+    ) -> torch.Tensor:
+        """One step of several requests: ``[len(slots), vocab_size]`` logits."""
+
+    def release(self, slot: int) -> None:
+        """The slot's request is over."""
+
+
+class SlotRunner:
+    """PartialAttention over preallocated slots.
+
+    The slots' memory is reserved at once but only touched as far as requests reach, so an idle
+    server holds no KV.
+
+    Args:
+        loaded: a model whose `kv_shape` is known.
+        num_slots: requests that can be in flight.
+        max_len: positions a slot holds.
+        chunk: most positions of one forward; longer prefills run in several, which bounds the
+            memory of activations.
+    """
+
+    def __init__(self, loaded: LoadedModel, num_slots: int, max_len: int, chunk: int) -> None:
+        shape = loaded.kv_shape
+        if shape is None:
+            raise ValueError(f"{loaded.name} does not run under PartialAttention")
+        self.num_slots = num_slots
+        self._model = loaded.model
+        self._device = loaded.device
+        self._chunk = chunk
+        self._cache = SlotCache(
+            *(
+                torch.empty(
+                    (shape.num_layers, num_slots, shape.num_kv_heads, max_len, dim),
+                    dtype=loaded.dtype,
+                    device=loaded.device,
+                )
+                for dim in (shape.key_dim, shape.value_dim)
+            )
+        )
+
+    def slot_kv(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a slot, ``[num_layers, num_kv_heads, max_len, head_dim]``, as views."""
+        return self._cache.keys[:, slot], self._cache.values[:, slot]
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, token_ids: np.ndarray, compute: np.ndarray) -> torch.Tensor:
+        ids = torch.from_numpy(token_ids).to(self._device)
+        index = torch.from_numpy(compute).to(self._device)
+        for part in index.split(self._chunk):
+            logits = self._forward(self._cache, slot, ids, part).logits
+        return logits[0, -1]
+
+    @torch.inference_mode()
+    def decode(
+        self, slots: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]
+    ) -> torch.Tensor:
+        index = torch.tensor(positions, device=self._device)
+        dtype = self._cache.keys.dtype
+        layout = Layout(
+            [rows(slot, index[i : i + 1], dtype) for i, slot in enumerate(slots)],
+        )
+        self._cache.layout = layout
+        logits: torch.Tensor = self._model(
+            input_ids=torch.tensor([token_ids], device=self._device),
+            position_ids=index[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            kvshare_layout=layout,
+        ).logits
+        return logits[0]
+
+    def release(self, slot: int) -> None:
+        """Nothing to do: the next request overwrites what it uses."""
+
+    @torch.inference_mode()
+    def value_deviation(
+        self, slot: int, token_ids: np.ndarray, start: int, layer: int
+    ) -> np.ndarray:
+        """How far the slot's V is from what the context gives, at an early layer.
+
+        Runs the first layers over positions ``[start, N)``; those before must be in the slot.
+
+        Returns:
+            ``[N]`` float32 L2 norms over heads and channels; 0 before `start`.
+        """
+        cache = _DeviationCache(self._cache, slot, len(token_ids), layer)
+        ids = torch.from_numpy(token_ids).to(self._device)
+        index = torch.arange(start, len(token_ids), device=self._device)
+        deviation = np.zeros(len(token_ids), np.float32)
+        try:
+            self._forward(cache, 0, ids, index)
+        except _Measured as measured:
+            deviation[start:] = measured.deviation.float().cpu().numpy()
+        return deviation
+
+    def _forward(self, cache: SlotCache, slot: int, ids: torch.Tensor, index: torch.Tensor) -> Any:
+        layout = Layout([rows(slot, index, self._cache.keys.dtype)])
+        cache.layout = layout
+        return self._model(
+            input_ids=ids[index][None],
+            position_ids=index[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            kvshare_layout=layout,
+        )
+
+
+class _Measured(Exception):
+    """Ends a forward early: the deviation is known."""
+
+    def __init__(self, deviation: torch.Tensor) -> None:
+        super().__init__()
+        self.deviation = deviation
+
+
+class _DeviationCache(SlotCache):
+    """A copy of one slot's first layers; compares V at `layer` and ends the forward there."""
+
+    def __init__(self, cache: SlotCache, slot: int, length: int, layer: int) -> None:
+        super().__init__(
+            cache.keys[:layer, slot : slot + 1, :, :length].clone(),
+            cache.values[:layer, slot : slot + 1, :, :length].clone(),
+        )
+        self._layer = layer
+        self._edited = cache.values[layer, slot, :, :length]
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer_idx < self._layer:
+            return super().update(key_states, value_states, layer_idx)
+        n = value_states.shape[2]
+        difference = value_states[0] - self._edited[:, -n:]
+        raise _Measured(difference.float().pow(2).sum((0, 2)).sqrt())
+
+
+class PlainRunner:
+    """Whole prompts with transformers' own cache, one request after the other."""
+
+    def __init__(self, loaded: LoadedModel, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._model = loaded.model
+        self._device = loaded.device
+        self._caches: dict[int, Any] = {}
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, token_ids: np.ndarray, compute: np.ndarray) -> torch.Tensor:
+        if len(compute) != len(token_ids):
+            raise ValueError("this model computes whole prompts only")
+        return self._step(slot, token_ids.tolist(), None)
+
+    @torch.inference_mode()
+    def decode(
+        self, slots: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]
+    ) -> torch.Tensor:
+        return torch.stack(
+            [
+                self._step(slot, [token], self._caches[slot])
+                for slot, token in zip(slots, token_ids, strict=True)
+            ]
+        )
+
+    def release(self, slot: int) -> None:
+        self._caches.pop(slot, None)
+
+    def _step(self, slot: int, token_ids: list[int], past: Any) -> torch.Tensor:
+        output = self._model(
+            input_ids=torch.tensor([token_ids], device=self._device),
+            past_key_values=past if past is not None else DynamicCache(config=self._model.config),
+            use_cache=True,
+        )
+        self._caches[slot] = output.past_key_values
+        logits: torch.Tensor = output.logits
+        return logits[0, -1]

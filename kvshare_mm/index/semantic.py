@@ -1,0 +1,148 @@
+"""Search by meaning, kept off the critical path: one thread opens, embeds, inserts and removes.
+
+What may be reused is shared tokens, which the lexical index finds in a fraction of a millisecond;
+embedding a prompt takes tens. So new donors are embedded after they were served, and a new prompt
+only while it waits for its turn anyway. A failing index costs this help and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from kvshare_mm.errors import ModelLoadError
+from kvshare_mm.index.base import DenseIndex, IndexRecord, IndexUnavailableError
+
+logger = logging.getLogger(__name__)
+
+Embed = Callable[[str], np.ndarray]
+Opened = tuple[DenseIndex, Embed]
+
+
+class SemanticIndex:
+    """Dense search over stored prompts.
+
+    Args:
+        open_index: connects to the index and loads the embedder; called on the index's own thread.
+        known: records that the index must hold from the start; it is made to.
+        on_embedded: told every new vector, so that it can be stored with the node.
+        counters: events are counted here.
+    """
+
+    def __init__(
+        self,
+        open_index: Callable[[], Opened],
+        known: Sequence[IndexRecord],
+        on_embedded: Callable[[str, np.ndarray], object],
+        counters: Counter[str],
+    ) -> None:
+        self._open_index = open_index
+        self._known = known
+        self._on_embedded = on_embedded
+        self._counters = counters
+        self._opened: Opened | None = None
+        self._pending: queue.SimpleQueue[tuple[IndexRecord, str] | str | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._unfinished = 1  # opening
+        self._thread = threading.Thread(target=self._run, name="kvshare-semantic", daemon=True)
+        self._thread.start()
+
+    def add(self, record: IndexRecord, text: str) -> None:
+        """Embed `text` and index the record, some time later."""
+        self._put((record, text))
+
+    def remove(self, node_id: str) -> None:
+        """Forget a node, some time later."""
+        self._put(node_id)
+
+    def search(self, namespace: str, text: str, limit: int) -> tuple[str, ...]:
+        """Ids of similar donors; empty if the index is not ready or fails."""
+        if self._opened is None:
+            return ()
+        index, embed = self._opened
+        try:
+            found = index.search_dense(namespace, embed(text), limit)
+        except IndexUnavailableError as error:
+            self._count("dense_search_failed", error)
+            return ()
+        return tuple(candidate.node_id for candidate in found)
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything given so far is searchable; False if time ran out."""
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._unfinished == 0, timeout_s)
+        if self._opened is not None:
+            self._try("dense_flush_failed", self._opened[0].flush)
+        return done
+
+    def close(self) -> None:
+        """Finish what was given, then stop."""
+        self._pending.put(None)
+        self._thread.join()
+        if self._opened is not None:
+            self._try("dense_close_failed", self._opened[0].close)
+
+    def _put(self, item: tuple[IndexRecord, str] | str) -> None:
+        with self._changed:
+            self._unfinished += 1
+        self._pending.put(item)
+
+    def _run(self) -> None:
+        # One thread: this work must not take the cores that the model runs on.
+        torch.set_num_threads(1)
+        self._finished(self._open)
+        while (item := self._pending.get()) is not None:
+            self._finished(lambda item=item: self._apply(item))  # type: ignore[misc]
+
+    def _finished(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            # This thread must live: whatever went wrong concerns one record.
+            self._counters["dense_insert_failed"] += 1
+            logger.exception("dense index: a record was not taken up")
+        finally:
+            with self._changed:
+                self._unfinished -= 1
+                self._changed.notify_all()
+
+    def _open(self) -> None:
+        try:
+            index, embed = self._open_index()
+            index.reconcile(self._known)
+        except (IndexUnavailableError, ModelLoadError) as error:
+            self._count("dense_open_failed", error)
+        else:
+            self._opened = index, embed
+        self._known = ()
+
+    def _apply(self, item: tuple[IndexRecord, str] | str) -> None:
+        if self._opened is None:
+            self._counters["dense_insert_skipped"] += 1
+            return
+        index, embed = self._opened
+        if isinstance(item, str):
+            self._try("dense_remove_failed", lambda: index.remove([item]))
+            return
+        record, text = item
+        embedding = embed(text)
+        self._on_embedded(record.node_id, embedding)
+        self._try("dense_insert_failed", lambda: index.add([replace(record, embedding=embedding)]))
+
+    def _try(self, reason: str, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except IndexUnavailableError as error:
+            self._count(reason, error)
+
+    def _count(self, reason: str, error: Exception) -> None:
+        if not self._counters[reason]:
+            logger.warning("%s: %s (further ones are only counted)", reason, error)
+        self._counters[reason] += 1

@@ -1,0 +1,118 @@
+"""What a caller gets back: the answer, where its prompt's KV came from, and where the time went."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Prompt positions ``[start, end)`` and how their KV came to be.
+
+    Attributes:
+        kind: "exact" (a donor's prefix), "reused" (edited from a donor) or "recomputed".
+        donor: id of the donor, or None for computed positions.
+    """
+
+    start: int
+    end: int
+    kind: Literal["exact", "reused", "recomputed"]
+    donor: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where the prompt's KV came from; ``exact + reused + recomputed`` is its length.
+
+    Attributes:
+        exact: tokens reused from an identical prefix.
+        reused: tokens whose KV was edited from a similar request.
+        recomputed: tokens that the model computed.
+        donors: ids of the donors used, the one that gave most first.
+        similarity: share of the prompt that was found in donors, 0 to 1.
+        declined: why nothing (more) was reused, or None.
+        fallback: why a planned reuse was given up and the prompt computed in full, or None.
+        spans: the prompt, tiled.
+    """
+
+    exact: int = 0
+    reused: int = 0
+    recomputed: int = 0
+    donors: tuple[str, ...] = ()
+    similarity: float = 0.0
+    declined: str | None = None
+    fallback: str | None = None
+    spans: tuple[Span, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Seconds spent on a request.
+
+    Attributes:
+        queue: waiting for a slot.
+        lookup: finding candidate donors.
+        plan: alignment and planning.
+        edit: reading donor KV and writing it into the slot.
+        prefill: the model's forward over the positions to compute, repair selection included.
+        ttft: from submission to the first token.
+        token_times: ``[num_output_tokens - 1]`` time between tokens.
+        total: from submission to the last token.
+    """
+
+    queue: float = 0.0
+    lookup: float = 0.0
+    plan: float = 0.0
+    edit: float = 0.0
+    prefill: float = 0.0
+    ttft: float = 0.0
+    token_times: tuple[float, ...] = field(default=(), repr=False)
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One generated token's log probability, with the most likely alternatives."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A finished request.
+
+    Attributes:
+        request_id: unique id.
+        prompt_token_ids: the prompt as tokens.
+        text: the answer; stop strings are cut off.
+        token_ids: the answer's tokens, end-of-sequence included.
+        finish_reason: "stop" (end token or stop string), "length" or "abort".
+        logprobs: one entry a token if they were asked for.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...] = field(repr=False)
+    text: str
+    token_ids: tuple[int, ...] = field(repr=False)
+    finish_reason: FinishReason
+    provenance: Provenance
+    metrics: RequestMetrics
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """New text of a running request; the last chunk carries the whole `output`."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    output: RequestOutput | None = None

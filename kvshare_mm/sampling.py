@@ -1,0 +1,125 @@
+"""Sampling: parameters, and the choice of the next token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.outputs import TokenLogprob
+
+_MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How an answer is decoded; names and meanings are vLLM's.
+
+    Attributes:
+        max_tokens: longest answer; None: until the context is full.
+        temperature: 0 is greedy.
+        top_p: keep the smallest set of tokens with this total probability, in (0, 1].
+        top_k: keep the k most likely tokens; 0 or -1 keeps all.
+        min_p: drop tokens less likely than this share of the most likely one, in [0, 1].
+        seed: makes sampling repeatable.
+        stop: strings that end the answer; they are not part of it.
+        ignore_eos: go on after the end token.
+        logprobs: how many alternatives to report a token (0: the chosen one only); None: none.
+
+    Raises:
+        InvalidRequestError: a value outside its range, with the field's name.
+    """
+
+    max_tokens: int | None = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = field(default=())
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        checks = {
+            "max_tokens": self.max_tokens is None
+            or (_whole(self.max_tokens)
+            and self.max_tokens > 0),
+            "temperature": _number(self.temperature) and 0 <= self.temperature <= 100,
+            "top_p": _number(self.top_p) and 0 < self.top_p <= 1,
+            "top_k": _whole(self.top_k) and self.top_k >= -1,
+            "min_p": _number(self.min_p) and 0 <= self.min_p <= 1,
+            "seed": self.seed is None or (_whole(self.seed) and -(2**63) <= self.seed < 2**64),
+            "stop": all(isinstance(s, str) and s for s in self.stop),
+            "logprobs": self.logprobs is None
+            or (_whole(self.logprobs)
+            and 0 <= self.logprobs <= _MAX_LOGPROBS),
+        }
+        for name, good in checks.items():
+            if not good:
+                raise InvalidRequestError(
+                    f"{name}={getattr(self, name)!r} is not allowed; see SamplingParams", name
+                )
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return _whole(value) or isinstance(value, float)
+
+
+class Sampler:
+    """Draws one request's tokens.
+
+    Args:
+        params: the request's parameters.
+        device: where the logits are.
+    """
+
+    def __init__(self, params: SamplingParams, device: torch.device) -> None:
+        self.params = params
+        self._generator: torch.Generator | None = None
+        if params.temperature > 0:
+            self._generator = torch.Generator(device)
+            if params.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(params.seed % (1 << 63))
+
+    def sample(self, logits: torch.Tensor) -> tuple[int, TokenLogprob | None]:
+        """The next token, and its log probability if asked for.
+
+        Args:
+            logits: ``[vocab_size]``.
+        """
+        logits = logits.float()
+        token = int(logits.argmax()) if self._generator is None else self._draw(logits)
+        if self.params.logprobs is None:
+            return token, None
+        logprobs = logits.log_softmax(-1)
+        top = logprobs.topk(self.params.logprobs) if self.params.logprobs else None
+        alternatives = (
+            tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
+        )
+        return token, TokenLogprob(token, float(logprobs[token]), alternatives)
+
+    def _draw(self, logits: torch.Tensor) -> int:
+        p = self.params
+        logits = logits / p.temperature
+        if 0 < p.top_k < len(logits):
+            logits = logits.masked_fill(logits < logits.topk(p.top_k).values[-1], float("-inf"))
+        probs = logits.softmax(-1)
+        if p.min_p:
+            probs = probs.masked_fill(probs < p.min_p * probs.max(), 0.0)
+        if p.top_p < 1:
+            ordered, order = probs.sort(descending=True)
+            # A token stays if what is more likely than it does not reach top_p yet.
+            beyond = ordered.cumsum(-1) - ordered >= p.top_p * probs.sum()
+            probs = probs.index_fill(0, order[beyond], 0.0)
+        return int(torch.multinomial(probs, 1, generator=self._generator))
