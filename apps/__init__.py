@@ -1,0 +1,1 @@
+"""What people run: the `kvshare` command, its demo and its benchmarks."""

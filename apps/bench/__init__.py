@@ -1,0 +1,1 @@
+"""Benchmarks: every claim about speed or quality is a number from one of these."""

@@ -1,0 +1,155 @@
+"""The `kvshare` command."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from kvshare_mm.apps import chat as chat_app
+from kvshare_mm.apps.bench.cli import bench
+from kvshare_mm.errors import KVShareError
+
+app = typer.Typer(
+    name="kvshare",
+    help="Serve a language model and share KV cache between requests that are alike but not equal.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.add_typer(bench, name="bench")
+console = Console()
+
+Model = Annotated[
+    str,
+    typer.Option(help="hub name, folder, .gguf file, or the embedded smollm2", show_default=True),
+]
+StoreDir = Annotated[
+    Path | None,
+    typer.Option(help="keep donors in this folder, so that the next run finds them"),
+]
+Repair = Annotated[
+    str,
+    typer.Option(help="which kept positions are recomputed: none, window:8, deviation:0.15, auto"),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
+
+
+@app.callback()
+def main(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="show what happens inside")
+    ] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+    )
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors that a user can act on, as one sentence and exit code 1."""
+    try:
+        yield
+    except KVShareError as error:
+        Console(stderr=True).print(f"[red]Error:[/] {error}", soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def serving(model: str, **options: Any) -> Iterator[Any]:
+    """A running `KVShare`, with a word on what takes time."""
+    from kvshare_mm.llm import KVShare
+
+    with plain_errors():
+        console.print(f"Loading [bold]{model}[/] ...")
+        llm = KVShare(model, **options)
+        try:
+            yield llm
+        finally:
+            llm.close()
+
+
+@app.command()
+def demo(
+    model: Model = "smollm2",
+    repeats: Annotated[int, typer.Option(min=1, help="measurements a method")] = 3,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 24,
+    json_file: Json = None,
+) -> None:
+    """Three stories: somebody asked something similar before. What does that save?"""
+    from kvshare_mm.apps import showcase
+
+    with serving(model, embedder=None) as llm:
+        report = showcase.run(llm, console, repeats, max_tokens)
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=2), encoding="utf-8")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input")],
+    model: Model = "smollm2",
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
+    raw: Annotated[
+        bool, typer.Option(help="send the prompt as it is, without chat template")
+    ] = False,
+    store_dir: StoreDir = None,
+    repair: Repair = "auto",
+) -> None:
+    """Answer one prompt and say how much of it was reused."""
+    from kvshare_mm.sampling import SamplingParams
+
+    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    with serving(model, store_dir=store_dir, repair=repair, embedder=None) as llm:
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+        output = chat_app.show(
+            llm, console, text if raw else [{"role": "user", "content": text}], params
+        )
+        console.print(chat_app.reuse_line(output), style="dim")
+
+
+@app.command()
+def chat(
+    model: Model = "smollm2",
+    system: Annotated[str | None, typer.Option(help="system prompt")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
+    store_dir: StoreDir = None,
+    repair: Repair = "auto",
+) -> None:
+    """Talk to the model; under every answer stands what was reused and from where."""
+    from kvshare_mm.sampling import SamplingParams
+
+    with serving(model, store_dir=store_dir, repair=repair) as llm:
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+        chat_app.talk(llm, console, params, system)
+
+
+@app.command()
+def inspect(
+    store_dir: Annotated[Path, typer.Argument(help="a store folder")],
+    tree: Annotated[
+        bool, typer.Option("--tree", help="draw which request was edited from which")
+    ] = False,
+    limit: Annotated[int, typer.Option(min=1, help="donors listed")] = 50,
+) -> None:
+    """List the donors of a store folder: tokens, sizes, ages, and the tree."""
+    from kvshare_mm.apps import inspect as inspect_app
+
+    with plain_errors():
+        inspect_app.show(store_dir, console, tree, limit)
+
+
+if __name__ == "__main__":
+    app()
