@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from kvshare_mm.chat import Message, Prompt
 from kvshare_mm.errors import KVShareError
@@ -14,7 +16,7 @@ from kvshare_mm.sampling import SamplingParams
 
 
 def show(
-    llm: KVShare, console: Console, prompt: Prompt | list[Message], params: SamplingParams
+    llm: KVShare, console: Console, prompt: Prompt | Sequence[Message], params: SamplingParams
 ) -> RequestOutput:
     """Print an answer as it comes."""
     output: RequestOutput | None = None
@@ -60,7 +62,7 @@ def talk(llm: KVShare, console: Console, params: SamplingParams, system: str | N
         try:
             output = show(llm, console, messages, params)
         except KVShareError as error:
-            console.print(f"[red]Error:[/] {error}")
+            console.print(f"[red]Error:[/] {escape(str(error))}")
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": output.text})

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from kvshare_mm.apps import chat as chat_app
-from kvshare_mm.apps.bench.cli import bench
+from kvshare_mm.apps.bench.cli import bench, report_file
 from kvshare_mm.errors import KVShareError
 
 app = typer.Typer(
@@ -39,7 +40,10 @@ Repair = Annotated[
     str,
     typer.Option(help="which kept positions are recomputed: none, window:8, deviation:0.15, auto"),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="also write the results to this file")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="also write the results to this file", callback=report_file),
+]
 
 
 @app.callback()
@@ -61,7 +65,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except KVShareError as error:
-        Console(stderr=True).print(f"[red]Error:[/] {error}", soft_wrap=True)
+        Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from error
 
 
@@ -71,7 +75,7 @@ def serving(model: str, **options: Any) -> Iterator[Any]:
     from kvshare_mm.llm import KVShare
 
     with plain_errors():
-        console.print(f"Loading [bold]{model}[/] ...")
+        console.print(f"Loading [bold]{escape(model)}[/] ...")
         llm = KVShare(model, **options)
         try:
             yield llm

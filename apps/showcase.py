@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -87,9 +88,9 @@ def _print(llm: KVShare, console: Console, told: Told) -> None:
     console.rule(f"[bold]{story.name}[/]: {story.about}", align="left")
     view = token_view(llm.tokenizer, shared.prompt_token_ids, shared.provenance)
     console.print(Panel(view, title="the new prompt", title_align="left"))
-    console.print(f"[dim]earlier answer :[/] {told.donor.text.strip()}")
-    console.print(f"[dim]full recompute :[/] {told.outputs['full'].text.strip()}")
-    console.print(f"[dim]KVShare        :[/] {shared.text.strip()}")
+    console.print(f"[dim]earlier answer :[/] {escape(told.donor.text.strip())}")
+    console.print(f"[dim]full recompute :[/] {escape(told.outputs['full'].text.strip())}")
+    console.print(f"[dim]KVShare        :[/] {escape(shared.text.strip())}")
     table = Table()
     for heading in ("method", "first token", "times sooner", "tokens computed", "same answer"):
         table.add_column(heading, justify="left" if heading == "method" else "right")

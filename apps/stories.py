@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 
@@ -33,8 +34,42 @@ _ANALYTES = (
     ("TSH", "mIU/L", "0.4-4.0"),
     ("CRP", "mg/L", "0-5"),
 )
-_DONOR_VALUES = ["148", "6.1", "231", "141", "4.2", "103", "84", "5.3", "5.1", "2.41", "43", "12", "31", "118", "1.9", "2"]
-_TARGET_VALUES = ["121", "6.1", "231", "141", "4.2", "103", "84", "5.3", "7.9", "2.41", "43", "12", "31", "118", "1.9", "2"]
+_DONOR_VALUES = [
+    "148",
+    "6.1",
+    "231",
+    "141",
+    "4.2",
+    "103",
+    "84",
+    "5.3",
+    "5.1",
+    "2.41",
+    "43",
+    "12",
+    "31",
+    "118",
+    "1.9",
+    "2",
+]
+_TARGET_VALUES = [
+    "121",
+    "6.1",
+    "231",
+    "141",
+    "4.2",
+    "103",
+    "84",
+    "5.3",
+    "7.9",
+    "2.41",
+    "43",
+    "12",
+    "31",
+    "118",
+    "1.9",
+    "2",
+]
 
 
 def lab_report(values: list[str], patient: str, question: str) -> str:
@@ -69,6 +104,7 @@ _EXAM_QUESTIONS = (
     "Which river flows through Vienna and Budapest?",
     "Which island country has Reykjavik as its capital?",
 )
+_EXAM_TASK = "Which answer did the student give to question 7?"
 _RIGHT = ("Paris", "Nile", "Pacific Ocean", "Everest", "Canberra", "Sahara", "Tokyo", "Brazil",
           "Danube", "Iceland")  # fmt: skip
 
@@ -88,8 +124,8 @@ _POLICY = (
     "their box. Refunds are paid to the card that was used within 5 working days. A return costs "
     "4 euros, and nothing if the goods arrived damaged. Damaged goods must be reported within 14 "
     "days with a photo. The warranty is 24 months for machines and 12 months for accessories. "
-    "Orders above 50 euros are delivered free of charge, others cost 6 euros. Delivery takes 2 to 4 "
-    "working days. An order can be changed until it has left the warehouse. Gift cards are valid "
+    "Orders above 50 euros are delivered free of charge, others cost 6 euros. Delivery takes 2 to "
+    "4 working days. An order can be changed until it has left the warehouse. Gift cards are valid "
     "for 3 years and cannot be paid out. Repairs take about 10 working days.\n"
 )
 
@@ -109,11 +145,11 @@ STORIES = (
     Story(
         "exam",
         "the same exam with another student's answers",
-        exam("1041", {4: "K2"}, "Which answer did the student give to question 7?"),
+        exam("1041", {4: "K2"}, _EXAM_TASK),
         exam(
             "2216",
             {3: "Atlantic Ocean", 7: "Kyoto"},
-            "Which answer did the student give to question 7?",
+            _EXAM_TASK,
         ),
     ),
     Story(
@@ -123,3 +159,13 @@ STORIES = (
         support("Until when can I return it? I have not used it yet.", "toaster"),
     ),
 )
+
+
+def random_values(rng: random.Random) -> list[str]:
+    """Sixteen values around those of the story, as another patient's report has them."""
+    return [_vary(value, rng) for value in _DONOR_VALUES]
+
+
+def _vary(value: str, rng: random.Random) -> str:
+    decimals = len(value.partition(".")[2])
+    return f"{float(value) * rng.uniform(0.7, 1.3):.{decimals}f}"

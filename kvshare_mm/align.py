@@ -18,7 +18,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from kvshare_mm.index.ngrams import ngram_hashes
 
 _MAX_SEEDS_PER_POSITION = 16
-_MAX_MATCHES = 2048
+_MAX_MATCHES = 4096
+_MAX_CHAINED = 96
 
 
 class Op(StrEnum):
@@ -61,12 +62,14 @@ class EditScript:
         for edit in self.edits:
             if (edit.donor_start, edit.start) != (donor_end, end):
                 raise ValueError(f"edit script has a gap or an overlap at {edit}")
+            if edit.donor_end < edit.donor_start or edit.end < edit.start:
+                raise ValueError(f"an edit runs backwards: {edit}")
             if edit.op is Op.KEEP and edit.donor_end - edit.donor_start != edit.end - edit.start:
                 raise ValueError(f"a kept run changes its length: {edit}")
             donor_end, end = edit.donor_end, edit.end
 
     def apply(self, donor: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Rebuild the target: kept runs from `donor` (``[M]``), the rest from `target` (``[N]``)."""
+        """The target: kept runs from `donor` (``[M]``), the rest from `target` (``[N]``)."""
         parts = [
             donor[e.donor_start : e.donor_end] if e.op is Op.KEEP else target[e.start : e.end]
             for e in self.edits
@@ -101,7 +104,7 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def align(donor: np.ndarray, target: np.ndarray, min_run: int = 4) -> list[Match]:
-    """The heaviest monotone alignment made of runs of at least `min_run` equal keys.
+    """A heavy monotone alignment made of runs of at least `min_run` equal keys.
 
     Args:
         donor: ``[M]`` uint64 keys.
@@ -110,9 +113,9 @@ def align(donor: np.ndarray, target: np.ndarray, min_run: int = 4) -> list[Match
 
     Returns:
         Disjoint matches, ascending in both sequences. A match that overlaps its predecessor is cut
-        and may end up shorter than `min_run`. On very repetitive input (more than 16
-        seeds per position) the most frequent seeds are left out and the result may be lighter
-        than the best one; it is always a valid alignment.
+        and may end up shorter than `min_run`. It is the heaviest alignment unless there are more
+        than 96 matches, or on very repetitive input more than 16 seeds per position (the most
+        frequent are left out then); it is always a valid one.
     """
     if min_run < 1:
         raise ValueError("min_run must be at least 1")
@@ -123,7 +126,7 @@ def align(donor: np.ndarray, target: np.ndarray, min_run: int = 4) -> list[Match
     # The common ends are maximal matches already, unless their seeds were too frequent to use.
     ends = Match(0, 0, prefix), Match(len(donor) - suffix, len(target) - suffix, suffix)
     matches = maximal_matches(donor, target, min_run)
-    return _chain([*matches, *(m for m in ends if m.length >= min_run)])
+    return _chain([*matches, *(m for m in ends if m.length >= min_run)], min_run)
 
 
 def maximal_matches(donor: np.ndarray, target: np.ndarray, min_run: int) -> list[Match]:
@@ -171,11 +174,51 @@ def maximal_matches(donor: np.ndarray, target: np.ndarray, min_run: int) -> list
     ]
 
 
-def _chain(matches: list[Match]) -> list[Match]:
-    """Heaviest chain of matches ascending in both sequences; overlaps are cut from the later one.
+def _chain(matches: list[Match], min_run: int) -> list[Match]:
+    """A heavy chain of matches ascending in both sequences; overlaps are cut from the later one.
 
-    Scores are exact for chains whose starts and ends both ascend, which every alignment's do.
+    Up to 96 matches the heaviest chain is found. A template's repeated phrases make far more, most
+    of them short and crossing each other: then the longest are chained first, and the others only
+    fill the boxes between them.
     """
+    if len(matches) <= _MAX_CHAINED:
+        return _heaviest_chain(matches)
+    by_length = sorted(matches, key=lambda m: -m.length)
+    anchors = _heaviest_chain(by_length[:_MAX_CHAINED])
+    table = np.array(by_length[_MAX_CHAINED:])
+    chain: list[Match] = []
+    donor_at = at = 0
+    infinite = np.iinfo(np.int64).max
+    for anchor in [*anchors, Match(infinite, infinite, 0)]:
+        box = _clip(table, donor_at, anchor.donor_start, at, anchor.start, min_run)
+        chain.extend(_chain(box, min_run))
+        if anchor.length:
+            chain.append(anchor)
+            donor_at, at = anchor.donor_start + anchor.length, anchor.end
+    return chain
+
+
+def _clip(
+    table: np.ndarray, donor_low: int, donor_high: int, low: int, high: int, min_run: int
+) -> list[Match]:
+    """What of the matches (``[M, 3]``) lies in donor and target bounds, `min_run` long or more."""
+    if high - low < min_run or donor_high - donor_low < min_run:
+        return []
+    donor_start, start, length = table.T
+    cut = np.maximum(0, np.maximum(donor_low - donor_start, low - start))
+    over = np.maximum(0, np.maximum(donor_start + length - donor_high, start + length - high))
+    left = length - cut - over
+    inside = left >= min_run
+    return [
+        Match(int(d), int(t), int(n))
+        for d, t, n in zip(
+            (donor_start + cut)[inside], (start + cut)[inside], left[inside], strict=True
+        )
+    ]
+
+
+def _heaviest_chain(matches: list[Match]) -> list[Match]:
+    """The heaviest chain. Exact: an alignment's runs ascend with their starts and their ends."""
     if not matches:
         return []
     matches = sorted(matches, key=lambda m: (m.start, m.donor_start))

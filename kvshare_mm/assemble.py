@@ -132,7 +132,7 @@ def _dense(config: KVShareConfig, fingerprint: str) -> Callable[[], Opened]:
             # One file a model: two servers with different models can share a store folder.
             folder = config.store_dir or Path(tempfile.mkdtemp(prefix="kvshare-index-"))
             uri = str(folder / f"milvus-{fingerprint[:16]}.db")
-        index = MilvusIndex(uri, embedder.dim, embedder.name, token=config.index_token)
+        index = MilvusIndex(uri, embedder.dim, embedder.name, token=config.index_token or "")
         return index, lambda text: embedder.embed([text])[0]
 
     return open_index

@@ -22,6 +22,10 @@ from transformers.cache_utils import Cache
 
 ATTENTION_NAME = "kvshare"
 
+# What models may ask of an attention function beyond scaled dot products: logit soft-capping,
+# attention sinks, additive biases. Ignoring one would be wrong only a little, so not be noticed.
+_CHANGES_SCORES = ("softcap", "s_aux", "position_bias")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
@@ -114,7 +118,7 @@ def partial_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     kvshare_layout: Layout | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of packed rows over their slots, masked by token index.
 
@@ -130,6 +134,9 @@ def partial_attention(
         raise RuntimeError(
             f"{type(module).__name__} does not pass keywords on to its attention function"
         )
+    for name in _CHANGES_SCORES:
+        if options.get(name) is not None:
+            raise RuntimeError(f"{type(module).__name__} changes attention scores ({name})")
     outputs = []
     at = 0
     for r in kvshare_layout.requests:

@@ -23,18 +23,19 @@ def prompt_stream(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[S
     if isinstance(prompt, str):
         if not prompt.strip():
             raise InvalidRequestError("the prompt is empty", "prompt")
-        return text_stream(tokenizer(prompt)["input_ids"]), prompt
-    if not isinstance(prompt, Sequence) or not all(
-        isinstance(t, int) and not isinstance(t, bool) for t in prompt
-    ):
+        return _encoded(prompt, tokenizer, "prompt"), prompt
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise InvalidRequestError("a prompt is text or a list of token ids", "prompt")
-    if not prompt:
+    ids = [t for t in prompt if isinstance(t, int) and not isinstance(t, bool)]
+    if len(ids) != len(prompt):
+        raise InvalidRequestError("a prompt is text or a list of token ids", "prompt")
+    if not ids:
         raise InvalidRequestError("the prompt is empty", "prompt")
-    if min(prompt) < 0 or max(prompt) >= len(tokenizer):
+    if min(ids) < 0 or max(ids) >= len(tokenizer):
         raise InvalidRequestError(
             f"token ids must lie in 0..{len(tokenizer) - 1}, the model's vocabulary", "prompt"
         )
-    return text_stream(prompt), tokenizer.decode(prompt)
+    return text_stream(ids), tokenizer.decode(ids)
 
 
 def chat_stream(
@@ -64,8 +65,21 @@ def chat_stream(
         raise InvalidRequestError(
             f"the model's chat template refuses these messages: {error}", "messages"
         ) from error
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return text_stream(ids), "\n".join(message["content"] for message in plain)
+    stream = _encoded(text, tokenizer, "messages", add_special_tokens=False)
+    return stream, "\n".join(message["content"] for message in plain)
+
+
+def _encoded(
+    text: str, tokenizer: PreTrainedTokenizerBase, field: str, **options: bool
+) -> SegmentStream:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell it; tokenizers cannot take it
+        raise InvalidRequestError(f"half a surrogate pair is no text: {error}", field) from error
+    ids = tokenizer(text, **options)["input_ids"]
+    if not ids:
+        raise InvalidRequestError("the prompt has no tokens", field)
+    return text_stream(ids)
 
 
 def _plain(message: Message, where: str) -> dict[str, str]:

@@ -19,14 +19,16 @@ class KVShareConfig(BaseModel):
 
     model: str = Field("smollm2", description="hub name, folder, .gguf file, or `smollm2`")
     engine: Literal["native"] = Field("native", description="what runs the model")
-    dtype: str = Field("auto", description="auto (measured), float32, bfloat16 or float16")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of weights and KV; auto is measured"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="run model code that comes from a hub")
 
     max_model_len: int | None = Field(
         None,
         ge=16,
-        description="longest prompt plus answer in tokens; default: the model's, <=8192",
+        description="longest prompt plus answer; default: the model's context, 8192 at most",
     )
     max_num_seqs: int = Field(4, ge=1, le=256, description="requests decoded together (KV slots)")
     max_queue: int = Field(256, ge=1, description="requests that may wait; more are refused")
@@ -53,7 +55,7 @@ class KVShareConfig(BaseModel):
     disk_bytes: int = Field(20 << 30, ge=1 << 20, description="budget of donor KV on disk")
     index_uri: str | None = Field(
         None,
-        description="Milvus server or Lite file for dense search; default: a Lite file in store_dir",
+        description="Milvus server or Lite file (*.db) for dense search; default: in store_dir",
     )
     index_token: str | None = Field(None, description="Milvus credentials, 'user:password'")
     embedder: str | None = Field(
@@ -64,6 +66,13 @@ class KVShareConfig(BaseModel):
     @classmethod
     def _known_policy(cls, value: str) -> str:
         make_policy(value)
+        return value
+
+    @field_validator("index_uri")
+    @classmethod
+    def _known_index(cls, value: str | None) -> str | None:
+        if value and not value.endswith(".db") and "://" not in value and value[:5] != "unix:":
+            raise ValueError("neither a server (http://host:19530) nor a Milvus Lite file (*.db)")
         return value
 
     @classmethod

@@ -103,7 +103,7 @@ class Node:
         return borrowed
 
     def owned_row(self, start: int, length: int) -> int | None:
-        """Row of position `start` in the owned KV; None if the `length` positions are not one span."""
+        """Row of `start` in the owned KV; None unless the `length` positions are in one span."""
         row = 0
         for span in self.own:
             if span.start <= start and start + length <= span.end:
@@ -207,8 +207,7 @@ class DeltaTree:
             owned[span.start : span.end] = True
         for piece in pieces:
             owned[piece.start : piece.end] = True
-        for owner in node.owners:
-            self._borrowers[owner].discard(node_id)
+        self._return_all(node)
         self._nodes[node_id] = replace(node, own=tuple(_spans(owned)), pieces=())
         return pieces
 
@@ -220,8 +219,7 @@ class DeltaTree:
         node = self._nodes.pop(node_id, None)
         if node is None:
             return frozenset()
-        for owner in node.owners:
-            self._borrowers[owner].discard(node_id)
+        self._return_all(node)
         losers = frozenset(self._borrowers.pop(node_id, ()))
         for loser in losers:
             child = self._nodes[loser]
@@ -232,6 +230,13 @@ class DeltaTree:
             if child.parent == node_id:
                 self._nodes[child.node_id] = replace(child, parent=node.parent)
         return losers
+
+    def _return_all(self, node: Node) -> None:
+        """`node` borrows from nobody any more."""
+        for owner in node.owners:
+            self._borrowers[owner].discard(node.node_id)
+            if not self._borrowers[owner]:
+                del self._borrowers[owner]
 
     # -- reading ----------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ _PREFIX_CANDIDATES = 2
 
 def namespace(fingerprint: str, salt: str) -> str:
     """The namespace of a model's requests under one salt."""
-    return f"{fingerprint}-{xxhash.xxh3_128_hexdigest(salt.encode())}"
+    return f"{fingerprint}-{xxhash.xxh3_128_hexdigest(salt.encode('utf-8', 'surrogatepass'))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,8 @@ class DonorPool:
         self._prefixes = PrefixIndex()
         self._lock = threading.RLock()
         known = self._restore()
+        if disk is not None and disk.num_corrupt:
+            self.counters["damaged_at_start"] = disk.num_corrupt
         self._semantic: SemanticIndex | None = None
         if open_dense is not None:
             self._semantic = SemanticIndex(

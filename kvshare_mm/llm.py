@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self, TypeGuard, get_args, overload
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from kvshare_mm.config import KVShareConfig
 from kvshare_mm.donors import namespace
 from kvshare_mm.engine.prefill import Sharing
 from kvshare_mm.engine.request import RequestSpec
+from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.outputs import RequestOutput, StreamChunk
 from kvshare_mm.repair import make_policy
 from kvshare_mm.sampling import SamplingParams
@@ -36,12 +38,32 @@ class RequestOptions:
         repair: repair policy, e.g. "window:8".
         cache_salt: only requests with the same salt share KV.
         store: whether the request becomes a donor.
+
+    Raises:
+        InvalidRequestError: a value that does not exist, with the field's name.
     """
 
     sharing: Sharing | None = None
     repair: str | None = None
     cache_salt: str | None = None
     store: bool = True
+
+    def __post_init__(self) -> None:
+        checks = {
+            "sharing": self.sharing is None or self.sharing in get_args(Sharing),
+            "cache_salt": self.cache_salt is None or isinstance(self.cache_salt, str),
+            "store": isinstance(self.store, bool),
+        }
+        for name, good in checks.items():
+            if not good:
+                raise InvalidRequestError(
+                    f"{name}={getattr(self, name)!r} is not allowed; see RequestOptions", name
+                )
+        if self.repair is not None:
+            try:
+                make_policy(self.repair)
+            except (ValueError, AttributeError) as error:
+                raise InvalidRequestError(f"repair={self.repair!r}: {error}", "repair") from error
 
 
 class KVShare:
@@ -77,14 +99,14 @@ class KVShare:
     @overload
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: list[str] | list[list[int]],
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> list[RequestOutput]: ...
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | list[str] | list[list[int]],
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> RequestOutput | list[RequestOutput]:
@@ -94,10 +116,11 @@ class KVShare:
             InvalidRequestError: a prompt cannot be served; raised before any is.
             QueueFullError: more prompts than the queue takes.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            return self._submit(self._prompt(prompts, params, options)).result()  # type: ignore[arg-type]
-        specs = [self._prompt(p, params, options) for p in prompts]  # type: ignore[arg-type]
-        return [future.result() for future in [self._submit(s) for s in specs]]
+        if isinstance(prompts, str) or _are_token_ids(prompts):
+            return self._answers([self._prompt(prompts, params, options)])[0]
+        if not isinstance(prompts, Sequence):
+            raise InvalidRequestError("prompts are text, token ids, or a list of them", "prompt")
+        return self._answers([self._prompt(p, params, options) for p in prompts])  # type: ignore[arg-type]
 
     def chat(
         self,
@@ -106,7 +129,7 @@ class KVShare:
         options: RequestOptions | None = None,
     ) -> RequestOutput:
         """Answer a chat: messages as in OpenAI's API."""
-        return self._submit(self._chat(messages, params, options)).result()
+        return self._answers([self._chat(messages, params, options)])[0]
 
     def stream(
         self,
@@ -116,20 +139,9 @@ class KVShare:
     ) -> Iterator[StreamChunk]:
         """Chunks of the answer to a prompt or a chat as they come; the last has the output.
 
-        Leaving the iterator early cancels the request.
+        Leaving the iterator early cancels the request; it is submitted with the first step.
         """
-        chunks: queue.SimpleQueue[StreamChunk | Exception] = queue.SimpleQueue()
-        request_id = self._parts.engine.submit(self._any(prompt, params, options), chunks.put)
-        try:
-            while True:
-                chunk = chunks.get()
-                if isinstance(chunk, Exception):
-                    raise chunk
-                yield chunk
-                if chunk.output is not None:
-                    return
-        finally:
-            self.cancel(request_id)
+        return self._chunks(self._any(prompt, params, options))
 
     # -- async twins ------------------------------------------------------------------------
 
@@ -151,15 +163,14 @@ class KVShare:
         """`chat`; cancelling the task cancels the request."""
         return await self._await(self._chat(messages, params, options))
 
-    async def astream(
+    def astream(
         self,
         prompt: Prompt | Sequence[Message],
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
-    ) -> AsyncIterator[StreamChunk]:
+    ) -> AsyncGenerator[StreamChunk]:
         """`stream`; leaving the iterator early cancels the request."""
-        async for chunk in self._achunks(self._any(prompt, params, options)):
-            yield chunk
+        return self._achunks(self._any(prompt, params, options))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -203,8 +214,10 @@ class KVShare:
         params: SamplingParams | None,
         options: RequestOptions | None,
     ) -> RequestSpec:
-        if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
+        if not isinstance(prompt, Sequence) or not prompt or isinstance(prompt, str):
             return self._prompt(prompt, params, options)  # type: ignore[arg-type]
+        if _are_token_ids(prompt):
+            return self._prompt(prompt, params, options)
         return self._chat(prompt, params, options)  # type: ignore[arg-type]
 
     def _prompt(
@@ -227,19 +240,36 @@ class KVShare:
         params: SamplingParams | None,
         options: RequestOptions | None,
     ) -> RequestSpec:
-        options = options or RequestOptions()
+        params = SamplingParams() if params is None else params
+        options = RequestOptions() if options is None else options
+        if not isinstance(params, SamplingParams) or not isinstance(options, RequestOptions):
+            raise InvalidRequestError("params are SamplingParams, options are RequestOptions")
         salt = self.config.cache_salt if options.cache_salt is None else options.cache_salt
-        return RequestSpec(
+        spec = RequestSpec(
             stream=stream,
             text=text,
-            params=params or SamplingParams(),
+            params=params,
             namespace=namespace(self._parts.loaded.fingerprint, salt),
             sharing=options.sharing or self.config.sharing,
-            policy=make_policy(options.repair) if options.repair else None,
+            policy=None if options.repair is None else make_policy(options.repair),
             store=options.store,
         )
+        self._parts.engine.check(spec)
+        return spec
 
-    def _submit(self, spec: RequestSpec) -> Future[RequestOutput]:
+    def _answers(self, specs: Sequence[RequestSpec]) -> list[RequestOutput]:
+        submitted: list[tuple[str, Future[RequestOutput]]] = []
+        try:
+            for spec in specs:
+                submitted.append(self._submit(spec))
+            return [future.result() for _, future in submitted]
+        except BaseException:
+            # Nobody will see their answers; those that are done do not mind.
+            for request_id, _ in submitted:
+                self.cancel(request_id)
+            raise
+
+    def _submit(self, spec: RequestSpec) -> tuple[str, Future[RequestOutput]]:
         future: Future[RequestOutput] = Future()
 
         def sink(chunk: StreamChunk | Exception) -> None:
@@ -248,16 +278,30 @@ class KVShare:
             elif chunk.output is not None:
                 future.set_result(chunk.output)
 
-        self._parts.engine.submit(spec, sink)
-        return future
+        return self._parts.engine.submit(spec, sink), future
+
+    def _chunks(self, spec: RequestSpec) -> Iterator[StreamChunk]:
+        chunks: queue.SimpleQueue[StreamChunk | Exception] = queue.SimpleQueue()
+        request_id = self._parts.engine.submit(spec, chunks.put)
+        try:
+            while True:
+                chunk = chunks.get()
+                if isinstance(chunk, Exception):
+                    raise chunk
+                yield chunk
+                if chunk.output is not None:
+                    return
+        finally:
+            self.cancel(request_id)
 
     async def _await(self, spec: RequestSpec) -> RequestOutput:
-        async for chunk in self._achunks(spec):
-            if chunk.output is not None:
-                return chunk.output
+        async with aclosing(self._achunks(spec)) as chunks:
+            async for chunk in chunks:
+                if chunk.output is not None:
+                    return chunk.output
         raise RuntimeError("the engine ended a request without an output")
 
-    async def _achunks(self, spec: RequestSpec) -> AsyncIterator[StreamChunk]:
+    async def _achunks(self, spec: RequestSpec) -> AsyncGenerator[StreamChunk]:
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()
 
@@ -277,3 +321,7 @@ class KVShare:
                     return
         finally:
             self.cancel(request_id)
+
+
+def _are_token_ids(prompt: object) -> TypeGuard[Sequence[int]]:
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], int)

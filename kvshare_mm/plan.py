@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvshare_mm.align import Match, align, common_prefix, maximal_matches
+from kvshare_mm.index.ngrams import ngram_hashes
 
 
 class Decline(StrEnum):
@@ -87,13 +88,16 @@ class ReusePlan:
     declined: Decline | None = None
 
     def __post_init__(self) -> None:
-        end = 0
+        end = exact_end = 0
         for run in self.runs:
             if run.start < end or run.length <= 0:
                 raise ValueError(f"kept runs overlap or are empty at {run}")
-            if run.exact and (run.shift or run.start != end):
-                raise ValueError(f"an exact run must continue the prefix unshifted: {run}")
+            if run.donor_start < 0:
+                raise ValueError(f"a kept run starts before its donor: {run}")
+            if run.exact and (run.shift or run.start != exact_end):
+                raise ValueError(f"an exact run must continue the exact prefix unshifted: {run}")
             end = run.end
+            exact_end = end if run.exact else exact_end
         if self.num_tokens < 1 or end > self.num_tokens - 1:
             raise ValueError("the last position must be computed")
 
@@ -182,7 +186,7 @@ class PlannerOptions:
 def make_plan(target: np.ndarray, donors: Sequence[Donor], options: PlannerOptions) -> ReusePlan:
     """Plan the reuse of `donors` (the better candidates first) for `target` (``[N]`` keys)."""
     n = len(target)
-    runs = _prefix_runs(target, donors)
+    runs = _prefix_runs(target, donors, options.min_run)
     if options.exact_only:
         runs = tuple(r for r in runs if r.exact)
     prefix = runs[-1].end if runs else 0
@@ -200,11 +204,12 @@ def make_plan(target: np.ndarray, donors: Sequence[Donor], options: PlannerOptio
     return ReusePlan(n, (*runs, *rest))
 
 
-def _prefix_runs(target: np.ndarray, donors: Sequence[Donor]) -> tuple[KeptRun, ...]:
+def _prefix_runs(target: np.ndarray, donors: Sequence[Donor], min_run: int) -> tuple[KeptRun, ...]:
     """The exact prefix, and the approximate one that continues it token for token.
 
     A request that repeats or extends an approximate one sees the very context that its KV was
-    computed in, so nothing is compounded: it gets the answer that one got.
+    computed in, so nothing is compounded: it gets the answer that one got. Less than `min_run`
+    positions are not worth it that all behind them are approximate too.
     """
     limit = len(target) - 1
     exact: KeptRun | None = None
@@ -218,7 +223,7 @@ def _prefix_runs(target: np.ndarray, donors: Sequence[Donor]) -> tuple[KeptRun, 
             longest = KeptRun(donor.donor_id, 0, 0, shared, exact=False)
     sure = exact.length if exact else 0
     runs = [exact] if exact else []
-    if longest and longest.length > sure:
+    if longest and longest.length - sure >= min_run:
         runs.append(KeptRun(longest.donor, sure, sure, longest.length - sure, exact=False))
     return tuple(runs)
 
@@ -229,7 +234,11 @@ def _approximate_runs(
     limit = len(target) - 1
     best: list[KeptRun] = []
     covered = 0
-    for donor in donors:
+    # Aligning costs milliseconds: a donor that cannot win by a gain worth having is left out.
+    reach = {d.donor_id: _reach(d, target[prefix:limit], options.min_run) for d in donors}
+    for donor in sorted(donors, key=lambda d: -reach[d.donor_id]):
+        if best and reach[donor.donor_id] < covered + options.min_gain_tokens:
+            break
         runs = _usable(align(donor.keys, target, options.min_run), donor, prefix, limit, options)
         length = sum(r.length for r in runs)
         if length > covered:
@@ -243,6 +252,14 @@ def _approximate_runs(
     return best
 
 
+def _reach(donor: Donor, target: np.ndarray, min_run: int) -> int:
+    """At most this many positions of `target` are in runs that `donor` has too."""
+    if len(target) < min_run:
+        return 0
+    shared = np.isin(ngram_hashes(target, min_run), ngram_hashes(donor.keys, min_run))
+    return int(np.convolve(shared, np.ones(min_run, dtype=np.int64)).astype(bool).sum())
+
+
 def _usable(
     matches: Iterable[Match], donor: Donor, low: int, high: int, options: PlannerOptions
 ) -> list[KeptRun]:
@@ -254,13 +271,17 @@ def _usable(
             continue
         shift = match.start - match.donor_start
         usable = donor.material[start - shift : end - shift]
-        edges = np.flatnonzero(np.diff(np.concatenate(([0], usable.astype(np.int8), [0]))))
         runs.extend(
-            KeptRun(donor.donor_id, start - shift + int(a), start + int(a), int(b - a), exact=False)
-            for a, b in edges.reshape(-1, 2)
-            if b - a >= options.min_run
+            KeptRun(donor.donor_id, start - shift + a, start + a, b - a, exact=False)
+            for a, b in _stretches(usable, options.min_run)
         )
     return runs
+
+
+def _stretches(mask: np.ndarray, min_run: int) -> list[tuple[int, int]]:
+    """Bounds of the stretches of at least `min_run` true positions."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(np.int8), [0]))))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2) if b - a >= min_run]
 
 
 def _gaps(runs: list[KeptRun], low: int, high: int, min_run: int) -> list[tuple[int, int]]:
@@ -273,10 +294,13 @@ def _fill(
 ) -> list[KeptRun]:
     """Runs of one donor for the gaps that are left, the longest first, moved blocks included."""
     taken: list[KeptRun] = []
+    free = np.ones(len(target), dtype=bool)
+    matches = maximal_matches(donor.keys, target, options.min_run)
     for low, high in gaps:
-        matches = maximal_matches(donor.keys, target[low:high], options.min_run)
-        moved = (Match(m.donor_start, m.start + low, m.length) for m in matches)
-        for run in sorted(_usable(moved, donor, low, high, options), key=lambda r: -r.length):
-            if all(run.end <= t.start or run.start >= t.end for t in taken):
-                taken.append(run)
+        for run in sorted(_usable(matches, donor, low, high, options), key=lambda r: -r.length):
+            # Matches of moved blocks reach into each other by whatever separates the blocks.
+            for a, b in _stretches(free[run.start : run.end], options.min_run):
+                start, end = run.start + a, run.start + b
+                taken.append(KeptRun(run.donor, start - run.shift, start, end - start, exact=False))
+                free[start:end] = False
     return taken

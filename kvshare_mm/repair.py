@@ -7,6 +7,7 @@ the first layers, so policies that can decide without it do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,6 +51,9 @@ class BoundaryWindow:
 
     width: int = 8
 
+    def __post_init__(self) -> None:
+        _check_not_negative("width", self.width)
+
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
         windows = [
             np.arange(r.start, min(r.start + self.width, r.end)) for r in plan.runs if not r.exact
@@ -62,6 +66,9 @@ class Tail:
     """The last `width` positions of the prompt: those that the first token attends with."""
 
     width: int = 16
+
+    def __post_init__(self) -> None:
+        _check_not_negative("width", self.width)
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
         return np.arange(max(0, plan.num_tokens - self.width), plan.num_tokens)
@@ -78,6 +85,12 @@ class TopDeviation:
     share: float = 0.15
     layer: int = 1
     tail: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must lie in 0..1, not {self.share}")
+        _check_not_negative("layer", self.layer)
+        _check_not_negative("tail", self.tail)
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
         approximate = np.flatnonzero(plan.approximate)
@@ -101,17 +114,20 @@ class EditBudget:
     ratio: float = 0.6
     max_width: int = 32
 
+    def __post_init__(self) -> None:
+        _check_not_negative("ratio", self.ratio)
+        _check_not_negative("max_width", self.max_width)
+
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
         runs = [r for r in plan.runs if not r.exact]
-        budget = int(self.ratio * len(plan.placeholders))
-        order = np.concatenate(
-            [np.arange(min(self.max_width, r.length)) for r in runs] or [np.empty(0, np.int64)]
-        )
-        at = np.concatenate(
-            [r.start + np.arange(min(self.max_width, r.length)) for r in runs]
-            or [np.empty(0, np.int64)]
-        )
-        return at[np.argsort(order, kind="stable")[:budget]]
+        # No more than there are positions, or a large ratio would overflow.
+        budget = int(min(self.ratio * len(plan.placeholders), plan.num_tokens))
+        if not runs:
+            return np.empty(0, np.int64)
+        depth = np.concatenate([np.arange(min(self.max_width, r.length)) for r in runs])
+        at = np.concatenate([r.start + np.arange(min(self.max_width, r.length)) for r in runs])
+        chosen: np.ndarray = at[np.argsort(depth, kind="stable")[:budget]]
+        return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +140,19 @@ class Union:
         return np.concatenate([p.positions(plan, probe) for p in self.policies])
 
 
+def _check_not_negative(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least 0, not {value}")
+
+
+def _no_repair(argument: str) -> NoRepair:
+    if argument:
+        raise ValueError("it takes no parameter")
+    return NoRepair()
+
+
 _POLICIES: dict[str, Callable[[str], RepairPolicy]] = {
-    "none": lambda _: NoRepair(),
+    "none": _no_repair,
     "window": lambda a: BoundaryWindow(int(a or 8)),
     "tail": lambda a: Tail(int(a or 16)),
     "deviation": lambda a: TopDeviation(float(a or 0.15)),
@@ -137,12 +164,15 @@ def make_policy(spec: str) -> RepairPolicy:
     """A policy from its text form, e.g. ``window:8`` or ``deviation:0.2+tail:8``.
 
     Raises:
-        ValueError: unknown policy or a parameter that is not a number of its kind.
+        ValueError: unknown policy, or a parameter that is no number of its kind or out of range.
     """
     policies = []
     for part in spec.split("+"):
         name, _, argument = part.strip().partition(":")
         if name not in _POLICIES:
             raise ValueError(f"repair policy {name!r} is none of {', '.join(_POLICIES)}")
-        policies.append(_POLICIES[name](argument))
+        try:
+            policies.append(_POLICIES[name](argument))
+        except ValueError as error:
+            raise ValueError(f"repair policy {part.strip()!r}: {error}") from error
     return policies[0] if len(policies) == 1 else Union(tuple(policies))

@@ -1,7 +1,7 @@
 """Re-rotation of keys: move a cached key from one position to another.
 
-RoPE rotates pair ``i`` of a key at position ``p`` by ``p * inv_freq[i]``. Rotations add up, so a key
-moves from ``p`` to ``p + d`` by rotating it ``d * inv_freq[i]`` further, whatever scale factor the
+RoPE rotates pair ``i`` of a key at position ``p`` by ``p * inv_freq[i]``. Rotations add up, so a
+key moves from ``p`` to ``p + d`` by rotating it ``d * inv_freq[i]`` further, whatever factor the
 model multiplied in (YaRN's attention factor stays as it is). This holds for every RoPE type whose
 ``inv_freq`` does not depend on the sequence length: default, linear, llama3, YaRN.
 """

@@ -10,6 +10,7 @@ from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.outputs import TokenLogprob
 
 _MAX_LOGPROBS = 20
+_MIN_TEMPERATURE = 1e-5  # below it the division would overflow; the answer is greedy anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +43,23 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        stop: object = () if self.stop is None else self.stop
+        if isinstance(stop, str):
+            stop = (stop,)
+        object.__setattr__(self, "stop", tuple(stop) if isinstance(stop, list) else stop)
         checks = {
             "max_tokens": self.max_tokens is None
-            or (_whole(self.max_tokens)
-            and self.max_tokens > 0),
+            or (_whole(self.max_tokens) and self.max_tokens > 0),
             "temperature": _number(self.temperature) and 0 <= self.temperature <= 100,
             "top_p": _number(self.top_p) and 0 < self.top_p <= 1,
             "top_k": _whole(self.top_k) and self.top_k >= -1,
             "min_p": _number(self.min_p) and 0 <= self.min_p <= 1,
             "seed": self.seed is None or (_whole(self.seed) and -(2**63) <= self.seed < 2**64),
-            "stop": all(isinstance(s, str) and s for s in self.stop),
+            "stop": isinstance(self.stop, tuple)
+            and all(isinstance(s, str) and s for s in self.stop),
+            "ignore_eos": isinstance(self.ignore_eos, bool),
             "logprobs": self.logprobs is None
-            or (_whole(self.logprobs)
-            and 0 <= self.logprobs <= _MAX_LOGPROBS),
+            or (_whole(self.logprobs) and 0 <= self.logprobs <= _MAX_LOGPROBS),
         }
         for name, good in checks.items():
             if not good:
@@ -103,7 +105,8 @@ class Sampler:
         if self.params.logprobs is None:
             return token, None
         logprobs = logits.log_softmax(-1)
-        top = logprobs.topk(self.params.logprobs) if self.params.logprobs else None
+        count = min(self.params.logprobs, len(logprobs))
+        top = logprobs.topk(count) if count else None
         alternatives = (
             tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
         )
@@ -111,7 +114,7 @@ class Sampler:
 
     def _draw(self, logits: torch.Tensor) -> int:
         p = self.params
-        logits = logits / p.temperature
+        logits = logits / max(p.temperature, _MIN_TEMPERATURE)
         if 0 < p.top_k < len(logits):
             logits = logits.masked_fill(logits < logits.topk(p.top_k).values[-1], float("-inf"))
         probs = logits.softmax(-1)
@@ -121,5 +124,6 @@ class Sampler:
             ordered, order = probs.sort(descending=True)
             # A token stays if what is more likely than it does not reach top_p yet.
             beyond = ordered.cumsum(-1) - ordered >= p.top_p * probs.sum()
+            beyond[0] = False  # a top_p too small for float32 is 0
             probs = probs.index_fill(0, order[beyond], 0.0)
         return int(torch.multinomial(probs, 1, generator=self._generator))

@@ -69,7 +69,9 @@ class SegmentStream:
 
 def text_stream(token_ids: Sequence[int] | np.ndarray) -> SegmentStream:
     """A stream of text only: one segment, keys equal to the token ids."""
-    ids = np.asarray(token_ids, dtype=np.int64)
+    ids = np.array(token_ids, dtype=np.int64)
+    if ids.size and ids.min() < 0:
+        raise ValueError("a token id is negative")
     return SegmentStream(ids, ids.astype(np.uint64), (Segment(Modality.TEXT, 0, len(ids)),))
 
 

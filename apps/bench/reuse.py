@@ -27,8 +27,8 @@ def read_pairs(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"cannot read the pairs: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the pairs in {path}: {error}") from error
     pairs = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -21,6 +21,7 @@ from kvshare_mm.engine.request import Request, RequestSpec, Sink
 from kvshare_mm.engine.runner import ModelRunner, SlotRunner
 from kvshare_mm.errors import EngineClosedError, InvalidRequestError, QueueFullError
 from kvshare_mm.models.loader import LoadedModel
+from kvshare_mm.one_core import start_on_one_core
 from kvshare_mm.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
@@ -65,21 +66,14 @@ class NativeEngine:
         self._lookups: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
         self._capturer = threading.Thread(target=self._capture, name="kvshare-capture", daemon=True)
-        self._searcher = threading.Thread(target=self._search, name="kvshare-search", daemon=True)
         self._thread.start()
         self._capturer.start()
-        self._searcher.start()
+        self._searcher = start_on_one_core(self._search, "kvshare-search")
 
     # -- called from any thread -------------------------------------------------------------
 
-    def submit(self, spec: RequestSpec, sink: Sink) -> str:
-        """Queue a request; chunks and at last its output, or an error, go to `sink`.
-
-        Raises:
-            InvalidRequestError: empty prompt, or one longer than the context.
-            QueueFullError: too many requests are waiting.
-            EngineClosedError: the engine was closed or has died.
-        """
+    def check(self, spec: RequestSpec) -> None:
+        """Raises InvalidRequestError: empty prompt, or one longer than the context."""
         n = len(spec.stream)
         if n == 0:
             raise InvalidRequestError("the prompt is empty", "prompt")
@@ -89,6 +83,16 @@ class NativeEngine:
                 "answer included; shorten it or raise max_model_len",
                 "prompt",
             )
+
+    def submit(self, spec: RequestSpec, sink: Sink) -> str:
+        """Queue a request; chunks and at last its output, or an error, go to `sink`.
+
+        Raises:
+            InvalidRequestError: empty prompt, or one longer than the context.
+            QueueFullError: too many requests are waiting.
+            EngineClosedError: the engine was closed or has died.
+        """
+        self.check(spec)
         request = Request(spec, sink)
         with self._changed:
             if self._closing or not self._thread.is_alive():
@@ -150,12 +154,12 @@ class NativeEngine:
             error = EngineClosedError(f"the engine died: {failure}")
         with self._changed:
             self._closing = True
-            left = [*self._active, *self._waiting]
+            left = list(self._known.values())  # one that was about to start is in no other list
             self._active.clear()
             self._waiting.clear()
             self._known.clear()
         for request in left:
-            request.sink(error)
+            request.emit(error)
 
     def _step(self) -> bool:
         """One prefill and one decode step; waits if there is nothing to do."""
@@ -171,9 +175,9 @@ class NativeEngine:
             if self._closing:
                 return False
             gone = [r for r in self._waiting if r.cancelled]
-            for request in gone:
-                self._waiting.remove(request)
-            request = None
+            for dropped in gone:
+                self._waiting.remove(dropped)
+            request: Request | None = None
             if self._waiting and self._free:
                 request = self._waiting.popleft()
                 slot = self._free.pop()
@@ -187,8 +191,8 @@ class NativeEngine:
 
     def _start(self, request: Request, slot: int) -> None:
         spec = request.spec
-        request.begin(slot, self._loaded.tokenizer, self._loaded.device)
         try:
+            request.begin(slot, self._loaded.tokenizer, self._loaded.device)
             request.prefill = self._prefiller.prefill(
                 slot,
                 spec.stream,
@@ -198,11 +202,7 @@ class NativeEngine:
                 similar=request.similar,
             )
         except Exception as failure:
-            # One request that the model cannot take must not end the others.
-            logger.exception("prefill of %s failed", request.request_id)
-            self.counters["failed"] += 1
-            self._release(request)
-            request.sink(failure)
+            self._fail(request, failure)
             return
         self._count(request)
         self._active.append(request)
@@ -224,23 +224,38 @@ class NativeEngine:
 
     def _accept(self, request: Request, logits: torch.Tensor) -> None:
         left = self._max_model_len - len(request.spec.stream)
-        reason = request.accept(logits, self._loaded.eos_token_ids, left)
+        try:
+            reason = request.accept(logits, self._loaded.eos_token_ids, left)
+        except Exception as failure:  # logits that are no numbers: there is nothing to draw from
+            self._active.remove(request)
+            self._fail(request, failure)
+            return
         if reason is not None:
             self._finish(request, reason)
+
+    def _fail(self, request: Request, failure: Exception) -> None:
+        """One request that the model cannot take must not end the others."""
+        logger.error("request %s failed", request.request_id, exc_info=failure)
+        self.counters["failed"] += 1
+        self._release(request)
+        request.emit(failure)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request in self._active:
             self._active.remove(request)
         self.counters[f"finished_{reason}"] += 1
         self.counters["generation_tokens"] += len(request.token_ids)
-        request.finish(reason)
         wanted = self._donors is not None and request.spec.store and request.prefill is not None
         if wanted and request.spec.sharing != "off" and isinstance(self._runner, SlotRunner):
             with self._changed:
+                # Before the caller hears of the end: a flush must wait for it.
                 self._capturing += 1
+            request.finish(reason)
+            with self._changed:
                 self._known.pop(request.request_id, None)
             self._captures.put(request)
         else:
+            request.finish(reason)
             self._release(request)
 
     def _release(self, request: Request) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def provenance(result: PrefillResult) -> Provenance:
     labels: tuple[Literal["recomputed", "exact", "reused"], ...] = ("recomputed", "exact", "reused")
     spans = tuple(
         Span(a, b, labels[kinds[a]], plan.donors[owner[a]] if owner[a] >= 0 else None)
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        for a, b in itertools.pairwise(bounds)
     )
     return Provenance(
         exact=plan.num_exact,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -23,6 +25,8 @@ from kvshare_mm.outputs import (
 from kvshare_mm.repair import RepairPolicy
 from kvshare_mm.sampling import Sampler, SamplingParams
 from kvshare_mm.stream import SegmentStream
+
+logger = logging.getLogger(__name__)
 
 Sink = Callable[[StreamChunk | Exception], None]
 
@@ -80,6 +84,17 @@ class Request:
         self.sampler = Sampler(self.spec.params, device)
         self.detokenizer = Detokenizer(tokenizer, self.spec.params.stop)
 
+    def emit(self, chunk: StreamChunk | Exception) -> None:
+        """Hand a chunk, or the error that ends the request, to the sink.
+
+        A sink that fails has nobody behind it any more: the request is cancelled, the engine lives.
+        """
+        try:
+            self.sink(chunk)
+        except Exception:
+            logger.exception("the sink of %s failed", self.request_id)
+            self.cancelled = True
+
     def accept(
         self, logits: torch.Tensor, eos: frozenset[int], max_tokens: int
     ) -> FinishReason | None:
@@ -102,13 +117,13 @@ class Request:
         text = self.detokenizer.add(token)
         if self.detokenizer.stopped:
             if text:
-                self.sink(StreamChunk(text, (token,)))
+                self.emit(StreamChunk(text, (token,)))
             return "stop"
         if len(self.token_ids) >= min(params.max_tokens or max_tokens, max_tokens):
             if text:
-                self.sink(StreamChunk(text, (token,)))
+                self.emit(StreamChunk(text, (token,)))
             return "length"
-        self.sink(StreamChunk(text, (token,)))
+        self.emit(StreamChunk(text, (token,)))
         return None
 
     def finish(self, reason: FinishReason) -> RequestOutput:
@@ -123,7 +138,7 @@ class Request:
             edit=result.edit if result else 0.0,
             prefill=result.compute if result else 0.0,
             ttft=times[0] - self.submitted if times else 0.0,
-            token_times=tuple(b - a for a, b in zip(times[:-1], times[1:], strict=True)),
+            token_times=tuple(b - a for a, b in itertools.pairwise(times)),
             total=done - self.submitted,
         )
         output = RequestOutput(
@@ -136,5 +151,5 @@ class Request:
             metrics=metrics,
             logprobs=tuple(self.logprobs) if self.spec.params.logprobs is not None else None,
         )
-        self.sink(StreamChunk(rest, output=output))
+        self.emit(StreamChunk(rest, output=output))
         return output

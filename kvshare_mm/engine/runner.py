@@ -6,6 +6,7 @@ cannot run, with transformers' own cache, whole prompts only.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -75,6 +76,11 @@ class SlotRunner:
             )
         )
 
+    @property
+    def max_bytes(self) -> int:
+        """Bytes that the slots take when all are full."""
+        return self._cache.keys.nbytes + self._cache.values.nbytes
+
     def slot_kv(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a slot, ``[num_layers, num_kv_heads, max_len, head_dim]``, as views."""
         return self._cache.keys[:, slot], self._cache.values[:, slot]
@@ -84,7 +90,7 @@ class SlotRunner:
         ids = torch.from_numpy(token_ids).to(self._device)
         index = torch.from_numpy(compute).to(self._device)
         for part in index.split(self._chunk):
-            logits = self._forward(self._cache, slot, ids, part).logits
+            logits: torch.Tensor = self._forward(self._cache, slot, ids, part).logits
         return logits[0, -1]
 
     @torch.inference_mode()
@@ -116,10 +122,12 @@ class SlotRunner:
         """How far the slot's V is from what the context gives, at an early layer.
 
         Runs the first layers over positions ``[start, N)``; those before must be in the slot.
+        A model with fewer layers is measured at its last one.
 
         Returns:
             ``[N]`` float32 L2 norms over heads and channels; 0 before `start`.
         """
+        layer = min(layer, len(self._cache.keys) - 1)
         cache = _DeviationCache(self._cache, slot, len(token_ids), layer)
         ids = torch.from_numpy(token_ids).to(self._device)
         index = torch.arange(start, len(token_ids), device=self._device)
@@ -185,12 +193,18 @@ class PlainRunner:
         self._model = loaded.model
         self._device = loaded.device
         self._caches: dict[int, Any] = {}
+        # As `generate` does: recurrent models have another name for the cache, some do not return
+        # it, and some count positions only if they are told.
+        accepted = inspect.signature(loaded.model.forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
+        self._takes_positions = "position_ids" in accepted
 
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: np.ndarray, compute: np.ndarray) -> torch.Tensor:
         if len(compute) != len(token_ids):
             raise ValueError("this model computes whole prompts only")
-        return self._step(slot, token_ids.tolist(), None)
+        self._caches[slot] = DynamicCache(config=self._model.config)
+        return self._step(slot, token_ids.tolist(), 0)
 
     @torch.inference_mode()
     def decode(
@@ -198,20 +212,20 @@ class PlainRunner:
     ) -> torch.Tensor:
         return torch.stack(
             [
-                self._step(slot, [token], self._caches[slot])
-                for slot, token in zip(slots, token_ids, strict=True)
+                self._step(slot, [token], position)
+                for slot, token, position in zip(slots, token_ids, positions, strict=True)
             ]
         )
 
     def release(self, slot: int) -> None:
         self._caches.pop(slot, None)
 
-    def _step(self, slot: int, token_ids: list[int], past: Any) -> torch.Tensor:
-        output = self._model(
-            input_ids=torch.tensor([token_ids], device=self._device),
-            past_key_values=past if past is not None else DynamicCache(config=self._model.config),
-            use_cache=True,
-        )
-        self._caches[slot] = output.past_key_values
-        logits: torch.Tensor = output.logits
+    def _step(self, slot: int, token_ids: list[int], start: int) -> torch.Tensor:
+        inputs = {self._cache_name: self._caches[slot]}
+        if self._takes_positions:
+            positions = torch.arange(start, start + len(token_ids), device=self._device)
+            inputs["position_ids"] = positions[None]
+        logits: torch.Tensor = self._model(
+            input_ids=torch.tensor([token_ids], device=self._device), use_cache=True, **inputs
+        ).logits
         return logits[0, -1]

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.index.base import DenseIndex, IndexRecord, IndexUnavailableError
+from kvshare_mm.one_core import start_on_one_core
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ class SemanticIndex:
         self._pending: queue.SimpleQueue[tuple[IndexRecord, str] | str | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._unfinished = 1  # opening
-        self._thread = threading.Thread(target=self._run, name="kvshare-semantic", daemon=True)
-        self._thread.start()
+        self._thread = start_on_one_core(self._run, "kvshare-semantic")
 
     def add(self, record: IndexRecord, text: str) -> None:
         """Embed `text` and index the record, some time later."""
@@ -69,7 +68,7 @@ class SemanticIndex:
         index, embed = self._opened
         try:
             found = index.search_dense(namespace, embed(text), limit)
-        except IndexUnavailableError as error:
+        except Exception as error:  # an embedder may raise anything, and this is only a help
             self._count("dense_search_failed", error)
             return ()
         return tuple(candidate.node_id for candidate in found)
@@ -95,8 +94,6 @@ class SemanticIndex:
         self._pending.put(item)
 
     def _run(self) -> None:
-        # One thread: this work must not take the cores that the model runs on.
-        torch.set_num_threads(1)
         self._finished(self._open)
         while (item := self._pending.get()) is not None:
             self._finished(lambda item=item: self._apply(item))  # type: ignore[misc]

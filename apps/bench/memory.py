@@ -1,0 +1,54 @@
+"""`kvshare bench memory`: what the DELTA tree saves, and whether budgets hold."""
+
+from __future__ import annotations
+
+import random
+import resource
+from typing import Any
+
+import psutil
+from rich.progress import track
+
+from kvshare_mm.apps.bench.methods import METHODS
+from kvshare_mm.apps.bench.reuse import encode
+from kvshare_mm.apps.bench.rig import Rig, machine
+from kvshare_mm.apps.stories import lab_report, random_values
+
+
+def run(rig: Rig, *, num_requests: int = 100, host_bytes: int) -> dict[str, Any]:
+    """Serve lab reports with other numbers each, storing all, and look at the bytes.
+
+    Args:
+        host_bytes: the budget that the rig's RAM tier was given.
+
+    Returns:
+        Bytes held, bytes if each request were stored whole, and the process's memory: before,
+        at its peak, and what the budgets allow.
+    """
+    rng = random.Random(0)
+    ns = rig.namespace("memory")
+    before = psutil.Process().memory_info().rss
+    slot = rig.runner.max_bytes
+    saved = whole = 0
+    for i in track(range(num_requests), "Serving lab reports", transient=True):
+        text = lab_report(random_values(rng), str(10_000 + i), "Question: What is the urea value?")
+        stream = encode(rig, text)
+        rig.capture(stream, ns, rig.serve(stream, ns, METHODS["kvshare"]).result)
+    per_token = rig.loaded.kv_shape.bytes_per_token(rig.loaded.dtype) if rig.loaded.kv_shape else 0
+    saved = rig.donors.tree.num_tokens_owned * per_token
+    whole = rig.donors.tree.num_tokens_whole * per_token
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "machine": machine(),
+        "model": rig.loaded.name,
+        "requests": num_requests,
+        "donors": len(rig.donors.tree),
+        "bytes_held": rig.donors.store.bytes_by_tier(),
+        "bytes_owned": saved,
+        "bytes_whole": whole,
+        "times_less": whole / saved,
+        "rss_before_bytes": before,
+        "rss_peak_bytes": peak,
+        "budget_bytes": {"host": host_bytes, "slots": slot},
+        "within_budget": peak - before <= host_bytes + slot,
+    }

@@ -1,0 +1,1 @@
+"""Finding donors: by shared n-grams, by identical prefix, and by meaning."""

@@ -1,0 +1,74 @@
+"""What the store keeps for one DELTA-tree node, and what every tier can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from kvshare_mm.delta_tree import Node
+
+
+@dataclass(frozen=True, slots=True)
+class NodeKV:
+    """K and V of the positions a node owns, in the order of `Node.own`.
+
+    Attributes:
+        k: ``[num_layers, num_kv_heads, num_owned, head_dim]``, rotated at the node's positions.
+        v: ``[num_layers, num_kv_heads, num_owned, head_dim]`` (head_dim may differ from k's).
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNode:
+    """A node with what is needed to serve and to index it again after a restart.
+
+    Attributes:
+        node: the tree node (keys, owned runs, pieces, parent, exact length, namespace).
+        kv: owned KV, on the CPU and contiguous.
+        embedding: ``[dim]`` float32 search vector, or None while it is not computed.
+    """
+
+    node: Node
+    kv: NodeKV
+    embedding: np.ndarray | None = None
+
+
+class KVTier(Protocol):
+    """One level of storage: host RAM, disk, or a shared server."""
+
+    name: str
+
+    def put(self, stored: StoredNode) -> list[str]:
+        """Store a node, evicting others if the tier is full.
+
+        Returns the ids of the nodes that this tier no longer holds, which may include the
+        new one if it can never fit.
+        """
+
+    def get(self, node_id: str) -> StoredNode:
+        """Return the node and mark it used.
+
+        Raises KVUnavailableError ("evicted", "corrupt", "io_error").
+        """
+
+    def delete(self, node_id: str) -> None:
+        """Forget a node; an unknown id is not an error."""
+
+    def __contains__(self, node_id: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in use."""

@@ -1,0 +1,296 @@
+"""File format of one stored node: a safetensors file that checks itself.
+
+Tensors: ``keys`` (uint64 ``[N]``), ``own`` (int64 ``[n, 2]``), ``k``, ``v`` and, when there is one,
+``embedding`` (float32 ``[dim]``). The string metadata holds the rest of the node as JSON and two
+xxh3-128 checksums: one over the record (all but K and V), so that a tree can be rebuilt without
+reading gigabytes of KV, and one over the bytes of K and V.
+
+The safetensors library opens these files, but does not read or write them here: its `safe_open`
+maps the file, and a bad sector, or another process that truncates it, then kills us with SIGBUS
+where `read` raises OSError; its `save_file`, killed, leaves files whose names do not say they are
+ours to remove.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from kvshare_mm.delta_tree import Node, Piece, Span
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.store.base import NodeKV, StoredNode
+
+FORMAT = "kvshare_mm.node"
+FORMAT_VERSION = "1"
+TEMP_SUFFIX = ".tmp"
+
+_KV_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_KV_DTYPE_NAMES = {dtype: name for name, dtype in _KV_DTYPES.items()}
+_RECORD_TENSORS = ("keys", "own", "embedding")
+
+_Layout = dict[str, dict[str, Any]]  # tensor name -> its entry in a safetensors header
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A verified record and where the K/V bytes that belong to it lie."""
+
+    node: Node
+    embedding: np.ndarray | None
+    tensors: _Layout
+    data_start: int
+    kv_checksum: str
+
+
+def write_node(path: Path, stored: StoredNode, *, durable: bool = False) -> int:
+    """Write a node so that `path` holds it whole or is left as it was.
+
+    Args:
+        path: the file to create or to replace.
+        stored: the node; K and V bfloat16, float16 or float32, on the CPU.
+        durable: also flush to the device, to survive a power cut and not only a killed process.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        KVUnavailableError: "io_error", the file could not be written; no temporary file is left.
+        ValueError: K and V are not the owned positions of the node, or of another dtype or device.
+    """
+    _check_kv(stored)
+    chunks = _encode(stored)
+    try:
+        try:
+            return _replace_file(path, chunks, durable)
+        except FileNotFoundError:
+            # Another process that opens this folder clears temporary files away, for it cannot
+            # know that the one of ours is in use. It does so once: the second try goes through.
+            return _replace_file(path, chunks, durable)
+    except OSError as error:
+        message = f"cannot write node {stored.node.node_id} to {path}: {error}"
+        raise KVUnavailableError("io_error", message) from error
+
+
+def read_record(path: Path) -> tuple[Node, np.ndarray | None, int]:
+    """Read and verify all of a node but its K and V, whose bytes are not touched.
+
+    Returns:
+        The node, its embedding (``[dim]`` float32, or None) and the bytes of its K and V.
+
+    Raises:
+        KVUnavailableError: "evicted" (no such file), "corrupt" or "io_error".
+    """
+    with _reading(path) as file:
+        record = _read_record(file)
+    spans = [record.tensors[name]["data_offsets"] for name in ("k", "v")]
+    return record.node, record.embedding, sum(end - start for start, end in spans)
+
+
+def read_node(path: Path) -> StoredNode:
+    """Read a node and verify every byte of it; raises as `read_record` does."""
+    with _reading(path) as file:
+        record = _read_record(file)
+        kv = NodeKV(k=_read_tensor(file, record, "k"), v=_read_tensor(file, record, "v"))
+    if _kv_checksum(_tensor_bytes(kv.k), _tensor_bytes(kv.v)) != record.kv_checksum:
+        raise _corrupt(path, "the checksum of K and V does not match")
+    return StoredNode(record.node, kv, record.embedding)
+
+
+def _check_kv(stored: StoredNode) -> None:
+    for name, tensor in (("k", stored.kv.k), ("v", stored.kv.v)):
+        if tensor.dtype not in _KV_DTYPE_NAMES or tensor.device.type != "cpu":
+            raise ValueError(
+                f"node {stored.node.node_id}: {name} is {tensor.dtype} on {tensor.device}; the"
+                " store takes bfloat16, float16 and float32 on the CPU"
+            )
+        if tensor.dim() != 4 or tensor.shape[2] != stored.node.num_owned:
+            raise ValueError(
+                f"node {stored.node.node_id}: {name} has shape {tuple(tensor.shape)}; expected"
+                f" [layers, kv_heads, {stored.node.num_owned} owned positions, head_dim]"
+            )
+
+
+def _encode(stored: StoredNode) -> list[bytes | memoryview]:
+    """Return the pieces of the file, in order; K and V are not copied."""
+    node, kv, embedding = stored.node, stored.kv, stored.embedding
+    keys = np.ascontiguousarray(node.keys, dtype="<u8")
+    own = np.array(node.own, dtype="<i8").reshape(-1, 2)
+    # 8-byte elements first, and K and V last, keep every tensor aligned and the record together.
+    contents: dict[str, bytes | memoryview] = {"keys": keys.tobytes(), "own": own.tobytes()}
+    types: dict[str, tuple[str, Sequence[int]]]
+    types = {"keys": ("U64", keys.shape), "own": ("I64", own.shape)}
+    if embedding is not None:
+        vector = np.ascontiguousarray(embedding, dtype="<f4")
+        contents["embedding"], types["embedding"] = vector.tobytes(), ("F32", vector.shape)
+    for name, tensor in (("k", kv.k), ("v", kv.v)):
+        contents[name] = _tensor_bytes(tensor)
+        types[name] = _KV_DTYPE_NAMES[tensor.dtype], tensor.shape
+
+    tensors: _Layout = {}
+    end = 0
+    for name, (dtype, shape) in types.items():
+        start, end = end, end + len(contents[name])
+        tensors[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    kv_checksum = _kv_checksum(contents["k"], contents["v"])
+    fields = {
+        "node_id": node.node_id,
+        "namespace": node.namespace,
+        "pieces": [[p.owner, *map(int, p[1:])] for p in node.pieces],
+        "exact_len": int(node.exact_len),
+        "parent": node.parent,
+        "created_s": float(node.created_s),
+    }
+    record = json.dumps(fields)
+    metadata = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "record": record,
+        "record_xxh3_128": _record_checksum(record, tensors, kv_checksum, contents),
+        "kv_xxh3_128": kv_checksum,
+    }
+    header = json.dumps({"__metadata__": metadata, **tensors}).encode()
+    header += b" " * (-len(header) % 8)
+    return [len(header).to_bytes(8, "little"), header, *contents.values()]
+
+
+def _replace_file(path: Path, chunks: list[bytes | memoryview], durable: bool) -> int:
+    temp = path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMP_SUFFIX}")
+    try:
+        with open(temp, "xb", opener=_private) as file:
+            for chunk in chunks:
+                file.write(chunk)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temp, path)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to report
+            temp.unlink()
+        raise
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    return sum(map(len, chunks))
+
+
+def _private(path: str, flags: int) -> int:
+    # The keys of a text request are its token ids: what users wrote is for our eyes only.
+    return os.open(path, flags, 0o600)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BufferedReader]:
+    """Open `path`, turning everything that can be wrong with it into KVUnavailableError."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise KVUnavailableError("evicted", f"{path} is gone") from error
+    except OSError as error:
+        raise KVUnavailableError("io_error", f"cannot read {path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _corrupt(path, f"{type(error).__name__}: {error}") from error
+
+
+def _read_record(file: BufferedReader) -> _Record:
+    size = os.fstat(file.fileno()).st_size
+    header_len = int.from_bytes(_read_exactly(file, 8), "little")
+    data_start = 8 + header_len
+    if data_start > size:
+        raise ValueError("the header goes beyond the end of the file")
+    tensors = json.loads(_read_exactly(file, header_len))
+    metadata = tensors.pop("__metadata__")
+    found = metadata["format"], metadata["version"]
+    if found != (FORMAT, FORMAT_VERSION):
+        raise ValueError(f"format and version are {found}, expected {(FORMAT, FORMAT_VERSION)}")
+    offsets = [entry["data_offsets"] for entry in tensors.values()]
+    if not all(0 <= start <= end for start, end in offsets):
+        raise ValueError("a tensor lies outside the file")
+    expected = data_start + max(end for _, end in offsets)
+    if size != expected:
+        raise ValueError(f"the file has {size} bytes, expected {expected}")
+
+    contents: dict[str, bytes] = {}
+    for name in _RECORD_TENSORS:
+        if name in tensors:
+            start, end = tensors[name]["data_offsets"]
+            file.seek(data_start + start)
+            contents[name] = _read_exactly(file, end - start)
+    kv_checksum = metadata["kv_xxh3_128"]
+    checksum = _record_checksum(metadata["record"], tensors, kv_checksum, contents)
+    if checksum != metadata["record_xxh3_128"]:
+        raise ValueError("the checksum of the record does not match")
+
+    fields = json.loads(metadata["record"])
+    own = np.frombuffer(contents["own"], dtype="<i8").reshape(-1, 2)
+    # Copied below because arrays over bytes are read-only, which torch warns about.
+    node = Node(
+        node_id=fields["node_id"],
+        namespace=fields["namespace"],
+        keys=np.frombuffer(contents["keys"], dtype="<u8").copy(),
+        own=tuple(Span(int(start), int(end)) for start, end in own),
+        pieces=tuple(Piece(*piece) for piece in fields["pieces"]),
+        exact_len=fields["exact_len"],
+        parent=fields["parent"],
+        created_s=fields["created_s"],
+    )
+    vector = contents.get("embedding")
+    embedding = None if vector is None else np.frombuffer(vector, dtype="<f4").copy()
+    return _Record(node, embedding, tensors, data_start, kv_checksum)
+
+
+def _read_tensor(file: BufferedReader, record: _Record, name: str) -> torch.Tensor:
+    entry = record.tensors[name]
+    tensor = torch.empty(entry["shape"], dtype=_KV_DTYPES[entry["dtype"]])
+    file.seek(record.data_start + entry["data_offsets"][0])
+    if file.readinto(_tensor_bytes(tensor)) != tensor.nbytes:
+        raise ValueError(f"the file ends inside tensor {name}")
+    return tensor
+
+
+def _read_exactly(file: BufferedReader, num_bytes: int) -> bytes:
+    content = file.read(num_bytes)
+    if len(content) != num_bytes:
+        raise ValueError(f"the file ends {num_bytes - len(content)} bytes early")
+    return content
+
+
+def _record_checksum(
+    record: str, tensors: _Layout, kv_checksum: str, contents: Mapping[str, bytes | memoryview]
+) -> str:
+    # The layout and the checksum of K and V are covered too: a header that gives K another shape
+    # or dtype of the same width must not pass.
+    layout = json.dumps(tensors, sort_keys=True)
+    digest = xxhash.xxh3_128(json.dumps([record, layout, kv_checksum]).encode())
+    for name in _RECORD_TENSORS:
+        digest.update(contents.get(name, b""))
+    return digest.hexdigest()
+
+
+def _kv_checksum(k: bytes | memoryview, v: bytes | memoryview) -> str:
+    digest = xxhash.xxh3_128(k)
+    digest.update(v)
+    return digest.hexdigest()
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a CPU tensor as bytes; a tensor with gaps is copied."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _corrupt(path: Path, why: str) -> KVUnavailableError:
+    return KVUnavailableError("corrupt", f"{path} is damaged or not a stored node: {why}")

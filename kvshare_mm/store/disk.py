@@ -1,0 +1,257 @@
+"""Local disk: the tier that outlives the process, one file per node in one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from kvshare_mm.delta_tree import Node
+from kvshare_mm.errors import KVUnavailableError, StoreError
+from kvshare_mm.store.base import StoredNode
+from kvshare_mm.store.codec import TEMP_SUFFIX, read_node, read_record, write_node
+from kvshare_mm.store.eviction import EvictionLedger
+
+logger = logging.getLogger(__name__)
+
+# Files with other names are never touched: people do point a cache at a folder of model weights.
+NODE_SUFFIX = ".kvnode"
+_TEMP_PATTERN = f"*{NODE_SUFFIX}.*{TEMP_SUFFIX}"
+
+
+class DiskTier:
+    """Keeps nodes in files within a budget of bytes; full, it evicts by size-aware LRU.
+
+    Opening reads the record of every node in the folder, not its K and V; damaged files are deleted
+    and counted, temporary files of a killed writer are removed. Thread-safe.
+
+    Processes may share a folder: files appear whole or not at all, and one that another process
+    removed reads as "evicted". Each process counts, and evicts, what it found at its opening and
+    wrote itself, so N processes that write may use up to N budgets.
+
+    Parameters:
+        folder: created if it does not exist.
+        max_bytes: budget for the files; while a node is written, one more file may exist.
+        durable: flush every node to the device, to survive power cuts and not only killed
+            processes. A damaged node is found and dropped at reading in either case.
+        clock: seconds, monotonic; pins expire by it.
+
+    Attributes:
+        num_corrupt: damaged files deleted since the opening.
+
+    Raises:
+        StoreError: the folder cannot be created, read or written.
+        ValueError: `max_bytes` is negative.
+    """
+
+    name = "disk"
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        max_bytes: int,
+        durable: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder = Path(folder)
+        self.num_corrupt = 0
+        self._durable = durable
+        self._ledger = EvictionLedger(max_bytes, clock)
+        # Two locks, so that nobody waits for a write to learn what is here. `_changing` is held
+        # while the folder changes, `_lock` while the ledger is used; taken in this order.
+        self._changing = threading.Lock()
+        self._lock = threading.Lock()
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._check_writable()
+            self._scan()
+        except OSError as error:
+            raise StoreError(
+                f"cannot keep KV in {self.folder}: {error}. Give a folder that this process may"
+                " create or write, or turn the disk tier off."
+            ) from error
+
+    def put(self, stored: StoredNode) -> list[str]:
+        """Write or replace a node; evict others only once it is written.
+
+        Returns:
+            Ids of the nodes that are no longer here: those evicted for it; or only its own, if it
+            cannot fit beside what is pinned, and then nothing else was evicted.
+
+        Raises:
+            KVUnavailableError: "io_error" (disk full, folder gone); what was here still is.
+            ValueError: K and V do not belong to the node, see `codec.write_node`.
+        """
+        node_id = stored.node.node_id
+        with self._changing:
+            with self._lock:
+                fits = self._ledger.can_fit(node_id, stored.kv.num_bytes)
+                if not fits:
+                    # Known before it is written: gigabytes may be at stake.
+                    self._ledger.discard(node_id)
+                    evicted = [node_id]
+            if fits:
+                num_bytes = write_node(self._path(node_id), stored, durable=self._durable)
+                with self._lock:
+                    evicted = self._ledger.admit(node_id, num_bytes)
+            for evicted_id in evicted:
+                self._unlink(self._path(evicted_id))
+        return evicted
+
+    def get(self, node_id: str) -> StoredNode:
+        """Read the node, verify every byte and mark it used.
+
+        Raises:
+            KVUnavailableError: "evicted", the node is not here; "corrupt", it was damaged and is
+                deleted now; "io_error", it could not be read this time.
+        """
+        with self._lock:
+            if node_id not in self._ledger:
+                raise KVUnavailableError("evicted", f"node {node_id} is not in {self.folder}")
+        path = self._path(node_id)
+        try:
+            stored = read_node(path)
+            self._check_name(path, stored.node)
+        except KVUnavailableError as error:
+            self._drop_unreadable(node_id, error)
+            raise
+        self.touch(node_id)
+        # The modification time carries the order of use over a restart; losing it loses no data.
+        with suppress(OSError):
+            os.utime(path)
+        return stored
+
+    def touch(self, node_id: str) -> None:
+        """Mark a node as just used without reading it; an unknown id is ignored."""
+        with self._lock:
+            self._ledger.touch(node_id)
+
+    def delete(self, node_id: str) -> None:
+        """Delete a node, pinned or not; an unknown id is not an error."""
+        with self._changing:
+            with self._lock:
+                self._ledger.discard(node_id)
+            self._unlink(self._path(node_id))
+
+    def records(self) -> Iterator[tuple[Node, np.ndarray | None]]:
+        """Yield node and embedding (``[dim]`` float32, or None) of all nodes held now.
+
+        Least recently used first. K and V are neither read nor verified: `get` does that. Nodes
+        that vanish or turn out damaged meanwhile are left out.
+        """
+        for node_id in self:
+            try:
+                node, embedding, _ = read_record(self._path(node_id))
+            except KVUnavailableError as error:
+                self._drop_unreadable(node_id, error)
+            else:
+                yield node, embedding
+
+    def pin(self, node_id: str, ttl_s: float) -> None:
+        """Keep a node from eviction until it is unpinned as often, at most for `ttl_s` seconds."""
+        with self._lock:
+            self._ledger.pin(node_id, ttl_s)
+
+    def unpin(self, node_id: str) -> None:
+        """Undo one `pin`; a node that is not pinned is not an error."""
+        with self._lock:
+            self._ledger.unpin(node_id)
+
+    def __contains__(self, node_id: object) -> bool:
+        with self._lock:
+            return node_id in self._ledger
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the ids held now, least recently used first."""
+        with self._lock:
+            return iter(list(self._ledger))
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._ledger)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in use by the files of the nodes."""
+        with self._lock:
+            return self._ledger.num_bytes
+
+    @property
+    def max_bytes(self) -> int:
+        """Budget in bytes."""
+        return self._ledger.max_bytes
+
+    def _path(self, node_id: str) -> Path:
+        # Node ids may hold what file names may not, and must not lead out of the folder.
+        digest = hashlib.blake2b(node_id.encode("utf-8", "surrogatepass"), digest_size=16)
+        return self.folder / f"{digest.hexdigest()}{NODE_SUFFIX}"
+
+    def _check_writable(self) -> None:
+        # Asking the permission bits is not enough: a read-only mount or a quota says no later.
+        probe = self.folder / f"probe{NODE_SUFFIX}.{secrets.token_hex(8)}{TEMP_SUFFIX}"
+        probe.write_bytes(b"kvshare")
+        probe.unlink(missing_ok=True)
+
+    def _scan(self) -> None:
+        """Fill the ledger from the folder, in the order the nodes were last used."""
+        found: list[tuple[int, int, Path]] = []
+        for path in self.folder.iterdir():
+            if path.match(_TEMP_PATTERN):
+                path.unlink(missing_ok=True)
+            elif path.name.endswith(NODE_SUFFIX):
+                with suppress(FileNotFoundError):  # another process evicts while we look
+                    stat = path.stat()
+                    found.append((stat.st_mtime_ns, stat.st_size, path))
+        for _, num_bytes, path in sorted(found):
+            try:
+                node, _, _ = read_record(path)
+                self._check_name(path, node)
+            except KVUnavailableError as error:
+                self._delete_damaged(path, error)
+                continue
+            for evicted_id in self._ledger.admit(node.node_id, num_bytes):
+                self._unlink(self._path(evicted_id))
+        logger.info(
+            "disk store %s: %d nodes, %d bytes, %d damaged files deleted",
+            self.folder,
+            len(self._ledger),
+            self._ledger.num_bytes,
+            self.num_corrupt,
+        )
+
+    def _check_name(self, path: Path, node: Node) -> None:
+        if self._path(node.node_id) != path:
+            raise KVUnavailableError("corrupt", f"{path} holds node {node.node_id}: renamed?")
+
+    def _drop_unreadable(self, node_id: str, error: KVUnavailableError) -> None:
+        """Forget a node that is gone or damaged; one that could not be read may be next time."""
+        path = self._path(node_id)
+        with self._changing:
+            self._delete_damaged(path, error)
+            if error.reason != "io_error":
+                with self._lock:
+                    self._ledger.discard(node_id)
+                # Also when it is gone: it may have been written again since it was looked for.
+                self._unlink(path)
+
+    def _delete_damaged(self, path: Path, error: KVUnavailableError) -> None:
+        if error.reason == "corrupt":
+            self.num_corrupt += 1
+            logger.warning("deleting it: %s", error)
+            self._unlink(path)
+        elif error.reason == "io_error":
+            logger.warning("%s", error)
+
+    def _unlink(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("cannot delete %s, which frees no space now: %s", path, error)

@@ -1,0 +1,299 @@
+"""Host RAM over local disk: nodes are served from RAM and written through to disk behind it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from kvshare_mm.delta_tree import Node
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.store.base import StoredNode
+from kvshare_mm.store.disk import DiskTier
+from kvshare_mm.store.host import HostTier, ram_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class TieredStore:
+    """Where the KV of every stored node is, and the only place the engine asks for it.
+
+    `put` returns at once: a thread writes the node to disk. Until that is done the queue keeps the
+    node in RAM and readable, even if the host tier evicts it; for such nodes the queue has a
+    budget of its own, beyond which an evicted node that is not on disk yet is gone. A disk that
+    fails costs durability and nothing else. Thread-safe.
+
+    Parameters:
+        host: the RAM tier.
+        disk: the disk tier, or None.
+        on_gone: called with the id of a node once it is in no tier any more: evicted from the
+            last one, damaged, or deleted. From any thread, holding no lock.
+        max_queued_bytes: budget for nodes that only the write queue keeps in RAM. One node is
+            kept whatever its size.
+
+    Attributes:
+        counters: events by name: ``write_<reason>`` for nodes that did not get to disk
+            ("io_error", "too_large" for the disk tier, "queue_full", "internal"), ``read_<reason>``
+            for reads that raised (reasons of `KVUnavailableError`).
+    """
+
+    def __init__(
+        self,
+        host: HostTier,
+        disk: DiskTier | None,
+        on_gone: Callable[[str], None],
+        max_queued_bytes: int = 1 << 28,
+    ) -> None:
+        self.counters: dict[str, int] = {}
+        self._host = host
+        self._disk = disk
+        self._on_gone = on_gone
+        self._max_queued_bytes = max_queued_bytes
+        # Taken before the locks of the tiers, and not held while a node is read or written; only
+        # `delete` may wait for a write with it.
+        self._changed = threading.Condition()
+        self._queue: OrderedDict[str, StoredNode] = OrderedDict()
+        self._writing: str | None = None
+        self._resident: set[str] = {*host, *(disk or ())}  # what `on_gone` was not called for
+        self._closing = disk is None
+        self._writer: threading.Thread | None = None
+        if disk is not None:
+            self._writer = threading.Thread(
+                target=self._write_behind, args=(disk,), name="kv-writer", daemon=True
+            )
+            self._writer.start()
+
+    def put(self, stored: StoredNode) -> None:
+        """Keep a node, or its new version, in RAM and queue it for the disk."""
+        with self._changed:
+            gone = self._put(stored)
+        self._announce(gone)
+
+    def get(self, node_id: str, namespace: str) -> StoredNode:
+        """Return a node from RAM, or from disk, and then keep it in RAM.
+
+        Raises:
+            KVUnavailableError: "evicted", "corrupt", "io_error"; "wrong_namespace" if the node is
+                not of this namespace, whatever the caller's index says.
+        """
+        try:
+            stored = self._from_ram(node_id)
+            promote = stored is None
+            if stored is None:
+                stored = self._from_disk(node_id)
+            if stored.node.namespace != namespace:
+                message = f"node {node_id} is of {stored.node.namespace!r}, not of {namespace!r}"
+                raise KVUnavailableError("wrong_namespace", message)
+        except KVUnavailableError as error:
+            with self._changed:
+                self._count(f"read_{error.reason}")
+                gone = self._forget([node_id])
+            self._announce(gone)
+            raise
+        if promote:
+            self._promote(stored)
+        return stored
+
+    def update_embedding(self, node_id: str, embedding: np.ndarray) -> bool:
+        """Replace the search vector (``[dim]`` float32) of a node, on disk too.
+
+        The node is written again whole, or only once if it was still queued: milliseconds, behind
+        the request, for one file format without in-place updates.
+
+        Returns:
+            False if the node is gone or cannot be read.
+        """
+        with self._changed:
+            stored = self._host.peek(node_id) or self._queue.get(node_id)
+        if stored is None:
+            try:
+                stored = self._from_disk(node_id)
+            except KVUnavailableError as error:
+                logger.debug("no embedding for node %s: %s", node_id, error)
+                return False
+        with self._changed:
+            # It may have been deleted, or put again, while it was read.
+            if self._locate(node_id) is None:
+                return False
+            latest = self._host.peek(node_id) or self._queue.get(node_id) or stored
+            gone = self._put(replace(latest, embedding=embedding))
+        self._announce(gone)
+        return True
+
+    def delete(self, node_id: str) -> None:
+        """Delete a node from all tiers; an unknown id is not an error."""
+        with self._changed:
+            # What is being written now would come back after it was deleted.
+            self._changed.wait_for(lambda: self._writing != node_id)
+            self._queue.pop(node_id, None)
+            self._host.delete(node_id)
+            if self._disk is not None:
+                self._disk.delete(node_id)
+            gone = self._forget([node_id])
+            self._changed.notify_all()
+        self._announce(gone)
+
+    def resident(self, node_id: str) -> Literal["host", "disk"] | None:
+        """Return the fastest tier that holds a node; the write queue counts as host."""
+        with self._changed:
+            return self._locate(node_id)
+
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Return the bytes in use, by tier name. A node in two tiers counts in both."""
+        tiers = (self._host, self._disk) if self._disk is not None else (self._host,)
+        return {tier.name: tier.num_bytes for tier in tiers}
+
+    def records(self) -> Iterator[tuple[Node, np.ndarray | None]]:
+        """Yield node and embedding of every node on disk, to rebuild tree and index at start."""
+        return iter(()) if self._disk is None else self._disk.records()
+
+    def pin(self, node_id: str, ttl_s: float) -> None:
+        """Keep a node from eviction, in every tier, until unpinned or for `ttl_s` seconds."""
+        self._host.pin(node_id, ttl_s)
+        if self._disk is not None:
+            self._disk.pin(node_id, ttl_s)
+
+    def unpin(self, node_id: str) -> None:
+        """Undo one `pin`."""
+        self._host.unpin(node_id)
+        if self._disk is not None:
+            self._disk.unpin(node_id)
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until the write queue is empty.
+
+        Returns:
+            True if it is, and all that was written meanwhile succeeded; False after `timeout_s`
+            seconds or if a write failed (see `counters`).
+        """
+        with self._changed:
+            failures = self._num_failed_writes()
+            empty = self._changed.wait_for(lambda: not self._queue, timeout_s)
+            return empty and self._num_failed_writes() == failures
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Write what is queued, then stop the writer. What is put later stays in RAM only."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._writer is not None:
+            self._writer.join(timeout_s)
+            if self._writer.is_alive():
+                logger.warning("closed with %d nodes not on disk yet", len(self._queue))
+
+    def _put(self, stored: StoredNode) -> list[str]:
+        """Lock held. Returns the ids of the nodes that this pushed out of the last tier."""
+        node_id = stored.node.node_id
+        self._resident.add(node_id)
+        if not self._closing:
+            self._queue[node_id] = stored
+            self._changed.notify_all()
+        return self._settle(self._host.put(stored))
+
+    def _from_ram(self, node_id: str) -> StoredNode | None:
+        with self._changed:
+            if node_id not in self._host:
+                return self._queue.get(node_id)
+            if self._disk is not None:
+                # Else the nodes used most, which RAM answers for, would be the first to leave the
+                # disk, and be missing after a restart.
+                self._disk.touch(node_id)
+            return self._host.get(node_id)
+
+    def _from_disk(self, node_id: str) -> StoredNode:
+        if self._disk is None:
+            raise KVUnavailableError("evicted", f"node {node_id} is not stored")
+        return self._disk.get(node_id)
+
+    def _promote(self, stored: StoredNode) -> None:
+        with self._changed:
+            # Not if it was deleted, or a newer version came into RAM, while it was read.
+            if self._locate(stored.node.node_id) != "disk":
+                return
+            gone = self._settle(self._host.put(stored))
+        self._announce(gone)
+
+    def _locate(self, node_id: str) -> Literal["host", "disk"] | None:
+        """Lock held."""
+        if node_id in self._host or node_id in self._queue:
+            return "host"
+        return "disk" if self._disk is not None and node_id in self._disk else None
+
+    def _settle(self, evicted: Iterable[str]) -> list[str]:
+        """Lock held. Decide what the host tier's evictions mean; return what is gone."""
+        for node_id in evicted:
+            if node_id not in self._queue or node_id == self._writing:
+                continue
+            queued_only = [s for held, s in self._queue.items() if held not in self._host]
+            num_bytes = sum(map(ram_bytes, queued_only))
+            if len(queued_only) > 1 and num_bytes > self._max_queued_bytes:
+                del self._queue[node_id]
+                self._write_failed("queue_full", f"no room to hold node {node_id} until written")
+        return self._forget(evicted)
+
+    def _forget(self, node_ids: Iterable[str]) -> list[str]:
+        """Lock held. Return those in no tier any more, each once."""
+        candidates = dict.fromkeys(node_ids)
+        gone = [n for n in candidates if n in self._resident and self._locate(n) is None]
+        self._resident.difference_update(gone)
+        return gone
+
+    def _announce(self, gone: Iterable[str]) -> None:
+        """Lock not held: the tree has locks of its own."""
+        for node_id in gone:
+            try:
+                self._on_gone(node_id)
+            except Exception:
+                logger.exception("on_gone(%s) failed", node_id)
+
+    def _write_behind(self, disk: DiskTier) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closing)
+                if not self._queue:
+                    return
+                node_id, stored = next(iter(self._queue.items()))
+                self._writing = node_id
+            dropped, failure = _write(disk, stored)
+            with self._changed:
+                self._writing = None
+                if self._queue.get(node_id) is stored:  # else a newer version waits
+                    del self._queue[node_id]
+                if failure is not None:
+                    self._write_failed(*failure)
+                gone = self._forget([node_id, *dropped])
+                self._changed.notify_all()
+            self._announce(gone)
+
+    def _write_failed(self, reason: str, message: str) -> None:
+        """Lock held. Count a node that is not on disk; log the first of each reason."""
+        name = f"write_{reason}"
+        self._count(name)
+        if self.counters[name] == 1:
+            logger.warning("%s; later failures of this kind are only counted (%s)", message, name)
+
+    def _count(self, name: str) -> None:
+        self.counters[name] = self.counters.get(name, 0) + 1
+
+    def _num_failed_writes(self) -> int:
+        return sum(n for name, n in self.counters.items() if name.startswith("write_"))
+
+
+def _write(disk: DiskTier, stored: StoredNode) -> tuple[list[str], tuple[str, str] | None]:
+    """Return the ids that left the disk, and reason and message if the node itself is not on it."""
+    node_id = stored.node.node_id
+    try:
+        dropped = disk.put(stored)
+    except KVUnavailableError as error:
+        return [], (error.reason, str(error))
+    except Exception as error:
+        # The thread must outlive a bug, or every later node would wait for it in RAM.
+        logger.exception("writing node %s", node_id)
+        return [], ("internal", str(error))
+    too_large = ("too_large", f"node {node_id} does not fit on disk beside what is pinned")
+    return dropped, too_large if node_id in dropped else None

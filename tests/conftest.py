@@ -1,0 +1,98 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+# Tests never reach for a model hub: what they need is installed (see models.txt) or made by them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The first call into torch takes longer than any deadline; CI must not fail on a lucky draw.
+settings.register_profile("dev", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_CORPUS = (
+    "The quick brown fox jumps over the lazy dog. ",
+    "Laboratory report. Patient number 48210. Haemoglobin 148 g/L, sodium 141 mmol/L. ",
+    "Question: what is the value? Answer with the number and nothing else. ",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of a context of 512 with a byte-level tokenizer and a chat template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=_CHAT_TEMPLATE,
+    )
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        with torch.no_grad():
+            # Fresh weights attend almost evenly, and answer one token over and over.
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.15)
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    logging.enable_progress_bar()
+    return folder
+
+
+@pytest.fixture
+def open_llm(tiny_folder: Path) -> Iterator[Callable[..., Any]]:
+    """Opens `KVShare` on the tiny model, without dense search; closed after the test."""
+    from kvshare_mm import KVShare
+
+    opened: list[Any] = []
+
+    def make(**options: Any) -> Any:
+        llm = KVShare(str(tiny_folder), **{"embedder": None, **options})
+        opened.append(llm)
+        return llm
+
+    yield make
+    for llm in reversed(opened):
+        llm.close()

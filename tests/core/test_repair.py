@@ -1,0 +1,266 @@
+"""Repair policies: what each one picks, what it asks the probe, and their text form."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvshare_mm.plan import KeptRun, ReusePlan
+from kvshare_mm.repair import (
+    BoundaryWindow,
+    EditBudget,
+    NoRepair,
+    Tail,
+    TopDeviation,
+    Union,
+    make_policy,
+)
+
+
+class FakeProbe:
+    """Drift that was set by hand; remembers which layers were asked for."""
+
+    def __init__(self, drift: np.ndarray) -> None:
+        self.drift = drift.astype(np.float32)
+        self.asked: list[int] = []
+
+    def deviation(self, layer: int) -> np.ndarray:
+        self.asked.append(layer)
+        return self.drift
+
+
+class NoProbe:
+    def deviation(self, layer: int) -> np.ndarray:
+        raise AssertionError("this policy needs no probe")
+
+
+@st.composite
+def plans(draw, max_runs=4):
+    runs, end = [], draw(st.integers(0, 6))
+    if end:
+        runs.append(KeptRun("a", 0, 0, end, exact=True))
+    for _ in range(draw(st.integers(0, max_runs))):
+        start = end + draw(st.integers(0, 6))
+        end = start + draw(st.integers(1, 30))
+        runs.append(KeptRun("b", start + 5, start, end - start, exact=False))
+    return ReusePlan(end + draw(st.integers(1, 8)), tuple(runs))
+
+
+def drifting(plan: ReusePlan, seed: int = 0) -> FakeProbe:
+    drift = np.random.default_rng(seed).random(plan.num_tokens) + 0.1
+    return FakeProbe(np.where(plan.approximate, drift, 0))
+
+
+PLAN = ReusePlan(
+    40, (KeptRun("a", 0, 0, 4, True), KeptRun("a", 9, 8, 12, False), KeptRun("b", 0, 24, 10, False))
+)
+NO_APPROXIMATE = [ReusePlan(1), ReusePlan(7), ReusePlan(7, (KeptRun("a", 0, 0, 6, True),))]
+POLICIES = [
+    NoRepair(),
+    BoundaryWindow(3),
+    BoundaryWindow(0),
+    Tail(5),
+    Tail(0),
+    TopDeviation(0.3, layer=2, tail=3),
+    TopDeviation(0.0),
+    TopDeviation(1.0, tail=0),
+    EditBudget(0.5),
+    EditBudget(0.0),
+    EditBudget(1000.0, max_width=1000),
+    EditBudget(1.0, max_width=0),
+    Union((BoundaryWindow(2), Tail(4), TopDeviation(0.1))),
+    *map(make_policy, ["none", "window", "tail:3", "deviation", "auto", "window:2+tail:3"]),
+]
+
+
+@settings(max_examples=30)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@given(plan=plans())
+def test_every_policy_gives_positions_of_the_prompt(policy, plan):
+    positions = policy.positions(plan, drifting(plan))
+    assert positions.ndim == 1
+    assert np.issubdtype(positions.dtype, np.integer)
+    assert ((positions >= 0) & (positions < plan.num_tokens)).all()
+    repaired = plan.with_repair(positions)
+    assert repaired.num_exact == plan.num_exact
+    assert 0 <= repaired.num_reused <= plan.num_reused
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("plan", NO_APPROXIMATE, ids=["one", "none", "exact"])
+def test_without_approximate_runs_there_is_nothing_to_repair_nor_to_measure(policy, plan):
+    assert not plan.with_repair(policy.positions(plan, NoProbe())).repair.size
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [p for p in POLICIES if "TopDeviation" not in str(p) or p == TopDeviation(0.0)],
+    ids=str,
+)
+def test_policies_that_can_decide_without_the_probe_do(policy):
+    policy.positions(PLAN, NoProbe())
+
+
+def test_the_probe_is_asked_once_and_for_the_layer_wanted():
+    probe = drifting(PLAN)
+    TopDeviation(0.2, layer=3).positions(PLAN, probe)
+    assert probe.asked == [3]
+
+
+def test_no_repair():
+    assert NoRepair().positions(PLAN, NoProbe()).tolist() == []
+
+
+def test_boundary_windows_open_every_approximate_run():
+    assert BoundaryWindow(2).positions(PLAN, NoProbe()).tolist() == [8, 9, 24, 25]
+    wide = PLAN.with_repair(BoundaryWindow(1000).positions(PLAN, NoProbe()))
+    assert wide.num_reused == 0
+
+
+@given(plans(), st.integers(0, 50))
+def test_boundary_windows_are_no_wider_than_said(plan, width):
+    picked = BoundaryWindow(width).positions(plan, NoProbe())
+    assert len(picked) == sum(min(width, r.length) for r in plan.runs if not r.exact)
+    assert plan.approximate[picked].all()
+
+
+def test_the_tail_is_the_end_of_the_prompt():
+    assert Tail(3).positions(PLAN, NoProbe()).tolist() == [37, 38, 39]
+    assert Tail(100).positions(ReusePlan(4), NoProbe()).tolist() == [0, 1, 2, 3]
+    # 34 and later is computed anyway.
+    assert PLAN.with_repair(Tail(8).positions(PLAN, NoProbe())).repair.tolist() == [32, 33]
+
+
+@given(plans(), st.floats(0, 1), st.integers(0, 12), st.integers(0, 5))
+def test_top_deviation_picks_those_that_drifted_most_and_no_more(plan, share, tail, seed):
+    probe = drifting(plan, seed)
+    picked = plan.with_repair(TopDeviation(share, tail=tail).positions(plan, probe)).repair
+    approximate = np.flatnonzero(plan.approximate)
+    in_tail = approximate[approximate >= plan.num_tokens - tail]
+    assert np.isin(in_tail, picked).all()
+    assert len(picked) <= math.ceil(share * len(approximate)) + len(in_tail)
+    chosen = picked[~np.isin(picked, in_tail)]
+    left = np.setdiff1d(approximate, picked)
+    if len(chosen) and len(left):
+        assert probe.drift[chosen].min() >= probe.drift[left].max()
+    if share == 1:
+        assert not len(left)
+
+
+def test_top_deviation_by_hand():
+    drift = np.zeros(40)
+    drift[[12, 19, 33]] = 3, 1, 2
+    policy = TopDeviation(2 / 22, tail=0)
+    assert sorted(policy.positions(PLAN, FakeProbe(drift)).tolist()) == [12, 33]
+
+
+@given(plans(), st.floats(0, 1e308, allow_nan=False), st.one_of(st.integers(0, 40), st.just(10**9)))
+def test_the_edit_budget_is_never_exceeded_and_spread_evenly(plan, ratio, max_width):
+    picked = EditBudget(ratio, max_width).positions(plan, NoProbe())
+    runs = [r for r in plan.runs if not r.exact]
+    wanted = sum(min(max_width, r.length) for r in runs)
+    # Used up as far as there is something to use it for.
+    assert len(picked) == int(min(ratio * len(plan.placeholders), wanted))
+    assert len(set(picked.tolist())) == len(picked)
+    widths = []
+    for run in runs:
+        mine = np.sort(picked[(picked >= run.start) & (picked < run.end)])
+        assert mine.tolist() == list(range(run.start, run.start + len(mine)))
+        widths.append((len(mine), min(max_width, run.length)))
+    assert sum(w for w, _ in widths) == len(picked)
+    # A run has fewer than another only because it has no more, but for the last round.
+    most = max((w for w, _ in widths), default=0)
+    assert all(w >= most - 1 or w == room for w, room in widths)
+
+
+def test_the_edit_budget_by_hand():
+    # 14 placeholders, so a budget of 5, for runs of 12 and 10.
+    assert EditBudget(0.4).positions(PLAN, NoProbe()).tolist() == [8, 24, 9, 25, 10]
+    assert EditBudget(0.4, max_width=1).positions(PLAN, NoProbe()).tolist() == [8, 24]
+
+
+@given(plans())
+def test_a_union_wants_what_any_of_its_policies_wants(plan):
+    parts = BoundaryWindow(2), Tail(3)
+    together = plan.with_repair(Union(parts).positions(plan, NoProbe())).repair
+    apart = [plan.with_repair(p.positions(plan, NoProbe())).repair for p in parts]
+    assert together.tolist() == sorted(set(np.concatenate(apart).tolist()))
+
+
+@pytest.mark.parametrize(
+    ("spec", "policy"),
+    [
+        ("none", NoRepair()),
+        ("window", BoundaryWindow(8)),
+        ("window:5", BoundaryWindow(5)),
+        ("window:0", BoundaryWindow(0)),
+        ("tail", Tail(16)),
+        ("tail:4", Tail(4)),
+        ("deviation", TopDeviation(0.15)),
+        ("deviation:0.2", TopDeviation(0.2)),
+        ("deviation:1", TopDeviation(1.0)),
+        ("auto", EditBudget(0.6)),
+        ("auto:1.5", EditBudget(1.5)),
+        ("auto:0", EditBudget(0.0)),
+        (" window:2 + tail:4 ", Union((BoundaryWindow(2), Tail(4)))),
+        ("auto+window:1+none", Union((EditBudget(0.6), BoundaryWindow(1), NoRepair()))),
+    ],
+)
+def test_the_text_form(spec, policy):
+    assert make_policy(spec) == policy
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("", "'' is none of none, window, tail, deviation, auto"),
+        ("best", "'best' is none of"),
+        ("window:3+", "'' is none of"),
+        ("Window:3", "'Window' is none of"),
+        ("window:x", "window:x"),
+        ("window:1.5", "window:1.5"),
+        ("window:-1", "window:-1"),
+        ("tail:many", "tail:many"),
+        ("tail:-2", "tail:-2"),
+        ("deviation:a", "deviation:a"),
+        # Each of these would else fail a request, long after it was set.
+        ("deviation:1.5", "deviation:1.5"),
+        ("deviation:-0.1", "deviation:-0.1"),
+        ("deviation:nan", "deviation:nan"),
+        ("deviation:inf", "deviation:inf"),
+        ("auto:-1", "auto:-1"),
+        ("auto:nan", "auto:nan"),
+        ("auto:inf", "auto:inf"),
+        ("none:4", "none:4"),
+        ("tail:4+window:x", "window:x"),
+    ],
+)
+def test_a_wrong_text_form_is_refused_by_name(spec, says):
+    with pytest.raises(ValueError, match="repair policy") as error:
+        make_policy(spec)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BoundaryWindow(-1),
+        lambda: Tail(-1),
+        lambda: TopDeviation(1.1),
+        lambda: TopDeviation(-0.1),
+        lambda: TopDeviation(math.nan),
+        lambda: TopDeviation(tail=-1),
+        lambda: TopDeviation(layer=-1),
+        lambda: EditBudget(-0.5),
+        lambda: EditBudget(math.inf),
+        lambda: EditBudget(math.nan),
+        lambda: EditBudget(max_width=-1),
+    ],
+)
+def test_parameters_that_make_no_sense_are_refused(make):
+    with pytest.raises(ValueError):
+        make()

@@ -1,0 +1,111 @@
+"""One connection for all, one failure for all."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from kvshare_mm.index.base import IndexUnavailableError
+from kvshare_mm.index.lazy_client import LazyClient
+
+
+class Server:
+    """Counts connections; refuses them while down."""
+
+    def __init__(self) -> None:
+        self.up = True
+        self.opened = 0
+        self.closed: list[Any] = []
+
+    def connect(self) -> int:
+        self.opened += 1
+        if not self.up:
+            raise OSError("connection refused")
+        return self.opened
+
+    def client(self, retry_after: float) -> LazyClient:
+        return LazyClient("the server", self.connect, self.closed.append, retry_after)
+
+
+def use(client: LazyClient) -> Any:
+    with client.use("ask") as connected:
+        return connected
+
+
+def test_connects_once_and_only_when_used() -> None:
+    server = Server()
+    client = server.client(60)
+    assert server.opened == 0
+    assert [use(client), use(client)] == [1, 1]
+    client.close()
+    assert server.closed == [1]
+    with pytest.raises(IndexUnavailableError, match="closed"):
+        use(client)
+    client.close()
+    assert server.closed == [1]
+
+
+def test_after_a_failure_it_is_left_alone() -> None:
+    server = Server()
+    server.up = False
+    client = server.client(60)
+    with pytest.raises(IndexUnavailableError, match="the server: ask: connection refused") as info:
+        use(client)
+    assert isinstance(info.value.__cause__, OSError)
+    server.up = True
+    with pytest.raises(IndexUnavailableError, match="left alone"):
+        use(client)
+    assert server.opened == 1
+
+
+def test_after_the_wait_a_new_connection_is_made() -> None:
+    server = Server()
+    client = server.client(0)
+    assert use(client) == 1
+    with pytest.raises(IndexUnavailableError, match="out of memory"), client.use("ask"):
+        raise RuntimeError("out of memory")
+    assert server.closed == [1]
+    assert use(client) == 2
+
+
+def test_a_failing_disconnect_is_no_failure() -> None:
+    def refuse(_: object) -> None:
+        raise OSError("gone")
+
+    client = LazyClient("the server", lambda: 1, refuse, 60)
+    assert use(client) == 1
+    client.close()
+    with pytest.raises(IndexUnavailableError, match="closed"):
+        use(client)
+
+
+def test_threads_that_wait_for_a_failing_connection_do_not_try_again() -> None:
+    entered, go_on, attempts = threading.Event(), threading.Event(), []
+
+    def connect() -> None:
+        attempts.append(1)
+        entered.set()
+        go_on.wait()
+        raise OSError("timeout")
+
+    client = LazyClient("the server", connect, lambda _: None, 60)
+    failures: list[IndexUnavailableError] = []
+
+    def work() -> None:
+        try:
+            use(client)
+        except IndexUnavailableError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads[0].start()
+    entered.wait()
+    for thread in threads[1:]:
+        thread.start()
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(failures) == 4
+    assert len(attempts) == 1

@@ -1,0 +1,234 @@
+"""Milvus Lite in a file: search, removal, persistence, reconciliation, failure."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvshare_mm.errors import ConfigError
+from kvshare_mm.index import milvus_rows
+from kvshare_mm.index.base import IndexRecord, IndexUnavailableError
+from kvshare_mm.index.milvus import MilvusIndex
+from kvshare_mm.stream import Modality, Segment
+
+DIM = 8
+
+
+def record(number: int, namespace: str = "ns", *, embedded: bool = True) -> IndexRecord:
+    """Records of consecutive numbers share half of their tokens and point in close directions."""
+    keys = np.arange(number * 20, number * 20 + 40, dtype=np.uint64)
+    angle = number / 10
+    vector = np.zeros(DIM, dtype=np.float32)
+    vector[:2] = np.cos(angle), np.sin(angle)
+    return IndexRecord(f"node-{number}", namespace, keys, vector if embedded else None)
+
+
+def embedding(number: int) -> np.ndarray:
+    vector = record(number).embedding
+    assert vector is not None
+    return vector
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[MilvusIndex]:
+    opened = MilvusIndex(str(tmp_path / "deep" / "index.db"), DIM, "embedder")
+    yield opened
+    opened.close()
+
+
+def dense(index: MilvusIndex, number: int, limit: int = 3, namespace: str = "ns") -> list[str]:
+    return [c.node_id for c in index.search_dense(namespace, embedding(number), limit)]
+
+
+def sparse(index: MilvusIndex, number: int, limit: int = 5, namespace: str = "ns") -> list[str]:
+    return [c.node_id for c in index.search_sparse(namespace, record(number).keys, limit)]
+
+
+def test_an_empty_index_finds_nothing(index: MilvusIndex) -> None:
+    assert dense(index, 0) == []
+    assert sparse(index, 0) == []
+    assert index.ids() == set()
+    assert len(index) == 0
+    index.add([])
+    index.remove(["unknown"])
+    assert index.reconcile([]) == (0, 0)
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_both_searches_rank_and_stay_in_the_namespace(index: MilvusIndex, flushed: bool) -> None:
+    index.add([record(i) for i in range(12)])
+    index.add([record(20, 'other"; 1 == 1'), record(21, "")])
+    if flushed:
+        index.wait_ready()
+    assert dense(index, 5)[0] == "node-5"
+    assert set(dense(index, 5)[1:]) == {"node-4", "node-6"}
+    assert sparse(index, 5)[0] == "node-5"
+    assert set(sparse(index, 5)[1:]) == {"node-4", "node-6"}
+    assert index.search_sparse("ns", record(5).keys, 1)[0].score == pytest.approx(38)
+    assert index.search_dense("ns", embedding(5), 1)[0].score == pytest.approx(1, abs=1e-5)
+    assert sparse(index, 20) == []
+    assert dense(index, 20, namespace='other"; 1 == 1') == ["node-20"]
+    assert dense(index, 21, namespace="") == ["node-21"]
+    assert dense(index, 5, namespace="nobody") == []
+    assert dense(index, 5, limit=0) == []
+
+
+def test_flushing_on_the_way_loses_nothing(tmp_path: Path) -> None:
+    index = MilvusIndex(str(tmp_path / "index.db"), DIM, "embedder", flush_every=3)
+    for i in range(10):
+        index.add([record(i)])
+        assert sparse(index, i)[0] == dense(index, i)[0] == f"node-{i}"
+    assert index.ids() == {f"node-{i}" for i in range(10)}
+    index.close()
+
+
+def test_removed_nodes_are_gone(index: MilvusIndex) -> None:
+    index.add([record(i) for i in range(6)])
+    index.flush()
+    index.add([record(i) for i in range(6, 9)])
+    index.remove(["node-4", "node-7", 'x" or 1 == 1 or node_id == "', "back\\slash\n"])
+    assert len(index) == 7
+    assert "node-4" not in sparse(index, 4)
+    assert "node-7" not in dense(index, 7)
+    index.remove(f"node-{i}" for i in range(9))
+    assert index.ids() == set()
+
+
+def test_records_without_embedding_are_only_found_by_words(index: MilvusIndex) -> None:
+    index.add([record(1, embedded=False), record(2)])
+    assert sparse(index, 1)[0] == "node-1"
+    assert dense(index, 1) == ["node-2"]
+    index.add([record(1)])
+    assert dense(index, 1)[0] == "node-1"
+    assert len(index) == 2
+
+
+def test_prompts_too_short_for_an_ngram_are_kept(index: MilvusIndex) -> None:
+    tiny = IndexRecord("tiny", "ns", np.array([1], dtype=np.uint64), embedding(1))
+    index.add([tiny, IndexRecord("empty", "ns", np.array([], dtype=np.uint64))])
+    assert index.search_sparse("ns", tiny.keys, 5) == []
+    assert dense(index, 1) == ["tiny"]
+    assert index.ids() == {"tiny", "empty"}
+
+
+def test_media_are_found_by_their_exact_hash(index: MilvusIndex) -> None:
+    picture = Segment(Modality.IMAGE, 10, 30, content_hash=(1 << 63) + 5)
+    segments = (Segment(Modality.TEXT, 0, 10), picture, Segment(Modality.TEXT, 30, 40))
+    plain = record(1)
+    index.add([IndexRecord("with", "ns", plain.keys, plain.embedding, segments), record(2)])
+    assert index.search_media("ns", picture.content_hash, 4) == ["with"]
+    assert index.search_media("ns", picture.content_hash + 1, 4) == []
+    assert index.search_media("other", picture.content_hash, 4) == []
+    # Three rows, one node.
+    assert sparse(index, 1)[0] == "with"
+    assert dense(index, 1) == ["with", "node-2"]
+    assert len(index) == 2
+    index.remove(["with"])
+    assert index.search_media("ns", picture.content_hash, 4) == []
+
+
+def test_what_was_added_survives_closing(tmp_path: Path) -> None:
+    path = str(tmp_path / "index.db")
+    first = MilvusIndex(path, DIM, "embedder")
+    first.add([record(i) for i in range(5)])
+    first.close()
+    with pytest.raises(IndexUnavailableError, match="closed"):
+        first.ids()
+    second = MilvusIndex(path, DIM, "embedder")
+    second.wait_ready()
+    assert second.ids() == {f"node-{i}" for i in range(5)}
+    assert sparse(second, 2)[0] == dense(second, 2)[0] == "node-2"
+    second.close()
+
+
+def test_two_users_of_one_file_in_a_process_do_not_close_it_on_each_other(tmp_path: Path) -> None:
+    path = str(tmp_path / "index.db")
+    one, two = (MilvusIndex(path, DIM, "embedder") for _ in range(2))
+    one.add([record(1)])
+    assert two.ids() == {"node-1"}
+    one.close()
+    assert two.ids() == {"node-1"}
+    two.close()
+
+
+def test_reconcile_adds_what_is_missing_and_removes_the_rest(index: MilvusIndex) -> None:
+    index.add([record(i) for i in range(4)])
+    assert index.reconcile([record(i) for i in range(2, 7)]) == (3, 2)
+    assert index.ids() == {f"node-{i}" for i in range(2, 7)}
+    assert dense(index, 6)[0] == "node-6"
+    assert index.reconcile([record(9)], remove_others=False) == (1, 0)
+    assert len(index) == 6
+
+
+def test_another_embedder_or_version_starts_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "index.db")
+    old = MilvusIndex(path, DIM, "embedder")
+    old.add([record(1)])
+    old.close()
+    other = MilvusIndex(path, DIM, "another embedder")
+    assert other.ids() == set()
+    assert other.reconcile([record(2)]) == (1, 0)
+    other.close()
+    monkeypatch.setattr(milvus_rows, "SCHEMA_VERSION", milvus_rows.SCHEMA_VERSION + 1)
+    newer = MilvusIndex(path, DIM, "another embedder")
+    assert newer.collection != other.collection
+    assert newer.ids() == set()
+    newer.close()
+    monkeypatch.undo()
+    # The first was dropped when the file got another owner.
+    again = MilvusIndex(path, DIM, "embedder")
+    assert again.ids() == set()
+    again.close()
+
+
+def test_an_unreachable_server_is_one_short_failure() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    index = MilvusIndex(f"http://127.0.0.1:{port}", DIM, "embedder", timeout=0.5, retry_after=60)
+    with pytest.raises(IndexUnavailableError, match="search dense") as info:
+        dense(index, 1)
+    assert info.value.__cause__ is not None
+    for call in (index.ids, index.flush, index.wait_ready, lambda: index.add([record(1)])):
+        with pytest.raises(IndexUnavailableError, match="left alone"):
+            call()
+    index.close()
+
+
+def test_a_server_that_never_answers_is_given_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        index = MilvusIndex(f"http://127.0.0.1:{port}", DIM, "embedder", timeout=0.5)
+        with pytest.raises(IndexUnavailableError):
+            sparse(index, 1)
+        index.close()
+
+
+def test_a_file_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "index.db").write_text("not a folder")
+    index = MilvusIndex(str(tmp_path / "index.db"), DIM, "embedder")
+    with pytest.raises(IndexUnavailableError):
+        index.ids()
+    index.close()
+
+
+def test_wrong_arguments_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\*\.db"):
+        MilvusIndex(str(tmp_path / "index"), DIM, "embedder")
+    with pytest.raises(ConfigError, match="positive"):
+        MilvusIndex("x.db", 0, "embedder")
+    index = MilvusIndex(str(tmp_path / "index.db"), DIM, "embedder")
+    with pytest.raises(ValueError, match="shape"):
+        index.search_dense("ns", np.zeros(DIM + 1, dtype=np.float32), 1)
+    with pytest.raises(ValueError, match="shape"):
+        index.add([IndexRecord("a", "ns", record(1).keys, np.zeros(DIM + 1, dtype=np.float32))])
+    with pytest.raises(ValueError, match="node id"):
+        index.add([IndexRecord("a" * 300, "ns", record(1).keys)])
+    # None of these got as far as opening the file.
+    assert not (tmp_path / "index.db").exists()

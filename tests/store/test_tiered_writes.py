@@ -1,0 +1,287 @@
+"""RAM over disk: the write queue, failing writes, and changes that meet a write."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.store.base import StoredNode
+from kvshare_mm.store.disk import DiskTier
+from kvshare_mm.store.host import ram_bytes
+
+PATIENCE_S = 20  # for what is bound to happen; no test waits so long unless it fails
+VECTOR = np.array([1, 2, 3], np.float32)
+
+
+def test_an_evicted_node_is_read_from_the_queue_until_it_is_on_disk(open_store, make_stored, gone):
+    store = open_store(host_bytes=ram_bytes(make_stored("a")), slow_disk=True)
+    nodes = [make_stored(name) for name in "abcd"]
+    for stored in nodes:
+        store.put(stored)
+    assert list(store._host) == ["d"]
+    for stored in nodes:
+        assert store.resident(stored.node.node_id) == "host"
+        assert store.get(stored.node.node_id, "ns") is stored
+    assert not store.flush(0)
+    store._disk.gate.set()
+    assert store.flush(PATIENCE_S)
+    assert [store.resident(name) for name in "abcd"] == ["disk", "disk", "disk", "host"]
+    assert gone == []
+
+
+def test_what_the_queue_has_no_room_for_is_gone(open_store, make_stored, gone, caplog):
+    size = ram_bytes(make_stored("a"))
+    store = open_store(size, queued_bytes=2 * size, slow_disk=True)
+    store.put(make_stored("a"))
+    assert store._disk.started.wait(PATIENCE_S)
+    for name in "bcdef":
+        store.put(make_stored(name))
+    # a is being written, b waits, f is in RAM.
+    assert gone == ["c", "d", "e"]
+    assert store.counters == {"write_queue_full": 3}
+    assert len(caplog.records) == 1
+    store._disk.gate.set()
+    assert store.flush(PATIENCE_S)
+    assert sorted(store._disk) == ["a", "b", "f"]
+    assert gone == ["c", "d", "e"]
+
+
+def test_what_is_being_written_is_not_dropped_for_room(open_store, make_stored, gone):
+    size = ram_bytes(make_stored("a"))
+    store = open_store(2 * size, queued_bytes=size, slow_disk=True)
+    store.put(make_stored("a"))
+    assert store._disk.started.wait(PATIENCE_S)
+    store.pin("a", 1000)
+    store.put(make_stored("b"))
+    store.put(make_stored("c"))  # b has only the queue now
+    store.unpin("a")
+    store.put(make_stored("d"))  # and so has a, beyond the queue's budget
+    assert [store.resident(name) for name in "abcd"] == ["host"] * 4
+    store._disk.gate.set()
+    assert store.flush(PATIENCE_S)
+    assert sorted(store._disk) == ["a", "b", "c", "d"]
+    assert (gone, store.counters) == ([], {})
+
+
+def test_a_disk_that_fails_costs_durability_only(open_store, make_stored, gone, caplog):
+    store = open_store(slow_disk=True)
+    store._disk.error = KVUnavailableError("io_error", "cannot write: disk on fire")
+    store._disk.gate.set()
+    with caplog.at_level(logging.WARNING):
+        for name in "abc":
+            store.put(make_stored(name))
+        # The first may have failed before flush was called; the last cannot have.
+        store.flush(PATIENCE_S)
+    assert store.counters == {"write_io_error": 3}
+    assert sum("disk on fire" in record.getMessage() for record in caplog.records) == 1
+    assert [store.get(name, "ns").node.node_id for name in "abc"] == ["a", "b", "c"]
+    assert gone == []
+
+    store._disk.error = None
+    store.put(make_stored("d"))
+    assert store.flush(PATIENCE_S)
+    assert list(store._disk) == ["d"]
+
+
+def test_flush_says_when_a_write_failed(open_store, make_stored):
+    store = open_store(slow_disk=True)
+    store._disk.error = KVUnavailableError("io_error", "no")
+    store.put(make_stored("a"))
+    threading.Timer(0.05, store._disk.gate.set).start()
+    assert not store.flush(PATIENCE_S)
+    assert store.counters == {"write_io_error": 1}
+
+
+def test_a_really_full_disk(open_store, make_stored, full_disk, gone):
+    wide = make_stored("wide", 3000)
+    store = open_store(host_bytes=ram_bytes(wide))
+    with full_disk(50_000):
+        store.put(wide)
+        store.flush(PATIENCE_S)
+    assert store.counters == {"write_io_error": 1}
+    assert store.get("wide", "ns") is wide
+    assert list(store._disk.folder.iterdir()) == []
+    # It was never written: when RAM lets it go it is gone.
+    store.put(make_stored("next"))
+    assert gone.wait_for("wide")
+    assert store.resident("wide") is None
+
+
+def test_the_writer_outlives_a_bug(open_store, make_stored, gone):
+    store = open_store()
+    wrong = replace(make_stored("wrong"), kv=make_stored("x", 3).kv)
+    store.put(wrong)
+    store.put(make_stored("right"))
+    store.flush(PATIENCE_S)
+    assert store.counters == {"write_internal": 1}
+    assert list(store._disk) == ["right"]
+    assert store.get("wrong", "ns") is wrong
+    assert gone == []
+
+
+def test_an_embedding_computed_later_is_durable(open_store, make_stored, assert_same):
+    store = open_store()
+    store.put(make_stored("in RAM and on disk"))
+    assert store.flush(PATIENCE_S)
+    assert store.update_embedding("in RAM and on disk", VECTOR)
+    assert store.get("in RAM and on disk", "ns").embedding is VECTOR
+    assert not store.update_embedding("unknown", VECTOR)
+    store.close(PATIENCE_S)
+
+    store = open_store()
+    assert store.update_embedding("in RAM and on disk", 2 * VECTOR)  # on disk only, by now
+    store.close(PATIENCE_S)
+    want = replace(make_stored("in RAM and on disk"), embedding=2 * VECTOR)
+    again = open_store()
+    assert_same(again.get("in RAM and on disk", "ns"), want)
+    (record,) = again.records()
+    assert record[1].tolist() == [2, 4, 6]
+
+
+def test_an_embedding_for_a_queued_node_saves_the_first_write(open_store, make_stored):
+    store = open_store(slow_disk=True)
+    writes = []
+    disk_put = store._disk.put
+    store._disk.put = lambda stored: (writes.append(stored), disk_put(stored))[1]
+    store.put(make_stored("a"))
+    assert store._disk.started.wait(PATIENCE_S)
+    store.put(make_stored("b"))
+    assert store.update_embedding("b", VECTOR)
+    assert store.update_embedding("a", VECTOR)  # too late for the write that has begun
+    store._disk.gate.set()
+    assert store.flush(PATIENCE_S)
+    assert Counter(stored.node.node_id for stored in writes) == {"a": 2, "b": 1}
+    assert all(vector is not None for _, vector in store.records())
+
+
+def test_a_new_version_put_during_a_write_is_the_one_that_stays(open_store, make_stored):
+    store = open_store(slow_disk=True)
+    store.put(make_stored("a", 8))
+    assert store._disk.started.wait(PATIENCE_S)
+    store.put(make_stored("a", 9))
+    store._disk.gate.set()
+    assert store.flush(PATIENCE_S)
+    assert len(open_store().get("a", "ns").node) == 9
+
+
+def test_a_node_deleted_while_it_is_written_does_not_come_back(open_store, make_stored, gone):
+    store = open_store(slow_disk=True)
+    store.put(make_stored("a"))
+    store.put(make_stored("b"))
+    assert store._disk.started.wait(PATIENCE_S)
+    store.delete("b")  # still queued
+    deleting = threading.Thread(target=store.delete, args=("a",))
+    deleting.start()
+    store._disk.gate.set()
+    deleting.join(PATIENCE_S)
+    assert not deleting.is_alive()
+    assert store.flush(PATIENCE_S)
+    assert [store.resident("a"), store.resident("b")] == [None, None]
+    assert gone == ["b", "a"]
+    assert list(store._disk.folder.iterdir()) == []
+
+
+def test_a_read_that_a_delete_overtakes_does_not_bring_the_node_back(
+    open_store, make_stored, gone, monkeypatch
+):
+    first = open_store()
+    first.put(make_stored("a"))
+    first.close(PATIENCE_S)
+    for read in (lambda s: s.get("a", "ns"), lambda s: s.update_embedding("a", VECTOR)):
+        store = open_store()
+        disk_get = store._disk.get
+
+        def get_then_deleted(node_id: str, store=store, disk_get=disk_get) -> StoredNode:
+            stored = disk_get(node_id)
+            store.delete(node_id)
+            return stored
+
+        monkeypatch.setattr(store._disk, "get", get_then_deleted)
+        assert read(store) is not None
+        assert store.resident("a") is None
+        store.close(PATIENCE_S)
+        assert list(store._disk.folder.iterdir()) == []
+        assert gone == ["a"]
+        gone.clear()
+        first = open_store()
+        first.put(make_stored("a"))
+        first.close(PATIENCE_S)
+
+
+def test_an_embedding_goes_to_the_newest_version(open_store, make_stored, monkeypatch):
+    first = open_store()
+    first.put(make_stored("a", 8))
+    first.close(PATIENCE_S)
+    store = open_store()
+    disk_get = store._disk.get
+
+    def get_then_put_again(node_id: str) -> StoredNode:
+        stored = disk_get(node_id)
+        store.put(make_stored("a", 9))
+        return stored
+
+    monkeypatch.setattr(store._disk, "get", get_then_put_again)
+    assert store.update_embedding("a", VECTOR)
+    assert len(store.get("a", "ns").node) == 9
+    assert store.get("a", "ns").embedding is VECTOR
+
+
+def test_threads(open_store, make_stored, assert_same, gone):
+    """Whatever happens at once: reads are right, and each node that is gone is said so once."""
+    num_threads, per_thread = 4, 40
+    nodes = {
+        f"{thread}-{i}": make_stored(f"{thread}-{i}", 20 + i % 7)
+        for thread in range(num_threads)
+        for i in range(per_thread)
+    }
+    size = max(map(ram_bytes, nodes.values()))
+    store = open_store(host_bytes=6 * size, disk_bytes=30 * size, queued_bytes=4 * size)
+    put: list[str] = []
+    problems: list[object] = []
+
+    def work(thread: int) -> None:
+        rng = random.Random(thread)
+        try:
+            for i in range(per_thread):
+                put.append(f"{thread}-{i}")
+                store.put(nodes[f"{thread}-{i}"])
+                for _ in range(4):
+                    node_id = rng.choice(put)
+                    action = rng.choice(["get", "get", "get", "embed", "pin", "delete"])
+                    if action == "embed":
+                        store.update_embedding(node_id, VECTOR)
+                    elif action == "pin":
+                        store.pin(node_id, 0.001)
+                    elif action == "delete" and rng.random() < 0.2:
+                        store.delete(node_id)
+                    else:
+                        try:
+                            got = store.get(node_id, "ns")
+                            assert_same(replace(got, embedding=None), nodes[node_id])
+                        except KVUnavailableError as error:
+                            assert error.reason == "evicted"
+        except BaseException as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    store.close(PATIENCE_S)
+
+    there = {node_id for node_id in nodes if store.resident(node_id) is not None}
+    assert Counter(gone) == Counter(nodes.keys() - there)
+    assert 0 < len(there) < len(nodes)
+    assert there == {*store._host, *store._disk}
+    for node_id in there:
+        assert_same(replace(store.get(node_id, "ns"), embedding=None), nodes[node_id])
+    assert store._disk.num_corrupt == 0
+    assert sorted(DiskTier(store._disk.folder, 1 << 24)) == sorted(store._disk)
