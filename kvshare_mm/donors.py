@@ -104,8 +104,8 @@ class DonorPool:
         with self._lock:
             ids = self._prefixes.longest(ns, keys, _PREFIX_CANDIDATES)
             if not options.exact_only:
-                ids += [c.node_id for c in self._lexical.search(ns, keys, self._max_candidates)]
-                ids += similar
+                hits = [c.node_id for c in self._lexical.search(ns, keys, self._max_candidates)]
+                ids += self._with_chief_owners([*hits, *similar])[: self._max_candidates]
             donors = self._donors(ids, ns)
             found = time.perf_counter()
         plan = make_plan(keys, donors, options)
@@ -222,6 +222,20 @@ class DonorPool:
             if node is not None and node.namespace == ns:
                 donors.append(self.tree.donor(node_id))
         return donors
+
+    def _with_chief_owners(self, ids: list[str]) -> list[str]:
+        """Each id followed by the node that owns most of its KV; caller holds the lock.
+
+        What a request repaired is no material for others, so a pool of edited requests alone wears
+        out: each new one finds less to keep. The request they came from has it all.
+        """
+        found: dict[str, None] = {}
+        for node_id in ids:
+            found[node_id] = None
+            node = self.tree.get(node_id)
+            if node is not None and (owners := node.owners):
+                found[max(owners, key=lambda owner: owners[owner])] = None
+        return list(found)
 
     def _twin(self, keys: np.ndarray, ns: str) -> str | None:
         """A donor that holds these very keys exactly already; caller holds the lock."""

@@ -120,8 +120,8 @@ def lookup(
 ) -> None:
     """Is the right donor found among thousands, and how fast: by words, by meaning, by both."""
     from kvshare_mm.apps.bench.lookup import run_lookup
-    from kvshare_mm.models.loader import load_tokenizer
     from kvshare_mm.modalities.embed import TextEmbedder
+    from kvshare_mm.models.loader import load_tokenizer
 
     with _plain_errors(), tempfile.TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(model)

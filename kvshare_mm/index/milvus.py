@@ -221,7 +221,11 @@ class MilvusIndex:
     ) -> list[Candidate]:
         if limit < 1:
             return []
-        options = {"anns_field": field, "filter": condition, "search_params": params}
+        options: dict[str, Any] = {
+            "anns_field": field,
+            "filter": condition,
+            "search_params": params,
+        }
         options |= {"limit": limit, "timeout": self._patience}
         with self._milvus.use(f"search {field}") as client:
             [hits] = client.search(self.collection, [query], **options)

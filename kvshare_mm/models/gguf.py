@@ -81,10 +81,15 @@ def _convert(gguf: Path, folder: Path) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(**source)
             bar.update()
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=torch.float32, output_loading_info=True
+            )
             bar.update()
         except Exception as error:  # a damaged file fails anywhere
             raise ModelLoadError(f"transformers cannot read {gguf}: {error}") from error
+        if report["missing_keys"]:  # transformers fills them with random numbers
+            missing = sorted(report["missing_keys"])
+            raise ModelLoadError(f"{gguf} lacks {len(missing)} weights, e.g. {missing[0]}")
         # transformers refuses to save a model that it believes to be quantized; it no longer is.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):

@@ -1,8 +1,8 @@
 """Can a model's KV be moved to other positions? Declared by its config, then proved by running it.
 
-The proof needs no list of architectures: a few forwards over a few tokens show that PartialAttention
-gives the model's own logits, and that in every layer a key computed at one position, re-rotated, is
-the key computed at the other.
+The proof needs no list of architectures: a few forwards over a few tokens show that
+PartialAttention gives the model's own logits, and that in every layer a key computed at one
+position, re-rotated, is the key computed at the other.
 """
 
 from __future__ import annotations

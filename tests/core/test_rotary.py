@@ -1,4 +1,4 @@
-"""Re-rotation against transformers' own rotary embeddings: a moved key is the key computed there."""
+"""Re-rotation against transformers' own embeddings: a moved key is the key computed there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PartialAttention in numbers: what it computes is what transformers computes, and nothing leaks."""
+"""PartialAttention in numbers: it computes what transformers computes, and nothing leaks."""
 
 from __future__ import annotations
 

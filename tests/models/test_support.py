@@ -109,7 +109,11 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "deepseek-v2 (MLA)": ("deepseek_v2", MLA, "latent"),
     "deepseek-v3 (MLA)": ("deepseek_v3", MLA, "latent"),
     "mamba": ("mamba", {"state_size": 8}, "recurrent"),
-    "mamba-2": ("mamba2", {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1}, "recur"),
+    "mamba-2": (
+        "mamba2",
+        {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1},
+        "recur",
+    ),
     "bamba (mamba and attention)": (
         "bamba",
         {"mamba_n_heads": 8, "mamba_d_state": 16, "attn_layer_indices": [1]},
