@@ -89,12 +89,15 @@ def demo(
     repeats: Annotated[int, typer.Option(min=1, help="measurements a method")] = 3,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 24,
     json_file: Json = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="also save the first story's coloured prompt as SVG")
+    ] = None,
 ) -> None:
     """Three stories: somebody asked something similar before. What does that save?"""
     from kvshare_mm.apps import showcase
 
     with serving(model, embedder=None) as llm:
-        report = showcase.run(llm, console, repeats, max_tokens)
+        report = showcase.run(llm, console, repeats, max_tokens, picture)
     if json_file:
         json_file.write_text(json.dumps(report, indent=2), encoding="utf-8")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -62,13 +64,25 @@ def tell(llm: KVShare, story: Story, repeats: int, max_tokens: int) -> Told:
     return Told(story, donor, outputs, ttft)
 
 
-def run(llm: KVShare, console: Console, repeats: int = 3, max_tokens: int = 24) -> dict[str, Any]:
-    """Tell all stories, print them as they go, and return the same as data."""
+def run(
+    llm: KVShare,
+    console: Console,
+    repeats: int = 3,
+    max_tokens: int = 24,
+    picture: Path | None = None,
+) -> dict[str, Any]:
+    """Tell all stories, print them as they go, and return the same as data.
+
+    Args:
+        picture: where to save the first story's coloured prompt as SVG, or None.
+    """
     console.print(legend())
     told = []
     for one in _tell_all(llm, console, repeats, max_tokens):
         _print(llm, console, one)
         told.append(one)
+    if picture:
+        _save_picture(llm, told[0], picture)
     return {
         "machine": machine(),
         "model": llm.config.model,
@@ -105,6 +119,14 @@ def _print(llm: KVShare, console: Console, told: Told) -> None:
         )
     console.print(table)
     console.print()
+
+
+def _save_picture(llm: KVShare, told: Told, path: Path) -> None:
+    output = told.outputs["kvshare"]
+    paper = Console(record=True, width=96, file=io.StringIO(), force_terminal=True)
+    paper.print(legend())
+    paper.print(token_view(llm.tokenizer, output.prompt_token_ids, output.provenance))
+    paper.save_svg(str(path), title=f"{told.story.name}: {told.story.about}")
 
 
 def _as_data(told: Told) -> dict[str, Any]:

@@ -104,14 +104,15 @@ class TopDeviation:
 
 @dataclass(frozen=True, slots=True)
 class EditBudget:
-    """Boundary windows as wide as the edits allow: `ratio` repairs for every computed position.
+    """Boundary windows as wide as the edits ask for, up to `ratio` repairs a placeholder.
 
-    Drift comes from edits, so a prompt with few of them needs few repairs, and a budget that
-    follows them keeps reuse fast where it is safe. Windows of all runs are filled evenly, the
-    first positions of each run first.
+    Drift comes from edits: a form with other numbers in it needs few repairs, a prompt of which a
+    third is new needs as many as it has placeholders. Between 10% and 33% of placeholders the
+    budget grows from three tenths of `ratio` to all of it, so reuse stays fast where it is safe.
+    Windows of all runs are filled evenly, the first positions of each run first.
     """
 
-    ratio: float = 0.6
+    ratio: float = 1.0
     max_width: int = 32
 
     def __post_init__(self) -> None:
@@ -120,8 +121,10 @@ class EditBudget:
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
         runs = [r for r in plan.runs if not r.exact]
+        placeholders = len(plan.placeholders)
+        urgency = min(1.0, max(0.3, 3 * placeholders / plan.num_tokens))
         # No more than there are positions, or a large ratio would overflow.
-        budget = int(min(self.ratio * len(plan.placeholders), plan.num_tokens))
+        budget = int(min(urgency * self.ratio * placeholders, plan.num_tokens))
         if not runs:
             return np.empty(0, np.int64)
         depth = np.concatenate([np.arange(min(self.max_width, r.length)) for r in runs])
@@ -156,7 +159,7 @@ _POLICIES: dict[str, Callable[[str], RepairPolicy]] = {
     "window": lambda a: BoundaryWindow(int(a or 8)),
     "tail": lambda a: Tail(int(a or 16)),
     "deviation": lambda a: TopDeviation(float(a or 0.15)),
-    "auto": lambda a: EditBudget(float(a or 0.6)),
+    "auto": lambda a: EditBudget(float(a or 1.0)),
 }
 
 

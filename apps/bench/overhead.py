@@ -17,7 +17,7 @@ from kvshare_mm.apps.bench.rig import Rig, machine
 from kvshare_mm.plan import ReusePlan
 from kvshare_mm.stream import text_stream
 
-_DONOR_TOKENS = 64
+_DONOR_TOKENS = 32
 
 
 def run(
@@ -30,7 +30,7 @@ def run(
 ) -> dict[str, Any]:
     """Fill the pool, then serve prompts that share nothing with it, with and without sharing.
 
-    Donors are the first 64 tokens of prompts, with made-up KV of the model's shape: what lookup
+    Donors are the first 32 tokens of prompts, with made-up KV of the model's shape: what lookup
     and capture cost depends on their number and size, not on the values.
 
     Returns:

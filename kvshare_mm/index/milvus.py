@@ -171,7 +171,7 @@ class MilvusIndex:
         return found
 
     def reconcile(
-        self, records: Sequence[IndexRecord], *, remove_others: bool = True
+        self, records: Sequence[IndexRecord], *, remove_others: bool | None = None
     ) -> tuple[int, int]:
         """Make the index hold exactly `records`, after it was lost, replaced or left behind.
 
@@ -179,12 +179,14 @@ class MilvusIndex:
 
         Args:
             records: everything the store holds.
-            remove_others: also remove nodes that are not in `records`. False where several
-                replicas with stores of their own share one server.
+            remove_others: also remove nodes that are not in `records`. By default only from a
+                Lite file: a server may hold the nodes of replicas with stores of their own.
 
         Returns:
             How many nodes were added, and how many removed.
         """
+        if remove_others is None:
+            remove_others = self._path is not None
         known = self.ids()
         missing = [record for record in records if record.node_id not in known]
         others = known - {record.node_id for record in records} if remove_others else set()
@@ -221,12 +223,8 @@ class MilvusIndex:
     ) -> list[Candidate]:
         if limit < 1:
             return []
-        options: dict[str, Any] = {
-            "anns_field": field,
-            "filter": condition,
-            "search_params": params,
-        }
-        options |= {"limit": limit, "timeout": self._patience}
+        options: dict[str, Any] = {"anns_field": field, "filter": condition, "limit": limit}
+        options |= {"search_params": params, "timeout": self._patience}
         with self._milvus.use(f"search {field}") as client:
             [hits] = client.search(self.collection, [query], **options)
         return [Candidate(milvus_rows.node_id_of(hit["pk"]), hit["distance"]) for hit in hits]

@@ -58,6 +58,7 @@ class TieredStore:
         # `delete` may wait for a write with it.
         self._changed = threading.Condition()
         self._queue: OrderedDict[str, StoredNode] = OrderedDict()
+        self._failures_told = 0
         self._writing: str | None = None
         self._resident: set[str] = {*host, *(disk or ())}  # what `on_gone` was not called for
         self._closing = disk is None
@@ -168,13 +169,15 @@ class TieredStore:
         """Wait until the write queue is empty.
 
         Returns:
-            True if it is, and all that was written meanwhile succeeded; False after `timeout_s`
+            True if it is, and all writes since the last flush succeeded; False after `timeout_s`
             seconds or if a write failed (see `counters`).
         """
         with self._changed:
-            failures = self._num_failed_writes()
             empty = self._changed.wait_for(lambda: not self._queue, timeout_s)
-            return empty and self._num_failed_writes() == failures
+            failures = self._num_failed_writes()
+            succeeded = failures == self._failures_told
+            self._failures_told = failures
+            return empty and succeeded
 
     def close(self, timeout_s: float | None = None) -> None:
         """Write what is queued, then stop the writer. What is put later stays in RAM only."""

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 
 from kvshare_mm.delta_tree import DeltaTree, Node, Piece, Span
 from kvshare_mm.plan import PlannerOptions, ReusePlan, make_plan
-from kvshare_mm.repair import EditBudget, NoRepair, RepairPolicy
+from kvshare_mm.repair import BoundaryWindow, EditBudget, NoRepair, RepairPolicy
 
 EAGER = PlannerOptions(min_run=2, min_gain_tokens=1, min_gain_share=0.0)
 
@@ -368,7 +368,7 @@ def test_pieces_name_the_owner_and_not_who_pointed_on():
 def test_what_was_repaired_is_owned_and_is_no_material():
     tree = DeltaTree()
     serve(tree, "a", range(20))
-    child = serve(tree, "b", [50, *range(20), 60], ["a"], repair=EditBudget(ratio=1.0))
+    child = serve(tree, "b", [50, *range(20), 60], ["a"], repair=BoundaryWindow(2))
     assert child.own == (Span(0, 3), Span(21, 22))
     assert np.flatnonzero(~tree.donor("b").material).tolist() == [1, 2, 21]
 

@@ -164,7 +164,9 @@ def test_the_edit_budget_is_never_exceeded_and_spread_evenly(plan, ratio, max_wi
     runs = [r for r in plan.runs if not r.exact]
     wanted = sum(min(max_width, r.length) for r in runs)
     # Used up as far as there is something to use it for.
-    assert len(picked) == int(min(ratio * len(plan.placeholders), wanted))
+    placeholders = len(plan.placeholders)
+    urgency = min(1.0, max(0.3, 3 * placeholders / plan.num_tokens))
+    assert len(picked) == int(min(urgency * ratio * placeholders, wanted))
     assert len(set(picked.tolist())) == len(picked)
     widths = []
     for run in runs:
@@ -181,6 +183,13 @@ def test_the_edit_budget_by_hand():
     # 14 placeholders, so a budget of 5, for runs of 12 and 10.
     assert EditBudget(0.4).positions(PLAN, NoProbe()).tolist() == [8, 24, 9, 25, 10]
     assert EditBudget(0.4, max_width=1).positions(PLAN, NoProbe()).tolist() == [8, 24]
+
+
+def test_a_form_with_few_edits_is_repaired_less():
+    runs = tuple(KeptRun("a", at, at, 18, False) for at in range(1, 381, 20))
+    plan = ReusePlan(400, runs)
+    assert len(plan.placeholders) == 58  # 14.5% of the prompt, so 43.5% of the full budget
+    assert len(EditBudget(1.0).positions(plan, NoProbe())) == 25
 
 
 @given(plans())
@@ -203,11 +212,11 @@ def test_a_union_wants_what_any_of_its_policies_wants(plan):
         ("deviation", TopDeviation(0.15)),
         ("deviation:0.2", TopDeviation(0.2)),
         ("deviation:1", TopDeviation(1.0)),
-        ("auto", EditBudget(0.6)),
+        ("auto", EditBudget(1.0)),
         ("auto:1.5", EditBudget(1.5)),
         ("auto:0", EditBudget(0.0)),
         (" window:2 + tail:4 ", Union((BoundaryWindow(2), Tail(4)))),
-        ("auto+window:1+none", Union((EditBudget(0.6), BoundaryWindow(1), NoRepair()))),
+        ("auto+window:1+none", Union((EditBudget(1.0), BoundaryWindow(1), NoRepair()))),
     ],
 )
 def test_the_text_form(spec, policy):

@@ -211,11 +211,18 @@ def test_requests_of_different_lengths_make_room_for_each_other(
         assert inbox.result().token_ids == whole.token_ids[:n]
 
 
-def test_a_waiting_request_is_admitted_in_the_order_it_came(open_llm: OpenLLM) -> None:
+def test_waiting_requests_are_admitted_in_the_order_they_came(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=1)
+    order: list[tuple[int, ...]] = []
+    prefill = llm._parts.runner.prefill
+
+    def recorded(slot: int, token_ids: Any, compute: Any) -> torch.Tensor:
+        order.append(tuple(token_ids.tolist()))
+        return prefill(slot, token_ids, compute)
+
+    llm._parts.runner.prefill = recorded  # type: ignore[method-assign]
     inboxes = [Inbox(llm, p, params(3)) for p in _PROMPTS]
-    metrics = [inbox.result().metrics for inbox in inboxes]
-    assert all(a.queue <= b.queue for a, b in itertools.pairwise(metrics[1:]))
+    assert [inbox.result().prompt_token_ids for inbox in inboxes] == order
 
 
 # -- streaming ----------------------------------------------------------------------------------
@@ -286,15 +293,18 @@ def test_leaving_a_stream_frees_its_slot(open_llm: OpenLLM, alone: list[RequestO
 
 def test_breaking_out_of_a_for_loop_cancels(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=1)
+    gate = Gate(llm._parts.runner, "decode")
     for chunk in llm.stream(_PROMPTS[0], params(400)):
         assert chunk.output is None
         break
+    gate.open()
     assert idle(llm)
     assert outcomes(llm)["finished_abort"] == 1
 
 
 def test_leaving_an_async_stream_frees_its_slot(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=1)
+    gate = Gate(llm._parts.runner, "decode")
 
     async def leave() -> None:
         stream = llm.astream(_PROMPTS[0], params(400))
@@ -302,6 +312,7 @@ def test_leaving_an_async_stream_frees_its_slot(open_llm: OpenLLM) -> None:
         await stream.aclose()
 
     asyncio.run(leave())
+    gate.open()
     assert idle(llm)
     assert outcomes(llm)["finished_abort"] == 1
 
@@ -535,7 +546,9 @@ def test_nobody_waits_for_an_engine_that_died(open_llm: OpenLLM) -> None:
         raise RuntimeError("the device is lost")
 
     llm._parts.runner.decode = broken  # type: ignore[method-assign]
+    gate = Gate(llm._parts.runner, "decode")
     inboxes = [Inbox(llm, p, params()) for p in _PROMPTS[:3]]
+    gate.open()
     for inbox in inboxes:
         with pytest.raises(EngineClosedError, match="the device is lost"):
             inbox.result()

@@ -461,6 +461,7 @@ def test_an_id_of_another_namespace_gives_nothing(server: Server) -> None:
     for asked in (ids, _edited(ids, 30), np.concatenate((mine[:20], ids))):
         result = server.prefill(asked, OTHER_NS, similar=(theirs, "made up", theirs))
         assert theirs not in result.plan.donors
+        assert result.fallback is None, "not even planned with"
         assert result.plan.num_reused + result.plan.num_exact <= 20
 
 
@@ -610,6 +611,19 @@ def test_children_of_a_dropped_owner_keep_what_they_own(server: Server) -> None:
         assert result.plan.num_reused + result.plan.num_exact <= 2, result.plan
         if not result.plan.num_reused:
             assert torch.allclose(result.logits, server.tiny.full(asked).logits[-1], atol=ATOL)
+
+
+def test_what_was_repaired_is_owned(server: Server) -> None:
+    """A repaired position is stored as computed, not as the donor's KV that was not trusted."""
+    a = _ids(60, 0)
+    server.serve(a)
+    b = _edited(a, 20)
+    first, node_b = server.serve(b, policy=make_policy("window:6"))
+    assert len(first.plan.repair) == 6
+    assert server.pool.tree[node_b].num_owned == 8  # the edit, the repairs, the last position
+    again = server.prefill(b)
+    assert again.plan.compute.tolist() == [59]
+    assert torch.allclose(again.logits, first.logits, atol=ATOL)
 
 
 def test_a_donor_dropped_before_the_capture(server: Server) -> None:

@@ -59,10 +59,6 @@ def test_in_a_pool_of_one_template_the_shared_fields_decide(budget: int) -> None
     forms = [[tokens_of(rng, 10) for _ in range(6)] for _ in range(400)]
     index = LexicalIndex(budget=budget)
     index.add([record(str(i), template.fill(form)) for i, form in enumerate(forms)])
-    if budget == 1:
-        # Nothing can be read in full: still some records of the template, the newest, come back.
-        assert len(found(index, template.fill(forms[3]))) == 4
-        return
     for i in range(0, 400, 37):
         fields = [*forms[i][:2], *(tokens_of(rng, 10) for _ in range(4))]
         assert found(index, template.fill(fields))[0] == str(i)

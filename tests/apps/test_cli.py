@@ -1,0 +1,384 @@
+"""The `kvshare` command on a tiny model: what people see, and what scripts read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+import typer
+from click.testing import Result
+from rich.console import Console
+from typer.testing import CliRunner
+
+from kvshare_mm import KVShare, ModelLoadError, SamplingParams
+from kvshare_mm.apps import chat as chat_app
+from kvshare_mm.apps.cli import app
+from kvshare_mm.apps.stories import STORIES, Story
+
+Run = Callable[..., Result]
+
+_ROWS = " ".join(f"Value {i} is {i * 37 % 91} g/L;" for i in range(8))
+_DONOR = f"Laboratory report. Patient number 48210. {_ROWS} What is value 3?"
+_TARGET = f"Laboratory report. Patient number 77. {_ROWS} What is value 3?"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command in this process; the result's output has what was said on stderr too."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def call(*arguments: str | Path, **options: Any) -> Result:
+        return CliRunner().invoke(app, [str(a) for a in arguments], **options)
+
+    return call
+
+
+@pytest.fixture
+def store(run: Run, tiny_folder: Path, tmp_path: Path) -> Path:
+    """A store folder with two donors, the second edited from the first."""
+    folder = tmp_path / "store"
+    for prompt in (_DONOR, _TARGET):
+        done = run("generate", prompt, "--model", tiny_folder, "--store-dir", folder,
+                   "--max-tokens", "4")  # fmt: skip
+        assert done.exit_code == 0, done.output
+    return folder
+
+
+def check_refused(result: Result, *words: str) -> None:
+    """One sentence that says what was wrong, and exit code 1."""
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    [line] = [x for x in result.output.splitlines() if x.startswith("Error:")]
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in line
+
+
+def commands(group: click.Group | Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, (*path, name))
+
+
+@pytest.mark.parametrize("path", list(commands(typer.main.get_command(app))), ids=" ".join)
+def test_every_command_explains_itself(run: Run, path: tuple[str, ...]) -> None:
+    result = run(*path, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+    command: Any = typer.main.get_command(app)
+    for name in path:
+        command = command.commands[name]
+    assert command.help
+    assert command.help.split()[0] in result.output
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) or hasattr(parameter, "opts"):
+            assert getattr(parameter, "help", ""), f"{path}: {parameter.name} has no help"
+
+
+def test_the_commands() -> None:
+    names = {path[0] for path in commands(typer.main.get_command(app)) if path}
+    assert {"demo", "generate", "chat", "inspect", "bench"} <= names
+    assert ("bench", "reuse") in commands(typer.main.get_command(app))
+
+
+def test_an_unknown_command_or_option(run: Run, tiny_folder: Path) -> None:
+    for arguments in (["serve-me"], ["generate"], ["generate", "Hi", "--warp", "9"],
+                      ["generate", "Hi", "--max-tokens", "0"], ["bench", "reuse"]):  # fmt: skip
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert "Traceback" not in result.output
+
+
+# -- generate -----------------------------------------------------------------------------------
+
+
+def test_generate(run: Run, tiny_folder: Path, open_llm: Callable[..., KVShare]) -> None:
+    result = run("generate", _DONOR, "--model", tiny_folder, "--max-tokens", "6")
+    assert result.exit_code == 0, result.output
+    llm = open_llm()
+    expected = llm.chat([{"role": "user", "content": _DONOR}], SamplingParams(max_tokens=6))
+    n = len(expected.prompt_token_ids)
+    assert expected.text[:3] in result.output
+    line = f"{n} prompt tokens: 0 exact, 0 reused, {n} computed | nothing reused: no donor"
+    assert f"{line} | first token after " in result.output
+
+
+def test_generate_raw_and_from_standard_input(run: Run, tiny_folder: Path) -> None:
+    options = ("--model", tiny_folder, "--max-tokens", "2")
+    chat = run("generate", _DONOR, *options)
+    raw = run("generate", _DONOR, "--raw", *options)
+    piped = run("generate", "-", "--raw", *options, input=_DONOR)
+
+    def tokens(result: Result) -> int:
+        found = re.search(r"(\d+) prompt tokens", result.output)
+        assert found, result.output
+        return int(found[1])
+
+    assert tokens(raw) == tokens(piped) < tokens(chat)
+
+
+def test_generate_finds_what_an_earlier_run_stored(
+    run: Run, tiny_folder: Path, store: Path
+) -> None:
+    result = run("generate", _TARGET, "--model", tiny_folder, "--store-dir", store,
+                 "--max-tokens", "4")  # fmt: skip
+    assert re.search(r"exact, \d+ reused, 1 computed \| from [0-9a-f]{8} ", result.output)
+
+
+def test_markup_in_prompts_and_answers_is_only_text(run: Run, tiny_folder: Path) -> None:
+    prompt = "[/red] [bold]x[/nothing] " * 3
+    result = run("generate", prompt, "--model", tiny_folder, "--max-tokens", "60")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["Hi", "--model", "/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["Hi", "--model", "/nowhere/[/red]x"], ["/nowhere/[/red]x"]),
+        (["", "--model", "TINY"], ["empty"]),
+        (["  ", "--raw", "--model", "TINY"], ["prompt is empty"]),
+        (["a b " * 300, "--model", "TINY"], ["context holds 512"]),
+        (["Hi", "--model", "TINY", "--repair", "magic"], ["repair", "'magic'"]),
+        (["Hi", "--model", "TINY", "--temperature", "1000"], ["temperature=1000"]),
+        (["Hi", "--model", "TINY", "--store-dir", "/proc/kvshare"], ["/proc/kvshare"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_generate_says_what_is_wrong(
+    run: Run, tiny_folder: Path, arguments: list[str], words: list[str]
+) -> None:
+    check_refused(run("generate", *(str(tiny_folder) if a == "TINY" else a for a in arguments)),
+                  *words)  # fmt: skip
+
+
+# -- chat ---------------------------------------------------------------------------------------
+
+
+def test_chat(run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModelLoadError("not installed")
+
+    monkeypatch.setattr("kvshare_mm.modalities.embed.TextEmbedder", missing)
+    questions = "What is the value?\nAnd now?\n/new\nWhat is the value?\n/quit\n"
+    options = ("--model", tiny_folder, "--max-tokens", "4", "--system", "Answer.")
+    result = run("chat", *options, input=questions)
+    assert result.exit_code == 0, result.output
+    lines = re.findall(r"(\d+) prompt tokens: (\d+) exact", result.output)
+    prompts = [int(n) for n, _ in lines]
+    assert len(prompts) == 3
+    assert prompts[0] == prompts[2] < prompts[1]
+
+
+def test_a_refused_question_does_not_end_a_chat(
+    open_llm: Callable[..., KVShare], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    asked = iter(["a b " * 300, "What is the value?"])
+
+    def next_question(*_: object) -> str:
+        try:
+            return next(asked)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(console, "input", next_question)
+    chat_app.talk(open_llm(), console, SamplingParams(max_tokens=3), None)
+    text = console.export_text()
+    assert "Error: the prompt has" in text
+    assert text.count("prompt tokens:") == 1
+    console.file.close()
+
+
+# -- inspect ------------------------------------------------------------------------------------
+
+
+def test_inspect(run: Run, store: Path) -> None:
+    result = run("inspect", store)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("2 donors, ")
+    numbers = re.search(r"(\d+) tokens held, (\d+) if each were stored whole", result.output)
+    assert numbers
+    assert 0 < int(numbers[1]) < int(numbers[2])
+    for heading in ("donor", "model", "tokens", "owned", "exact", "parent", "created"):
+        assert heading in result.output
+    assert len(re.findall(r"20\d\d-\d\d-\d\d", result.output)) == 2
+    limited = run("inspect", store, "--limit", "1")
+    assert len(re.findall(r"20\d\d-\d\d-\d\d", limited.output)) == 1
+
+
+def test_inspect_draws_the_tree(run: Run, store: Path) -> None:
+    result = run("inspect", store, "--tree")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    nodes = [line for line in lines if "tokens, owns" in line]
+    assert len(nodes) == 2
+    depth = [len(line) - len(line.lstrip("│├└─ ")) for line in nodes]
+    assert depth[0] < depth[1]  # the second was edited from the first
+
+
+def test_inspect_changes_nothing(run: Run, store: Path) -> None:
+    before = {p.name: p.read_bytes() for p in (store / "kv").iterdir()}
+    run("inspect", store)
+    assert {p.name: p.read_bytes() for p in (store / "kv").iterdir()} == before
+
+
+def test_inspect_an_empty_store(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "kv").mkdir()
+    for flags in ([], ["--tree"]):
+        result = run("inspect", tmp_path, *flags)
+        assert result.exit_code == 0, result.output
+        assert result.output.startswith("0 donors")
+
+
+def test_inspect_what_is_no_store(run: Run, tmp_path: Path) -> None:
+    check_refused(run("inspect", tmp_path), "is not a store folder")
+    check_refused(run("inspect", tmp_path / "nowhere"), "is not a store folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- bench reuse --------------------------------------------------------------------------------
+
+_MACHINE = {"cpu", "cores", "memory_gib", "gpu", "threads", "torch", "transformers", "python"}
+
+
+def strict_json(path: Path) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"id": "a", "donor": _DONOR, "target": _TARGET, "reference": "the value is 20"},
+        {"id": "b", "donor": _TARGET, "target": _DONOR},
+        {"id": "c", "donor": "The quick brown fox.", "target": "number " * 20},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def test_bench_reuse(run: Run, tiny_folder: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "report.json"
+    result = run("bench", "reuse", "--pairs", pairs, "--model", tiny_folder, "--repeats", "1",
+                 "--max-new-tokens", "4", "--json", out)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "3 pairs" in result.output
+    report = strict_json(out)
+    assert {"machine", "model", "pairs", "methods", "per_pair"} <= set(report)
+    assert set(report["machine"]) == _MACHINE
+    assert report["model"] == str(tiny_folder)
+    assert report["pairs"] == len(report["per_pair"]) == 3
+    assert list(report["methods"]) == [
+        "full", "prefix", "placeholders", "cacheblend", "epic", "kvshare"
+    ]  # fmt: skip
+    for name, method in report["methods"].items():
+        assert name in result.output
+        assert set(method) >= {
+            "ttft_s",
+            "speedup_vs_full",
+            "computed_share",
+            "kl_first_token",
+            "first_token_agreement",
+            "greedy_agreement",
+            "rouge_l",
+            "bleu",
+        }
+        assert set(method["ttft_s"]) == {"median", "p90"}
+        assert set(method["kl_first_token"]) == {"mean", "p50", "p90"}
+        for share in ("computed_share", "first_token_agreement", "greedy_agreement", "rouge_l"):
+            assert 0 <= method[share] <= 1
+        assert 0 <= method["bleu"] <= 100
+    for pair in report["per_pair"]:
+        assert set(pair) == {"id", "tokens", "methods"}
+        assert set(pair["methods"]) == set(report["methods"])
+    assert report["methods"]["kvshare"]["computed_share"] < 1
+
+
+def test_bench_reuse_with_chosen_methods(run: Run, tiny_folder: Path, pairs: Path) -> None:
+    result = run("bench", "reuse", "--pairs", pairs, "--model", tiny_folder, "--repeats", "1",
+                 "--max-new-tokens", "2", "--limit", "1",
+                 "--methods", "repair=window:2,prefix")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "1 pairs" in result.output
+    assert "repair=window:2" in result.output
+    assert "epic" not in result.output
+
+
+def test_bench_reuse_says_what_is_wrong(
+    run: Run, tiny_folder: Path, pairs: Path, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong[bold].jsonl"
+    wrong.write_text('{"donor": "a", "target": "b"}\n{"donor": "a"}\n')
+    call = ("bench", "reuse", "--model", tiny_folder)
+    check_refused(run(*call, "--pairs", wrong), "wrong[bold].jsonl:2", "target")
+    check_refused(run(*call, "--pairs", tmp_path / "nowhere.jsonl"), "nowhere.jsonl")
+    check_refused(run(*call, "--pairs", tmp_path), str(tmp_path))
+    check_refused(run(*call, "--pairs", pairs, "--methods", "full,magic"), "'magic'", "kvshare")
+    check_refused(run(*call, "--pairs", pairs, "--methods", "repair=magic"), "'magic'")
+    check_refused(run("bench", "reuse", "--pairs", pairs, "--model", "/nowhere"), "/nowhere")
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(
+    run: Run, pairs: Path
+) -> None:
+    for command in (("bench", "reuse", "--pairs", pairs), ("demo",)):
+        result = run(*command, "--model", "/nowhere", "--json", pairs / "report.json")
+        assert result.exit_code == 2
+        assert "cannot write" in result.output
+        assert "/nowhere" not in result.output
+
+
+# -- demo ---------------------------------------------------------------------------------------
+
+
+def test_demo(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stories = (
+        Story("report", "the same with other numbers", _DONOR, _TARGET),
+        Story("fox", "nothing alike", "The quick brown fox jumps. " * 8, "number [/red] " * 20),
+    )
+    monkeypatch.setattr("kvshare_mm.apps.showcase.STORIES", stories)
+    out = tmp_path / "demo.json"
+    result = run("demo", "--model", tiny_folder, "--repeats", "2", "--max-tokens", "40",
+                 "--json", out)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for text in ("report", "fox", "full recompute", "prefix caching", "KVShare", "exact"):
+        assert text in result.output
+    report = strict_json(out)
+    assert set(report) == {"machine", "model", "stories"}
+    assert set(report["machine"]) == _MACHINE
+    assert report["model"] == str(tiny_folder)
+    assert [story["name"] for story in report["stories"]] == ["report", "fox"]
+    for story in report["stories"]:
+        assert set(story) == {"name", "tokens", "same_answer", "methods"}
+        assert list(story["methods"]) == ["full", "prefix", "kvshare"]
+        for method in story["methods"].values():
+            assert set(method) == {"ttft_s", "computed_tokens", "answer"}
+            assert method["ttft_s"] > 0
+        full, prefix, kvshare = story["methods"].values()
+        assert full["computed_tokens"] == story["tokens"]
+        assert full["answer"] == prefix["answer"]
+        assert kvshare["computed_tokens"] <= prefix["computed_tokens"] <= story["tokens"]
+        assert story["same_answer"] == (kvshare["answer"] == full["answer"])
+    assert report["stories"][0]["methods"]["kvshare"]["computed_tokens"] < 60
+
+
+def test_demo_says_what_is_wrong(run: Run, tiny_folder: Path) -> None:
+    assert len(STORIES) == 3
+    check_refused(run("demo", "--model", tiny_folder), "context holds 512")  # its stories are long

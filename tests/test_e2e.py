@@ -1,0 +1,177 @@
+"""End to end with a real model: reuse is large, answers are right, nothing of a donor leaks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
+from kvshare_mm.apps.showcase import Told, tell
+from kvshare_mm.apps.stories import STORIES
+
+pytestmark = pytest.mark.e2e
+
+_PARAMS = SamplingParams(max_tokens=24)
+_TIMEOUT_S = 600  # the first run on a machine converts the model
+_NAMES = [story.name for story in STORIES]
+
+# What only the donor says, and an answer for somebody else must not.
+_DONORS_OWN = {
+    "lab report": ("148", "48210"),
+    "exam": ("K2", "1041"),
+    "support question": ("coffee",),
+}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[KVShare]:
+    with KVShare("smollm2", embedder=None) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def told(llm: KVShare) -> dict[str, Told]:
+    return {story.name: tell(llm, story, repeats=1, max_tokens=24) for story in STORIES}
+
+
+def reused_share(output: RequestOutput) -> float:
+    return 1 - output.provenance.recomputed / len(output.prompt_token_ids)
+
+
+def test_the_lab_report_is_reused_and_read_anew(told: dict[str, Told]) -> None:
+    story = told["lab report"]
+    kvshare, full = story.outputs["kvshare"], story.outputs["full"]
+    assert reused_share(kvshare) >= 0.85
+    assert "148" in story.donor.text
+    assert "121" in kvshare.text
+    assert kvshare.token_ids == full.token_ids
+    assert story.same_answer
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_nothing_of_a_donor_leaks_into_an_answer(told: dict[str, Told], name: str) -> None:
+    story = told[name]
+    for text in _DONORS_OWN[name]:
+        assert text in story.story.donor
+        assert text not in story.story.target
+        assert text not in story.outputs["kvshare"].text
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_the_methods_do_what_they_say(told: dict[str, Told], name: str) -> None:
+    full, prefix, kvshare = (told[name].outputs[m] for m in ("full", "prefix", "kvshare"))
+    assert full.provenance.recomputed == len(full.prompt_token_ids)
+    assert prefix.token_ids == full.token_ids  # exact reuse changes nothing
+    assert prefix.provenance.reused == 0
+    assert kvshare.provenance.fallback is None
+    assert kvshare.provenance.recomputed < prefix.provenance.recomputed
+    assert reused_share(kvshare) >= 0.5
+
+
+def test_an_identical_prompt_is_recomputed_in_one_token(llm: KVShare) -> None:
+    messages = [{"role": "user", "content": STORIES[1].donor}]
+    options = RequestOptions(cache_salt="identical")
+    first = llm.chat(messages, _PARAMS, options)
+    assert llm.flush()
+    again = llm.chat(messages, _PARAMS, options)
+    assert first.provenance.recomputed == len(first.prompt_token_ids)
+    assert again.provenance.recomputed == 1
+    assert again.provenance.reused == 0
+    assert again.token_ids == first.token_ids
+
+
+def test_a_conversation_reuses_its_own_answers(llm: KVShare) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": STORIES[2].donor}]
+    options = RequestOptions(cache_salt="conversation", sharing="exact")
+    first = llm.chat(messages, _PARAMS, options)
+    assert llm.flush()
+    messages += [
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "And how much does that cost?"},
+    ]
+    second = llm.chat(messages, _PARAMS, options)
+    assert second.provenance.exact >= len(first.prompt_token_ids)
+    unshared = RequestOptions(sharing="off")
+    assert second.token_ids == llm.chat(messages, _PARAMS, unshared).token_ids
+
+
+_FIRST_PROCESS = """
+import json, sys
+from kvshare_mm import KVShare, SamplingParams
+from kvshare_mm.apps.stories import STORIES
+llm = KVShare("smollm2", store_dir=sys.argv[1])
+for story in STORIES:
+    llm.chat([{"role": "user", "content": story.donor}], SamplingParams(max_tokens=4))
+flushed = llm.flush()
+print(json.dumps([flushed, sorted(node.node_id for node in llm._parts.donors.tree)]), flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_the_default_embedders_index_outlives_a_process_that_is_killed(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _FIRST_PROCESS, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            flushed, stored = json.loads(process.stdout.readline())
+        finally:
+            process.kill()
+    assert flushed
+    assert len(stored) == 3
+    with KVShare("smollm2", store_dir=tmp_path) as llm:
+        assert llm.flush()
+        donors = llm._parts.donors
+        assert donors is not None
+        events = llm.stats()["donors"]["events"]
+        assert events == {"restored": 3}
+        semantic: Any = donors._semantic
+        assert semantic._opened[0].ids() == set(stored)
+        namespace = donors.tree[stored[0]].namespace
+        [nearest, *_] = donors.similar(STORIES[0].target, namespace)
+        keys = donors.tree[nearest].keys.astype("int64")
+        assert "Laboratory report" in llm.tokenizer.decode(keys)
+        output = llm.chat([{"role": "user", "content": STORIES[0].target}], _PARAMS)
+        assert reused_share(output) >= 0.85
+        assert output.provenance.donors == (nearest,)
+        assert "121" in output.text
+
+
+def test_the_demo_writes_its_report(tmp_path: Path) -> None:
+    command = Path(sysconfig.get_path("scripts")) / "kvshare"
+    out = tmp_path / "demo.json"
+    done = subprocess.run(
+        [command, "demo", "--repeats", "1", "--json", out],
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert set(report) == {"machine", "model", "stories"}
+    assert report["model"] == "smollm2"
+    assert [story["name"] for story in report["stories"]] == _NAMES
+    for story in report["stories"]:
+        assert story["name"] in done.stdout
+        assert set(story) == {"name", "tokens", "same_answer", "methods"}
+        assert set(story["methods"]) == {"full", "prefix", "kvshare"}
+        for method in story["methods"].values():
+            assert set(method) == {"ttft_s", "computed_tokens", "answer"}
+            assert method["ttft_s"] > 0
+            assert 0 < method["computed_tokens"] <= story["tokens"]
+            assert method["answer"].strip()
+    lab = report["stories"][0]
+    assert lab["same_answer"]
+    assert lab["methods"]["kvshare"]["computed_tokens"] <= 0.15 * lab["tokens"]
+    assert "121" in lab["methods"]["kvshare"]["answer"]
