@@ -47,6 +47,7 @@ def test_what_the_queue_has_no_room_for_is_gone(open_store, make_stored, gone, c
     assert store.counters == {"write_queue_full": 3}
     assert len(caplog.records) == 1
     store._disk.gate.set()
+    assert not store.flush(PATIENCE_S)  # c, d and e did not get to disk; it tells once
     assert store.flush(PATIENCE_S)
     assert sorted(store._disk) == ["a", "b", "f"]
     assert gone == ["c", "d", "e"]
