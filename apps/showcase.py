@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,7 +127,9 @@ def _save_picture(llm: KVShare, told: Told, path: Path) -> None:
     paper = Console(record=True, width=96, file=io.StringIO(), force_terminal=True)
     paper.print(legend())
     paper.print(token_view(llm.tokenizer, output.prompt_token_ids, output.provenance))
-    paper.save_svg(str(path), title=f"{told.story.name}: {told.story.about}")
+    svg = paper.export_svg(title=f"{told.story.name}: {told.story.about}")
+    # A picture must not fetch fonts from anywhere; the reader's monospace font does.
+    path.write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL), encoding="utf-8")
 
 
 def _as_data(told: Told) -> dict[str, Any]:
