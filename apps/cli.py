@@ -15,8 +15,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from kvshare_mm.apps import chat as chat_app
-from kvshare_mm.apps.bench.cli import bench, report_file
-from kvshare_mm.errors import KVShareError
+from kvshare_mm.apps.bench.cli import bench, plain_errors, report_file
 
 app = typer.Typer(
     name="kvshare",
@@ -57,16 +56,6 @@ def main(
         format="%(message)s",
         handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
     )
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Errors that a user can act on, as one sentence and exit code 1."""
-    try:
-        yield
-    except KVShareError as error:
-        Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from error
 
 
 @contextmanager

@@ -41,7 +41,8 @@ Out = Annotated[
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
+    """Errors that a user can act on, as one sentence and exit code 1."""
     try:
         yield
     except KVShareError as error:
@@ -77,7 +78,7 @@ def reuse(
     from kvshare_mm.apps.bench.rig import Rig
     from kvshare_mm.config import KVShareConfig
 
-    with _plain_errors():
+    with plain_errors():
         chosen, rows = pick(methods), bench_reuse.read_pairs(pairs, limit)
         console.print(f"Loading [bold]{escape(model)}[/] ...")
         rig = Rig(KVShareConfig.of(model=model, embedder=None))
@@ -123,7 +124,7 @@ def lookup(
     from kvshare_mm.modalities.embed import TextEmbedder
     from kvshare_mm.models.loader import load_tokenizer
 
-    with _plain_errors(), tempfile.TemporaryDirectory() as folder:
+    with plain_errors(), tempfile.TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(model)
         report = run_lookup(
             pairs,
@@ -154,7 +155,7 @@ def overhead(
     from kvshare_mm.apps.bench.rig import Rig
     from kvshare_mm.config import KVShareConfig
 
-    with _plain_errors():
+    with plain_errors():
         texts = bench_overhead.read_prompts(prompts)
         rig = Rig(KVShareConfig.of(model=model, embedder=None, host_bytes=16 << 30))
         try:
@@ -179,7 +180,7 @@ def memory(
     from kvshare_mm.apps.bench.rig import Rig
     from kvshare_mm.config import KVShareConfig
 
-    with _plain_errors():
+    with plain_errors():
         host_bytes = host_mib << 20
         rig = Rig(
             KVShareConfig.of(model=model, embedder=None, host_bytes=host_bytes, max_model_len=1024)
@@ -205,7 +206,7 @@ def template(
     from kvshare_mm.apps.bench.rig import Rig
     from kvshare_mm.config import KVShareConfig
 
-    with _plain_errors():
+    with plain_errors():
         rig = Rig(KVShareConfig.of(model=model, embedder=None))
         try:
             report = bench_template.run(
