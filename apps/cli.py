@@ -15,7 +15,8 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from kvshare_mm.apps import chat as chat_app
-from kvshare_mm.apps.bench.cli import bench, plain_errors, report_file
+from kvshare_mm.apps.bench.cli import bench
+from kvshare_mm.apps.bench.terminal import plain_errors, report_file
 
 app = typer.Typer(
     name="kvshare",

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from kvshare_mm.apps.bench.overhead import read_prompts
-from kvshare_mm.apps.bench.reuse import read_pairs
+from kvshare_mm.apps.bench.prompts import read_pairs, read_prompts
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.index.base import Candidate, IndexRecord
 from kvshare_mm.index.lexical import LexicalIndex

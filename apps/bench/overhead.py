@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,7 @@ def run(
         shared.append(miss.ttft)
         lookup.append(miss.result.lookup + miss.result.planning)
         start = time.perf_counter()
-        captured = rig.capture(stream, ns, miss.result)
+        captured = rig.capture(stream, ns, miss)
         capture.append(time.perf_counter() - start)
         if captured:
             rig.donors.delete(captured)
@@ -80,13 +79,3 @@ def run(
         "miss_cost_s": cost,
         "miss_cost_share": cost / medians["full_prefill_s"],
     }
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Texts of a JSON Lines file with a ``text`` field, or of a plain file, one a line."""
-    import json
-
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if path.suffix == ".jsonl":
-        return [str(json.loads(line)["text"]) for line in lines if line.strip()]
-    return [line for line in lines if line.strip()]

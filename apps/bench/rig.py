@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import psutil
 import torch
 import transformers
 
+from kvshare_mm import __version__
 from kvshare_mm.apps.bench.methods import Method
+from kvshare_mm.apps.bench.work import LayerCounter
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.donors import DonorPool, namespace
 from kvshare_mm.editor import KVEditor
@@ -30,31 +33,45 @@ from kvshare_mm.stream import SegmentStream
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One prefill as a benchmark sees it."""
+    """One prefill as a benchmark sees it.
 
+    Attributes:
+        slot: where its KV is.
+        result: what the engine was told.
+        ttft: seconds until the first token was known.
+        work: positions run through the model, in whole passes; a repair policy's probe counts.
+    """
+
+    slot: int
     result: PrefillResult
     ttft: float
+    work: float
 
 
 class Rig:
-    """One slot, one model, one pool of donors.
+    """A model with slots and a pool of donors.
 
     Args:
         config: options of the model and of reuse.
         folder: where donors go on disk, or None.
+        num_slots: requests that are held at once, to be compared or decoded together.
 
     Raises:
         ModelLoadError: the model cannot be loaded, or its KV cannot be reused.
     """
 
-    def __init__(self, config: KVShareConfig, folder: Path | None = None) -> None:
+    def __init__(
+        self, config: KVShareConfig, folder: Path | None = None, num_slots: int = 1
+    ) -> None:
         self.loaded: LoadedModel = load_model(
             config.model, dtype=config.dtype, device=config.device
         )
-        if self.loaded.unsupported:
+        if self.loaded.unsupported or self.loaded.kv_shape is None:
             raise ModelLoadError(f"nothing to measure: {self.loaded.unsupported}")
+        self.config = config
+        self.num_slots = num_slots
         self.max_len = min(config.max_model_len or 8192, self.loaded.context_len)
-        self.runner = SlotRunner(self.loaded, 1, self.max_len, config.prefill_chunk)
+        self.runner = SlotRunner(self.loaded, num_slots, self.max_len, config.prefill_chunk)
         disk = DiskTier(folder, config.disk_bytes) if folder else None
         self.donors = DonorPool(
             self.loaded.fingerprint,
@@ -69,33 +86,72 @@ class Rig:
             config.planner,
             make_policy(config.repair),
         )
+        self._counter = LayerCounter(self.loaded.model, self.loaded.kv_shape.num_layers)
+
+    @property
+    def settings(self) -> list[Any]:
+        """What decides the rig's results, JSON-ready: for journals."""
+        return [
+            __version__,
+            self.loaded.fingerprint,
+            self.config.model_dump(mode="json"),
+            repr(make_policy(self.config.repair)),
+        ]
 
     def namespace(self, salt: str) -> str:
         return namespace(self.loaded.fingerprint, salt)
 
-    def serve(self, stream: SegmentStream, ns: str, method: Method) -> Served:
-        """Prefill into the slot; ttft ends when the first token is known."""
+    def serve(self, stream: SegmentStream, ns: str, method: Method, slot: int = 0) -> Served:
+        """Prefill into a slot; ttft ends when the first token is known."""
+        self._counter.take()
         start = time.perf_counter()
-        result = self.prefiller.prefill(0, stream, ns, sharing=method.sharing, policy=method.policy)
+        result = self.prefiller.prefill(
+            slot, stream, ns, sharing=method.sharing, policy=method.policy
+        )
         int(result.logits.argmax())
-        return Served(result, time.perf_counter() - start)
+        return Served(slot, result, time.perf_counter() - start, self._counter.take())
 
-    def capture(self, stream: SegmentStream, ns: str, result: PrefillResult) -> str | None:
+    def capture(self, stream: SegmentStream, ns: str, served: Served) -> str | None:
         """Make what is in the slot a donor."""
-        keys, values = self.runner.slot_kv(0)
-        return self.donors.capture(stream.keys, ns, result.plan, keys, values, "")
+        keys, values = self.runner.slot_kv(served.slot)
+        return self.donors.capture(stream.keys, ns, served.result.plan, keys, values, "")
 
-    def decode(self, stream: SegmentStream, logits: torch.Tensor, max_tokens: int) -> list[int]:
-        """Greedy answer that continues the slot, end token included."""
-        tokens = [int(logits.argmax())]
-        while len(tokens) < max_tokens and tokens[-1] not in self.loaded.eos_token_ids:
-            at = len(stream) + len(tokens) - 1
-            if at >= self.max_len:
-                break
-            tokens.append(int(self.runner.decode([0], [tokens[-1]], [at])[0].argmax()))
-        return tokens
+    def decode(
+        self,
+        served: Sequence[Served],
+        max_tokens: int,
+        stop: Callable[[list[int]], bool] | None = None,
+    ) -> list[list[int]]:
+        """Greedy answers that continue prefilled slots, all in one batch.
+
+        Args:
+            served: prefills in slots of their own.
+            max_tokens: longest answer.
+            stop: told an answer so far; true ends it. The end token ends it anyway.
+
+        Returns:
+            Token ids of each answer, end token included.
+        """
+        answers = [[int(s.result.logits.argmax())] for s in served]
+        while active := [
+            i
+            for i, (s, answer) in enumerate(zip(served, answers, strict=True))
+            if len(answer) < max_tokens
+            and answer[-1] not in self.loaded.eos_token_ids
+            and s.result.plan.num_tokens + len(answer) <= self.max_len
+            and not (stop and stop(answer))
+        ]:
+            logits = self.runner.decode(
+                [served[i].slot for i in active],
+                [answers[i][-1] for i in active],
+                [served[i].result.plan.num_tokens + len(answers[i]) - 1 for i in active],
+            )
+            for i, token in zip(active, logits.argmax(-1).tolist(), strict=True):
+                answers[i].append(token)
+        return answers
 
     def close(self) -> None:
+        self._counter.close()
         self.donors.close()
 
 
@@ -116,12 +172,6 @@ def machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def kl_divergence(full: torch.Tensor, other: torch.Tensor) -> float:
-    """KL(full || other) in nats of two logit vectors ``[vocab_size]``."""
-    p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
-    return max(0.0, float((p.exp() * (p - q)).sum()))
 
 
 def spread(values: list[float]) -> dict[str, float]:

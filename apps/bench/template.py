@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvshare_mm.apps.bench.methods import METHODS
-from kvshare_mm.apps.bench.reuse import encode
+from kvshare_mm.apps.bench.prompts import encode
 from kvshare_mm.apps.bench.rig import Rig, machine
 from kvshare_mm.apps.stories import lab_report, random_values
 from kvshare_mm.stream import SegmentStream, text_stream
@@ -36,7 +36,7 @@ def run(rig: Rig, *, num_tokens: int, num_changed: int, repeats: int) -> dict[st
     ns = rig.namespace("template")
     kvshare = METHODS["kvshare"]
     first = rig.serve(donor, ns, METHODS["full"])
-    rig.capture(donor, ns, first.result)
+    rig.capture(donor, ns, first)
     ways: dict[str, list[float]] = {w: [] for w in ("full", "kvshare", "ideal", "repeat")}
     for _ in range(repeats):
         ways["full"].append(rig.serve(target, ns, METHODS["full"]).ttft)

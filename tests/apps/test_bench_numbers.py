@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm import ConfigError, KVShareConfig
+from kvshare_mm.apps.bench.divergence import agreement, kl_divergence
 from kvshare_mm.apps.bench.methods import METHODS, pick
-from kvshare_mm.apps.bench.reuse import _agreement, read_pairs, run
-from kvshare_mm.apps.bench.rig import Rig, kl_divergence, machine, spread
+from kvshare_mm.apps.bench.prompts import read_pairs
+from kvshare_mm.apps.bench.reuse import run
+from kvshare_mm.apps.bench.rig import Rig, machine, spread
 
 _ROWS = " ".join(f"Value {i} is {i * 37 % 91} g/L;" for i in range(10))
 _PAIRS = [
@@ -35,7 +37,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def rig(tiny_folder: Path) -> Iterator[Rig]:
-    rig = Rig(KVShareConfig.of(model=str(tiny_folder), embedder=None))
+    rig = Rig(KVShareConfig.of(model=str(tiny_folder), embedder=None), num_slots=len(METHODS))
     yield rig
     rig.close()
 
@@ -89,7 +91,7 @@ def test_kl_by_hand() -> None:
     ],
 )
 def test_agreement_is_the_common_beginning(full: list[int], other: list[int], share: float) -> None:
-    assert _agreement(full, other) == share
+    assert agreement(full, other) == share
 
 
 def test_spread() -> None:

@@ -1,0 +1,191 @@
+"""Commands that compare reused KV with full recompute: reuse, quality, frontier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvshare_mm.apps.bench.terminal import (
+    Limit,
+    Model,
+    Out,
+    Repair,
+    console,
+    opened_rig,
+    plain_errors,
+    say_skipped,
+    table,
+    write_report,
+)
+
+Pairs = Annotated[
+    Path, typer.Option("--pairs", help='JSON Lines of {"id", "donor", "target", "reference"}')
+]
+_METHODS = "comma-separated; repair=POLICY measures a repair policy"
+
+
+def _options(repair: str | None) -> dict[str, str]:
+    return {"repair": repair} if repair else {}
+
+
+def reuse(
+    pairs: Pairs,
+    model: Model = "smollm2",
+    methods: Annotated[
+        str, typer.Option(help=_METHODS)
+    ] = "full,prefix,placeholders,cacheblend,epic,kvshare",
+    repair: Repair = None,
+    limit: Limit = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens compared")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="timings a method")] = 3,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="also compare reused KV layer by layer")
+    ] = False,
+    json_file: Out = None,
+) -> None:
+    """Methods side by side on pairs of similar prompts: first-token time, tokens computed,
+    divergence from full recompute. A killed run goes on where it stopped."""
+    from kvshare_mm.apps.bench import reuse as bench_reuse
+    from kvshare_mm.apps.bench.journal import Journal
+    from kvshare_mm.apps.bench.methods import pick
+    from kvshare_mm.apps.bench.prompts import read_pairs
+
+    with plain_errors():
+        chosen, rows = bench_reuse.with_full(pick(methods)), read_pairs(pairs, limit)
+        with opened_rig(model, len(chosen), **_options(repair)) as rig:
+            settings = [*rig.settings, "reuse", chosen, max_new_tokens, repeats, layers]
+            journal = Journal.beside(json_file, settings)
+            report = bench_reuse.run(
+                rig,
+                rows,
+                chosen,
+                max_new_tokens=max_new_tokens,
+                repeats=repeats,
+                layers=layers,
+                journal=journal,
+            )
+        _show_reuse(report)
+        write_report(report, json_file)
+        journal.complete()
+
+
+def _show_reuse(report: dict[str, Any]) -> None:
+    shown = table(
+        f"{report['pairs']} pairs, {report['model']}",
+        "method", "first token", "times sooner", "computed", "KL mean / p90",
+        "first token same", "greedy same",
+    )  # fmt: skip
+    for name, m in report["methods"].items():
+        kl = m["kl_first_token"]
+        shown.add_row(
+            name,
+            f"{1000 * m['ttft_s']['median']:.0f} ms",
+            f"{m['speedup_vs_full']:.1f}",
+            f"{m['computed_share']:.0%}",
+            f"{kl['mean']:.4f} / {kl['p90']:.4f}",
+            f"{m['first_token_agreement']:.0%}",
+            f"{m['greedy_agreement']:.0%}",
+        )
+    console.print(shown)
+    say_skipped(report)
+
+
+def quality(
+    task: Annotated[str, typer.Option(help="translation, summaries, multidoc, reports, or exams")],
+    data: Annotated[
+        Path | None, typer.Option(help="the task's data file; reports and exams need none")
+    ] = None,
+    model: Model = "smollm2",
+    methods: Annotated[
+        str, typer.Option(help=_METHODS + "; gptcache reuses answers")
+    ] = "full,prefix,placeholders,cacheblend,epic,deviation,kvshare",
+    repair: Repair = None,
+    limit: Annotated[int, typer.Option(min=1, help="use the first N items")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="of prompts and of the bootstrap")] = 0,
+    json_file: Out = None,
+) -> None:
+    """Scores of answers by every method with 95% intervals, and the leak test of changed facts. A
+    killed run goes on where it stopped."""
+    from kvshare_mm.apps.bench import quality as bench_quality
+    from kvshare_mm.apps.bench.journal import Journal
+    from kvshare_mm.apps.bench.methods import pick_any
+    from kvshare_mm.apps.bench.tasks import task_named
+
+    with plain_errors():
+        asked, chosen = task_named(task), pick_any(methods)
+        items = asked.items(data, limit, seed)
+        slots = bench_quality.slots_needed(chosen)
+        with opened_rig(model, slots, **_options(repair)) as rig:
+            settings = [*rig.settings, "quality", asked, chosen]
+            journal = Journal.beside(json_file, settings)
+            report = bench_quality.run(rig, asked, items, chosen, journal, seed=seed)
+        report["data"] = data.name if data else None
+        _show_quality(report)
+        write_report(report, json_file)
+        journal.complete()
+
+
+def _show_quality(report: dict[str, Any]) -> None:
+    facts = "leaks" in report["methods"]["full"]
+    shown = table(
+        f"{report['task']}: {report['items']} items, {report['model']}",
+        "method", report["metric"], "difference to full, 95%", "same answer", "computed",
+        *(["leaks"] if facts else []),
+    )  # fmt: skip
+    for name, m in report["methods"].items():
+        change = m["difference_to_full"]
+        shown.add_row(
+            name,
+            f"{m['score']['estimate']:.1f}",
+            f"{change['estimate']:+.1f} ({change['low']:+.1f} to {change['high']:+.1f})",
+            f"{m['same_answer']:.0%}",
+            f"{m['computed_share']:.0%}",
+            *([f"{m['leaks']} of {m['full_states_new_fact']}"] if facts else []),
+        )
+    console.print(shown)
+    say_skipped(report)
+
+
+def frontier(
+    pairs: Pairs,
+    model: Model = "smollm2",
+    methods: Annotated[
+        str, typer.Option(help=_METHODS + "; each is run at several budgets")
+    ] = "prefix,placeholders,cacheblend,epic,deviation,kvshare",
+    repair: Repair = None,
+    limit: Limit = None,
+    json_file: Out = None,
+) -> None:
+    """Divergence from full recompute against the share computed, every method at several budgets.
+    A killed run goes on where it stopped."""
+    from kvshare_mm.apps.bench import frontier as bench_frontier
+    from kvshare_mm.apps.bench.journal import Journal
+    from kvshare_mm.apps.bench.methods import pick
+    from kvshare_mm.apps.bench.prompts import read_pairs
+
+    with plain_errors():
+        chosen, rows = pick(methods), read_pairs(pairs, limit)
+        with opened_rig(model, **_options(repair)) as rig:
+            journal = Journal.beside(json_file, [*rig.settings, "frontier", chosen])
+            report = bench_frontier.run(rig, rows, chosen, journal=journal)
+        shown = table(
+            f"{report['pairs']} pairs, {report['model']}",
+            "method", "policy", "computed", "work", "KL mean / p90", "first token same",
+        )  # fmt: skip
+        for name, points in report["methods"].items():
+            for p in points:
+                kl = p["kl_first_token"]
+                shown.add_row(
+                    name,
+                    p["policy"],
+                    f"{p['computed_share']:.0%}",
+                    f"{p['work_share']:.0%}",
+                    f"{kl['mean']:.4f} / {kl['p90']:.4f}",
+                    f"{p['first_token_agreement']:.0%}",
+                )
+        console.print(shown)
+        say_skipped(report)
+        write_report(report, json_file)
+        journal.complete()

@@ -1,0 +1,85 @@
+"""How far a served request is from full recompute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvshare_mm.plan import ReusePlan
+
+
+def kl_divergence(full: torch.Tensor, other: torch.Tensor) -> float:
+    """KL(full || other) in nats of two logit vectors ``[vocab_size]``."""
+    p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
+    return max(0.0, float((p.exp() * (p - q)).sum()))
+
+
+def agreement(full: Sequence[int], other: Sequence[int]) -> float:
+    """Length of the common beginning of two greedy answers over the full answer's length."""
+    same = 0
+    for a, b in zip(full, other, strict=False):
+        if a != b:
+            break
+        same += 1
+    return same / len(full)
+
+
+@dataclass(frozen=True, slots=True)
+class KVDeviation:
+    """Relative L2 deviation of reused KV from full recompute, mean over positions, by layer.
+
+    Attributes:
+        key: ``num_layers`` values; 0.1 means off by a tenth of the key's length.
+        value: the same of V.
+        positions: how many reused positions were compared.
+    """
+
+    key: tuple[float, ...]
+    value: tuple[float, ...]
+    positions: int
+
+
+def kv_deviation(
+    plan: ReusePlan,
+    full: tuple[torch.Tensor, torch.Tensor],
+    other: tuple[torch.Tensor, torch.Tensor],
+) -> KVDeviation | None:
+    """Compare the KV of a plan's reused positions (approximate and not repaired).
+
+    Args:
+        plan: what `other` was served with.
+        full: K and V of full recompute, each ``[num_layers, num_kv_heads, >= N, head_dim]``.
+        other: the same of the method.
+
+    Returns:
+        The deviation, or None if nothing was reused approximately.
+    """
+    reused = plan.approximate
+    reused[plan.repair] = False
+    index = torch.from_numpy(np.flatnonzero(reused))
+    if not len(index):
+        return None
+    key, value = (tuple(_relative(a, b, index).tolist()) for a, b in zip(full, other, strict=True))
+    return KVDeviation(key, value, len(index))
+
+
+def mean_deviation(parts: Sequence[KVDeviation]) -> KVDeviation | None:
+    """The mean over all positions of several requests; None if there are none."""
+    if not parts:
+        return None
+    weights = np.array([p.positions for p in parts], dtype=float)
+    key: NDArray[np.float64] = np.average([p.key for p in parts], axis=0, weights=weights)
+    value: NDArray[np.float64] = np.average([p.value for p in parts], axis=0, weights=weights)
+    return KVDeviation(tuple(key.tolist()), tuple(value.tolist()), int(weights.sum()))
+
+
+def _relative(full: torch.Tensor, other: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``[num_layers]``: |other - full| / |full|, norms over heads and channels, mean over index."""
+    index = index.to(full.device)
+    truth = full.index_select(2, index).double()
+    difference = other.index_select(2, index).double() - truth
+    return (difference.norm(dim=(1, 3)) / truth.norm(dim=(1, 3)).clamp_min(1e-12)).mean(-1)

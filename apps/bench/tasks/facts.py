@@ -1,0 +1,31 @@
+"""Facts in answers: numbers and names as whole words, and where they must not come from."""
+
+from __future__ import annotations
+
+import re
+
+from kvshare_mm.apps.bench.tasks.base import Item, Task
+
+
+def states(answer: str, fact: str) -> bool:
+    """Whether `answer` says `fact` as a whole word or number: 4.1 is not said by 14.1 or 4.15."""
+    pattern = rf"(?<![\w.]){re.escape(fact)}(?!\w|\.\d)"
+    return re.search(pattern, answer, re.IGNORECASE) is not None
+
+
+def leaks(answer: str, full_answer: str, item: Item) -> bool:
+    """Whether an answer states the donor's fact where full recompute states the new one."""
+    return (
+        item.stale is not None
+        and states(full_answer, item.references[0])
+        and states(answer, item.stale)
+    )
+
+
+class FactTask(Task):
+    """Questions for one changed fact; an answer is right if it states it and nothing stale."""
+
+    def statistics(self, answer: str, item: Item) -> list[float]:
+        right = states(answer, item.references[0])
+        stale = item.stale is not None and states(answer, item.stale)
+        return [float(right and not stale)]
