@@ -12,6 +12,9 @@ from hypothesis import settings
 
 # Tests never reach for a model hub: what they need is installed (see models.txt) or made by them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Triton decides once for a process, when it is imported, whether it interprets kernels or compiles
+# them. Without a GPU there is only the interpreter; on one, TRITON_INTERPRET=0 tests what runs.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The first call into torch takes longer than any deadline; CI must not fail on a lucky draw.
 settings.register_profile("dev", deadline=None)

@@ -1,0 +1,109 @@
+"""What the KV edit kernel is told: which token goes where, and how far its key turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVEdit:
+    """Tokens to move from one K/V tensor into another.
+
+    A *slot* here is vLLM's ``slot_mapping``: ``page * page_size + offset in the page``. The order
+    of the tokens is free; no target slot may appear twice or be a source slot of the same tensor.
+
+    Attributes:
+        source_slots: ``[num_tokens]`` int64 slots to read.
+        target_slots: ``[num_tokens]`` int64 slots to write.
+        run: ``[num_tokens]`` int32 row of the rotation table.
+        cos, sin: ``[num_runs, rotary_dim / 2]`` float32, see `rotation_table`.
+        interleaved: pairs are neighbours ``(2i, 2i + 1)`` and not halves
+            ``(i, i + rotary_dim / 2)``.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other.
+    """
+
+    source_slots: torch.Tensor
+    target_slots: torch.Tensor
+    run: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        n = len(self.source_slots)
+        if self.target_slots.shape != (n,) or self.run.shape != (n,):
+            raise ValueError("source_slots, target_slots and run need one entry a token")
+        if self.source_slots.dtype != torch.int64 or self.target_slots.dtype != torch.int64:
+            raise ValueError("slots are int64")
+        if self.run.dtype != torch.int32:
+            raise ValueError("run is int32")
+        if self.cos.ndim != 2 or self.cos.shape != self.sin.shape:
+            raise ValueError("cos and sin are [num_runs, rotary_dim / 2]")
+        if self.cos.dtype != torch.float32 or self.sin.dtype != torch.float32:
+            raise ValueError("cos and sin are float32: keys are turned in float32")
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.source_slots)
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * self.cos.shape[1]
+
+
+def slot_mapping(
+    positions: torch.Tensor, block_table: torch.Tensor, page_size: int
+) -> torch.Tensor:
+    """Slots of a request's token positions.
+
+    Args:
+        positions: ``[num_tokens]`` integers.
+        block_table: ``[max_pages]`` the request's pages. Contiguous K/V: one page, the slot's
+            number (0 if the tensor holds no other), and ``page_size`` the slot's length.
+        page_size: tokens a page.
+
+    Returns:
+        ``[num_tokens]`` int64.
+    """
+    positions = positions.to(torch.int64)
+    return block_table.to(torch.int64)[positions // page_size] * page_size + positions % page_size
+
+
+def rotation_table(
+    shift: torch.Tensor, inv_freq: torch.Tensor, axis: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of what every run's keys turn by.
+
+    A table a run, and not an angle a key inside the kernel, for two reasons: the angle of a long
+    shift needs more than float32 holds, and the kernel then knows nothing of RoPE's kinds. A
+    factor that the model multiplied into its keys (YaRN's attention factor) stays as it is under
+    a rotation.
+
+    Args:
+        shift: ``[num_runs]`` integers, target position minus source position; with several
+            position axes (M-RoPE) ``[num_runs, num_axes]``.
+        inv_freq: ``[rotary_dim / 2]`` angles per position, after scaling (linear, llama3, YaRN).
+        axis: ``[rotary_dim / 2]`` the position axis that turns each pair, see `mrope_axes`;
+            needed with several axes.
+
+    Returns:
+        cos and sin, ``[num_runs, rotary_dim / 2]`` float32, on the device of `inv_freq`.
+    """
+    turns = shift.to(inv_freq.device, torch.float64)
+    if turns.ndim == 2:
+        if axis is None:
+            raise ValueError("shifts of several axes need to know the axis of every pair")
+        turns = turns[:, axis.to(inv_freq.device)]
+    else:
+        turns = turns[:, None]
+    angle = turns * inv_freq.double()
+    return angle.cos().float(), angle.sin().float()
+
+
+def mrope_axes(sections: list[int]) -> torch.Tensor:
+    """Axis of every pair for M-RoPE sections as Qwen2-VL counts them, e.g. ``[16, 24, 24]``."""
+    return torch.repeat_interleave(torch.arange(len(sections)), torch.tensor(sections))

@@ -1,0 +1,361 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""PartialAttention in Triton: queries at arbitrary token indices over paged or contiguous K/V.
+
+A flash-style kernel: tiles of queries walk over tiles of keys with an online softmax, and nothing
+of size queries x keys is ever stored. It differs from a varlen causal kernel in one thing: what a
+query may see is decided by its token index, which the kernel loads, and not by its row.
+
+- The heads that share a KV head are rows of one tile, so K and V are read once for all of them.
+- Indices ascend, so a tile's last row bounds the keys to visit, and keys up to its first row's
+  index need no mask. For a contiguous run that is exactly the work of a causal prefill.
+- Few queries over a long context would leave most of a GPU idle: the keys are then split over
+  programs, and `combine_kernel` joins the parts by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kvshare_mm.kernels.backend import interpreting
+from kvshare_mm.kernels.ragged import RaggedQueries
+from kvshare_mm.kernels.tiles import Tile, block_dim, mass_tile
+
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _first_tile(cu_seqlens_q, request, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    # Needs no table of tiles: one more than enough for every request, known from cu_seqlens_q.
+    return tl.load(cu_seqlens_q + request) * GROUP // BLOCK_M + request
+
+
+@triton.jit
+def _request_of_tile(cu_seqlens_q, tile, num_requests, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    low = 0
+    high = num_requests
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _first_tile(cu_seqlens_q, middle, GROUP, BLOCK_M) <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _pages(table, start, offsets, seen, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Page and offset in it of the tokens of a key tile; PAGE_SIZE 0 means one page for all."""
+    if PAGE_SIZE == 0:
+        page = tl.load(table).to(tl.int64)
+        within = offsets
+    elif PAGE_SIZE % BLOCK_N == 0:
+        page = tl.load(table + start // PAGE_SIZE).to(tl.int64)
+        within = offsets % PAGE_SIZE
+    else:
+        page = tl.load(table + offsets // PAGE_SIZE, mask=offsets < seen, other=0).to(tl.int64)
+        within = offsets % PAGE_SIZE
+    return page, within
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _attend(
+    acc, total, peak, q, index, k_head, v_head, table, begin, end, seen, scale_log2,
+    stride_kp, stride_kt, stride_vp, stride_vt,
+    MASKED: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of one query tile over the keys ``[begin, end)``."""
+    dims_k = tl.arange(0, BLOCK_DK)
+    dims_v = tl.arange(0, BLOCK_DV)
+    for start in range(begin, end, BLOCK_N):
+        offsets = start + tl.arange(0, BLOCK_N)
+        page, within = _pages(table, start, offsets, seen, PAGE_SIZE, BLOCK_N)
+        k_at = k_head + page * stride_kp + within * stride_kt
+        v_at = v_head + page * stride_vp + within * stride_vt
+        if MASKED:
+            # What no query of the tile may see is not even loaded: 0 * NaN is NaN.
+            exists = offsets < seen
+            if DIM_K == BLOCK_DK:
+                k = tl.load(k_at[None, :] + dims_k[:, None], mask=exists[None, :], other=0.0)
+            else:
+                inside = exists[None, :] & (dims_k[:, None] < DIM_K)
+                k = tl.load(k_at[None, :] + dims_k[:, None], mask=inside, other=0.0)
+        elif DIM_K == BLOCK_DK:
+            k = tl.load(k_at[None, :] + dims_k[:, None])
+        else:
+            k = tl.load(k_at[None, :] + dims_k[:, None], mask=dims_k[:, None] < DIM_K, other=0.0)
+        scores = _dot(q, k, None, PRECISION, WIDEN) * scale_log2
+        if MASKED:
+            scores = tl.where(index[:, None] >= offsets[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        if MASKED:
+            # A row that has seen no key yet: -inf - -inf would be NaN.
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        else:
+            base = new_peak
+        p = tl.math.exp2(scores - base[:, None])
+        decay = tl.math.exp2(peak - base)
+        total = total * decay + tl.sum(p, 1)
+        if MASKED:
+            if DIM_V == BLOCK_DV:
+                v = tl.load(v_at[:, None] + dims_v[None, :], mask=exists[:, None], other=0.0)
+            else:
+                inside = exists[:, None] & (dims_v[None, :] < DIM_V)
+                v = tl.load(v_at[:, None] + dims_v[None, :], mask=inside, other=0.0)
+        elif DIM_V == BLOCK_DV:
+            v = tl.load(v_at[:, None] + dims_v[None, :])
+        else:
+            v = tl.load(v_at[:, None] + dims_v[None, :], mask=dims_v[None, :] < DIM_V, other=0.0)
+        acc = _dot(p.to(v.dtype), v, acc * decay[:, None], PRECISION, WIDEN)
+        peak = new_peak
+    return acc, total, peak
+
+
+@triton.jit
+def partial_attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, index_ptr, cu_seqlens_q, block_table,
+    num_requests, num_heads, scale_log2,
+    stride_qt, stride_qh, stride_kp, stride_kh, stride_kt, stride_vp, stride_vh, stride_vt,
+    stride_os, stride_ot, stride_oh, stride_ls, stride_table,
+    GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of rows (a row is a query and a head of the group), KV heads, splits."""
+    # The last tiles have the longest way: they start first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    request = _request_of_tile(cu_seqlens_q, tile, num_requests, GROUP, BLOCK_M)
+    q_start = tl.load(cu_seqlens_q + request)
+    num_rows = (tl.load(cu_seqlens_q + request + 1) - q_start) * GROUP
+    first_row = (tile - _first_tile(cu_seqlens_q, request, GROUP, BLOCK_M)) * BLOCK_M
+    if first_row < num_rows:
+        rows = first_row + tl.arange(0, BLOCK_M)
+        valid = rows < num_rows
+        token = (q_start + rows // GROUP).to(tl.int64)
+        head = kv_head * GROUP + rows % GROUP
+        index = tl.load(index_ptr + token, mask=valid, other=-1)
+        last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
+        seen = tl.load(index_ptr + q_start + last_row // GROUP) + 1
+        by_all = tl.load(index_ptr + q_start + first_row // GROUP) + 1
+
+        dims_k = tl.arange(0, BLOCK_DK)
+        q_at = q_ptr + token * stride_qt + head * stride_qh
+        inside = valid[:, None] & (dims_k[None, :] < DIM_K)
+        q = tl.load(q_at[:, None] + dims_k[None, :], mask=inside, other=0.0)
+
+        per_split = tl.cdiv(tl.cdiv(seen, BLOCK_N), NUM_SPLITS) * BLOCK_N
+        begin = split * per_split
+        end = tl.minimum(begin + per_split, seen)
+        masked_from = tl.maximum(begin, tl.minimum(end, by_all // BLOCK_N * BLOCK_N))
+
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        k_head = k_ptr + kv_head * stride_kh
+        v_head = v_ptr + kv_head * stride_vh
+        table = block_table + request * stride_table
+        acc, total, peak = _attend(
+            acc, total, peak, q, index, k_head, v_head, table, begin, masked_from, seen,
+            scale_log2, stride_kp, stride_kt, stride_vp, stride_vt,
+            False, PAGE_SIZE, DIM_K, DIM_V, BLOCK_N, BLOCK_DK, BLOCK_DV, PRECISION, WIDEN,
+        )  # fmt: skip
+        acc, total, peak = _attend(
+            acc, total, peak, q, index, k_head, v_head, table, masked_from, end, seen,
+            scale_log2, stride_kp, stride_kt, stride_vp, stride_vt,
+            True, PAGE_SIZE, DIM_K, DIM_V, BLOCK_N, BLOCK_DK, BLOCK_DV, PRECISION, WIDEN,
+        )  # fmt: skip
+
+        # A row without a key in this split gives 0, and a log-sum-exp of -inf + log2(1).
+        total = tl.where(total == 0.0, 1.0, total)
+        acc = acc / total[:, None]
+        lse = (peak + tl.math.log2(total)) / 1.4426950408889634
+        dims_v = tl.arange(0, BLOCK_DV)
+        out_at = out_ptr + split * stride_os + token * stride_ot + head * stride_oh
+        tl.store(
+            out_at[:, None] + dims_v[None, :],
+            acc.to(out_ptr.dtype.element_ty),
+            mask=valid[:, None] & (dims_v[None, :] < DIM_V),
+        )
+        tl.store(lse_ptr + split * stride_ls + token * num_heads + head, lse, mask=valid)
+
+
+@triton.jit
+def combine_kernel(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr,
+    stride_ps, stride_ls,
+    NUM_SPLITS: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits of one query and head, which is the program id; `out` is contiguous."""
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, BLOCK_DV)
+    peak = tl.load(part_lse_ptr + row)
+    for split in tl.static_range(1, NUM_SPLITS):
+        peak = tl.maximum(peak, tl.load(part_lse_ptr + split * stride_ls + row))
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    total = 0.0
+    for split in tl.static_range(NUM_SPLITS):
+        # exp(-inf) = 0: a split in which this query sees no key.
+        weight = tl.exp(tl.load(part_lse_ptr + split * stride_ls + row) - peak)
+        part = tl.load(part_ptr + split * stride_ps + row * DIM_V + dims, mask=dims < DIM_V)
+        acc += weight * part
+        total += weight
+    tl.store(
+        out_ptr + row * DIM_V + dims,
+        (acc / total).to(out_ptr.dtype.element_ty),
+        mask=dims < DIM_V,
+    )
+    tl.store(lse_ptr + row, peak + tl.log(total))
+
+
+@triton.jit
+def attention_mass_kernel(
+    q_ptr, k_ptr, lse_ptr, mass_ptr, index_ptr, cu_seqlens_q, block_table,
+    num_heads, scale_log2,
+    stride_qt, stride_qh, stride_kp, stride_kh, stride_kt, stride_mr, stride_mh, stride_table,
+    GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of keys, KV heads, requests. Each key's softmax weights, summed over rows."""
+    start = tl.program_id(0) * BLOCK_N
+    kv_head = tl.program_id(1)
+    request = tl.program_id(2)
+    q_start = tl.load(cu_seqlens_q + request)
+    n = tl.load(cu_seqlens_q + request + 1) - q_start
+    if n > 0:
+        seen = tl.load(index_ptr + q_start + n - 1) + 1
+        if start < seen:
+            offsets = start + tl.arange(0, BLOCK_N)
+            dims = tl.arange(0, BLOCK_DK)
+            table = block_table + request * stride_table
+            page, within = _pages(table, start, offsets, seen, PAGE_SIZE, BLOCK_N)
+            k_at = k_ptr + kv_head * stride_kh + page * stride_kp + within * stride_kt
+            exists = (offsets < seen)[None, :] & (dims[:, None] < DIM_K)
+            k = tl.load(k_at[None, :] + dims[:, None], mask=exists, other=0.0)
+            mass = tl.zeros([BLOCK_N], tl.float32)
+            for first_row in range(0, n * GROUP, BLOCK_M):
+                rows = first_row + tl.arange(0, BLOCK_M)
+                valid = rows < n * GROUP
+                token = (q_start + rows // GROUP).to(tl.int64)
+                head = kv_head * GROUP + rows % GROUP
+                index = tl.load(index_ptr + token, mask=valid, other=-1)
+                if tl.max(index, 0) >= start:
+                    q_at = q_ptr + token * stride_qt + head * stride_qh
+                    inside = valid[:, None] & (dims[None, :] < DIM_K)
+                    q = tl.load(q_at[:, None] + dims[None, :], mask=inside, other=0.0)
+                    lse = tl.load(lse_ptr + token * num_heads + head, mask=valid, other=0.0)
+                    scores = _dot(q, k, None, PRECISION, WIDEN) * scale_log2
+                    p = tl.math.exp2(scores - (lse * 1.4426950408889634)[:, None])
+                    p = tl.where(index[:, None] >= offsets[None, :], p, 0.0)
+                    mass += tl.sum(p, 0)
+            at = mass_ptr + request * stride_mr + kv_head * stride_mh + offsets
+            tl.store(at, mass, mask=offsets < seen)
+
+
+def _page_size(key: torch.Tensor, batch: RaggedQueries) -> int:
+    """0 if all of a request's K/V lie in one page, as the kernels take it."""
+    return 0 if batch.block_table.shape[1] == 1 else key.shape[2]
+
+
+def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    """How the kernels multiply.
+
+    float32 is there for exactness: TF32 would lose 13 of its 24 bits. The interpreter multiplies
+    the bit patterns of bfloat16 as if they were integers, so it gets float32.
+    """
+    return {
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "WIDEN": dtype == torch.bfloat16 and interpreting(),
+    }
+
+
+def partial_attention_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    batch: RaggedQueries,
+    scale: float,
+    tile: Tile,
+    num_splits: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dispatch.partial_attention` on the GPU or in Triton's interpreter; checked there.
+
+    Args:
+        tile: see `tiles.attention_tiles`.
+        num_splits: over how many programs the keys of a query tile are spread.
+
+    Returns:
+        ``[num_queries, num_heads, value_dim]`` in the dtype of `query`, and the natural
+        log-sum-exp of the scaled scores, ``[num_queries, num_heads]`` float32.
+    """
+    num_queries, num_heads, dim_k = query.shape
+    num_kv_heads, dim_v = key.shape[1], value.shape[3]
+    group = num_heads // num_kv_heads
+    out = query.new_empty(num_queries, num_heads, dim_v)
+    lse = query.new_empty(num_queries, num_heads, dtype=torch.float32)
+    if not num_queries:
+        return out, lse
+    parts, part_lse = out[None], lse[None]
+    if num_splits > 1:
+        parts = query.new_empty(num_splits, *out.shape, dtype=torch.float32)
+        part_lse = lse.new_empty(num_splits, *lse.shape)
+    num_tiles = num_queries * group // tile.block_m + batch.num_requests
+    partial_attention_kernel[(num_tiles, num_kv_heads, num_splits)](
+        query, key, value, parts, part_lse, batch.index, batch.cu_seqlens_q, batch.block_table,
+        batch.num_requests, num_heads, scale * _LOG2E,
+        *query.stride()[:2], *key.stride()[:3], *value.stride()[:3],
+        *parts.stride()[:3], part_lse.stride(0), batch.block_table.stride(0),
+        GROUP=group, PAGE_SIZE=_page_size(key, batch), DIM_K=dim_k, DIM_V=dim_v,
+        NUM_SPLITS=num_splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_DK=block_dim(dim_k), BLOCK_DV=block_dim(dim_v), **_arithmetic(query.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if num_splits > 1:
+        combine_kernel[(num_queries * num_heads,)](
+            parts, part_lse, out, lse, parts.stride(0), part_lse.stride(0),
+            NUM_SPLITS=num_splits, DIM_V=dim_v, BLOCK_DV=block_dim(dim_v), num_warps=1,
+        )  # fmt: skip
+    return out, lse
+
+
+def attention_mass_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    batch: RaggedQueries,
+    scale: float,
+) -> torch.Tensor:
+    """`dispatch.attention_mass` on the GPU or in Triton's interpreter; checked there."""
+    num_heads, dim = query.shape[1:]
+    num_kv_heads = key.shape[1]
+    tile = mass_tile(dim, query.dtype)
+    # A plane a KV head and not atomic additions: the same sum every time.
+    mass = lse.new_zeros(batch.num_requests, num_kv_heads, batch.max_kv_len)
+    if not batch.num_queries:
+        return mass.sum(1)
+    grid = (triton.cdiv(batch.max_kv_len, tile.block_n), num_kv_heads, batch.num_requests)
+    attention_mass_kernel[grid](
+        query, key, lse, mass, batch.index, batch.cu_seqlens_q, batch.block_table,
+        num_heads, scale * _LOG2E,
+        *query.stride()[:2], *key.stride()[:3], *mass.stride()[:2], batch.block_table.stride(0),
+        GROUP=num_heads // num_kv_heads, PAGE_SIZE=_page_size(key, batch), DIM_K=dim,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_DK=block_dim(dim),
+        **_arithmetic(query.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return mass.sum(1)

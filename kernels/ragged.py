@@ -1,0 +1,127 @@
+"""Queries of several requests in one launch, each at its own token index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+# Queries that share one call and one mask on the torch path. Measured (`kvshare bench kernels`):
+# fewer pay for calls, more for keys that only the last of them sees.
+CHUNK = 32
+
+
+class Chunk(NamedTuple):
+    """Queries ``[start, end)`` of the batch, all of one request, and the keys they may see."""
+
+    request: int
+    start: int
+    end: int
+    kv_len: int
+    causal: bool
+
+
+class RaggedQueries:
+    """Which token each query is, and where the K/V of its request lie.
+
+    K/V lie in *pages* of ``page_size`` tokens. Contiguous K/V are the case of one page a request:
+    the page is then the request's slot, and as long as a slot.
+
+    Args:
+        indices: for each request ``[n_r]`` its queries' token indices, strictly ascending. A
+            request may have none. Query i sees the keys ``0 .. index[i]`` of its request.
+        block_table: ``[num_requests, max_pages]`` page of token ``t`` at column
+            ``t // page_size``; entries behind a request's last page are never read.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+    """
+
+    def __init__(self, indices: Sequence[torch.Tensor], block_table: torch.Tensor) -> None:
+        if block_table.ndim != 2 or len(block_table) != len(indices):
+            raise ValueError(
+                f"block_table is {list(block_table.shape)}, not [{len(indices)} requests, pages]"
+            )
+        if any(i.ndim != 1 or i.is_floating_point() for i in indices):
+            raise ValueError("indices are one-dimensional integer tensors, one a request")
+        device = block_table.device
+        self.lengths = tuple(len(i) for i in indices)
+        self.index = (
+            torch.cat(list(indices)).to(device, torch.int32)
+            if indices
+            else torch.empty(0, dtype=torch.int32, device=device)
+        )
+        self.block_table = block_table.to(torch.int32).contiguous()
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_queries(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def cu_seqlens_q(self) -> torch.Tensor:
+        """``[num_requests + 1]`` int32: request r's queries are rows ``[cu[r], cu[r + 1])``."""
+        return torch.tensor(self._starts, dtype=torch.int32, device=self.index.device)
+
+    @cached_property
+    def kv_lens(self) -> tuple[int, ...]:
+        """Keys that a request's last query sees; 0 without queries. Waits for the GPU, once."""
+        if not self.num_queries:
+            return (0,) * self.num_requests
+        lasts = self.index[[max(0, end - 1) for end in self._starts[1:]]].tolist()
+        return tuple(last + 1 if n else 0 for last, n in zip(lasts, self.lengths, strict=True))
+
+    @cached_property
+    def pages(self) -> list[int] | None:
+        """Each request's one page, or None if requests have several."""
+        if self.block_table.shape[1] > 1:
+            return None
+        pages: list[int] = self.block_table[:, 0].tolist()
+        return pages
+
+    @property
+    def max_kv_len(self) -> int:
+        return max(self.kv_lens, default=0)
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """The queries in pieces of at most `CHUNK`, but a whole prompt in one causal piece."""
+        index = self.index.tolist()
+        chunks = []
+        for request, n in enumerate(self.lengths):
+            first = self._starts[request]
+            if n and index[first + n - 1] == n - 1:
+                chunks.append(Chunk(request, first, first + n, n, causal=True))
+                continue
+            for start in range(first, first + n, CHUNK):
+                end = min(start + CHUNK, first + n)
+                chunks.append(Chunk(request, start, end, index[end - 1] + 1, causal=False))
+        return tuple(chunks)
+
+    def masks(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+        """For each chunk its additive mask ``[queries, kv_len]``, or None if it needs none."""
+        if self._masks is None or self._masks[0] != dtype:
+            self._masks = dtype, tuple(self._mask(chunk, dtype) for chunk in self.chunks)
+        return self._masks[1]
+
+    _masks: tuple[torch.dtype, tuple[torch.Tensor | None, ...]] | None = None
+
+    def _mask(self, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor | None:
+        if chunk.causal or chunk.end - chunk.start == 1:
+            return None
+        index = self.index[chunk.start : chunk.end]
+        hidden = torch.arange(chunk.kv_len, device=index.device)[None] > index[:, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=index.device)
+        return mask.masked_fill_(hidden, float("-inf"))
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        starts = [0]
+        for n in self.lengths:
+            starts.append(starts[-1] + n)
+        return starts

@@ -1,0 +1,125 @@
+"""The torch path: the same operations with what torch has, for CPUs and as a fallback.
+
+`partial_attention` cuts the queries into chunks of at most `ragged.CHUNK`, each over the keys up
+to its own last index, with a mask only as large as that. One call with a mask ``[queries, keys]``
+for all computes every score above the diagonal too; one call for every contiguous run pays for
+calls when runs are short. Figures: README.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from kvshare_mm.kernels.edits import KVEdit
+from kvshare_mm.kernels.ragged import RaggedQueries
+
+
+def partial_attention_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    batch: RaggedQueries,
+    scale: float,
+) -> torch.Tensor:
+    """`dispatch.partial_attention` without the log-sum-exp."""
+    rows = query.transpose(0, 1)[None]
+    outputs = []
+    source = _Source(key, value, batch)
+    for chunk, mask in zip(batch.chunks, batch.masks(query.dtype), strict=True):
+        k, v = source.of(chunk.request, chunk.kv_len)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                rows[:, :, chunk.start : chunk.end],
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=chunk.causal and chunk.kv_len > 1,
+                scale=scale,
+                enable_gqa=True,
+            )
+        )
+    if not outputs:
+        return query.new_empty(0, query.shape[1], value.shape[3])
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return out[0].transpose(0, 1)
+
+
+def attention_mass_torch(
+    query: torch.Tensor, key: torch.Tensor, batch: RaggedQueries, scale: float
+) -> torch.Tensor:
+    """`dispatch.attention_mass`, chunk by chunk, so that no more than a chunk's weights exist."""
+    mass = query.new_zeros(batch.num_requests, batch.max_kv_len, dtype=torch.float32)
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    source = _Source(key, key, batch)
+    for chunk, mask in zip(batch.chunks, batch.masks(torch.float32), strict=True):
+        k = source.of(chunk.request, chunk.kv_len)[0][0].float()
+        for start in range(chunk.start, chunk.end, 32):
+            end = min(start + 32, chunk.end)
+            q = query[start:end].float().unflatten(1, (num_kv_heads, num_heads // num_kv_heads))
+            scores = torch.einsum("nhgd,htd->hgnt", q, k) * scale
+            if mask is not None:
+                scores += mask
+            elif chunk.causal:
+                index = batch.index[start:end, None]
+                hidden = torch.arange(chunk.kv_len, device=index.device)[None] > index
+                scores.masked_fill_(hidden, float("-inf"))
+            mass[chunk.request, : chunk.kv_len] += scores.softmax(-1).sum((0, 1, 2))
+    return mass
+
+
+def edit_kv_torch(
+    source_key: torch.Tensor,
+    source_value: torch.Tensor,
+    target_key: torch.Tensor,
+    target_value: torch.Tensor,
+    edit: KVEdit,
+) -> None:
+    """`dispatch.edit_kv` with gathered and rotated copies."""
+    from_page, from_at = _split(edit.source_slots, source_key.shape[3])
+    to_page, to_at = _split(edit.target_slots, target_key.shape[3])
+    k = source_key[:, from_page, :, from_at].float()  # [tokens, layers, heads, dim]
+    pairs = edit.cos.shape[1]
+    cos, sin = (table[edit.run.long()][:, None, None] for table in (edit.cos, edit.sin))
+    a_at = slice(0, 2 * pairs, 2) if edit.interleaved else slice(0, pairs)
+    b_at = slice(1, 2 * pairs, 2) if edit.interleaved else slice(pairs, 2 * pairs)
+    a, b = k[..., a_at].clone(), k[..., b_at].clone()
+    k[..., a_at] = a * cos - b * sin
+    k[..., b_at] = b * cos + a * sin
+    target_key[:, to_page, :, to_at] = k.to(target_key.dtype)
+    v = source_value[:, from_page, :, from_at]
+    target_value[:, to_page, :, to_at] = v.to(target_value.dtype)
+
+
+def deviation_torch(new: torch.Tensor, stored: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """`dispatch.deviation` with a gathered copy."""
+    page, at = _split(slots, stored.shape[2])
+    difference = new.transpose(0, 1).float() - stored[page, :, at].float()
+    return difference.square().sum((1, 2)).sqrt()
+
+
+class _Source:
+    """K/V of one request at a time, ``[1, num_kv_heads, kv_len, dim]``; views if contiguous."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, batch: RaggedQueries) -> None:
+        self._kv = key, value
+        self._batch = batch
+        self._gathered: tuple[int, tuple[torch.Tensor, ...]] | None = None
+
+    def of(self, request: int, kv_len: int) -> tuple[torch.Tensor, ...]:
+        if self._batch.pages is not None:
+            page = self._batch.pages[request]
+            return tuple(x[page : page + 1, :, :kv_len] for x in self._kv)
+        if self._gathered is None or self._gathered[0] != request:
+            page_size = self._kv[0].shape[2]
+            num_pages = -(-self._batch.kv_lens[request] // page_size)
+            pages = self._batch.block_table[request, :num_pages].long()
+            self._gathered = (
+                request,
+                tuple(x[pages].transpose(0, 1).flatten(1, 2)[None] for x in self._kv),
+            )
+        return tuple(x[:, :, :kv_len] for x in self._gathered[1])
+
+
+def _split(slots: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return slots // page_size, slots % page_size

@@ -1,0 +1,329 @@
+"""The attention kernels and the torch path against the reference: every layout, every shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvshare_mm.kernels import dispatch
+from kvshare_mm.kernels.partial_attention import partial_attention_triton
+from kvshare_mm.kernels.ragged import CHUNK, RaggedQueries
+from kvshare_mm.kernels.reference import (
+    attention_mass_reference,
+    gather_pages_reference,
+    log_sum_exp_reference,
+    partial_attention_reference,
+)
+from kvshare_mm.kernels.tiles import Tile
+
+from .conftest import Case, make_case
+
+SMALL = Tile(16, 16, 4, 1)
+WIDE = Tile(32, 64, 4, 1)
+ATOL = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+
+
+def want(case: Case) -> torch.Tensor:
+    """What the reference says, request by request."""
+    out = []
+    for r, (index, query) in enumerate(zip(case.indices, case.split(case.query), strict=True)):
+        key, value = (
+            gather_pages_reference(x.cpu(), case.table[r].cpu()) for x in (case.key, case.value)
+        )
+        rows = partial_attention_reference(
+            query.cpu().transpose(0, 1).float(), key, value, index, case.scale
+        )
+        out.append(rows.transpose(0, 1))
+    return torch.cat(out)
+
+
+def check(case: Case, got: torch.Tensor) -> None:
+    assert got.dtype == case.query.dtype
+    assert not got.isnan().any(), "a key that must not be seen was seen"
+    torch.testing.assert_close(
+        got.cpu().float(), want(case), atol=ATOL[case.query.dtype], rtol=0, check_dtype=False
+    )
+
+
+def on_triton(case: Case, tile: Tile = SMALL, splits: int = 1) -> torch.Tensor:
+    return partial_attention_triton(
+        case.query, case.key, case.value, case.batch, case.scale, tile, splits
+    )[0]
+
+
+def on_torch(case: Case) -> torch.Tensor:
+    return dispatch.partial_attention(
+        case.query, case.key, case.value, case.batch, case.scale, "torch"
+    )
+
+
+RAGGED = [[0, 3, 4, 5, 17, 40], [], [11], list(range(21)), [29, 30, 31, 32]]
+
+
+@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
+@pytest.mark.parametrize("page_size", [None, 16, 32, 48, 128])
+def test_every_dtype_and_page_size(dtype: torch.dtype, page_size: int | None) -> None:
+    case = make_case(RAGGED, page_size=page_size, dtype=dtype)
+    check(case, on_triton(case))
+    check(case, on_torch(case))
+
+
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (3, 1), (3, 3), (1, 8), (2, 7), (1, 40)])
+def test_every_head_layout(kv_heads: int, group: int) -> None:
+    case = make_case([[2, 9, 10, 11], [0]], kv_heads=kv_heads, group=group)
+    check(case, on_triton(case))
+    check(case, on_torch(case))
+
+
+@pytest.mark.parametrize(
+    ("dim", "value_dim"), [(32, 32), (64, 64), (80, 80), (96, 64), (128, 128), (256, 256), (16, 24)]
+)
+def test_every_head_dim(dim: int, value_dim: int) -> None:
+    case = make_case([[0, 7, 18]], kv_heads=1, dim=dim, value_dim=value_dim)
+    check(case, on_triton(case))
+    check(case, on_torch(case))
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        [0],
+        [63],
+        list(range(64)),
+        list(range(65)),
+        list(range(15, 33)),
+        [15, 16, 31, 32, 47, 48],
+        [0, 63],
+    ],
+    ids=["first", "last", "all", "all and one", "run", "tile edges", "ends"],
+)
+@pytest.mark.parametrize("tile", [SMALL, WIDE], ids=["16x16", "32x64"])
+def test_every_pattern(index: list[int], tile: Tile) -> None:
+    case = make_case([index])
+    check(case, on_triton(case, tile))
+    check(case, on_torch(case))
+
+
+@pytest.mark.parametrize("splits", [2, 4, 7])
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_splits_are_joined(splits: int, page_size: int | None) -> None:
+    case = make_case(RAGGED, page_size=page_size)
+    check(case, on_triton(case, SMALL, splits))
+
+
+@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
+def test_splits_in_half_precision(dtype: torch.dtype) -> None:
+    case = make_case([[5, 50]], page_size=16, dtype=dtype)
+    check(case, on_triton(case, SMALL, 4))
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> tuple[Case, Tile, int]:
+    requests = []
+    for _ in range(draw(st.integers(1, 3))):
+        chosen = draw(st.sets(st.integers(0, 70), max_size=12))
+        run = draw(st.integers(0, 20))
+        start = draw(st.integers(0, 50))
+        requests.append(sorted(chosen | set(range(start, start + run))))
+    if not any(requests):
+        requests[0] = [draw(st.integers(0, 70))]
+    case = make_case(
+        requests,
+        kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 5)),
+        dim=draw(st.sampled_from([16, 32, 40])),
+        page_size=draw(st.sampled_from([None, 16, 24, 64])),
+        dtype=draw(st.sampled_from(list(ATOL))),
+        seed=draw(st.integers(0, 1000)),
+    )
+    return case, draw(st.sampled_from([SMALL, WIDE])), draw(st.integers(1, 3))
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(drawn=_cases())
+def test_any_shape(drawn: tuple[Case, Tile, int]) -> None:
+    case, tile, splits = drawn
+    check(case, on_triton(case, tile, splits))
+    check(case, on_torch(case))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_later_key_weighs_nothing(backend: str) -> None:
+    """Keys between two queries scream; the earlier query, in the same tile, must not hear."""
+    case = make_case([[5, 40]], group=1)
+    case.query[1] = case.query[0]
+    quiet = dispatch.partial_attention(
+        case.query, case.key, case.value, case.batch, case.scale, backend
+    )
+    page = case.table[0, 0]
+    case.key[page, :, 6:41] = 1000.0 * case.query[0][:, None]
+    case.value[page, :, 6:41] = 1e6
+    loud = dispatch.partial_attention(
+        case.query, case.key, case.value, case.batch, case.scale, backend
+    )
+    torch.testing.assert_close(loud[0], quiet[0], atol=1e-6, rtol=0)
+    assert (loud[1] > 1e5).all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_nan_that_is_seen_is_shown(backend: str) -> None:
+    case = make_case([[5, 40]])
+    case.value[case.table[0, 0], :, 20] = float("nan")
+    out = dispatch.partial_attention(
+        case.query, case.key, case.value, case.batch, case.scale, backend
+    )
+    assert out[1].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_strides_do_not_matter(backend: str) -> None:
+    """Queries as transformers hands them on, K/V as vLLM stores them."""
+    case = make_case(RAGGED, page_size=16)
+    query = case.query.transpose(0, 1).contiguous().transpose(0, 1)
+    key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (case.key, case.value))
+    assert not query.is_contiguous() and not key.is_contiguous()
+    check(
+        case,
+        dispatch.partial_attention(query, key, value, case.batch, case.scale, backend),
+    )
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("indices", [[], [[]], [[], []]], ids=str)
+def test_nothing_to_compute(backend: str, indices: list[list[int]]) -> None:
+    batch = RaggedQueries(
+        [torch.tensor(i, dtype=torch.int64) for i in indices],
+        torch.zeros(len(indices), 1, dtype=torch.int32),
+    )
+    kv = torch.zeros(1, 2, 8, 16)
+    out = dispatch.partial_attention(torch.zeros(0, 4, 16), kv, kv, batch, 1.0, backend)
+    assert out.shape == (0, 4, 16)
+
+
+# -- log-sum-exp and attention mass -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_log_sum_exp(splits: int) -> None:
+    case = make_case(RAGGED, page_size=16)
+    _, lse = partial_attention_triton(
+        case.query, case.key, case.value, case.batch, case.scale, SMALL, splits
+    )
+    for r, (index, query, got) in enumerate(
+        zip(case.indices, case.split(case.query), case.split(lse), strict=True)
+    ):
+        key = gather_pages_reference(case.key.cpu(), case.table[r].cpu())
+        expected = log_sum_exp_reference(query.cpu().transpose(0, 1), key, index, case.scale)
+        torch.testing.assert_close(got.cpu().T, expected, atol=1e-5, rtol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_attention_mass(dtype: torch.dtype, page_size: int | None, backend: str) -> None:
+    case = make_case(RAGGED, page_size=page_size, dtype=dtype)
+    mass = _mass(case, backend)
+    assert mass.shape == (len(RAGGED), 41)
+    for r, (index, query) in enumerate(zip(case.indices, case.split(case.query), strict=True)):
+        key = gather_pages_reference(case.key.cpu(), case.table[r].cpu())
+        expected = attention_mass_reference(query.cpu().transpose(0, 1), key, index, case.scale)
+        n = min(len(expected), 41)
+        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+        torch.testing.assert_close(
+            mass[r, :n].cpu(), expected[:n], atol=tolerance, rtol=0, check_dtype=False
+        )
+        assert not mass[r, n:].any()
+        assert not mass[r, int(index[-1]) + 1 if len(index) else 0 :].any()
+    totals = torch.tensor([4.0 * len(i) for i in RAGGED])
+    torch.testing.assert_close(mass.sum(1).cpu(), totals, atol=0.05, rtol=0)
+
+
+def _mass(case: Case, backend: str) -> torch.Tensor:
+    lse = None
+    if backend == "triton":
+        _, lse = dispatch.partial_attention_with_lse(
+            case.query, case.key, case.value, case.batch, case.scale
+        )
+    return dispatch.attention_mass(case.query, case.key, case.batch, case.scale, lse, backend)
+
+
+def test_attention_mass_of_chosen_queries() -> None:
+    """The last two queries of a prompt, with the log-sum-exp of the forward over all."""
+    case = make_case([[0, 3, 9, 30, 31]])
+    _, lse = dispatch.partial_attention_with_lse(
+        case.query, case.key, case.value, case.batch, case.scale
+    )
+    tail = RaggedQueries([case.indices[0][-2:]], case.table)
+    mass = dispatch.attention_mass(case.query[-2:], case.key, tail, case.scale, lse[-2:], "triton")
+    key = gather_pages_reference(case.key.cpu(), case.table[0].cpu())
+    expected = attention_mass_reference(
+        case.query[-2:].cpu().transpose(0, 1), key, case.indices[0][-2:], case.scale
+    )
+    torch.testing.assert_close(mass[0].cpu(), expected[:32], atol=1e-5, rtol=0, check_dtype=False)
+
+
+def test_attention_mass_on_triton_needs_the_log_sum_exp() -> None:
+    case = make_case([[3]])
+    with pytest.raises(ValueError, match="lse"):
+        dispatch.attention_mass(case.query, case.key, case.batch, case.scale, None, "triton")
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+def _refused(match: str, **changed: Any) -> None:
+    case = make_case([[0, 3]])
+    arguments = {
+        "query": case.query,
+        "key": case.key,
+        "value": case.value,
+        "batch": case.batch,
+        "scale": 1.0,
+        **changed,
+    }
+    with pytest.raises(ValueError, match=match):
+        dispatch.partial_attention(**arguments)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    case = make_case([[0, 3]])
+    _refused("are \\[pages", key=case.key[0])
+    _refused("2 queries|3 queries", query=case.query[:1].repeat(3, 1, 1))
+    _refused("differ in pages", value=case.value[:1])
+    _refused("query dim", query=case.query[..., :16])
+    _refused("evenly", query=case.query[:, :3])
+    _refused("all the same", query=case.query.half())
+    _refused("dense", query=case.query.transpose(1, 2).contiguous().transpose(1, 2))
+    wide = torch.zeros(*case.value.shape[:3], 300)
+    _refused("above 256", value=wide)
+
+
+def test_a_batch_that_does_not_fit_is_refused() -> None:
+    index = torch.tensor([1, 2])
+    with pytest.raises(ValueError, match="block_table"):
+        RaggedQueries([index], torch.zeros(2, 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="integer"):
+        RaggedQueries([index.float()], torch.zeros(1, 1, dtype=torch.int32))
+
+
+# -- the torch path's shape ---------------------------------------------------------------------
+
+
+def test_the_torch_path_makes_no_mask_over_all_queries_and_keys() -> None:
+    index = torch.arange(0, 2000, 2)
+    batch = RaggedQueries([index], torch.zeros(1, 1, dtype=torch.int32))
+    masks = [m for m in batch.masks(torch.float32) if m is not None]
+    assert max(len(m) for m in masks) == CHUNK
+    assert sum(m.numel() for m in masks) < 0.55 * len(index) * 2000
+
+
+def test_a_whole_prompt_and_single_queries_need_no_mask() -> None:
+    indices = [torch.arange(200), torch.tensor([77]), torch.tensor([0])]
+    batch = RaggedQueries(indices, torch.arange(3, dtype=torch.int32)[:, None])
+    assert batch.masks(torch.float32) == (None, None, None)
+    assert [chunk.kv_len for chunk in batch.chunks] == [200, 78, 1]
+    assert batch.kv_lens == (200, 78, 1)
