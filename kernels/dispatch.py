@@ -51,8 +51,9 @@ def partial_attention(
     torch.Size([4, 9, 64])
 
     Args:
-        query: ``[num_queries, num_heads, head_dim]`` float16, bfloat16 or float32; head h reads KV
-            head ``h // (num_heads // num_kv_heads)``.
+        query: ``[num_queries, num_heads, head_dim]``, head h reads KV head
+            ``h // (num_heads // num_kv_heads)``. Triton takes float16, bfloat16 and float32, and
+            head dims up to 256.
         key: ``[num_pages, num_kv_heads, page_size, head_dim]``, dtype of `query`.
         value: ``[num_pages, num_kv_heads, page_size, value_dim]``, dtype of `query`.
         batch: the queries' token indices and their requests' pages.
@@ -245,6 +246,10 @@ def _triton_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from kvshare_mm.kernels.partial_attention import partial_attention_triton
 
+    if max(query.shape[2], value.shape[3]) > MAX_HEAD_DIM:
+        raise ValueError(f"the Triton kernels take no head dims above {MAX_HEAD_DIM}")
+    if query.dtype not in _DTYPES:
+        raise ValueError("the Triton kernels take float16, bfloat16 and float32")
     tile, splits = choose(query, key, value, batch)
     return partial_attention_triton(query, key, value, batch, scale, tile, splits)
 
@@ -278,9 +283,7 @@ def _check_attention(
         raise ValueError(f"query dim {query.shape[2]} and key dim {key.shape[3]} differ")
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} heads do not share {key.shape[1]} KV heads evenly")
-    if max(query.shape[2], value.shape[3]) > MAX_HEAD_DIM:
-        raise ValueError(f"head dims above {MAX_HEAD_DIM} are not supported")
-    if query.dtype not in _DTYPES or {key.dtype, value.dtype} != {query.dtype}:
-        raise ValueError("query, key and value are float16, bfloat16 or float32, all the same")
+    if {key.dtype, value.dtype} != {query.dtype}:
+        raise ValueError("query, key and value differ in dtype")
     if query.stride(2) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
         raise ValueError("the last dimension of query, key and value must be dense")

@@ -34,12 +34,19 @@ class RaggedQueries:
             request may have none. Query i sees the keys ``0 .. index[i]`` of its request.
         block_table: ``[num_requests, max_pages]`` page of token ``t`` at column
             ``t // page_size``; entries behind a request's last page are never read.
+        kv_lens: each request's last index plus one (0 if it has none), if the caller knows: then
+            nobody has to wait for the GPU to tell.
 
     Raises:
         ValueError: the shapes do not fit each other.
     """
 
-    def __init__(self, indices: Sequence[torch.Tensor], block_table: torch.Tensor) -> None:
+    def __init__(
+        self,
+        indices: Sequence[torch.Tensor],
+        block_table: torch.Tensor,
+        kv_lens: Sequence[int] | None = None,
+    ) -> None:
         if block_table.ndim != 2 or len(block_table) != len(indices):
             raise ValueError(
                 f"block_table is {list(block_table.shape)}, not [{len(indices)} requests, pages]"
@@ -54,6 +61,8 @@ class RaggedQueries:
             else torch.empty(0, dtype=torch.int32, device=device)
         )
         self.block_table = block_table.to(torch.int32).contiguous()
+        self._kv_lens = None if kv_lens is None else tuple(kv_lens)
+        self._masks: tuple[torch.dtype, tuple[torch.Tensor | None, ...]] | None = None
 
     @property
     def num_requests(self) -> int:
@@ -70,7 +79,9 @@ class RaggedQueries:
 
     @cached_property
     def kv_lens(self) -> tuple[int, ...]:
-        """Keys that a request's last query sees; 0 without queries. Waits for the GPU, once."""
+        """Keys that a request's last query sees; 0 without queries."""
+        if self._kv_lens is not None:
+            return self._kv_lens
         if not self.num_queries:
             return (0,) * self.num_requests
         lasts = self.index[[max(0, end - 1) for end in self._starts[1:]]].tolist()
@@ -108,8 +119,6 @@ class RaggedQueries:
         if self._masks is None or self._masks[0] != dtype:
             self._masks = dtype, tuple(self._mask(chunk, dtype) for chunk in self.chunks)
         return self._masks[1]
-
-    _masks: tuple[torch.dtype, tuple[torch.Tensor | None, ...]] | None = None
 
     def _mask(self, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor | None:
         if chunk.causal or chunk.end - chunk.start == 1:

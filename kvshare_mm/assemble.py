@@ -87,6 +87,7 @@ def assemble(config: KVShareConfig) -> Parts:
         dtype=config.dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
+        attention_backend=config.attention_backend,
     )
     max_len = min(config.max_model_len or _DEFAULT_MAX_LEN, loaded.context_len)
     if config.max_model_len and config.max_model_len > loaded.context_len:
@@ -102,9 +103,8 @@ def assemble(config: KVShareConfig) -> Parts:
         runner = SlotRunner(loaded, config.max_num_seqs, max_len, config.prefill_chunk)
         if config.sharing != "off":
             donors = _donors(config, loaded, disk)
-    prefiller = Prefiller(
-        runner, donors, KVEditor(loaded.rotary), config.planner, make_policy(config.repair)
-    )
+    editor = KVEditor(loaded.rotary, loaded.attention_backend)
+    prefiller = Prefiller(runner, donors, editor, config.planner, make_policy(config.repair))
     engine = NativeEngine(loaded, runner, prefiller, donors, max_len, config.max_queue)
     return Parts(loaded, runner, prefiller, donors, engine)
 

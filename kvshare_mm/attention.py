@@ -13,18 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
+
+from kvshare_mm.kernels import dispatch
+from kvshare_mm.kernels.backend import BACKENDS
+from kvshare_mm.kernels.ragged import RaggedQueries
 
 ATTENTION_NAME = "kvshare"
 
 # What models may ask of an attention function beyond scaled dot products: logit soft-capping,
 # attention sinks, additive biases. Ignoring one would be wrong only a little, so not be noticed.
 _CHANGES_SCORES = ("softcap", "s_aux", "position_bias")
+
+
+def attention_name(backend: str) -> str:
+    """Name under which PartialAttention on a backend is registered with transformers."""
+    return ATTENTION_NAME if backend == "auto" else f"{ATTENTION_NAME}_{backend}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,27 +44,16 @@ class Rows:
         slot: KV slot of the request.
         index: ``[n]`` int64 ascending token indices of the queries.
         kv_len: number of keys that any of them may see: the last index plus one.
-        mask: ``[n, kv_len]`` additive float mask, or None if `causal` or if every query sees all.
-        causal: the queries are all positions from 0 on.
     """
 
     slot: int
     index: torch.Tensor
     kv_len: int
-    mask: torch.Tensor | None
-    causal: bool
 
 
-def rows(slot: int, index: torch.Tensor, dtype: torch.dtype) -> Rows:
-    """Rows for ascending token indices ``[n]``, with the cheapest mask that is right."""
-    n, kv_len = len(index), int(index[-1]) + 1
-    causal = n == kv_len
-    mask = None
-    if n > 1 and not causal:
-        hidden = torch.arange(kv_len, device=index.device)[None] > index[:, None]
-        mask = torch.zeros(n, kv_len, dtype=dtype, device=index.device)
-        mask.masked_fill_(hidden, float("-inf"))
-    return Rows(slot, index, kv_len, mask, causal)
+def rows(slot: int, index: torch.Tensor) -> Rows:
+    """Rows for ascending token indices ``[n]``, n at least 1."""
+    return Rows(slot, index, int(index[-1]) + 1)
 
 
 class Layout:
@@ -65,6 +63,14 @@ class Layout:
         self.requests = tuple(requests)
         self.index = torch.cat([r.index for r in requests])
         self.slots = torch.cat([torch.full_like(r.index, r.slot) for r in requests])
+
+    @cached_property
+    def batch(self) -> RaggedQueries:
+        """The rows as the kernels take them: a slot is the one page of its request."""
+        slots = torch.tensor([[r.slot] for r in self.requests], device=self.index.device)
+        return RaggedQueries(
+            [r.index for r in self.requests], slots, [r.kv_len for r in self.requests]
+        )
 
 
 class SlotCache(Cache):
@@ -118,6 +124,7 @@ def partial_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     kvshare_layout: Layout | None = None,
+    backend: str = "auto",
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of packed rows over their slots, masked by token index.
@@ -126,6 +133,7 @@ def partial_attention(
         query: ``[1, num_heads, n, head_dim]``.
         key, value: ``[num_slots, num_kv_heads, max_len, head_dim]`` as `SlotCache.update` returns.
         kvshare_layout: passed through the model's forward as a keyword.
+        backend: what computes it, see `kernels.dispatch`.
 
     Returns:
         ``[1, n, num_heads, head_dim]`` and None.
@@ -137,24 +145,18 @@ def partial_attention(
     for name in _CHANGES_SCORES:
         if options.get(name) is not None:
             raise RuntimeError(f"{type(module).__name__} changes attention scores ({name})")
-    outputs = []
-    at = 0
-    for r in kvshare_layout.requests:
-        n = len(r.index)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, at : at + n],
-                key[r.slot : r.slot + 1, :, : r.kv_len],
-                value[r.slot : r.slot + 1, :, : r.kv_len],
-                attn_mask=r.mask,
-                is_causal=r.causal and n > 1,
-                scale=scaling,
-                enable_gqa=True,
-            )
-        )
-        at += n
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return out.transpose(1, 2), None
+    out = dispatch.partial_attention(
+        query[0].transpose(0, 1),
+        key,
+        value,
+        kvshare_layout.batch,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        backend,
+    )
+    return out[None], None
 
 
-AttentionInterface.register(ATTENTION_NAME, partial_attention)
+for _backend in BACKENDS:
+    AttentionInterface.register(
+        attention_name(_backend), partial(partial_attention, backend=_backend)
+    )

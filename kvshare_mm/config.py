@@ -24,6 +24,9 @@ class KVShareConfig(BaseModel):
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="run model code that comes from a hub")
+    attention_backend: Literal["auto", "triton", "torch"] = Field(
+        "auto", description="what computes attention and moves KV; auto is Triton on a GPU"
+    )
 
     max_model_len: int | None = Field(
         None,

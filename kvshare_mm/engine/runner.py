@@ -98,10 +98,7 @@ class SlotRunner:
         self, slots: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]
     ) -> torch.Tensor:
         index = torch.tensor(positions, device=self._device)
-        dtype = self._cache.keys.dtype
-        layout = Layout(
-            [rows(slot, index[i : i + 1], dtype) for i, slot in enumerate(slots)],
-        )
+        layout = Layout([rows(slot, index[i : i + 1]) for i, slot in enumerate(slots)])
         self._cache.layout = layout
         logits: torch.Tensor = self._model(
             input_ids=torch.tensor([token_ids], device=self._device),
@@ -139,7 +136,7 @@ class SlotRunner:
         return deviation
 
     def _forward(self, cache: SlotCache, slot: int, ids: torch.Tensor, index: torch.Tensor) -> Any:
-        layout = Layout([rows(slot, index, self._cache.keys.dtype)])
+        layout = Layout([rows(slot, index)])
         cache.layout = layout
         return self._model(
             input_ids=ids[index][None],

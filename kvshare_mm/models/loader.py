@@ -14,7 +14,9 @@ import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from kvshare_mm.attention import attention_name
 from kvshare_mm.errors import ConfigError, ModelLoadError
+from kvshare_mm.kernels.backend import BackendError, resolve
 from kvshare_mm.models.gguf import EMBEDDED, converted, embedded_gguf
 from kvshare_mm.models.support import KVShape, check_support
 from kvshare_mm.rotary import RotarySpec
@@ -40,6 +42,7 @@ class LoadedModel:
         rotary: how keys are re-rotated; None if KV cannot be reused.
         kv_shape: of one position's KV; None if KV cannot be reused.
         unsupported: why KV cannot be reused, in words, or None.
+        attention_backend: what computes PartialAttention and moves KV: "triton" or "torch".
     """
 
     name: str
@@ -53,6 +56,7 @@ class LoadedModel:
     rotary: RotarySpec | None
     kv_shape: KVShape | None
     unsupported: str | None
+    attention_backend: str = "torch"
 
 
 def load_model(
@@ -61,6 +65,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    attention_backend: str = "auto",
 ) -> LoadedModel:
     """Load a model and find out whether its KV can be re-used at other positions.
 
@@ -70,14 +75,19 @@ def load_model(
             measurement shows that float32 is faster on this machine.
         device: a torch device, or "auto": the GPU if there is one.
         trust_remote_code: run model code from the hub.
+        attention_backend: "triton", "torch", or "auto": Triton on a GPU.
 
     Raises:
         ModelLoadError: there is no such model, or it cannot be loaded.
-        ConfigError: dtype or device are not known.
+        ConfigError: dtype, device or attention_backend are not known or cannot be used here.
     """
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
     where = _device(device)
+    try:
+        backend = resolve(attention_backend, where)
+    except BackendError as error:
+        raise ConfigError(str(error)) from error
     source = _locate(name)
     hf_logging.disable_progress_bar()
     try:
@@ -96,7 +106,7 @@ def load_model(
         missing = sorted(report["missing_keys"])
         raise ModelLoadError(f"The model {name!r} lacks {len(missing)} weights, e.g. {missing[0]}")
     model = model.to(where).eval().requires_grad_(False)
-    support = check_support(model)
+    support = check_support(model, attention_name(backend))
     if support.reason:
         logger.warning("%s is served without KV reuse: %s", name, support.reason)
     return LoadedModel(
@@ -111,6 +121,7 @@ def load_model(
         rotary=support.rotary,
         kv_shape=support.kv_shape,
         unsupported=support.reason,
+        attention_backend=backend,
     )
 
 

@@ -66,10 +66,14 @@ class _FirstLayer(SlotCache):
         raise _Captured
 
 
-def check_support(model: Any) -> Support:
+def check_support(model: Any, attention: str = ATTENTION_NAME) -> Support:
     """Find out whether `model` can run under PartialAttention and its keys be re-rotated.
 
     On success the model's attention implementation is PartialAttention; otherwise it is as before.
+
+    Args:
+        attention: PartialAttention's name on a backend, see `attention.attention_name`. The proof
+            runs on that backend.
     """
     reason = _declared(model.config)
     if reason:
@@ -84,7 +88,7 @@ def check_support(model: Any) -> Support:
         ids = torch.arange(3, 3 + _PROBE_TOKENS, device=device).remainder(vocab)[None]
         with torch.inference_mode():
             expected = model(input_ids=ids, use_cache=False).logits[0, -1]
-            model.set_attn_implementation(ATTENTION_NAME)
+            model.set_attn_implementation(attention)
             support = _prove(model, ids, expected, RotarySpec(inv_freq))
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         support = Support(f"it does not run under PartialAttention ({error})")
@@ -193,7 +197,7 @@ def _fill(
     model: Any, ids: torch.Tensor, cache: SlotCache, slot: int, index: torch.Tensor, offset: int = 0
 ) -> Any:
     """Compute tokens `index` of `ids` into a slot, turned `offset` further; the last logits."""
-    cache.layout = Layout([rows(slot, index, cache.keys.dtype)])
+    cache.layout = Layout([rows(slot, index)])
     return model(
         input_ids=ids[:, index],
         position_ids=index[None] + offset,
@@ -205,7 +209,7 @@ def _fill(
 
 def _first_layer(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> _FirstLayer:
     cache = _FirstLayer()
-    cache.layout = Layout([rows(0, torch.arange(ids.shape[1]), torch.float32)])
+    cache.layout = Layout([rows(0, torch.arange(ids.shape[1]))])
     try:
         model(
             input_ids=ids,

@@ -234,7 +234,7 @@ def test_supported_models_are_run_right(name: str) -> None:
     # A key of any layer, moved, is the key of the other position.
     elsewhere = SlotRunner(_loaded(model, support), 1, MAX_LEN, chunk=MAX_LEN)
     index = torch.arange(n)
-    layout = Layout([rows(0, index, torch.float32)])
+    layout = Layout([rows(0, index)])
     elsewhere._cache.layout = layout
     with torch.inference_mode():
         model(
