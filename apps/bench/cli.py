@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvshare_mm.apps.bench import cli_fidelity
+from kvshare_mm.apps.bench import cli_fidelity, cli_hitrate
 from kvshare_mm.apps.bench.terminal import (
     Model,
     Out,
@@ -22,6 +22,7 @@ bench = typer.Typer(help="Measure: speed, fidelity, lookup, overhead.", no_args_
 bench.command()(cli_fidelity.reuse)
 bench.command()(cli_fidelity.quality)
 bench.command()(cli_fidelity.frontier)
+bench.command()(cli_hitrate.hitrate)
 
 
 @bench.command()

@@ -1,0 +1,38 @@
+"""The paper's "-Similar" sets: prompts that have a near-identical partner (arXiv 2503.16525)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_DISTANCE = 0.05
+_BLOCK = 1024
+
+
+def have_partner(
+    embeddings: NDArray[np.float32], max_distance: float = MAX_DISTANCE
+) -> NDArray[np.bool_]:
+    """Which prompts have another one within a cosine distance.
+
+    The paper embeds with GTE; give identical prompts once, or each is the other's partner.
+
+    Args:
+        embeddings: ``[N, dim]``, rows of unit length.
+        max_distance: 1 minus the cosine, at most.
+
+    Returns:
+        ``[N]`` mask.
+    """
+    found = np.zeros(len(embeddings), dtype=bool)
+    for start in range(0, len(embeddings), _BLOCK):
+        cosine = embeddings[start : start + _BLOCK] @ embeddings.T
+        rows = np.arange(len(cosine))
+        cosine[rows, start + rows] = -1  # a prompt is not its own partner
+        found[start : start + _BLOCK] = cosine.max(axis=1) >= 1 - max_distance
+    return found
+
+
+def nearest_before(embeddings: NDArray[np.float32], at: int, pool: int) -> float:
+    """The cosine of prompt `at` to the nearest of the `pool` prompts before it; -1 if none."""
+    before = embeddings[max(0, at - pool) : at]
+    return float((before @ embeddings[at]).max()) if len(before) else -1.0
