@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP_DONE := $(VENV)/.kvshare-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-fast lint ruff format typecheck wheel clean
+.PHONY: help setup demo bench report test test-fast lint ruff format typecheck wheel clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
@@ -22,6 +22,49 @@ demo: setup ## answer similar requests with a small real model and show what was
 
 bench: setup ## measure reuse on the shipped pairs of similar prompts
 	$(BIN)/kvshare bench reuse --pairs assets/pairs-demo.jsonl
+
+# Every result is a file of its own: what is there already is not measured again, and a measurement
+# that was killed goes on where it stopped. DATA is a folder with the files that are named below;
+# without it, what the project ships is measured.
+DATA ?=
+RESULTS ?= bench-results
+FIGURES ?=
+MODEL ?= smollm2
+ITEMS ?= 20
+KVBENCH := $(BIN)/kvshare bench
+OF_MODEL := -$(basename $(notdir $(MODEL))).json
+SHIPPED := reuse frontier reports exams hitrate-banking77-sample
+FROM_DATA := reuse frontier reports exams translation summaries multidoc hitrate-banking77 \
+	hitrate-chat_stream_sharegpt
+PAIRS := $(if $(DATA),$(DATA)/pairs.jsonl,assets/pairs-demo.jsonl)
+QUALITY = $(KVBENCH) quality --model "$(MODEL)" --limit $(ITEMS) --json "$@"
+
+report: $(patsubst %,$(RESULTS)/%$(OF_MODEL),$(if $(DATA),$(FROM_DATA),$(SHIPPED))) ## measure all of it, write RESULTS/report.html
+	$(KVBENCH) report --in "$(RESULTS)" --out "$(RESULTS)/report.html" \
+		$(if $(FIGURES),--figures "$(FIGURES)")
+
+$(RESULTS)/reuse$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) reuse --pairs "$(PAIRS)" --model "$(MODEL)" --limit $(ITEMS) --repeats 1 --layers \
+		--json "$@"
+
+$(RESULTS)/frontier$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) frontier --pairs "$(PAIRS)" --model "$(MODEL)" --limit $(ITEMS) --json "$@"
+
+$(RESULTS)/reports$(OF_MODEL) $(RESULTS)/exams$(OF_MODEL): $(RESULTS)/%$(OF_MODEL): | $(SETUP_DONE)
+	$(QUALITY) --task $*
+
+$(RESULTS)/translation$(OF_MODEL): | $(SETUP_DONE)
+	$(QUALITY) --task translation --data "$(DATA)/wmt20_de-en.jsonl"
+
+$(RESULTS)/summaries$(OF_MODEL): | $(SETUP_DONE)
+	$(QUALITY) --task summaries --data "$(DATA)/samsum_test_a.jsonl"
+
+$(RESULTS)/multidoc$(OF_MODEL): | $(SETUP_DONE)
+	$(QUALITY) --task multidoc --data "$(DATA)/multidoc_hotpotqa.jsonl"
+
+$(RESULTS)/hitrate-%$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) hitrate --stream "$(or $(DATA),assets)/$*.jsonl" --model "$(MODEL)" --plan-only \
+		--pool-sizes $(if $(DATA),"250,1000,4000","100,250,500") --json "$@"
 
 test: test-fast ## run all tests: the fast ones, then those with a real model
 	@echo "== end-to-end tests (minutes)"

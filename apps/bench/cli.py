@@ -15,6 +15,7 @@ from kvshare_mm.apps.bench.terminal import (
     console,
     opened_rig,
     plain_errors,
+    report_file,
     write_report,
 )
 
@@ -113,3 +114,24 @@ def template(
         report = bench_template.run(rig, num_tokens=tokens, num_changed=changed, repeats=repeats)
         console.print_json(data=report)
         write_report(report, json_file)
+
+
+@bench.command()
+def report(
+    folder: Annotated[Path, typer.Option("--in", help="folder of result files")],
+    out: Annotated[
+        Path, typer.Option(help="the page", callback=report_file, show_default=True)
+    ] = Path("report.html"),
+    figures: Annotated[
+        Path | None, typer.Option(help="also write the figures into this folder, as SVG")
+    ] = None,
+) -> None:
+    """One page of all results in a folder, with figures, that needs no network."""
+    from kvshare_mm.apps.bench import report as bench_report
+
+    with plain_errors():
+        parts = bench_report.sections(bench_report.read_results(folder))
+        out.write_text(bench_report.page(parts), encoding="utf-8")
+        console.print(f"Report written to {out}", markup=False)
+        for path in bench_report.write_figures(parts, figures) if figures else []:
+            console.print(f"Figure written to {path}", markup=False)

@@ -32,7 +32,10 @@ def report_file(path: Path | None) -> Path | None:
     if path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not path.exists()
             path.open("a").close()
+            if is_new:  # a run that is killed must not leave what looks like a result
+                path.unlink()
         except OSError as error:
             raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from error
     return path
