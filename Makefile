@@ -36,6 +36,8 @@ OF_MODEL := -$(basename $(notdir $(MODEL))).json
 SHIPPED := reuse frontier reports exams hitrate-banking77-sample
 FROM_DATA := reuse frontier reports exams translation summaries multidoc hitrate-banking77 \
 	hitrate-chat_stream_sharegpt
+SHIPPED_SIZES := 100,250,500
+FROM_DATA_SIZES := 250,1000,4000
 PAIRS := $(if $(DATA),$(DATA)/pairs.jsonl,assets/pairs-demo.jsonl)
 QUALITY = $(KVBENCH) quality --model "$(MODEL)" --limit $(ITEMS) --json "$@"
 
@@ -64,7 +66,7 @@ $(RESULTS)/multidoc$(OF_MODEL): | $(SETUP_DONE)
 
 $(RESULTS)/hitrate-%$(OF_MODEL): | $(SETUP_DONE)
 	$(KVBENCH) hitrate --stream "$(or $(DATA),assets)/$*.jsonl" --model "$(MODEL)" --plan-only \
-		--pool-sizes $(if $(DATA),"250,1000,4000","100,250,500") --json "$@"
+		--pool-sizes $(if $(DATA),$(FROM_DATA_SIZES),$(SHIPPED_SIZES)) --json "$@"
 
 test: test-fast ## run all tests: the fast ones, then those with a real model
 	@echo "== end-to-end tests (minutes)"

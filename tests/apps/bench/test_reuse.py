@@ -2,96 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kvshare_mm import ConfigError, KVShareConfig
-from kvshare_mm.apps.bench.divergence import agreement, kl_divergence
+from kvshare_mm import ConfigError
+from kvshare_mm.apps.bench.journal import Journal
 from kvshare_mm.apps.bench.methods import METHODS, pick
-from kvshare_mm.apps.bench.prompts import read_pairs
+from kvshare_mm.apps.bench.prompts import read_pairs, read_prompts
 from kvshare_mm.apps.bench.reuse import run
 from kvshare_mm.apps.bench.rig import Rig, machine, spread
 
-_ROWS = " ".join(f"Value {i} is {i * 37 % 91} g/L;" for i in range(10))
-_PAIRS = [
-    {
-        "id": name,
-        "donor": f"Laboratory report. Patient number {before}. {_ROWS} What is value {question}?",
-        "target": f"Laboratory report. Patient number {after}. {_ROWS} What is value {question}?",
-    }
-    for name, before, after, question in (("a", 48210, 77, 3), ("b", 5, 61234, 8))
-] + [{"id": "unlike", "donor": "The quick brown fox. " * 6, "target": "number " * 30}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
-def rig(tiny_folder: Path) -> Iterator[Rig]:
-    rig = Rig(KVShareConfig.of(model=str(tiny_folder), embedder=None), num_slots=len(METHODS))
-    yield rig
-    rig.close()
-
-
-@pytest.fixture(scope="module")
-def report(rig: Rig) -> dict[str, Any]:
-    return run(rig, _PAIRS, list(METHODS.values()), max_new_tokens=8, repeats=2, progress=False)
-
-
-def slow_kl(full: list[float], other: list[float]) -> float:
-    def log_probs(logits: list[float]) -> list[float]:
-        top = max(logits)
-        total = math.fsum(math.exp(x - top) for x in logits)
-        return [x - top - math.log(total) for x in logits]
-
-    pairs = zip(log_probs(full), log_probs(other), strict=True)
-    return math.fsum(math.exp(p) * (p - q) for p, q in pairs)
-
-
-_LOGITS = st.floats(-30, 30, width=32)
-
-
-@settings(max_examples=50)
-@given(st.lists(st.tuples(_LOGITS, _LOGITS), min_size=1, max_size=20))
-def test_kl_is_the_formula(pairs: list[tuple[float, float]]) -> None:
-    full, other = [list(column) for column in zip(*pairs, strict=True)]
-    found = kl_divergence(torch.tensor(full), torch.tensor(other))
-    assert found == pytest.approx(slow_kl(full, other), rel=1e-6, abs=1e-9)
-    assert found >= 0
-    assert kl_divergence(torch.tensor(full), torch.tensor(full)) == 0
-
-
-def test_kl_by_hand() -> None:
-    even, uneven = torch.tensor([0.0, 0.0]), torch.tensor([math.log(3.0), 0.0])
-    assert kl_divergence(even, uneven) == pytest.approx(0.5 * math.log(4 / 3))
-    assert kl_divergence(uneven, even) == pytest.approx(
-        0.75 * math.log(0.75) + 0.25 * math.log(0.25) + math.log(2)
-    )
-    # A constant added to logits changes no probability.
-    assert kl_divergence(uneven, uneven + 7) == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("full", "other", "share"),
-    [
-        ([1, 2, 3, 4], [1, 2, 3, 4], 1),
-        ([1, 2, 3, 4], [1, 2, 9, 4], 0.5),  # what agrees again later does not count
-        ([1, 2, 3, 4], [9, 2, 3, 4], 0),
-        ([1, 2, 3, 4], [1], 0.25),
-        ([1], [1, 2, 3], 1),
-    ],
-)
-def test_agreement_is_the_common_beginning(full: list[int], other: list[int], share: float) -> None:
-    assert agreement(full, other) == share
+def report(rig: Rig, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    return run(rig, pairs, list(METHODS.values()), max_new_tokens=8, repeats=2, progress=False)
 
 
 def test_spread() -> None:
@@ -151,21 +78,23 @@ def test_a_pair_leaves_no_donor_for_the_next(rig: Rig, report: dict[str, Any]) -
     assert len(rig.donors.tree) == 0
 
 
-def test_answers_are_compared_with_references(rig: Rig) -> None:
-    [pair] = run(rig, _PAIRS[:1], pick("full"), max_new_tokens=4, progress=False)["per_pair"]
+def test_answers_are_compared_with_references(rig: Rig, pairs: list[dict[str, Any]]) -> None:
+    [pair] = run(rig, pairs[:1], pick("full"), max_new_tokens=4, progress=False)["per_pair"]
     assert "rouge_l" not in pair["methods"]["full"]
-    ids = rig.loaded.tokenizer(_PAIRS[0]["target"])["input_ids"]
+    ids = rig.loaded.tokenizer(pairs[0]["target"])["input_ids"]
     assert len(ids) < pair["tokens"]  # asked through the chat template
-    given = [{**_PAIRS[0], "reference": "the number of the fox"}, _PAIRS[1]]
+    given = [{**pairs[0], "reference": "the number of the fox"}, pairs[1]]
     summary = run(rig, given, pick("full"), max_new_tokens=4, progress=False)["methods"]["full"]
     assert 0 <= summary["rouge_l"] <= 1
     assert 0 <= summary["bleu"] <= 100
 
 
-def test_pairs_that_do_not_fit_are_skipped_with_a_reason(rig: Rig) -> None:
+def test_pairs_that_do_not_fit_are_skipped_with_a_reason(
+    rig: Rig, pairs: list[dict[str, Any]]
+) -> None:
     long = {"id": "long", "donor": "fox", "target": "a b " * 300}
     odd = {"id": "odd", "donor": 5, "target": "fox"}
-    report = run(rig, [long, _PAIRS[0], odd], pick("prefix"), max_new_tokens=4, progress=False)
+    report = run(rig, [long, pairs[0], odd], pick("prefix"), max_new_tokens=4, progress=False)
     assert [s["id"] for s in report["skipped"]] == ["long", "odd"]
     assert "508 tokens" in report["skipped"][0]["reason"]
     assert set(report["methods"]) == {"full", "prefix"}  # full is always measured
@@ -203,3 +132,50 @@ def test_the_machine_is_described() -> None:
     assert told["memory_gib"] > 0
     assert told["torch"] == torch.__version__
     assert told["cpu"]
+
+
+def test_a_line_separator_inside_a_string_ends_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"donor": "a\u2028b\x85c", "target": "d"}\n', encoding="utf-8")
+    assert read_pairs(path)[0]["donor"] == "a\u2028b\x85c"
+    path.write_text('{"text": "a\u2028b"}\r\n{"text": "c"}', encoding="utf-8")
+    assert read_prompts(path) == ["a\u2028b", "c"]
+    plain = tmp_path / "prompts.txt"
+    plain.write_text("one\u2028two\n\nthree\n", encoding="utf-8")
+    assert read_prompts(plain) == ["one\u2028two", "three"]
+
+
+def test_work_is_what_the_model_ran(report: dict[str, Any]) -> None:
+    methods = report["methods"]
+    assert methods["full"]["work_share"] == 1
+    for name in ("prefix", "placeholders", "epic"):  # these measure nothing
+        assert methods[name]["work_share"] == pytest.approx(methods[name]["computed_share"])
+    # A pass over the first layers of three.
+    assert methods["cacheblend"]["work_share"] > methods["cacheblend"]["computed_share"]
+
+
+def test_layers_of_reused_kv(rig: Rig, pairs: list[dict[str, Any]]) -> None:
+    found = run(rig, pairs[:2], pick("prefix,placeholders"), max_new_tokens=2, repeats=1,
+                layers=True, progress=False)["methods"]  # fmt: skip
+    assert found["full"]["kv_deviation"] is found["prefix"]["kv_deviation"] is None
+    reused = found["placeholders"]["kv_deviation"]
+    assert len(reused["key"]) == len(reused["value"]) == 3
+    # The first layer's V sees one token only; deeper ones have seen the donor's context.
+    assert reused["value"][0] < 1e-5 < reused["value"][1]
+
+
+def test_known_pairs_are_not_measured_again(
+    rig: Rig, pairs: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 2, "repeats": 1, "progress": False}
+    path = tmp_path / "r.json.partial"
+    first = run(rig, pairs[:1], pick("prefix"), journal=Journal(path, "s"), **options)
+    again = run(rig, pairs[:2], pick("prefix"), journal=Journal(path, "s"), **options)
+    assert again["per_pair"][0] == first["per_pair"][0]  # times included
+    assert again["pairs"] == 2
+
+
+def test_every_method_needs_a_slot(rig: Rig, pairs: list[dict[str, Any]]) -> None:
+    many = [pick(f"repair=window:{width}")[0] for width in range(1, rig.num_slots + 1)]
+    with pytest.raises(ValueError, match="slots"):
+        run(rig, pairs, many, progress=False)

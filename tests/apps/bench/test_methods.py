@@ -1,0 +1,102 @@
+"""Methods by name, their budgets, and answers from a store."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvshare_mm import ConfigError
+from kvshare_mm.apps.bench.methods import ANSWER_METHODS, METHODS, Method, pick, pick_any
+from kvshare_mm.apps.bench.methods.gptcache import GPTCacheStore, counts_as_hit
+from kvshare_mm.repair import make_policy
+
+needs_gptcache = pytest.mark.skipif(
+    not all(importlib.util.find_spec(m) for m in ("gptcache", "sqlalchemy", "faiss")),
+    reason="gptcache is not installed",
+)
+
+
+def test_the_tables_are_keyed_by_name() -> None:
+    assert set(METHODS) == {
+        "full", "prefix", "placeholders", "cacheblend", "epic", "deviation", "kvshare"
+    }  # fmt: skip
+    for name, method in [*METHODS.items(), *ANSWER_METHODS.items()]:
+        assert method.name == name
+        assert method.about
+
+
+def test_every_budget_is_a_policy_and_names_its_point() -> None:
+    for method in METHODS.values():
+        points = method.at_budgets()
+        assert len({p.name for p in points}) == len(points)
+        if not method.budgets:
+            assert points == (method,)
+            continue
+        for spec, point in zip(method.budgets, points, strict=True):
+            assert (point.repair, point.sharing) == (spec, method.sharing)
+            assert point.policy == make_policy(spec)
+            assert point.name == f"{method.name}@{spec}"
+
+
+def test_methods_that_reuse_answers_are_for_tasks_only() -> None:
+    assert [m.name for m in pick_any("full,gptcache")] == ["full", "gptcache"]
+    with pytest.raises(ConfigError, match="gptcache"):
+        pick("full,gptcache")
+
+
+def test_a_method_named_twice_counts_once() -> None:
+    assert [m.name for m in pick("epic,full,epic")] == ["epic", "full"]
+    assert all(isinstance(m, Method) for m in pick("repair=window:2,repair=window:2,full"))
+    assert len(pick("repair=window:2,repair=window:2,full")) == 2
+
+
+def test_gptcache_s_default_threshold_is_a_cosine_of_six_tenths() -> None:
+    cosine = np.array([1.0, 0.61, 0.59, 0.0, -1.0])
+    assert counts_as_hit(cosine).tolist() == [True, True, False, False, False]
+
+
+@needs_gptcache
+def test_gptcache_answers_what_is_near_enough(letters: Any) -> None:
+    store = GPTCacheStore(letters)
+    try:
+        assert store.get("abc") is None
+        store.put("aabbc", "first")
+        store.put("xyz", "second")
+        assert store.get("abbcc") == "first"  # cosine 8/9
+        assert store.get("zyx") == "second"
+        assert store.get("aqqq") is None  # cosine 0.21
+    finally:
+        store.close()
+
+
+@needs_gptcache
+@pytest.mark.parametrize("shared", [2, 3, 4, 5])
+def test_gptcache_agrees_with_the_rule(letters: Any, shared: int) -> None:
+    question, other = "a" * 4 + "b" * 3, "a" * shared + "c" * 3
+    store = GPTCacheStore(letters)
+    try:
+        store.put(question, "answer")
+        one, two = letters.embed([question, other])
+        assert (store.get(other) == "answer") == bool(counts_as_hit(one @ two))
+    finally:
+        store.close()
+
+
+@needs_gptcache
+def test_gptcache_stores_know_nothing_of_each_other(letters: Any) -> None:
+    one, two = GPTCacheStore(letters), GPTCacheStore(letters)
+    try:
+        one.put("abc", "answer")
+        assert two.get("abc") is None
+    finally:
+        one.close()
+        two.close()
+
+
+def test_gptcache_installs_nothing_by_itself(letters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="sqlalchemy"):
+        GPTCacheStore(letters)
