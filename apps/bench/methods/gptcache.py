@@ -64,8 +64,9 @@ class GPTCacheStore:
         self._get, self._put = get, put
         self._folder = tempfile.TemporaryDirectory(prefix="kvshare-gptcache-")
         root = Path(self._folder.name)
+        self._answers = CacheBase("sqlite", sql_url=f"sqlite:///{root / 'answers.db'}")
         self._stores = get_data_manager(
-            CacheBase("sqlite", sql_url=f"sqlite:///{root / 'answers.db'}"),
+            self._answers,
             VectorBase("faiss", dimension=embedder.dim, index_path=str(root / "faiss.index")),
             max_size=_MAX_QUESTIONS,
         )
@@ -87,6 +88,7 @@ class GPTCacheStore:
     def close(self) -> None:
         # GPTCache closes its stores once more when Python exits, and needs the folder for that.
         self._stores.close = lambda: None
+        self._answers.Session().get_bind().dispose()
         self._folder.cleanup()
 
 

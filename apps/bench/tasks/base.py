@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvshare_mm.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,22 @@ def file_of(task: Task, path: Path | None) -> Path:
     if path is None:
         raise ConfigError(f"the task {task.name} needs data: give --data FILE")
     return path
+
+
+def examples_and_questions(
+    rows: Sequence[T], num_examples: int, path: Path
+) -> tuple[Sequence[T], Sequence[T]]:
+    """The first `num_examples` rows, set aside as demonstrations, and the others.
+
+    Raises:
+        ConfigError: there are no others.
+    """
+    if len(rows) <= num_examples:
+        raise ConfigError(
+            f"{path} has {len(rows)} usable lines; the first {num_examples} serve as "
+            "demonstrations, so there is no question left"
+        )
+    return rows[:num_examples], rows[num_examples:]
 
 
 def similar_examples(

@@ -10,7 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kvshare_mm.apps.bench.jsonl import read_jsonl
-from kvshare_mm.apps.bench.tasks.base import Item, Task, file_of, similar_examples
+from kvshare_mm.apps.bench.tasks.base import (
+    Item,
+    Task,
+    examples_and_questions,
+    file_of,
+    similar_examples,
+)
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,14 @@ class Summaries(Task):
     max_chars: int = 500
 
     def items(self, path: Path | None, limit: int, seed: int) -> list[Item]:
+        path = file_of(self, path)
         rows = [
             (str(r["dialogue"]).replace("\r\n", "\n").strip(), " ".join(str(r["summary"]).split()))
-            for r in read_jsonl(file_of(self, path), "dialogue", "summary")
+            for r in read_jsonl(path, "dialogue", "summary")
             if len(str(r["dialogue"])) <= self.max_chars
         ]
         rng = np.random.default_rng(seed)
-        examples, questions = rows[: self.pool], rows[self.pool :]
+        examples, questions = examples_and_questions(rows, self.pool, path)
         items = []
         for i, (dialogue, summary) in enumerate(questions[:limit]):
             target, donor = similar_examples(range(len(examples)), self.demonstrations, rng)

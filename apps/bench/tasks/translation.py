@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvshare_mm.apps.bench.jsonl import read_jsonl
-from kvshare_mm.apps.bench.tasks.base import Item, Task, file_of, similar_examples
+from kvshare_mm.apps.bench.tasks.base import (
+    Item,
+    Task,
+    examples_and_questions,
+    file_of,
+    similar_examples,
+)
 from kvshare_mm.errors import ConfigError
 
 _LANGUAGES = {
@@ -61,7 +67,7 @@ class Translation(Task):
             if len(r) >= 20 and len(s) <= self.max_chars
         ]
         rng = np.random.default_rng(seed)
-        examples, questions = rows[: self.pool], rows[self.pool :]
+        examples, questions = examples_and_questions(rows, self.pool, path)
         items = []
         for i, (source, reference) in enumerate(questions[:limit]):
             target, donor = similar_examples(range(len(examples)), self.demonstrations, rng)
