@@ -1,0 +1,182 @@
+"""The laboratory's commands on a tiny model: what people see, and what scripts read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from kvshare_mm.apps.bench.tasks import TASKS
+from kvshare_mm.apps.bench.tasks.exams import Exams
+from kvshare_mm.apps.bench.tasks.reports import Reports
+from kvshare_mm.apps.cli import app
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Run:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+    return lambda *arguments: CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+@pytest.fixture
+def short_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model's context holds 512 tokens, of which a word takes several."""
+    monkeypatch.setitem(TASKS, "exams", Exams(questions=3, changed=2))
+    monkeypatch.setitem(TASKS, "reports", Reports(rows=3, changed=2))
+
+
+@pytest.fixture
+def pairs_file(pairs: list[dict[str, Any]], tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def stream_file(pairs: list[dict[str, Any]], tmp_path: Path) -> Path:
+    path = tmp_path / "stream.jsonl"
+    texts = [pair[side] for pair in pairs for side in ("donor", "target")]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    return path
+
+
+def refused(result: Result, *words: str) -> None:
+    assert result.exit_code == 1, result.output
+    [line] = [x for x in result.output.splitlines() if x.startswith("Error:")]
+    for word in words:
+        assert word in line
+
+
+def test_quality(run: Run, short_tasks: None, tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "quality.json"
+    result = run("quality", "--task", "exams", "--model", tiny_folder, "--limit", 2,
+                 "--methods", "placeholders,repair=window:2", "--json", out)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for text in ("exams: 2 items", "exact match", "leaks", "repair=window:2"):
+        assert text in result.output
+    report = json.loads(out.read_text())
+    assert list(report["methods"]) == ["full", "placeholders", "repair=window:2"]
+    assert report["items"] == 2
+    assert [path.name for path in out.parent.iterdir()] == ["quality.json"]  # no journal is left
+
+
+def test_a_killed_run_goes_on(
+    run: Run, tiny_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvshare_mm.apps.bench import frontier
+
+    measured: list[str] = []
+    real = frontier._measure
+
+    def killed(rig: Any, pair: dict[str, Any], points: Any) -> Any:
+        measured.append(pair["id"])
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return real(rig, pair, points)
+
+    monkeypatch.setattr(frontier, "_measure", killed)
+    out = tmp_path / "frontier.json"
+    call = ("frontier", "--pairs", pairs_file, "--model", tiny_folder, "--json", out,
+            "--methods", "prefix,epic")  # fmt: skip
+    assert run(*call).exit_code != 0
+    assert not out.exists()
+    assert (tmp_path / "frontier.json.partial").exists()
+    result = run(*call)
+    assert result.exit_code == 0, result.output
+    assert measured == ["a", "b", "b", "unlike"]
+    assert json.loads(out.read_text())["pairs"] == 3
+    assert "window:16" in result.output
+    assert not (tmp_path / "frontier.json.partial").exists()
+
+
+def test_other_settings_do_not_go_on(
+    run: Run, tiny_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "r.json"
+    call = ("reuse", "--pairs", pairs_file, "--model", tiny_folder, "--json", out, "--repeats", 1,
+            "--max-new-tokens", 2, "--methods", "prefix", "--layers")  # fmt: skip
+    (tmp_path / "r.json.partial").write_text('{"key": "settings", "result": "other"}\n')
+    result = run(*call)
+    assert result.exit_code == 0, result.output
+    assert json.loads(out.read_text())["pairs"] == 3
+
+
+def test_hitrate_needs_no_model(
+    run: Run, tiny_folder: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("kvshare_mm.apps.bench.rig.load_model", never)
+    out = tmp_path / "hitrate.json"
+    result = run("hitrate", "--stream", stream_file, "--model", tiny_folder, "--plan-only",
+                 "--embedder", "none", "--no-shuffle", "--measure", 5, "--pool-sizes", "4,1",
+                 "--json", out)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert (report["kind"], report["stream"], report["measured"]) == ("hitrate", "stream", 5)
+    assert list(report["pool_sizes"]) == ["1", "4"]
+    methods = report["pool_sizes"]["4"]["methods"]
+    assert methods["kvshare"]["token_share"] > methods["prefix"]["token_share"]
+    # The target of the last pair has nothing in common with anything.
+    assert methods["kvshare"]["shares"][-1] == 0
+
+
+def test_hitrate_with_a_model(
+    run: Run, tiny_folder: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "hitrate.json"
+    result = run("hitrate", "--stream", stream_file, "--model", tiny_folder, "--embedder", "none",
+                 "--no-shuffle", "--measure", 5, "--pool-sizes", "4", "--json", out)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert not report["plan_only"]
+    methods = report["pool_sizes"]["4"]["methods"]
+    assert methods["kvshare"]["token_share"] > methods["prefix"]["token_share"]
+
+
+def test_similar_only(
+    run: Run, tiny_folder: Path, stream_file: Path, letters: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvshare_mm.modalities.embed.TextEmbedder", lambda name: letters)
+    result = run("hitrate", "--stream", stream_file, "--model", tiny_folder, "--plan-only",
+                 "--similar-only", "--pool-sizes", "9")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "4 of 6 different prompts have a partner" in result.output
+
+
+def test_report(run: Run, short_tasks: None, tiny_folder: Path, tmp_path: Path) -> None:
+    run("quality", "--task", "reports", "--model", tiny_folder, "--limit", 2,
+        "--methods", "placeholders", "--json", tmp_path / "r" / "q.json")  # fmt: skip
+    out = tmp_path / "page.html"
+    result = run("report", "--in", tmp_path / "r", "--out", out, "--figures", tmp_path / "figures")
+    assert result.exit_code == 0, result.output
+    assert "Answers: reports, 2 items" in out.read_text(encoding="utf-8")
+    assert len(list((tmp_path / "figures").iterdir())) == 2
+
+
+def test_what_is_wrong_is_said(
+    run: Run, tiny_folder: Path, stream_file: Path, tmp_path: Path
+) -> None:
+    model = ("--model", tiny_folder)
+    refused(run("quality", "--task", "magic", *model), "'magic'", "translation")
+    refused(run("quality", "--task", "summaries", *model), "--data")
+    refused(run("quality", "--task", "exams", "--methods", "magic", *model), "'magic'")
+    refused(run("quality", "--task", "exams", "--repair", "magic", *model), "'magic'")
+    refused(run("frontier", "--pairs", stream_file, *model), "donor")
+    refused(run("reuse", "--pairs", stream_file, "--methods", "gptcache", *model), "gptcache")
+    stream = ("hitrate", "--stream", stream_file, "--plan-only", "--embedder", "none", *model)
+    refused(run(*stream, "--pool-sizes", "ten"), "'ten'")
+    refused(run(*stream, "--pool-sizes", "0"), "at least 1")
+    refused(run(*stream, "--similar-only"), "embedder")
+    refused(run(*stream, "--repair", "magic"), "'magic'")
+    refused(run("hitrate", "--stream", "nowhere", "--plan-only"), "nowhere", "wildchat")
+    refused(run("report", "--in", tmp_path / "nowhere", "--out", tmp_path / "x.html"), "nowhere")

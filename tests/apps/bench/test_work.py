@@ -1,0 +1,75 @@
+"""What a model computes is counted in the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kvshare_mm.apps.bench.methods import METHODS, pick
+from kvshare_mm.apps.bench.prompts import encode
+from kvshare_mm.apps.bench.rig import Rig
+from kvshare_mm.apps.bench.work import LayerCounter
+
+
+class Stack(nn.Module):
+    """Three layers of which a pass may use the first few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = nn.ModuleList([nn.Identity()])
+        self.layers = nn.ModuleList([nn.Identity() for _ in range(3)])
+
+    def forward(self, x: torch.Tensor, depth: int) -> torch.Tensor:
+        for layer in list(self.layers)[:depth]:
+            x = layer(x)
+        return x
+
+
+def test_positions_through_all_layers() -> None:
+    model = Stack()
+    counter = LayerCounter(model, 3)
+    model(torch.zeros(1, 10, 4), 3)
+    assert counter.take() == 10
+    assert counter.take() == 0
+    model(torch.zeros(1, 6, 4), 1)
+    model(torch.zeros(1, 2, 4), 3)
+    assert counter.take() == 4
+    counter.close()
+    model(torch.zeros(1, 10, 4), 3)
+    assert counter.take() == 0
+
+
+def test_a_model_without_such_layers() -> None:
+    with pytest.raises(ValueError, match="list of 7 layers"):
+        LayerCounter(Stack(), 7)
+
+
+def test_probes_cost_what_they_run(rig: Rig, pairs: list[dict[str, Any]]) -> None:
+    donor, target = encode(rig, pairs[0]["donor"]), encode(rig, pairs[0]["target"])
+    ns = rig.namespace("work")
+    first = rig.serve(donor, ns, METHODS["full"])
+    assert first.work == len(donor)
+    stored = rig.capture(donor, ns, first)
+    assert stored
+    window = rig.serve(target, ns, pick("repair=window:4")[0])
+    assert window.work == window.result.plan.num_computed
+    probed = rig.serve(target, ns, pick("repair=deviation:0.1")[0])
+    # Layers 0 and 1 of three, over what follows the exact prefix.
+    behind = len(target) - probed.result.plan.num_exact
+    assert probed.work == pytest.approx(probed.result.plan.num_computed + behind * 2 / 3)
+    rig.donors.delete(stored)
+
+
+def test_answers_of_a_batch_are_those_of_one_by_one(rig: Rig, pairs: list[dict[str, Any]]) -> None:
+    streams = [encode(rig, pair["target"]) for pair in pairs]
+    ns = rig.namespace("decode")
+    served = [rig.serve(s, ns, METHODS["full"], slot) for slot, s in enumerate(streams)]
+    together = rig.decode(served, 6)
+    for slot, stream in enumerate(streams):
+        alone = rig.serve(stream, ns, METHODS["full"], slot)
+        assert rig.decode([alone], 6) == [together[slot]]
+    assert [len(a) for a in rig.decode(served, 6, lambda tokens: len(tokens) == 2)] == [2, 2, 2]
+    assert rig.decode([], 6) == []
