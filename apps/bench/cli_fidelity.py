@@ -26,7 +26,7 @@ Pairs = Annotated[
 _METHODS = "comma-separated; repair=POLICY measures a repair policy"
 
 
-def _options(repair: str | None) -> dict[str, str]:
+def _options(repair: str | None) -> dict[str, Any]:
     return {"repair": repair} if repair else {}
 
 

@@ -82,4 +82,6 @@ def _relative(full: torch.Tensor, other: torch.Tensor, index: torch.Tensor) -> t
     index = index.to(full.device)
     truth = full.index_select(2, index).double()
     difference = other.index_select(2, index).double() - truth
-    return (difference.norm(dim=(1, 3)) / truth.norm(dim=(1, 3)).clamp_min(1e-12)).mean(-1)
+    norms: torch.Tensor = truth.norm(dim=(1, 3)).clamp_min(1e-12)
+    relative: torch.Tensor = difference.norm(dim=(1, 3)) / norms
+    return relative.mean(-1)

@@ -21,7 +21,7 @@ def read_jsonl(path: Path, *fields: str, limit: int | None = None) -> list[dict[
     Raises:
         ConfigError: the file cannot be read, has no objects, or a line is none of them; says which.
     """
-    records = []
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
