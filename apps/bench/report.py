@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshare_mm.apps.bench.figures import Drawn, figure_of, quality_figure
+from kvshare_mm.apps.bench.figures.theme import model_label
 from kvshare_mm.apps.bench.jsonl import read_text
 from kvshare_mm.apps.bench.report_tables import TABLES, Rows
 from kvshare_mm.errors import ConfigError
@@ -113,7 +114,7 @@ def _quality_figures(results: dict[str, dict[str, Any]]) -> dict[str, Drawn]:
 
 
 def _slug(model: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", Path(model).stem.lower()).strip("-")
+    return re.sub(r"[^a-z0-9.]+", "-", model_label(model).lower()).strip("-")
 
 
 def _machine(report: dict[str, Any]) -> str:

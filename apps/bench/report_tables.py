@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from kvshare_mm.apps.bench.figures.theme import model_label
+
 Rows = list[list[str]]
 Report = dict[str, Any]
 
@@ -118,15 +120,19 @@ def _reliability(report: Report) -> Rows:
 
 
 TABLES: dict[str, Kind] = {
-    "reuse": Kind(lambda r: f"Reuse on {r['pairs']} pairs, {r['model']}", _reuse),
-    "quality": Kind(lambda r: f"Answers: {r['task']}, {r['items']} items, {r['model']}", _quality),
+    "reuse": Kind(lambda r: f"Reuse on {r['pairs']} pairs, {model_label(r['model'])}", _reuse),
+    "quality": Kind(
+        lambda r: f"Answers: {r['task']}, {r['items']} items, {model_label(r['model'])}", _quality
+    ),
     "frontier": Kind(
-        lambda r: f"Divergence against work, {r['pairs']} pairs, {r['model']}", _frontier
+        lambda r: f"Divergence against work, {r['pairs']} pairs, {model_label(r['model'])}",
+        _frontier,
     ),
     "hitrate": Kind(
         lambda r: f"Hit rate: {r['stream']}, {r['measured']} of {r['prompts']} prompts", _hitrate
     ),
     "reliability": Kind(
-        lambda r: f"Predicted against observed divergence, {r.get('model', '')}", _reliability
+        lambda r: f"Predicted against observed divergence, {model_label(r.get('model', ''))}",
+        _reliability,
     ),
 }

@@ -64,7 +64,10 @@ class Rig:
         self, config: KVShareConfig, folder: Path | None = None, num_slots: int = 1
     ) -> None:
         self.loaded: LoadedModel = load_model(
-            config.model, dtype=config.dtype, device=config.device
+            config.model,
+            dtype=config.dtype,
+            device=config.device,
+            attention_backend=config.attention_backend,
         )
         if self.loaded.unsupported or self.loaded.kv_shape is None:
             raise ModelLoadError(f"nothing to measure: {self.loaded.unsupported}")
@@ -82,7 +85,7 @@ class Rig:
         self.prefiller = Prefiller(
             self.runner,
             self.donors,
-            KVEditor(self.loaded.rotary),
+            KVEditor(self.loaded.rotary, self.loaded.attention_backend),
             config.planner,
             make_policy(config.repair),
         )
@@ -114,7 +117,8 @@ class Rig:
     def capture(self, stream: SegmentStream, ns: str, served: Served) -> str | None:
         """Make what is in the slot a donor."""
         keys, values = self.runner.slot_kv(served.slot)
-        return self.donors.capture(stream.keys, ns, served.result.plan, keys, values, "")
+        result = served.result
+        return self.donors.capture(stream.keys, ns, result.plan, keys, values, "", result.attention)
 
     def decode(
         self,

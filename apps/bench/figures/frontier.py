@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvshare_mm.apps.bench.figures.theme import Theme, label, style
+from kvshare_mm.apps.bench.figures.theme import Theme, label, model_label, style
 
 # Below this a divergence is rounding, and a logarithmic axis has no zero.
 _FLOOR = 1e-5
@@ -25,5 +25,7 @@ def draw(report: dict[str, Any], figure: Any, theme: Theme) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("work, % of full recompute (probes of a policy included)")
     axes.set_ylabel("KL of the first token, mean (nats)")
-    axes.set_title(f"{report['pairs']} pairs of similar prompts, {report['model']}", loc="left")
+    axes.set_title(
+        f"{report['pairs']} pairs of similar prompts, {model_label(report['model'])}", loc="left"
+    )
     axes.legend()

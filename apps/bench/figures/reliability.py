@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvshare_mm.apps.bench.figures.theme import Theme
+from kvshare_mm.apps.bench.figures.theme import Theme, model_label
 
 _FLOOR = 1e-6
 _BINS = 8
@@ -35,5 +35,6 @@ def draw(report: dict[str, Any], figure: Any, theme: Theme) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("predicted KL of the first token (nats)")
     axes.set_ylabel("observed")
-    axes.set_title(f"{len(predicted)} requests, {report.get('model', '')}".rstrip(", "), loc="left")
+    model = model_label(report.get("model", ""))
+    axes.set_title(f"{len(predicted)} requests, {model}".rstrip(", "), loc="left")
     axes.legend()

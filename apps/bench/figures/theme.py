@@ -92,6 +92,11 @@ def label(method: str) -> str:
     return LABELS.get(method, method)
 
 
+def model_label(model: str) -> str:
+    """A model's name without its folders, which are of one machine only."""
+    return model.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+
+
 def style(method: str, theme: Theme) -> dict[str, Any]:
     """Line options of a method; this project's own stands out."""
     ours = method == "kvshare"
