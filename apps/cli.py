@@ -17,6 +17,7 @@ from rich.markup import escape
 from kvshare_mm.apps import chat as chat_app
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.bench.terminal import plain_errors, report_file
+from kvshare_mm.apps.kernels import kernels
 
 app = typer.Typer(
     name="kvshare",
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.add_typer(kernels, name="kernels")
 console = Console()
 
 Model = Annotated[

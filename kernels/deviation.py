@@ -34,6 +34,11 @@ def deviation_kernel(
     tl.store(out_ptr + token, tl.sqrt(total), mask=exists)
 
 
+def deviation_constants(dim: int) -> dict[str, int]:
+    """What the kernel is compiled for."""
+    return {"DIM": dim, "BLOCK_T": TOKENS, "BLOCK_D": triton.next_power_of_2(dim)}
+
+
 def deviation_triton(new: torch.Tensor, stored: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """`dispatch.deviation` on the GPU or in Triton's interpreter; checked there."""
     num_heads, num_tokens, dim = new.shape
@@ -42,6 +47,6 @@ def deviation_triton(new: torch.Tensor, stored: torch.Tensor, slots: torch.Tenso
         deviation_kernel[(triton.cdiv(num_tokens, TOKENS),)](
             new, stored, slots, out, num_tokens, num_heads, stored.shape[2],
             *new.stride()[:2], *stored.stride()[:3],
-            DIM=dim, BLOCK_T=TOKENS, BLOCK_D=triton.next_power_of_2(dim), num_warps=NUM_WARPS,
+            **deviation_constants(dim), num_warps=NUM_WARPS,
         )  # fmt: skip
     return out

@@ -7,6 +7,8 @@ no rotated copy. All layers of a tensor are one launch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -78,6 +80,20 @@ def edit_kv_kernel(
     tl.store(v_out + dims, v.to(to_v.dtype.element_ty), mask=inside)
 
 
+def edit_constants(dim_k: int, dim_v: int, pairs: int, interleaved: bool) -> dict[str, Any]:
+    """What the kernel is compiled for; `pairs` is half of the rotary dimensions."""
+    return {
+        "DIM_K": dim_k,
+        "DIM_V": dim_v,
+        "PAIRS": pairs,
+        "INTERLEAVED": interleaved,
+        "BLOCK_T": TOKENS,
+        "BLOCK_P": triton.next_power_of_2(max(1, pairs)),
+        "BLOCK_REST": triton.next_power_of_2(max(1, dim_k - 2 * pairs)),
+        "BLOCK_DV": triton.next_power_of_2(dim_v),
+    }
+
+
 def edit_kv_triton(
     source_key: torch.Tensor,
     source_value: torch.Tensor,
@@ -88,7 +104,6 @@ def edit_kv_triton(
     """`dispatch.edit_kv` on the GPU or in Triton's interpreter; checked there."""
     layers, _, heads, page_size, dim_k = source_key.shape
     dim_v = source_value.shape[4]
-    pairs = edit.cos.shape[1]
     if not edit.num_tokens:
         return
     edit_kv_kernel[(triton.cdiv(edit.num_tokens, TOKENS), heads, layers)](
@@ -97,8 +112,5 @@ def edit_kv_triton(
         edit.num_tokens, page_size, target_key.shape[3],
         *source_key.stride()[:4], *source_value.stride()[:4],
         *target_key.stride()[:4], *target_value.stride()[:4],
-        DIM_K=dim_k, DIM_V=dim_v, PAIRS=pairs, INTERLEAVED=edit.interleaved, BLOCK_T=TOKENS,
-        BLOCK_P=triton.next_power_of_2(max(1, pairs)),
-        BLOCK_REST=triton.next_power_of_2(max(1, dim_k - 2 * pairs)),
-        BLOCK_DV=triton.next_power_of_2(dim_v), num_warps=NUM_WARPS,
+        **edit_constants(dim_k, dim_v, edit.cos.shape[1], edit.interleaved), num_warps=NUM_WARPS,
     )  # fmt: skip

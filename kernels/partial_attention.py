@@ -267,8 +267,52 @@ def attention_mass_kernel(
             tl.store(at, mass, mask=offsets < seen)
 
 
+def attention_constants(
+    tile: Tile,
+    dtype: torch.dtype,
+    *,
+    group: int,
+    page_size: int,
+    dim_k: int,
+    dim_v: int,
+    num_splits: int,
+) -> dict[str, Any]:
+    """What `partial_attention_kernel` is compiled for; `page_size` 0 means one page a request."""
+    return {
+        "GROUP": group,
+        "PAGE_SIZE": page_size,
+        "DIM_K": dim_k,
+        "DIM_V": dim_v,
+        "NUM_SPLITS": num_splits,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_DK": block_dim(dim_k),
+        "BLOCK_DV": block_dim(dim_v),
+        **_arithmetic(dtype),
+    }
+
+
+def combine_constants(num_splits: int, dim_v: int) -> dict[str, Any]:
+    """What `combine_kernel` is compiled for."""
+    return {"NUM_SPLITS": num_splits, "DIM_V": dim_v, "BLOCK_DV": block_dim(dim_v)}
+
+
+def mass_constants(
+    tile: Tile, dtype: torch.dtype, *, group: int, page_size: int, dim: int
+) -> dict[str, Any]:
+    """What `attention_mass_kernel` is compiled for."""
+    return {
+        "GROUP": group,
+        "PAGE_SIZE": page_size,
+        "DIM_K": dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_DK": block_dim(dim),
+        **_arithmetic(dtype),
+    }
+
+
 def _page_size(key: torch.Tensor, batch: RaggedQueries) -> int:
-    """0 if all of a request's K/V lie in one page, as the kernels take it."""
     return 0 if batch.block_table.shape[1] == 1 else key.shape[2]
 
 
@@ -320,15 +364,16 @@ def partial_attention_triton(
         batch.num_requests, num_heads, scale * _LOG2E,
         *query.stride()[:2], *key.stride()[:3], *value.stride()[:3],
         *parts.stride()[:3], part_lse.stride(0), batch.block_table.stride(0),
-        GROUP=group, PAGE_SIZE=_page_size(key, batch), DIM_K=dim_k, DIM_V=dim_v,
-        NUM_SPLITS=num_splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_DK=block_dim(dim_k), BLOCK_DV=block_dim(dim_v), **_arithmetic(query.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **attention_constants(
+            tile, query.dtype, group=group, page_size=_page_size(key, batch), dim_k=dim_k,
+            dim_v=dim_v, num_splits=num_splits,
+        ),
+        **tile.launch_options(torch.version.hip is None),
     )  # fmt: skip
     if num_splits > 1:
         combine_kernel[(num_queries * num_heads,)](
             parts, part_lse, out, lse, parts.stride(0), part_lse.stride(0),
-            NUM_SPLITS=num_splits, DIM_V=dim_v, BLOCK_DV=block_dim(dim_v), num_warps=1,
+            **combine_constants(num_splits, dim_v), num_warps=1,
         )  # fmt: skip
     return out, lse
 
@@ -353,9 +398,10 @@ def attention_mass_triton(
         query, key, lse, mass, batch.index, batch.cu_seqlens_q, batch.block_table,
         num_heads, scale * _LOG2E,
         *query.stride()[:2], *key.stride()[:3], *mass.stride()[:2], batch.block_table.stride(0),
-        GROUP=num_heads // num_kv_heads, PAGE_SIZE=_page_size(key, batch), DIM_K=dim,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_DK=block_dim(dim),
-        **_arithmetic(query.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **mass_constants(
+            tile, query.dtype, group=num_heads // num_kv_heads,
+            page_size=_page_size(key, batch), dim=dim,
+        ),
+        **tile.launch_options(torch.version.hip is None),
     )  # fmt: skip
     return mass.sum(1)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-# Queries that share one call and one mask on the torch path. Measured (`kvshare bench kernels`):
-# fewer pay for calls, more for keys that only the last of them sees.
+# Most queries that share one call and one mask on the torch path. Measured, see README.md: fewer
+# pay for calls, more for keys that only the last of them sees.
 CHUNK = 32
 
 
@@ -101,7 +101,7 @@ class RaggedQueries:
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
-        """The queries in pieces of at most `CHUNK`, but a whole prompt in one causal piece."""
+        """The queries in even pieces of at most `CHUNK`; a whole prompt is one causal piece."""
         index = self.index.tolist()
         chunks = []
         for request, n in enumerate(self.lengths):
@@ -109,8 +109,9 @@ class RaggedQueries:
             if n and index[first + n - 1] == n - 1:
                 chunks.append(Chunk(request, first, first + n, n, causal=True))
                 continue
-            for start in range(first, first + n, CHUNK):
-                end = min(start + CHUNK, first + n)
+            pieces = -(-n // CHUNK)
+            for piece in range(pieces):
+                start, end = first + n * piece // pieces, first + n * (piece + 1) // pieces
                 chunks.append(Chunk(request, start, end, index[end - 1] + 1, causal=False))
         return tuple(chunks)
 

@@ -33,12 +33,22 @@ class Tile:
         block_n: keys of a key tile.
         num_warps: of 32 threads (64 on AMD).
         num_stages: key tiles in flight between memory and the tensor cores.
+        max_registers: a thread may have so many. Where it is not said, ptxas now and then spills a
+            few bytes to reach the next step of occupancy.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    def launch_options(self, nvidia: bool) -> dict[str, int]:
+        """The keywords that a launch or a compilation takes."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers and nvidia:
+            options["maxnreg"] = self.max_registers
+        return options
 
     def shared_bytes(self, dim_k: int, dim_v: int, itemsize: int) -> int:
         """An upper bound: the query tile, the weights, and K and V tiles once a stage."""
@@ -64,12 +74,13 @@ class Tile:
 _TILES = {
     2: (
         Tile(128, 64, 8, 3),
-        Tile(64, 64, 4, 3),
-        Tile(64, 64, 4, 2),
-        Tile(64, 32, 8, 2),
-        Tile(32, 64, 4, 2),
-        Tile(16, 64, 4, 3),
-        Tile(16, 32, 4, 2),
+        Tile(128, 32, 8, 3),
+        Tile(64, 64, 8, 2, 255),
+        Tile(64, 32, 8, 2, 255),
+        Tile(32, 64, 8, 2, 255),
+        Tile(16, 64, 4, 2, 255),
+        Tile(16, 32, 4, 2, 255),
+        Tile(16, 16, 4, 1, 255),
     ),
     4: (
         Tile(32, 32, 8, 2),
@@ -78,7 +89,14 @@ _TILES = {
         Tile(16, 16, 8, 1),
     ),
 }
-_MAX_REGISTERS = {2: 200, 4: 256}
+
+
+def _most_registers(target: str, itemsize: int) -> int:
+    """What `Tile.registers` may say of a tile that does not spill; found by compiling."""
+    if itemsize == 4:
+        return 256
+    # Before Hopper, the tensor cores take all operands from registers.
+    return 140 if target.startswith("sm_8") else 200
 
 
 def block_dim(dim: int) -> int:
@@ -90,13 +108,13 @@ def attention_tiles(target: str, dim_k: int, dim_v: int, dtype: torch.dtype) -> 
     """The tiles that fit a chip, in order of preference.
 
     Args:
-        target: "sm_90", "gfx942", ...; an unknown one is taken to be small.
+        target: "sm_90", "gfx942", ...; an unknown one is taken to have little shared memory.
         dim_k: head dimension of queries and keys, at most 256.
         dim_v: head dimension of values, at most 256.
         dtype: of queries, keys and values.
     """
     limit = SHARED_BYTES.get(target, _SMALLEST)
-    registers = _MAX_REGISTERS[dtype.itemsize]
+    registers = _most_registers(target, dtype.itemsize)
     warp_size = 64 if target.startswith("gfx") else 32
     return tuple(
         tile
@@ -106,10 +124,22 @@ def attention_tiles(target: str, dim_k: int, dim_v: int, dtype: torch.dtype) -> 
     )
 
 
+def serving_tiles(target: str, dim_k: int, dim_v: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """Of each height the first tile that fits: these run; the others are there to be measured."""
+    by_height: dict[int, Tile] = {}
+    for tile in attention_tiles(target, dim_k, dim_v, dtype):
+        by_height.setdefault(tile.block_m, tile)
+    return tuple(by_height.values())
+
+
 def best_tile(target: str, dim_k: int, dim_v: int, dtype: torch.dtype, num_rows: int) -> Tile:
-    """The first tile that fits and is not larger than the longest request's rows need."""
-    tiles = attention_tiles(target, dim_k, dim_v, dtype)
-    need = max(16, 1 << (num_rows - 1).bit_length()) if num_rows else 16
+    """The highest tile that fits and is not higher than the longest request's rows need.
+
+    Args:
+        num_rows: of the longest request: queries times the heads that share a KV head.
+    """
+    tiles = serving_tiles(target, dim_k, dim_v, dtype)
+    need = 1 << max(0, num_rows - 1).bit_length()
     return next((t for t in tiles if t.block_m <= need), tiles[-1])
 
 
