@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvshare_mm.apps.bench import cli_fidelity, cli_hitrate
+from kvshare_mm.apps.bench import cli_fidelity, cli_hitrate, cli_kernels
 from kvshare_mm.apps.bench.terminal import (
     Model,
     Out,
@@ -24,6 +24,7 @@ bench.command()(cli_fidelity.reuse)
 bench.command()(cli_fidelity.quality)
 bench.command()(cli_fidelity.frontier)
 bench.command()(cli_hitrate.hitrate)
+bench.command()(cli_kernels.kernels)
 
 
 @bench.command()
