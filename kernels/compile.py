@@ -105,7 +105,7 @@ def variants(target: str, all_tiles: bool = False) -> Iterator[Variant]:
         for tile in tiles(target, dim, dim, dtype):
             for page_size in page_sizes:
                 yield _attention(tile, dtype, dim, page_size, 1)
-    small = attention_tiles(target, 128, 128, torch.float16)[-1]
+    small = serving_tiles(target, 128, 128, torch.float16)[-1]
     yield _attention(small, torch.float16, 128, 16, 8)
     yield _combine(8, 128)
     for dim in (64, 128):
