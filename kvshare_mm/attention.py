@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
@@ -56,11 +57,47 @@ def rows(slot: int, index: torch.Tensor) -> Rows:
     return Rows(slot, index, int(index[-1]) + 1)
 
 
-class Layout:
-    """Where every row of a packed forward belongs."""
+class TailAttention:
+    """Where the last row of a forward looks: what the first token is made of.
 
-    def __init__(self, requests: Sequence[Rows]) -> None:
+    It costs one query's scores a layer; the attention matrix is never formed.
+    """
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self._layers = 0
+
+    def add(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        """Take up one layer.
+
+        Args:
+            query: ``[num_heads, head_dim]`` of the last row.
+            key: ``[num_kv_heads, N, head_dim]`` that it sees.
+            scale: factor on the scores.
+        """
+        grouped = query.view(key.shape[0], -1, query.shape[-1])
+        scores = torch.matmul(grouped * scale, key.transpose(1, 2))
+        mass = scores.softmax(-1, dtype=torch.float32).mean((0, 1))
+        self._sum = mass if self._sum is None else self._sum + mass
+        self._layers += 1
+
+    @property
+    def mass(self) -> np.ndarray | None:
+        """``[N]`` float32 attention on each position, mean over heads and layers: sums to 1."""
+        return None if self._sum is None else (self._sum / self._layers).cpu().numpy()
+
+
+class Layout:
+    """Where every row of a packed forward belongs.
+
+    Args:
+        requests: whose rows follow each other.
+        tail: records the attention of the last row.
+    """
+
+    def __init__(self, requests: Sequence[Rows], tail: TailAttention | None = None) -> None:
         self.requests = tuple(requests)
+        self.tail = tail
         self.index = torch.cat([r.index for r in requests])
         self.slots = torch.cat([torch.full_like(r.index, r.slot) for r in requests])
 
@@ -145,14 +182,13 @@ def partial_attention(
     for name in _CHANGES_SCORES:
         if options.get(name) is not None:
             raise RuntimeError(f"{type(module).__name__} changes attention scores ({name})")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = dispatch.partial_attention(
-        query[0].transpose(0, 1),
-        key,
-        value,
-        kvshare_layout.batch,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        backend,
+        query[0].transpose(0, 1), key, value, kvshare_layout.batch, scale, backend
     )
+    if kvshare_layout.tail is not None:
+        last = kvshare_layout.requests[-1]
+        kvshare_layout.tail.add(query[0, :, -1], key[last.slot, :, : last.kv_len], scale)
     return out[None], None
 
 

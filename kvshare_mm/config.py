@@ -44,7 +44,7 @@ class KVShareConfig(BaseModel):
     repair: str = Field(
         "auto",
         description="which kept positions are recomputed: none, window:K, tail:K, "
-        "deviation:SHARE, auto or auto:RATIO (several joined with +)",
+        "deviation:SHARE, auto, or auto:KL for a divergence in nats (several joined with +)",
     )
     min_run: int = Field(4, ge=1, description="shortest run of equal tokens that is kept")
     min_gain_tokens: int = Field(16, ge=1, description="fewest similar tokens worth an edit")

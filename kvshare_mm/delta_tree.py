@@ -59,6 +59,8 @@ class Node:
         own: spans whose KV this node owns, ascending and disjoint.
         pieces: spans whose KV other nodes own, ascending, disjoint, and disjoint from `own`.
         exact_len: positions ``[0, exact_len)`` equal what a full prefill gives.
+        attention: ``[P]`` float32, P <= N: how much the prompt's last position looked at each, mean
+            over heads and layers; None if it was not recorded.
         parent: id of the donor this request was edited from (lineage, for people), or None.
         created_s: seconds since the epoch.
     """
@@ -69,6 +71,7 @@ class Node:
     own: tuple[Span, ...]
     pieces: tuple[Piece, ...] = ()
     exact_len: int = 0
+    attention: np.ndarray | None = field(default=None, repr=False)
     parent: str | None = None
     created_s: float = 0.0
 
@@ -81,6 +84,8 @@ class Node:
             end = span.end
         if end > len(self.keys) or not 0 <= self.exact_len <= len(self.keys):
             raise ValueError(f"node {self.node_id}: spans or exact_len go beyond the keys")
+        if self.attention is not None and len(self.attention) > len(self.keys):
+            raise ValueError(f"node {self.node_id}: more attention than keys")
         if list(self.own) != sorted(self.own) or list(self.pieces) != sorted(
             self.pieces, key=lambda p: p.start
         ):
@@ -147,13 +152,20 @@ class DeltaTree:
     # -- life of a node ---------------------------------------------------------------------
 
     def derive(
-        self, node_id: str, namespace: str, keys: np.ndarray, plan: ReusePlan, created_s: float
+        self,
+        node_id: str,
+        namespace: str,
+        keys: np.ndarray,
+        plan: ReusePlan,
+        created_s: float,
+        attention: np.ndarray | None = None,
     ) -> Node:
         """The node of a request served with `plan`: it owns only what was computed.
 
         Args:
             keys: ``[N]`` keys of prompt and answer; ``N`` is at least ``plan.num_tokens``. Behind
                 the plan everything was computed.
+            attention: ``[P]`` float32 of the prompt's last position, if known.
 
         Returns:
             A node that is not inserted yet.
@@ -182,6 +194,7 @@ class DeltaTree:
             own=tuple(_spans(owned)),
             pieces=tuple(pieces),
             exact_len=approximate[0] if approximate else len(keys),
+            attention=attention,
             parent=plan.donors[0] if plan.donors and plan.donors[0] in self._nodes else None,
             created_s=created_s,
         )
@@ -278,7 +291,8 @@ class DeltaTree:
             material[piece.start : piece.start + max(0, min(piece.length, sure))] = True
         holes = np.flatnonzero(~readable)
         prefix = int(holes[0]) if len(holes) else len(node)
-        return Donor(node_id, node.keys, material, prefix, min(prefix, node.exact_len))
+        exact = min(prefix, node.exact_len)
+        return Donor(node_id, node.keys, material, prefix, exact, node.attention)
 
     def relatives(self, node_id: str) -> list[str]:
         """Parent, children and siblings: they may fit a target better than the node found."""

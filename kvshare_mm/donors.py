@@ -146,6 +146,7 @@ class DonorPool:
         k: torch.Tensor,
         v: torch.Tensor,
         text: str,
+        attention: np.ndarray | None = None,
     ) -> str | None:
         """Take up a finished request as a donor.
 
@@ -156,6 +157,7 @@ class DonorPool:
             k: ``[num_layers, num_kv_heads, >= N, head_dim]`` its keys; copied.
             v: its values; copied.
             text: what the dense index shall find it by.
+            attention: ``[P]`` float32, how much the prompt's last position looked at each.
 
         Returns:
             The new node's id, or None if there is nothing to gain from storing it.
@@ -167,7 +169,7 @@ class DonorPool:
             if twin:
                 self.counters["capture_known"] += 1
                 return None
-            node = self.tree.derive(uuid.uuid4().hex, ns, keys.copy(), plan, time.time())
+            node = self.tree.derive(uuid.uuid4().hex, ns, keys.copy(), plan, time.time(), attention)
         kv = NodeKV(_owned(k, node), _owned(v, node))
         self.store.put(StoredNode(node, kv))
         with self._lock:

@@ -30,6 +30,7 @@ class Decline(StrEnum):
     BELOW_MIN_GAIN = "below_min_gain"
     EXACT_ONLY = "exact_only"
     LOOKUP_ERROR = "lookup_error"
+    DIVERGENCE = "divergence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class Donor:
             be edited into another context.
         readable: length of the prefix whose KV can be read at all.
         exact_len: length of the prefix that is exact.
+        attention: ``[P]`` float32, P <= M: how much its prompt's last position looked at each; None
+            if unknown.
     """
 
     donor_id: str
@@ -50,6 +53,7 @@ class Donor:
     material: np.ndarray = field(repr=False)
     readable: int
     exact_len: int
+    attention: np.ndarray | None = field(default=None, repr=False)
 
 
 class KeptRun(NamedTuple):
@@ -80,12 +84,16 @@ class ReusePlan:
         runs: kept runs, ascending and disjoint; none reaches the last position.
         repair: ``[R]`` ascending int64, positions inside approximate runs that are computed anyway.
         declined: why nothing behind the exact prefix is reused, or None.
+        attention: ``[num_tokens]`` float32: how much the donors' last position looked at what each
+            kept position takes its KV from, a guess of how much this prompt's will; the average
+            where that is unknown. None if nothing is reused approximately.
     """
 
     num_tokens: int
     runs: tuple[KeptRun, ...] = ()
     repair: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
     declined: Decline | None = None
+    attention: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         end = exact_end = 0
@@ -141,6 +149,10 @@ class ReusePlan:
         for run in self.runs:
             given[run.donor] = given.get(run.donor, 0) + run.length
         return tuple(sorted(given, key=lambda d: -given[d]))
+
+    def only_exact(self, declined: Decline) -> ReusePlan:
+        """The plan without its approximate runs, and why."""
+        return ReusePlan(self.num_tokens, tuple(r for r in self.runs if r.exact), declined=declined)
 
     def with_repair(self, positions: np.ndarray) -> ReusePlan:
         """The same plan with `positions` (any order, duplicates allowed) computed as well.
@@ -201,7 +213,8 @@ def make_plan(target: np.ndarray, donors: Sequence[Donor], options: PlannerOptio
     kept = sum(r.length for r in rest)
     if kept < max(options.min_gain_tokens, options.min_gain_share * (n - prefix)):
         return ReusePlan(n, runs, declined=Decline.BELOW_MIN_GAIN)
-    return ReusePlan(n, (*runs, *rest))
+    runs = (*runs, *rest)
+    return ReusePlan(n, runs, attention=_attention(n, runs, donors))
 
 
 def _prefix_runs(target: np.ndarray, donors: Sequence[Donor], min_run: int) -> tuple[KeptRun, ...]:
@@ -258,6 +271,17 @@ def _reach(donor: Donor, target: np.ndarray, min_run: int) -> int:
         return 0
     shared = np.isin(ngram_hashes(target, min_run), ngram_hashes(donor.keys, min_run))
     return int(np.convolve(shared, np.ones(min_run, dtype=np.int64)).astype(bool).sum())
+
+
+def _attention(n: int, runs: Iterable[KeptRun], donors: Iterable[Donor]) -> np.ndarray:
+    """``[n]`` what the donors' ends looked at, in target positions."""
+    found = np.full(n, 1 / n, np.float32)
+    known = {d.donor_id: d.attention for d in donors if d.attention is not None}
+    for run in runs:
+        if run.donor in known:
+            part = known[run.donor][run.donor_start : run.donor_start + run.length]
+            found[run.start : run.start + len(part)] = part
+    return found
 
 
 def _usable(

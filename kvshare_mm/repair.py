@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from kvshare_mm.divergence import risk, risk_within
 from kvshare_mm.plan import ReusePlan
 
 
@@ -103,34 +104,35 @@ class TopDeviation:
 
 
 @dataclass(frozen=True, slots=True)
-class EditBudget:
-    """Boundary windows as wide as the edits ask for, up to `ratio` repairs a placeholder.
+class MaxDivergence:
+    """As few repairs as keep the first token's divergence from full recompute below a target.
 
-    Drift comes from edits: a form with other numbers in it needs few repairs, a prompt of which a
-    third is new needs as many as it has placeholders. Between 10% and 33% of placeholders the
-    budget grows from three tenths of `ratio` to all of it, so reuse stays fast where it is safe.
-    Windows of all runs are filled evenly, the first positions of each run first.
+    The riskiest positions are repaired first (see `divergence.risk`) until what is left is worth
+    `kl` nats at most, for 95% of requests. Costs no forward pass.
+
+    `ratio` caps the repairs: at most so many for each placeholder where a third of the prompt is
+    new, and down to three tenths of that where little is, so that a form with other numbers in it
+    stays fast. Where the cap is reached, the target is a wish.
     """
 
-    ratio: float = 1.0
-    max_width: int = 32
+    kl: float = 0.01
+    ratio: float | None = None
 
     def __post_init__(self) -> None:
-        _check_not_negative("ratio", self.ratio)
-        _check_not_negative("max_width", self.max_width)
+        _check_not_negative("kl", self.kl)
+        _check_not_negative("ratio", self.ratio or 0.0)
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
-        runs = [r for r in plan.runs if not r.exact]
+        danger = risk(plan)
+        order = np.argsort(-danger, kind="stable")
+        # What is left if this position and all that are less risky are reused.
+        left = np.cumsum(danger[order][::-1])[::-1]
+        chosen: np.ndarray = order[(left > risk_within(self.kl)) & (danger[order] > 0)]
+        if self.ratio is None:
+            return chosen
         placeholders = len(plan.placeholders)
         urgency = min(1.0, max(0.3, 3 * placeholders / plan.num_tokens))
-        # No more than there are positions, or a large ratio would overflow.
-        budget = int(min(urgency * self.ratio * placeholders, plan.num_tokens))
-        if not runs:
-            return np.empty(0, np.int64)
-        depth = np.concatenate([np.arange(min(self.max_width, r.length)) for r in runs])
-        at = np.concatenate([r.start + np.arange(min(self.max_width, r.length)) for r in runs])
-        chosen: np.ndarray = at[np.argsort(depth, kind="stable")[:budget]]
-        return chosen
+        return chosen[: int(min(urgency * self.ratio * placeholders, plan.num_tokens))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,7 @@ _POLICIES: dict[str, Callable[[str], RepairPolicy]] = {
     "window": lambda a: BoundaryWindow(int(a or 8)),
     "tail": lambda a: Tail(int(a or 16)),
     "deviation": lambda a: TopDeviation(float(a or 0.15)),
-    "auto": lambda a: EditBudget(float(a or 1.0)),
+    "auto": lambda a: MaxDivergence(float(a)) if a else MaxDivergence(ratio=2.0),
 }
 
 

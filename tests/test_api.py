@@ -421,7 +421,7 @@ def test_a_failed_start_leaves_no_threads(tiny_folder: Path, tmp_path: Path) -> 
 def test_a_reopened_store_serves_reuse(
     open_llm: OpenLLM, full: RequestOutput, tmp_path: Path
 ) -> None:
-    first = open_llm(store_dir=tmp_path, repair="auto:50")
+    first = open_llm(store_dir=tmp_path, repair="auto:0.0001")
     first.generate(_DONOR, _PARAMS)
     first.close()  # without a flush
     second = open_llm(store_dir=str(tmp_path))

@@ -318,4 +318,5 @@ class NativeEngine:
                 keys,
                 values,
                 request.spec.text,
+                request.prefill.attention,
             )

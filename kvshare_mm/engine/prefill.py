@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from kvshare_mm.attention import TailAttention
 from kvshare_mm.donors import DonorPool
 from kvshare_mm.editor import KVEditor
 from kvshare_mm.engine.runner import ModelRunner, SlotRunner
@@ -22,6 +23,8 @@ from kvshare_mm.stream import SegmentStream
 
 logger = logging.getLogger(__name__)
 
+_MIN_REUSED_SHARE = 0.1
+
 Sharing = Literal["on", "exact", "off"]
 
 
@@ -32,12 +35,15 @@ class PrefillResult:
     Attributes:
         logits: ``[vocab_size]`` of the last prompt position.
         plan: what was reused in the end.
+        attention: ``[num_tokens]`` float32, how much the last position looked at each, or None if
+            the runner cannot tell.
         fallback: why a planned reuse was given up, or None.
         lookup, planning, edit, compute: seconds.
     """
 
     logits: torch.Tensor
     plan: ReusePlan
+    attention: np.ndarray | None
     fallback: str | None
     lookup: float
     planning: float
@@ -104,11 +110,12 @@ class Prefiller:
         edited = time.perf_counter()
         if plan.num_reused and isinstance(self._runner, SlotRunner):
             probe = _SlotProbe(self._runner, slot, stream.token_ids, plan)
-            plan = plan.with_repair((policy or self._policy).positions(plan, probe))
-        logits = self._runner.prefill(slot, stream.token_ids, plan.compute)
+            plan = _repaired(plan, (policy or self._policy).positions(plan, probe))
+        tail = TailAttention()
+        logits = self._runner.prefill(slot, stream.token_ids, plan.compute, tail)
         done = time.perf_counter()
         return PrefillResult(
-            logits, plan, fallback, lookup, planning, edited - start, done - edited
+            logits, plan, tail.mass, fallback, lookup, planning, edited - start, done - edited
         )
 
     def _plan(
@@ -137,6 +144,15 @@ class Prefiller:
             self._editor.edit(
                 donors.pieces(plan), lambda node_id: donors.read(node_id, ns), keys, values
             )
+
+
+def _repaired(plan: ReusePlan, positions: np.ndarray) -> ReusePlan:
+    """The plan with its repairs. Where nearly all is repaired, the rest is computed as well: it
+    costs little more, the answer is exact, and so is what later requests find here."""
+    repaired = plan.with_repair(positions)
+    if repaired.num_reused < _MIN_REUSED_SHARE * plan.num_reused:
+        return plan.only_exact(Decline.DIVERGENCE)
+    return repaired
 
 
 class _SlotProbe:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from kvshare_mm.attention import Layout, SlotCache, rows
+from kvshare_mm.attention import Layout, SlotCache, TailAttention, rows
 from kvshare_mm.models.loader import LoadedModel
 
 
@@ -23,12 +23,19 @@ class ModelRunner(Protocol):
 
     num_slots: int
 
-    def prefill(self, slot: int, token_ids: np.ndarray, compute: np.ndarray) -> torch.Tensor:
+    def prefill(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        compute: np.ndarray,
+        tail: TailAttention | None = None,
+    ) -> torch.Tensor:
         """Compute positions `compute` of a prompt; the others' KV is in the slot already.
 
         Args:
             token_ids: ``[N]`` the whole prompt.
             compute: ascending positions; the last is ``N - 1``.
+            tail: records where the last position looks, if this runner can tell.
 
         Returns:
             ``[vocab_size]`` logits of the last position.
@@ -86,11 +93,18 @@ class SlotRunner:
         return self._cache.keys[:, slot], self._cache.values[:, slot]
 
     @torch.inference_mode()
-    def prefill(self, slot: int, token_ids: np.ndarray, compute: np.ndarray) -> torch.Tensor:
+    def prefill(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        compute: np.ndarray,
+        tail: TailAttention | None = None,
+    ) -> torch.Tensor:
         ids = torch.from_numpy(token_ids).to(self._device)
-        index = torch.from_numpy(compute).to(self._device)
-        for part in index.split(self._chunk):
-            logits: torch.Tensor = self._forward(self._cache, slot, ids, part).logits
+        *parts, last = torch.from_numpy(compute).to(self._device).split(self._chunk)
+        for part in parts:
+            self._forward(self._cache, slot, ids, part)
+        logits: torch.Tensor = self._forward(self._cache, slot, ids, last, tail).logits
         return logits[0, -1]
 
     @torch.inference_mode()
@@ -135,8 +149,15 @@ class SlotRunner:
             deviation[start:] = measured.deviation.float().cpu().numpy()
         return deviation
 
-    def _forward(self, cache: SlotCache, slot: int, ids: torch.Tensor, index: torch.Tensor) -> Any:
-        layout = Layout([rows(slot, index)])
+    def _forward(
+        self,
+        cache: SlotCache,
+        slot: int,
+        ids: torch.Tensor,
+        index: torch.Tensor,
+        tail: TailAttention | None = None,
+    ) -> Any:
+        layout = Layout([rows(slot, index)], tail)
         cache.layout = layout
         return self._model(
             input_ids=ids[index][None],
@@ -197,7 +218,13 @@ class PlainRunner:
         self._takes_positions = "position_ids" in accepted
 
     @torch.inference_mode()
-    def prefill(self, slot: int, token_ids: np.ndarray, compute: np.ndarray) -> torch.Tensor:
+    def prefill(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        compute: np.ndarray,
+        tail: TailAttention | None = None,
+    ) -> torch.Tensor:
         if len(compute) != len(token_ids):
             raise ValueError("this model computes whole prompts only")
         self._caches[slot] = DynamicCache(config=self._model.config)

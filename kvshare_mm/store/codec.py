@@ -1,9 +1,9 @@
 """File format of one stored node: a safetensors file that checks itself.
 
-Tensors: ``keys`` (uint64 ``[N]``), ``own`` (int64 ``[n, 2]``), ``k``, ``v`` and, when there is one,
-``embedding`` (float32 ``[dim]``). The string metadata holds the rest of the node as JSON and two
-xxh3-128 checksums: one over the record (all but K and V), so that a tree can be rebuilt without
-reading gigabytes of KV, and one over the bytes of K and V.
+Tensors: ``keys`` (uint64 ``[N]``), ``own`` (int64 ``[n, 2]``), ``k``, ``v`` and, where they are
+known, ``attention`` (float32 ``[P]``) and ``embedding`` (float32 ``[dim]``). The string metadata
+holds the rest of the node as JSON and two xxh3-128 checksums: one over the record (all but K and
+V), so that a tree can be rebuilt without reading gigabytes of KV, and one over K and V.
 
 The safetensors library opens these files, but does not read or write them here: its `safe_open`
 maps the file, and a bad sector, or another process that truncates it, then kills us with SIGBUS
@@ -37,7 +37,7 @@ TEMP_SUFFIX = ".tmp"
 
 _KV_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _KV_DTYPE_NAMES = {dtype: name for name, dtype in _KV_DTYPES.items()}
-_RECORD_TENSORS = ("keys", "own", "embedding")
+_RECORD_TENSORS = ("keys", "own", "attention", "embedding")
 
 _Layout = dict[str, dict[str, Any]]  # tensor name -> its entry in a safetensors header
 
@@ -130,9 +130,10 @@ def _encode(stored: StoredNode) -> list[bytes | memoryview]:
     contents: dict[str, bytes | memoryview] = {"keys": keys.tobytes(), "own": own.tobytes()}
     types: dict[str, tuple[str, Sequence[int]]]
     types = {"keys": ("U64", keys.shape), "own": ("I64", own.shape)}
-    if embedding is not None:
-        vector = np.ascontiguousarray(embedding, dtype="<f4")
-        contents["embedding"], types["embedding"] = vector.tobytes(), ("F32", vector.shape)
+    for name, floats in (("attention", node.attention), ("embedding", embedding)):
+        if floats is not None:
+            vector = np.ascontiguousarray(floats, dtype="<f4")
+            contents[name], types[name] = vector.tobytes(), ("F32", vector.shape)
     for name, tensor in (("k", kv.k), ("v", kv.v)):
         contents[name] = _tensor_bytes(tensor)
         types[name] = _KV_DTYPE_NAMES[tensor.dtype], tensor.shape
@@ -238,6 +239,10 @@ def _read_record(file: BufferedReader) -> _Record:
     fields = json.loads(metadata["record"])
     own = np.frombuffer(contents["own"], dtype="<i8").reshape(-1, 2)
     # Copied below because arrays over bytes are read-only, which torch warns about.
+    attention, embedding = (
+        np.frombuffer(contents[name], dtype="<f4").copy() if name in contents else None
+        for name in ("attention", "embedding")
+    )
     node = Node(
         node_id=fields["node_id"],
         namespace=fields["namespace"],
@@ -245,11 +250,10 @@ def _read_record(file: BufferedReader) -> _Record:
         own=tuple(Span(int(start), int(end)) for start, end in own),
         pieces=tuple(Piece(*piece) for piece in fields["pieces"]),
         exact_len=fields["exact_len"],
+        attention=attention,
         parent=fields["parent"],
         created_s=fields["created_s"],
     )
-    vector = contents.get("embedding")
-    embedding = None if vector is None else np.frombuffer(vector, dtype="<f4").copy()
     return _Record(node, embedding, tensors, data_start, kv_checksum)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvshare_mm.divergence import divergence_bound, risk, risk_within
 from kvshare_mm.plan import KeptRun, ReusePlan
 from kvshare_mm.repair import (
     BoundaryWindow,
-    EditBudget,
+    MaxDivergence,
     NoRepair,
     Tail,
     TopDeviation,
@@ -68,10 +70,9 @@ POLICIES = [
     TopDeviation(0.3, layer=2, tail=3),
     TopDeviation(0.0),
     TopDeviation(1.0, tail=0),
-    EditBudget(0.5),
-    EditBudget(0.0),
-    EditBudget(1000.0, max_width=1000),
-    EditBudget(1.0, max_width=0),
+    MaxDivergence(0.01),
+    MaxDivergence(0.0),
+    MaxDivergence(1000.0),
     Union((BoundaryWindow(2), Tail(4), TopDeviation(0.1))),
     *map(make_policy, ["none", "window", "tail:3", "deviation", "auto", "window:2+tail:3"]),
 ]
@@ -158,38 +159,40 @@ def test_top_deviation_by_hand():
     assert sorted(policy.positions(PLAN, FakeProbe(drift)).tolist()) == [12, 33]
 
 
-@given(plans(), st.floats(0, 1e308, allow_nan=False), st.one_of(st.integers(0, 40), st.just(10**9)))
-def test_the_edit_budget_is_never_exceeded_and_spread_evenly(plan, ratio, max_width):
-    picked = EditBudget(ratio, max_width).positions(plan, NoProbe())
-    runs = [r for r in plan.runs if not r.exact]
-    wanted = sum(min(max_width, r.length) for r in runs)
-    # Used up as far as there is something to use it for.
-    placeholders = len(plan.placeholders)
-    urgency = min(1.0, max(0.3, 3 * placeholders / plan.num_tokens))
-    assert len(picked) == int(min(urgency * ratio * placeholders, wanted))
-    assert len(set(picked.tolist())) == len(picked)
-    widths = []
-    for run in runs:
-        mine = np.sort(picked[(picked >= run.start) & (picked < run.end)])
-        assert mine.tolist() == list(range(run.start, run.start + len(mine)))
-        widths.append((len(mine), min(max_width, run.length)))
-    assert sum(w for w, _ in widths) == len(picked)
-    # A run has fewer than another only because it has no more, but for the last round.
-    most = max((w for w, _ in widths), default=0)
-    assert all(w >= most - 1 or w == room for w, room in widths)
-
-
-def test_the_edit_budget_by_hand():
-    # 14 placeholders, so a budget of 5, for runs of 12 and 10.
-    assert EditBudget(0.4).positions(PLAN, NoProbe()).tolist() == [8, 24, 9, 25, 10]
-    assert EditBudget(0.4, max_width=1).positions(PLAN, NoProbe()).tolist() == [8, 24]
+@given(plans(), st.floats(0, 1e308, allow_nan=False), st.integers(0, 2**32 - 1))
+def test_max_divergence_repairs_the_riskiest_and_no_more_than_it_must(plan, kl, seed):
+    attention = np.random.default_rng(seed).dirichlet(np.ones(plan.num_tokens)).astype(np.float32)
+    plan = replace(plan, attention=attention)
+    danger = risk(plan)
+    picked = MaxDivergence(kl).positions(plan, NoProbe())
+    left = np.delete(danger, picked)
+    assert left.sum() <= risk_within(kl) * (1 + 1e-9) + 1e-12
+    if len(picked):
+        assert danger[picked].min() >= left.max()
+        assert left.sum() + danger[picked].min() > risk_within(kl) * (1 - 1e-9)
 
 
 def test_a_form_with_few_edits_is_repaired_less():
     runs = tuple(KeptRun("a", at, at, 18, False) for at in range(1, 381, 20))
     plan = ReusePlan(400, runs)
-    assert len(plan.placeholders) == 58  # 14.5% of the prompt, so 43.5% of the full budget
-    assert len(EditBudget(1.0).positions(plan, NoProbe())) == 25
+    assert len(plan.placeholders) == 58  # 14.5% of the prompt, so 43.5% of twice as many
+    assert len(MaxDivergence(0.0, ratio=2.0).positions(plan, NoProbe())) == 50
+
+
+def test_what_the_end_looks_at_is_repaired_first():
+    attention = np.full(40, 0.001, np.float32)
+    attention[[19, 33]] = 0.4
+    plan = replace(PLAN, attention=attention)
+    picked = MaxDivergence(divergence_bound(risk(plan).sum() * 0.5)).positions(plan, NoProbe())
+    assert picked.tolist() in ([19], [33], [33, 19], [19, 33])
+
+
+def test_no_target_repairs_everything_and_a_loose_one_nothing():
+    assert (
+        sorted(MaxDivergence(0.0).positions(PLAN, NoProbe()))
+        == PLAN.approximate.nonzero()[0].tolist()
+    )
+    assert not len(MaxDivergence(1e6).positions(PLAN, NoProbe()))
 
 
 @given(plans())
@@ -212,11 +215,14 @@ def test_a_union_wants_what_any_of_its_policies_wants(plan):
         ("deviation", TopDeviation(0.15)),
         ("deviation:0.2", TopDeviation(0.2)),
         ("deviation:1", TopDeviation(1.0)),
-        ("auto", EditBudget(1.0)),
-        ("auto:1.5", EditBudget(1.5)),
-        ("auto:0", EditBudget(0.0)),
+        ("auto", MaxDivergence(0.01, ratio=2.0)),
+        ("auto:1.5", MaxDivergence(1.5)),
+        ("auto:0", MaxDivergence(0.0)),
         (" window:2 + tail:4 ", Union((BoundaryWindow(2), Tail(4)))),
-        ("auto+window:1+none", Union((EditBudget(1.0), BoundaryWindow(1), NoRepair()))),
+        (
+            "auto+window:1+none",
+            Union((MaxDivergence(0.01, ratio=2.0), BoundaryWindow(1), NoRepair())),
+        ),
     ],
 )
 def test_the_text_form(spec, policy):
@@ -264,10 +270,10 @@ def test_a_wrong_text_form_is_refused_by_name(spec, says):
         lambda: TopDeviation(math.nan),
         lambda: TopDeviation(tail=-1),
         lambda: TopDeviation(layer=-1),
-        lambda: EditBudget(-0.5),
-        lambda: EditBudget(math.inf),
-        lambda: EditBudget(math.nan),
-        lambda: EditBudget(max_width=-1),
+        lambda: MaxDivergence(-0.5),
+        lambda: MaxDivergence(math.inf),
+        lambda: MaxDivergence(math.nan),
+        lambda: MaxDivergence(ratio=-1.0),
     ],
 )
 def test_parameters_that_make_no_sense_are_refused(make):

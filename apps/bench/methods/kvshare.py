@@ -7,5 +7,5 @@ KVSHARE = Method(
     "this project's default policy",
     "on",
     None,
-    ("auto:0.25", "auto:0.5", "auto:1.0", "auto:2.0", "auto:4.0"),
+    ("auto:0.1", "auto:0.03", "auto:0.01", "auto:0.003", "auto:0.001"),
 )
