@@ -10,7 +10,8 @@ Neither needs a forward pass:
   the share of the context that changed. The exponents were fitted to the true drift of all layers.
 
 The sum of the products over what is reused and not repaired is the *risk*. `MaxDivergence` bounds
-the first token's KL by it; the bound was calibrated with `kvshare bench calibrate`.
+the first token's KL by it; its constants were fitted to 100 pairs of similar chat prompts on
+SmolLM2-135M and Qwen2.5-0.5B.
 """
 
 from __future__ import annotations
