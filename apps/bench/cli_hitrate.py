@@ -37,7 +37,7 @@ def hitrate(
         bool, typer.Option("--plan-only", help="tokenizer and planner only: no model is loaded")
     ] = False,
     repair: Annotated[
-        str, typer.Option(help="with --plan-only: repairs that count as computed")
+        str, typer.Option(help="with --plan-only, repairs that count: none, window:K, tail:K")
     ] = "none",
     limit: Limit = None,
     measure: Annotated[

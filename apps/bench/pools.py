@@ -41,7 +41,8 @@ class PlannedPool:
     Args:
         size: donors kept; the oldest leaves first.
         options: the planner's.
-        policy: repairs that are counted as computed; it must not ask for measurements.
+        policy: repairs that are counted as computed; it must not ask for measurements, and knows
+            nothing of where donors looked.
         whole: store every prompt as computed in full, as prefix caching does.
         max_candidates: donors aligned with a prompt.
     """

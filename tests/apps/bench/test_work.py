@@ -73,3 +73,15 @@ def test_answers_of_a_batch_are_those_of_one_by_one(rig: Rig, pairs: list[dict[s
         assert rig.decode([alone], 6) == [together[slot]]
     assert [len(a) for a in rig.decode(served, 6, lambda tokens: len(tokens) == 2)] == [2, 2, 2]
     assert rig.decode([], 6) == []
+
+
+def test_donors_remember_where_their_end_looked(rig: Rig, pairs: list[dict[str, Any]]) -> None:
+    donor, target = encode(rig, pairs[0]["donor"]), encode(rig, pairs[0]["target"])
+    ns = rig.namespace("attention")
+    stored = rig.capture(donor, ns, rig.serve(donor, ns, METHODS["full"]))
+    assert stored
+    plan = rig.serve(target, ns, METHODS["placeholders"]).result.plan
+    assert plan.attention is not None
+    # The average stands where nothing is known.
+    assert len(set(plan.attention[plan.approximate].tolist())) > 10
+    rig.donors.delete(stored)
