@@ -109,18 +109,12 @@ class MaxDivergence:
 
     The riskiest positions are repaired first (see `divergence.risk`) until what is left is worth
     `kl` nats at most, for 95% of requests. Costs no forward pass.
-
-    `ratio` caps the repairs: at most so many for each placeholder where a third of the prompt is
-    new, and down to three tenths of that where little is, so that a form with other numbers in it
-    stays fast. Where the cap is reached, the target is a wish.
     """
 
     kl: float = 0.01
-    ratio: float | None = None
 
     def __post_init__(self) -> None:
         _check_not_negative("kl", self.kl)
-        _check_not_negative("ratio", self.ratio or 0.0)
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
         danger = risk(plan)
@@ -128,11 +122,7 @@ class MaxDivergence:
         # What is left if this position and all that are less risky are reused.
         left = np.cumsum(danger[order][::-1])[::-1]
         chosen: np.ndarray = order[(left > risk_within(self.kl)) & (danger[order] > 0)]
-        if self.ratio is None:
-            return chosen
-        placeholders = len(plan.placeholders)
-        urgency = min(1.0, max(0.3, 3 * placeholders / plan.num_tokens))
-        return chosen[: int(min(urgency * self.ratio * placeholders, plan.num_tokens))]
+        return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +151,7 @@ _POLICIES: dict[str, Callable[[str], RepairPolicy]] = {
     "window": lambda a: BoundaryWindow(int(a or 8)),
     "tail": lambda a: Tail(int(a or 16)),
     "deviation": lambda a: TopDeviation(float(a or 0.15)),
-    "auto": lambda a: MaxDivergence(float(a)) if a else MaxDivergence(ratio=2.0),
+    "auto": lambda a: MaxDivergence(float(a or 0.01)),
 }
 
 

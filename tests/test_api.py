@@ -424,7 +424,7 @@ def test_a_reopened_store_serves_reuse(
     first = open_llm(store_dir=tmp_path, repair="auto:0.0001")
     first.generate(_DONOR, _PARAMS)
     first.close()  # without a flush
-    second = open_llm(store_dir=str(tmp_path))
+    second = open_llm(store_dir=str(tmp_path), repair="window:2")
     assert events(second)["restored"] == 1
     output = second.generate(_TARGET, _PARAMS)
     assert output.provenance.reused > len(output.prompt_token_ids) // 2

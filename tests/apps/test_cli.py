@@ -376,7 +376,8 @@ def test_demo(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.M
         assert full["answer"] == prefix["answer"]
         assert kvshare["computed_tokens"] <= prefix["computed_tokens"] <= story["tokens"]
         assert story["same_answer"] == (kvshare["answer"] == full["answer"])
-    assert report["stories"][0]["methods"]["kvshare"]["computed_tokens"] < 60
+    methods = report["stories"][0]["methods"]
+    assert methods["kvshare"]["computed_tokens"] < methods["prefix"]["computed_tokens"]
 
 
 def test_demo_says_what_is_wrong(run: Run, tiny_folder: Path) -> None:

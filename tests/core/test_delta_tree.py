@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 
 from kvshare_mm.delta_tree import DeltaTree, Node, Piece, Span
 from kvshare_mm.plan import PlannerOptions, ReusePlan, make_plan
-from kvshare_mm.repair import BoundaryWindow, MaxDivergence, NoRepair, RepairPolicy
+from kvshare_mm.repair import BoundaryWindow, NoRepair, RepairPolicy
 
 EAGER = PlannerOptions(min_run=2, min_gain_tokens=1, min_gain_share=0.0)
 
@@ -544,9 +544,7 @@ def lab_reports(count: int) -> list[np.ndarray]:
     return reports
 
 
-@pytest.mark.parametrize(
-    "repair", [NoRepair(), MaxDivergence(0.01, ratio=2.0)], ids=["no repair", "auto"]
-)
+@pytest.mark.parametrize("repair", [NoRepair(), BoundaryWindow(1)], ids=["no repair", "window"])
 def test_a_hundred_lab_reports_take_a_fifth_of_the_room(repair):
     """Served each by the latest report, and by the one that owns most of what that one shows.
 

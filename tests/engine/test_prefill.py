@@ -223,7 +223,9 @@ def test_deviation_repairs_the_positions_that_drifted_most(server: Server) -> No
     assert set(repaired.tolist()) - want <= set(range(72, 80))
 
 
-@pytest.mark.parametrize("spec", ["none", "window:3", "tail:9", "deviation:0.3", "auto", "auto:2"])
+@pytest.mark.parametrize(
+    "spec", ["none", "window:3", "tail:9", "deviation:0.3", "auto:0.5", "auto:2"]
+)
 def test_every_policy_fills_the_slot(server: Server, spec: str) -> None:
     ids = _ids(70, 0)
     server.serve(ids)
