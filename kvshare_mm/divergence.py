@@ -7,11 +7,12 @@ Neither needs a forward pass:
   last position is kept with it, and prompts that are alike look at the same things. On similar chat
   prompts the donor's attention chooses repairs as well as the target's own would.
 - Drift comes from edits: it is largest right behind one, fades with the distance, and grows with
-  the share of the context that changed. The exponents were fitted to the true drift of all layers.
+  the share of the context that changed. The exponents are those, of the few tried, that gave
+  the least divergence at one cost.
 
 The sum of the products over what is reused and not repaired is the *risk*. `MaxDivergence` bounds
-the first token's KL by it; its constants were fitted to 100 pairs of similar chat prompts on
-SmolLM2-135M and Qwen2.5-0.5B.
+the first token's KL by it; its constants come from about 50 pairs of similar chat prompts each on
+SmolLM2-135M and Qwen2.5-0.5B, the same that the policy was chosen on.
 """
 
 from __future__ import annotations

@@ -6,14 +6,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from rich.progress import track
-
 from kvshare_mm.apps.bench.divergence import kl_divergence
-from kvshare_mm.apps.bench.journal import Journal, settings_key
+from kvshare_mm.apps.bench.journal import Journal
+from kvshare_mm.apps.bench.measured import measured
 from kvshare_mm.apps.bench.methods import METHODS, Method
 from kvshare_mm.apps.bench.prompts import encode
 from kvshare_mm.apps.bench.rig import Rig, machine, spread
-from kvshare_mm.errors import ConfigError, InvalidRequestError
+from kvshare_mm.errors import InvalidRequestError
 
 _FULL = METHODS["full"]
 
@@ -41,27 +40,18 @@ def run(
     Raises:
         ConfigError: no pair could be served.
     """
-    journal = journal or Journal(None, None)
     points = [(m, p) for m in methods if m is not _FULL for p in _points(m)]
-    rows = []
-    skipped = []
-    for index, pair in enumerate(
-        track(pairs, "Measuring pairs", disable=not progress, transient=True)
-    ):
-        key = settings_key([index, pair])
-        row = journal.get(key)
-        if row is None:
-            try:
-                row = _measure(rig, pair, [p for _, p in points])
-            except InvalidRequestError as error:
-                row = {"id": pair["id"], "skipped": str(error)}
-            journal.put(key, row)
-        if "skipped" in row:
-            skipped.append({"id": row["id"], "reason": row["skipped"]})
-        else:
-            rows.append(row)
-    if not rows:
-        raise ConfigError(f"no pair could be served; the first: {skipped[0]['reason']}")
+    found_rows, skipped = measured(
+        pairs,
+        lambda pair: _measure(rig, pair, [p for _, p in points]),
+        keys=([index, pair] for index, pair in enumerate(pairs)),
+        names=(pair["id"] for pair in pairs),
+        noun="pair",
+        title="Measuring pairs",
+        journal=journal or Journal(None, None),
+        progress=progress,
+    )
+    rows = [row for _, row in found_rows]
     found: dict[str, list[dict[str, Any]]] = {}
     for method, point in points:
         found.setdefault(method.name, []).append(_summary(point, rows))

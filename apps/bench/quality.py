@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from kvshare_mm.apps.bench.bootstrap import difference, draws, interval
-from kvshare_mm.apps.bench.journal import Journal, settings_key
+from kvshare_mm.apps.bench.journal import Journal
+from kvshare_mm.apps.bench.measured import measured
 from kvshare_mm.apps.bench.methods import METHODS, AnswerMethod, AnswerStore, AnyMethod, Method
 from kvshare_mm.apps.bench.prompts import encode
 from kvshare_mm.apps.bench.rig import Rig, Served, machine
 from kvshare_mm.apps.bench.tasks import Item, Task
 from kvshare_mm.apps.bench.tasks.facts import FactTask, leaks, states
-from kvshare_mm.errors import ConfigError, InvalidRequestError
+from kvshare_mm.errors import InvalidRequestError
 
 _FULL = METHODS["full"]
 _DONOR_SLOT = 0
@@ -61,23 +61,16 @@ def run(
         raise ValueError(f"{slots_needed(methods)} slots are needed, the rig has {rig.num_slots}")
     methods = [_FULL, *(m for m in methods if m is not _FULL)]
     openers = {m.name: m.opener() for m in methods if isinstance(m, AnswerMethod)}
-    rows: list[tuple[Item, dict[str, Any]]] = []
-    skipped = []
-    for item in track(items, f"Measuring {task.name}", disable=not progress, transient=True):
-        key = settings_key([item.id, item.donor, item.target, item.references])
-        row = journal.get(key)
-        if row is None:
-            try:
-                row = _measure(rig, task, item, methods, openers)
-            except InvalidRequestError as error:
-                row = {"skipped": str(error)}
-            journal.put(key, row)
-        if "skipped" in row:
-            skipped.append({"id": item.id, "reason": row["skipped"]})
-        else:
-            rows.append((item, row))
-    if not rows:
-        raise ConfigError(f"no item could be served; the first: {skipped[0]['reason']}")
+    rows, skipped = measured(
+        items,
+        lambda item: _measure(rig, task, item, methods, openers),
+        keys=([item.id, item.donor, item.target, item.references] for item in items),
+        names=(item.id for item in items),
+        noun="item",
+        title=f"Measuring {task.name}",
+        journal=journal,
+        progress=progress,
+    )
     return {
         "kind": "quality",
         "machine": machine(),

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.progress import track
-
 from kvshare_mm.apps.bench.divergence import (
     KVDeviation,
     agreement,
@@ -16,11 +14,12 @@ from kvshare_mm.apps.bench.divergence import (
     kv_deviation,
     mean_deviation,
 )
-from kvshare_mm.apps.bench.journal import Journal, settings_key
+from kvshare_mm.apps.bench.journal import Journal
+from kvshare_mm.apps.bench.measured import measured
 from kvshare_mm.apps.bench.methods import METHODS, Method
 from kvshare_mm.apps.bench.prompts import encode
 from kvshare_mm.apps.bench.rig import Rig, Served, machine, spread
-from kvshare_mm.errors import ConfigError, InvalidRequestError
+from kvshare_mm.errors import InvalidRequestError
 
 _FULL = METHODS["full"]
 
@@ -61,26 +60,17 @@ def run(
     methods = with_full(methods)
     if rig.num_slots < len(methods):
         raise ValueError(f"{len(methods)} slots are needed, the rig has {rig.num_slots}")
-    journal = journal or Journal(None, None)
-    per_pair = []
-    skipped = []
-    for index, pair in enumerate(
-        track(pairs, "Measuring pairs", disable=not progress, transient=True)
-    ):
-        key = settings_key([index, pair])
-        row = journal.get(key)
-        if row is None:
-            try:
-                row = _measure(rig, pair, methods, max_new_tokens, repeats, layers)
-            except InvalidRequestError as error:
-                row = {"id": pair["id"], "skipped": str(error)}
-            journal.put(key, row)
-        if "skipped" in row:
-            skipped.append({"id": row["id"], "reason": row["skipped"]})
-        else:
-            per_pair.append(row)
-    if not per_pair:
-        raise ConfigError(f"no pair could be served; the first: {skipped[0]['reason']}")
+    found, skipped = measured(
+        pairs,
+        lambda pair: _measure(rig, pair, methods, max_new_tokens, repeats, layers),
+        keys=([index, pair] for index, pair in enumerate(pairs)),
+        names=(pair["id"] for pair in pairs),
+        noun="pair",
+        title="Measuring pairs",
+        journal=journal or Journal(None, None),
+        progress=progress,
+    )
+    per_pair = [row for _, row in found]
     return {
         "kind": "reuse",
         "machine": machine(),

@@ -111,11 +111,13 @@ class Prefiller:
         if plan.num_reused and isinstance(self._runner, SlotRunner):
             probe = _SlotProbe(self._runner, slot, stream.token_ids, plan)
             plan = _repaired(plan, (policy or self._policy).positions(plan, probe))
-        tail = TailAttention()
+        # Only donors need it; without a pool there will be none.
+        tail = TailAttention() if self._donors is not None else None
         logits = self._runner.prefill(slot, stream.token_ids, plan.compute, tail)
+        attention = tail.mass if tail is not None else None
         done = time.perf_counter()
         return PrefillResult(
-            logits, plan, tail.mass, fallback, lookup, planning, edited - start, done - edited
+            logits, plan, attention, fallback, lookup, planning, edited - start, done - edited
         )
 
     def _plan(
