@@ -1,0 +1,142 @@
+"""Pictures: decoded, resized as the model does it, hashed patch by patch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.modalities.hashing import Seen, content_digest, row_hashes, settings_digest
+from kvshare_mm.modalities.picture_file import load_picture
+from kvshare_mm.modalities.sources import MediaSources
+from kvshare_mm.stream import MediaItem, Modality
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    digest: str
+    grid: tuple[int, int]
+    label: str
+    notes: tuple[str, ...]
+
+
+class ImageAdapter:
+    """Parts of type ``image_url`` and ``image`` for models with Qwen2-VL's image processor.
+
+    Two pictures are the same if every merged patch, the one the model makes a token of, has the
+    same pixels after the model's own resize; the file that they came in does not matter.
+
+    Args:
+        processor: transformers' image processor of the model.
+        sources: reads files and URLs.
+        max_pixels: of a picture as it is sent.
+    """
+
+    modality = Modality.IMAGE
+    part_types = frozenset({"image_url", "image"})
+
+    def __init__(self, processor: Any, sources: MediaSources, max_pixels: int = 50_000_000) -> None:
+        self._processor = processor
+        self._sources = sources
+        self._max_pixels = max_pixels
+        self._settings = settings_digest(processor)
+        self._merge = int(processor.merge_size)
+        self._seen: Seen[_Known] = Seen()
+
+    def read(self, part: Mapping[str, Any], where: str, tenant: str) -> MediaItem:
+        source, field = self._source(part, where)
+        if isinstance(source, bytes):
+            known = self._seen.get(source, tenant)
+            if known is not None:
+                return self._item(known, lambda: self._inputs(self._load(source, field)[0]))
+        patches, known = self._load(source, field)
+        if isinstance(source, bytes):
+            self._seen.put(source, tenant, known)
+        return self._item(known, lambda: self._inputs(patches))
+
+    def _source(self, part: Mapping[str, Any], where: str) -> tuple[bytes | Image.Image, str]:
+        kind = part["type"]
+        field = f"{where}.{kind}"
+        given = part.get(kind)
+        if kind == "image_url" and isinstance(given, Mapping):
+            given = given.get("url")
+        if given is None or given == "":
+            raise InvalidRequestError(f"{field} is missing", field)
+        if kind == "image" and isinstance(given, Image.Image):
+            return given, field
+        if kind == "image_url" and not isinstance(given, str):
+            raise InvalidRequestError(f"{field} must be a URL or an object with a url", field)
+        return self._sources.read(given, field), field
+
+    def _load(
+        self, source: bytes | Image.Image, field: str
+    ) -> tuple[tuple[torch.Tensor, tuple[int, int]], _Known]:
+        picture = load_picture(source, field, self._max_pixels)
+        width, height = picture.image.size
+        # Not rescaled and not normalized: the pixels themselves, as uint8.
+        made = self._processor(
+            images=[picture.image], do_rescale=False, do_normalize=False, return_tensors="pt"
+        )
+        patches: torch.Tensor = made["pixel_values"].to(torch.uint8)
+        _, rows, columns = (int(n) for n in made["image_grid_thw"][0])
+        grid = rows // self._merge, columns // self._merge
+        hashes = self.patch_hashes(patches)
+        size = self._processor.patch_size
+        known = _Known(
+            content_digest(hashes, *grid, self._settings),
+            grid,
+            f"{width}x{height}, seen as {columns * size}x{rows * size}",
+            picture.notes,
+        )
+        return (patches, (rows, columns)), known
+
+    def patch_hashes(self, patches: torch.Tensor) -> np.ndarray:
+        """Hash of every merged patch.
+
+        Args:
+            patches: ``[num_patches, channels * frames * size * size]`` uint8, those of a merged
+                patch behind each other.
+
+        Returns:
+            ``[num_patches / merge**2]`` uint64.
+        """
+        # A still picture is repeated as many times as the model takes frames: one is enough.
+        frames = self._processor.temporal_patch_size
+        once = patches.view(len(patches), 3, frames, -1)[:, :, 0]
+        return row_hashes(once.reshape(-1, self._merge**2, once[0].numel()).numpy())
+
+    def _item(self, known: _Known, inputs: Any) -> MediaItem:
+        rows, columns = known.grid
+        return MediaItem(
+            self.modality,
+            known.digest,
+            rows * columns,
+            known.grid,
+            known.label,
+            inputs,
+            known.notes,
+        )
+
+    def _inputs(self, loaded: tuple[torch.Tensor, tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """What the processor would have made: normalizing works pixel by pixel."""
+        patches, (rows, columns) = loaded
+        processor = self._processor
+        size = processor.patch_size
+        images = patches.view(len(patches), 3, -1, size)
+        pixels = processor.rescale_and_normalize(
+            images,
+            processor.do_rescale,
+            processor.rescale_factor,
+            processor.do_normalize,
+            processor.image_mean,
+            processor.image_std,
+        )
+        return {
+            "pixel_values": pixels.reshape(len(patches), -1).float(),
+            "image_grid_thw": torch.tensor([[1, rows, columns]]),
+        }

@@ -1,0 +1,139 @@
+"""Pictures as people send them: turned upright, flattened to RGB, or refused with the reason."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from kvshare_mm.errors import InvalidRequestError
+
+# Not every format that Pillow knows: EPS runs Ghostscript, others are old and hardly tested.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MAX_ASPECT = 200  # of transformers' own resize
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    ZeroDivisionError,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """A picture in RGB, upright.
+
+    Attributes:
+        notes: what was done to it that its sender may not expect.
+    """
+
+    image: Image.Image
+    notes: tuple[str, ...] = ()
+
+
+def load_picture(source: bytes | Image.Image, where: str, max_pixels: int) -> Picture:
+    """Decode a picture.
+
+    EXIF orientation is applied, transparency is put on white, the first frame of an animation is
+    taken, 16-bit and other modes become 8-bit RGB.
+
+    Args:
+        source: a file's content, or a picture that is open already.
+        where: the part, for errors.
+        max_pixels: a larger picture is refused before it is decoded.
+
+    Raises:
+        InvalidRequestError: no picture, a damaged, an empty or a too large one.
+    """
+    image = _opened(source, where) if isinstance(source, bytes) else source
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise InvalidRequestError(f"{where} is a picture of no pixels ({width}x{height})", where)
+    if width * height > max_pixels:
+        raise InvalidRequestError(
+            f"{where} is {width}x{height} pixels; at most {max_pixels / 1e6:g} million are read",
+            where,
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise InvalidRequestError(
+            f"{where} is {width}x{height} pixels: more than {MAX_ASPECT} times as long as wide",
+            where,
+        )
+    notes: list[str] = []
+    try:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # a camera's: the others are previews
+            image.seek(0)
+            notes.append(f"the first of {frames} frames")
+        image.load()
+    except _DAMAGED as error:
+        raise InvalidRequestError(f"{where} is a damaged picture: {error}", where) from error
+    upright = _upright(image, notes)
+    try:
+        return Picture(_rgb(upright, where, notes), tuple(notes))
+    except InvalidRequestError:
+        raise
+    except _DAMAGED as error:
+        raise InvalidRequestError(f"{where} cannot be turned into RGB: {error}", where) from error
+
+
+def _opened(content: bytes, where: str) -> Image.Image:
+    Image.init()
+    built = [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every build
+    try:
+        return Image.open(BytesIO(content), formats=built)
+    except Image.DecompressionBombError as error:
+        raise InvalidRequestError(f"{where} is too large a picture: {error}", where) from error
+    except UnidentifiedImageError as error:
+        known = ", ".join(built).lower()
+        raise InvalidRequestError(
+            f"{where} is no picture that can be read ({known}); it begins with {content[:8]!r}",
+            where,
+        ) from error
+    except _DAMAGED as error:
+        raise InvalidRequestError(f"{where} is a damaged picture: {error}", where) from error
+
+
+def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of whatever the broken block makes Pillow do
+        notes.append("its orientation could not be read")
+        return image
+
+
+def _rgb(image: Image.Image, where: str, notes: list[str]) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image, where)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        if rgba.getchannel("A").getextrema() != (255, 255):
+            notes.append("transparent parts on white")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image, where: str) -> Image.Image:
+    """Grey values of 16 bits, or floats of 0..1, as 8 bits."""
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite((low, high)).all() or low < 0 or high > 65535:
+        raise InvalidRequestError(
+            f"{where} has values from {low:g} to {high:g}: neither 8-bit, 16-bit nor 0..1", where
+        )
+    if image.mode == "F" and high <= 1:
+        return Image.fromarray(np.rint(255 * values).astype(np.uint8))
+    if high > 255 or image.mode.startswith("I;16"):
+        return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
+    return Image.fromarray(values.astype(np.uint8))
