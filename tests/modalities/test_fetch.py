@@ -1,0 +1,399 @@
+"""Fetching media by URL: what is refused, what is limited, what arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.modalities import fetch as fetch_module
+from kvshare_mm.modalities.fetch import FetchPolicy, MediaFetcher
+
+_PICTURE = b"\x89PNG" + bytes(range(256)) * 4
+
+
+class _Pages(BaseHTTPRequestHandler):
+    """A site with good and bad pages."""
+
+    protocol_version = "HTTP/1.1"
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        name, _, rest = self.path.lstrip("/").partition("/")
+        try:
+            getattr(self, f"page_{name}")(rest)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def page_picture(self, _: str) -> None:
+        self.answer(200, _PICTURE)
+
+    def page_to(self, target: str) -> None:
+        self.answer(302, b"", ("Location", target))
+
+    def page_loop(self, _: str) -> None:
+        self.answer(302, b"", ("Location", "/loop"))
+
+    def page_chain(self, left: str) -> None:
+        self.answer(
+            307, b"", ("Location", f"/chain/{int(left) - 1}" if left != "1" else "/picture")
+        )
+
+    def page_missing(self, _: str) -> None:
+        self.answer(404, b"no")
+
+    def page_packed(self, _: str) -> None:
+        self.answer(200, b"\x1f\x8b", ("Content-Encoding", "gzip"))
+
+    def page_boast(self, _: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(10**12))
+        self.end_headers()
+
+    def page_endless(self, _: str) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = True
+        while True:
+            self.wfile.write(bytes(4096))
+
+    def page_drip(self, _: str) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = True
+        for _i in range(100):
+            self.wfile.write(b".")
+            self.wfile.flush()
+            self.server.stop.wait(0.05)  # type: ignore[attr-defined]
+
+    def page_silent(self, _: str) -> None:
+        self.close_connection = True
+        self.server.stop.wait(10)  # type: ignore[attr-defined]
+
+    def page_short(self, _: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "100")
+        self.end_headers()
+        self.wfile.write(b"short")
+        self.close_connection = True
+
+    def answer(self, status: int, body: bytes, *headers: tuple[str, str]) -> None:
+        self.send_response(status)
+        for header in (*headers, ("Content-Length", str(len(body)))):
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class _Site:
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        handler = type("Pages", (_Pages,), {"asked": self.asked})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.server.stop = threading.Event()  # type: ignore[attr-defined]
+        self.port = self.server.server_address[1]
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
+        self.thread.start()
+
+    def __call__(self, path: str, host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self.port}/{path}"
+
+    def close(self) -> None:
+        self.server.stop.set()  # type: ignore[attr-defined]
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def site() -> Iterator[_Site]:
+    made = _Site()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
+    """A name service: host to its answers, one after the other; the last one stays."""
+    answers: dict[str, list[list[str]]] = {}
+    real = socket.getaddrinfo
+
+    def resolve(host: Any, port: Any, *rest: Any, **options: Any) -> Any:
+        if host not in answers:
+            return real(host, port, *rest, **options)
+        left = answers[host]
+        now = left.pop(0) if len(left) > 1 else left[0]
+        return [
+            (socket.AF_INET6 if ":" in a else socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port))
+            for a in now
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    return answers
+
+
+@pytest.fixture
+def public(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test site counts as public; everything else is judged as always."""
+    real = fetch_module._is_public
+    monkeypatch.setattr(fetch_module, "_is_public", lambda a: a == "127.0.0.1" or real(a))
+
+
+OPEN = FetchPolicy(allow_private=True, max_bytes=5000, timeout_s=5)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/",
+        "http://127.1/",
+        "http://2130706433/",
+        "http://0x7f000001/",
+        "http://0177.0.0.1/",
+        "http://0.0.0.0/",
+        "http://localhost:8000/metrics",
+        "http://LOCALHOST./",
+        "http://10.0.0.1/",
+        "http://172.16.3.4/",
+        "http://192.168.1.1/admin",
+        "http://100.64.0.1/",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://224.0.0.1/",
+        "http://240.0.0.1/",
+        "http://255.255.255.255/",
+        "http://[::1]/",
+        "http://[::]/",
+        "http://[fe80::1]/",
+        "http://[fd00::1]/",
+        "http://[ff02::1]/",
+        "http://[::127.0.0.1]/",
+        "http://[::ffff:127.0.0.1]/",
+        "http://[::ffff:a9fe:a9fe]/",
+        "http://[2002:7f00:1::]/",
+        "http://[64:ff9b::a00:1]/",
+        "https://127.0.0.1/",
+        "http://user:secret@127.0.0.1/",
+        "http://example.com@127.0.0.1/",
+        "http://127.0.0.1:99999/",
+        "http://[::1/",
+        "http://a b/",
+        "http://a\\@127.0.0.1/",
+        "http:///nowhere",
+        "http://",
+        "ftp://example.com/a.png",
+        "gopher://127.0.0.1:6379/_FLUSHALL",
+        "javascript:alert(1)",
+        "//example.com/a.png",
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "file://host/etc/passwd",
+        "file:///proc/self/environ",
+        "data:image/png;base64",
+        "data:image/png;base64,!!!!",
+        "",
+    ],
+)  # fmt: skip
+def test_what_leads_inside_or_nowhere_is_refused(url: str) -> None:
+    with pytest.raises(InvalidRequestError):
+        MediaFetcher().fetch(url)
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [["10.0.0.1"], ["127.0.0.1"], ["93.184.215.14", "192.168.0.1"], ["fd00::5"]],
+)
+def test_a_name_with_a_private_address_is_refused(
+    names: dict[str, list[list[str]]], addresses: list[str]
+) -> None:
+    names["pictures.example"] = [addresses]
+    with pytest.raises(InvalidRequestError, match="not public"):
+        MediaFetcher().fetch("http://pictures.example/a.png")
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700:4700::1111", "::ffff:8.8.8.8"])
+def test_public_addresses_are_known(address: str) -> None:
+    assert fetch_module._is_public(address)
+
+
+@pytest.mark.usefixtures("public")
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://169.254.169.254/latest/",
+        "http://10.0.0.1/",
+        "http://[::1]/",
+        "//192.168.0.1/x",
+        "file:///etc/passwd",
+        "data:,x",
+        "ftp://example.com/",
+        "http://user@127.0.0.1/",
+    ],
+)
+def test_every_redirect_is_judged(site: _Site, target: str) -> None:
+    with pytest.raises(InvalidRequestError):
+        MediaFetcher().fetch(site(f"to/{target}"))
+    assert len(site.asked) == 1
+
+
+@pytest.mark.usefixtures("public")
+def test_a_name_that_changes_its_address_gains_nothing(
+    site: _Site, names: dict[str, list[list[str]]]
+) -> None:
+    names["moving.example"] = [["127.0.0.1"], ["10.0.0.1"]]
+    with pytest.raises(InvalidRequestError, match="not public"):
+        MediaFetcher().fetch(site("to//picture", host="moving.example"))
+    assert site.asked == ["/to//picture"]
+
+
+def test_only_allowed_domains_are_asked(site: _Site, names: dict[str, list[list[str]]]) -> None:
+    for host in ("cdn.shop.example", "shop.example", "evilshop.example"):
+        names[host] = [["127.0.0.1"]]
+    fetcher = MediaFetcher(FetchPolicy(allow_private=True, domains=frozenset({"Shop.example"})))
+    assert fetcher.fetch(site("picture", host="cdn.shop.example")) == _PICTURE
+    assert fetcher.fetch(site("picture", host="SHOP.example")) == _PICTURE
+    asked = len(site.asked)
+    for host in ("evilshop.example", "127.0.0.1", "shop.example.evil.example"):
+        with pytest.raises(InvalidRequestError, match="not allowed"):
+            fetcher.fetch(site("picture", host=host))
+    assert len(site.asked) == asked
+    with pytest.raises(InvalidRequestError, match="not allowed"):
+        fetcher.fetch(site("to/http://evilshop.example/", host="shop.example"))
+
+
+def test_a_picture_arrives(site: _Site) -> None:
+    assert MediaFetcher(OPEN).fetch(site("picture")) == _PICTURE
+    assert MediaFetcher(OPEN).fetch(site("chain/3")) == _PICTURE
+
+
+def test_a_picture_arrives_inside_an_event_loop(site: _Site) -> None:
+    async def both() -> tuple[bytes, bytes]:
+        return await MediaFetcher(OPEN).afetch(site("picture")), MediaFetcher(OPEN).fetch(
+            site("picture")
+        )
+
+    assert asyncio.run(both()) == (_PICTURE, _PICTURE)
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("endless", "bytes"),
+        ("boast", "bytes"),
+        ("loop", "redirects"),
+        ("chain/4", "redirects"),
+        ("missing", "404"),
+        ("packed", "packed"),
+        ("short", "could not be fetched"),
+    ],
+)
+def test_pages_that_are_no_picture_are_refused(site: _Site, page: str, words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words):
+        MediaFetcher(OPEN).fetch(site(page))
+
+
+@pytest.mark.parametrize("page", ["drip", "silent"])
+def test_slow_pages_are_given_up(site: _Site, page: str) -> None:
+    policy = FetchPolicy(allow_private=True, timeout_s=0.3)
+    with pytest.raises(InvalidRequestError, match=r"longer than 0\.3 s"):
+        MediaFetcher(policy).fetch(site(page))
+
+
+def test_nobody_listening_is_a_refusal(site: _Site) -> None:
+    url = site("picture")
+    site.server.server_close()
+    with pytest.raises(InvalidRequestError, match="could not be fetched"):
+        MediaFetcher(OPEN).fetch(url)
+
+
+def test_proxies_of_the_environment_are_not_asked(
+    site: _Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", site(""))
+    monkeypatch.setenv("ALL_PROXY", site(""))
+    with pytest.raises(InvalidRequestError):
+        MediaFetcher().fetch("http://10.0.0.1/")
+    assert site.asked == []
+
+
+@pytest.mark.parametrize(
+    ("url", "content"),
+    [
+        ("data:,a%20b", b"a b"),
+        ("data:text/plain;base64," + base64.b64encode(_PICTURE).decode(), _PICTURE),
+        ("DATA:image/png;BASE64,aGVs\nbG8=", b"hello"),
+    ],
+)
+def test_data_urls(url: str, content: bytes) -> None:
+    assert MediaFetcher().fetch(url) == content
+
+
+@pytest.mark.parametrize("size", [101, 10_000])
+def test_large_data_urls_are_refused(size: int) -> None:
+    url = "data:;base64," + base64.b64encode(bytes(size)).decode()
+    with pytest.raises(InvalidRequestError, match="100 bytes"):
+        MediaFetcher(FetchPolicy(max_bytes=100)).fetch(url)
+
+
+def test_files_only_under_the_roots(tmp_path: Path) -> None:
+    root, secret = tmp_path / "photos of things", tmp_path / "secret"
+    (root / "in").mkdir(parents=True)
+    secret.write_bytes(b"secret")
+    (root / "in" / "a.png").write_bytes(_PICTURE)
+    (root / "link").symlink_to(secret)
+    (root / "fine").symlink_to(root / "in" / "a.png")
+    os.mkfifo(root / "pipe")
+    (root / "large").write_bytes(bytes(5001))
+    fetcher = MediaFetcher(FetchPolicy(file_roots=(root,), max_bytes=5000))
+    assert fetcher.fetch((root / "in" / "a.png").as_uri()) == _PICTURE
+    assert fetcher.fetch((root / "fine").as_uri()) == _PICTURE
+    with pytest.raises(InvalidRequestError, match="bytes"):
+        fetcher.fetch((root / "large").as_uri())
+    said = set()
+    for bad in ("link", "pipe", "in", "missing", "..%2fsecret", "in/../../secret", "a%00b"):
+        url = root.as_uri() + "/" + bad
+        with pytest.raises(InvalidRequestError) as error:
+            fetcher.fetch(url)
+        said.add(str(error.value).replace(fetch_module._short(url), ""))
+    assert len(said) == 1  # nobody learns from the words what exists
+
+
+def test_schemes_can_be_narrowed(site: _Site) -> None:
+    fetcher = MediaFetcher(FetchPolicy(schemes=frozenset({"https"}), allow_private=True))
+    for url in (site("picture"), "data:,x", "file:///etc/hostname"):
+        with pytest.raises(InvalidRequestError, match="allowed are https"):
+            fetcher.fetch(url)
+    assert site.asked == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FetchPolicy(schemes=frozenset({"ftp"})),
+        lambda: FetchPolicy(max_bytes=0),
+        lambda: FetchPolicy(timeout_s=0),
+        lambda: FetchPolicy(max_redirects=-1),
+    ],
+)
+def test_policies_are_checked(make: Callable[[], FetchPolicy]) -> None:
+    with pytest.raises(ValueError, match=r"schemes|max_bytes"):
+        make()
+
+
+def test_messages_are_short_and_printable() -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        MediaFetcher().fetch("gopher:\n\x1b[31m" + "x" * 10_000)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300
