@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE_FOLDERS = ("apps", "kernels", "kvshare_mm", "modalities")
+SOURCE_FOLDERS = ("apps", "assets", "kernels", "kvshare_mm", "modalities")
 
 # CI also runs the tests against the installed wheel, from a copy without the sources.
 needs_sources = pytest.mark.skipif(
