@@ -314,14 +314,13 @@ class DeltaTree:
     @property
     def num_tokens_owned(self) -> int:
         """Positions whose KV is held."""
-        return sum(n.num_owned for n in self._nodes.values())
+        return sum(n.num_owned for n in self)
 
     @property
     def num_tokens_whole(self) -> int:
         """Positions that would be held if every readable request were stored whole."""
         return sum(
-            n.num_owned + sum(p.length for p in n.pieces if p.owner in self._nodes)
-            for n in self._nodes.values()
+            n.num_owned + sum(p.length for p in n.pieces if p.owner in self._nodes) for n in self
         )
 
 

@@ -136,6 +136,11 @@ class DonorPool:
         """A donor's KV, its namespace checked once more. Raises KVUnavailableError."""
         return self.store.get(node_id, ns)
 
+    def nodes(self) -> list[Node]:
+        """All donors as they are now."""
+        with self._lock:
+            return list(self.tree)
+
     # -- a finished request -----------------------------------------------------------------
 
     def capture(

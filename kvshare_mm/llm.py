@@ -15,9 +15,10 @@ from typing import Any, Self, TypeGuard, get_args, overload
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.assemble import assemble
+from kvshare_mm.cache import CacheAdmin
 from kvshare_mm.chat import Message, Prompt, chat_stream, prompt_stream
 from kvshare_mm.config import KVShareConfig
-from kvshare_mm.donors import namespace
+from kvshare_mm.donors import Found, namespace
 from kvshare_mm.engine.prefill import Sharing
 from kvshare_mm.engine.request import RequestSpec
 from kvshare_mm.errors import InvalidRequestError
@@ -85,6 +86,8 @@ class KVShare:
     def __init__(self, model: str = "smollm2", **options: Any) -> None:
         self.config = KVShareConfig.of(model=model, **options)
         self._parts = assemble(self.config)
+        donors = self._parts.donors
+        self._cache = None if donors is None else CacheAdmin(donors, self._parts.loaded.tokenizer)
 
     # -- one request or many ----------------------------------------------------------------
 
@@ -176,6 +179,44 @@ class KVShare:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model."""
         return self._parts.loaded.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus answer, in tokens."""
+        return self._parts.engine.max_model_len
+
+    # -- the cache --------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> CacheAdmin | None:
+        """Administration of the donors; None: this model, or this configuration, has none."""
+        return self._cache
+
+    def lookup(
+        self, prompt: Prompt | Sequence[Message], options: RequestOptions | None = None
+    ) -> Found | None:
+        """What a request would reuse if it came now; nothing is run or stored.
+
+        Which of the kept tokens are repaired is decided later, with the model, and is not in it.
+
+        Returns:
+            The plan and what it took to make it; None if nothing can ever be reused.
+
+        Raises:
+            InvalidRequestError: as `generate` and `chat`.
+        """
+        spec = self._any(prompt, None, options)
+        if self._cache is None or spec.sharing == "off":
+            return None
+        planner = self.config.planner
+        if spec.sharing == "exact":
+            planner = planner.but_exact_only()
+        return self._cache.lookup(spec.stream, spec.namespace, planner)
+
+    def namespace(self, cache_salt: str | None = None) -> str:
+        """The namespace of requests with this salt; None: the engine's."""
+        salt = self.config.cache_salt if cache_salt is None else cache_salt
+        return namespace(self._parts.loaded.fingerprint, salt)
 
     # -- state ------------------------------------------------------------------------------
 

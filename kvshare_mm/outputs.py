@@ -116,3 +116,4 @@ class StreamChunk:
     text: str
     token_ids: tuple[int, ...] = ()
     output: RequestOutput | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()

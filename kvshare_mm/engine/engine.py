@@ -124,6 +124,11 @@ class NativeEngine:
             return self._changed.wait_for(lambda: self._capturing == 0, timeout_s)
 
     @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus answer, in tokens."""
+        return self._max_model_len
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 

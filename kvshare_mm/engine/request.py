@@ -110,20 +110,20 @@ class Request:
         token, logprob = self.sampler.sample(logits)
         self.token_ids.append(token)
         self.times.append(time.perf_counter())
-        if logprob is not None:
-            self.logprobs.append(logprob)
+        logprobs = () if logprob is None else (logprob,)
+        self.logprobs.extend(logprobs)
         if token in eos and not params.ignore_eos:
             return "stop"
         text = self.detokenizer.add(token)
         if self.detokenizer.stopped:
             if text:
-                self.emit(StreamChunk(text, (token,)))
+                self.emit(StreamChunk(text, (token,), logprobs=logprobs))
             return "stop"
         if len(self.token_ids) >= min(params.max_tokens or max_tokens, max_tokens):
             if text:
-                self.emit(StreamChunk(text, (token,)))
+                self.emit(StreamChunk(text, (token,), logprobs=logprobs))
             return "length"
-        self.emit(StreamChunk(text, (token,)))
+        self.emit(StreamChunk(text, (token,), logprobs=logprobs))
         return None
 
     def finish(self, reason: FinishReason) -> RequestOutput:
