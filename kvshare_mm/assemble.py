@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvshare_mm.chat import TEXT_ONLY, MediaSupport
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.donors import DonorPool
 from kvshare_mm.editor import KVEditor
+from kvshare_mm.engine.encoder import MediaEncoder
 from kvshare_mm.engine.engine import NativeEngine
 from kvshare_mm.engine.prefill import Prefiller
 from kvshare_mm.engine.runner import ModelRunner, PlainRunner, SlotRunner
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.index.semantic import Opened
+from kvshare_mm.modalities.registry import adapters_for
+from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.models.loader import LoadedModel, load_model
 from kvshare_mm.repair import make_policy
 from kvshare_mm.store.disk import DiskTier
@@ -36,14 +40,16 @@ class Parts:
     prefiller: Prefiller
     donors: DonorPool | None
     engine: NativeEngine
+    media: MediaSupport = TEXT_ONLY
+    encoder: MediaEncoder | None = None
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start and sizes now.
 
         Returns:
             ``requests``: counts by outcome and prompt tokens by provenance; ``queue``: waiting and
-            running; and, if KV can be shared, ``donors``: number, tokens owned and stored, bytes by
-            tier, events.
+            running; if KV can be shared, ``donors``: number, tokens owned and stored, bytes by
+            tier, events; and of a multimodal model ``media``: encoder runs and hits.
         """
         engine = self.engine
         stats: dict[str, Any] = {
@@ -62,6 +68,8 @@ class Parts:
                 "bytes": self.donors.store.bytes_by_tier(),
                 "events": {**self.donors.counters, **self.donors.store.counters},
             }
+        if self.encoder is not None:
+            stats["media"] = {"tower_runs": 0, "tower_hits": 0, **self.encoder.counters}
         return stats
 
     def flush(self, timeout_s: float | None) -> bool:
@@ -104,9 +112,25 @@ def assemble(config: KVShareConfig) -> Parts:
         if config.sharing != "off":
             donors = _donors(config, loaded, disk)
     editor = KVEditor(loaded.rotary, loaded.attention_backend)
-    prefiller = Prefiller(runner, donors, editor, config.planner, make_policy(config.repair))
+    encoder = None
+    if loaded.family is not None:
+        encoder = MediaEncoder(loaded, donors.store if donors else None)
+    prefiller = Prefiller(
+        runner, donors, editor, config.planner, make_policy(config.repair), encoder
+    )
     engine = NativeEngine(loaded, runner, prefiller, donors, max_len, config.max_queue)
-    return Parts(loaded, runner, prefiller, donors, engine)
+    media = media_support(loaded, config)
+    return Parts(loaded, runner, prefiller, donors, engine, media, encoder)
+
+
+def media_support(loaded: LoadedModel, config: KVShareConfig) -> MediaSupport:
+    """What a model can take beside text."""
+    family = loaded.family
+    if family is None:
+        return TEXT_ONLY
+    sources = MediaSources(config.max_media_bytes, config.local_media)
+    adapters = adapters_for(loaded.processor, family.placeholders, sources, config.max_image_pixels)
+    return MediaSupport(adapters, family.placeholders, family.mrope)
 
 
 def _donors(config: KVShareConfig, loaded: LoadedModel, disk: DiskTier | None) -> DonorPool:

@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.errors import InvalidRequestError
-from kvshare_mm.stream import SegmentStream, text_stream
+from kvshare_mm.modalities.base import Adapters
+from kvshare_mm.stream import MediaItem, Modality, SegmentStream, media_stream, text_stream
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
 
 
-def prompt_stream(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[SegmentStream, str]:
+@dataclass(frozen=True, slots=True)
+class MediaSupport:
+    """What a model can see and hear, and how its prompt says so.
+
+    Attributes:
+        adapters: read the parts of messages.
+        placeholders: the token that stands for a medium, by modality.
+        mrope: its rotary positions have three axes.
+    """
+
+    adapters: Adapters
+    placeholders: Mapping[Modality, int] = field(default_factory=dict)
+    mrope: bool = False
+
+
+TEXT_ONLY = MediaSupport(Adapters([]))
+
+
+def prompt_stream(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, media: MediaSupport = TEXT_ONLY
+) -> tuple[SegmentStream, str]:
     """The stream and the text of a prompt given as text or as token ids.
 
     Raises:
-        InvalidRequestError: empty, not text, or ids outside the vocabulary.
+        InvalidRequestError: empty, not text, ids outside the vocabulary, or ids that stand for
+            media, which only messages can bring.
     """
     if isinstance(prompt, str):
         if not prompt.strip():
             raise InvalidRequestError("the prompt is empty", "prompt")
-        return _encoded(prompt, tokenizer, "prompt"), prompt
+        ids = _token_ids(prompt, tokenizer, "prompt")
+        _check_no_media(ids, media)
+        return text_stream(ids), prompt
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise InvalidRequestError("a prompt is text or a list of token ids", "prompt")
     ids = [t for t in prompt if isinstance(t, int) and not isinstance(t, bool)]
@@ -35,16 +60,31 @@ def prompt_stream(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[S
         raise InvalidRequestError(
             f"token ids must lie in 0..{len(tokenizer) - 1}, the model's vocabulary", "prompt"
         )
+    _check_no_media(ids, media)
     return text_stream(ids), tokenizer.decode(ids)
 
 
+def _check_no_media(ids: Sequence[int], media: MediaSupport) -> None:
+    if not set(media.placeholders.values()).isdisjoint(ids):
+        raise InvalidRequestError(
+            "the prompt holds the token that stands for a picture or a clip; send media as parts "
+            "of messages",
+            "prompt",
+        )
+
+
 def chat_stream(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    media: MediaSupport = TEXT_ONLY,
+    tenant: str = "",
 ) -> tuple[SegmentStream, str]:
     """The stream and the text of a chat, through the model's own template.
 
     Args:
         messages: as in OpenAI's API; content is text or a list of parts.
+        media: what the model can take beside text.
+        tenant: whose request it is.
 
     Raises:
         InvalidRequestError: no messages, a bad role or content, a part that this model cannot
@@ -52,8 +92,9 @@ def chat_stream(
     """
     if isinstance(messages, Mapping | str) or not isinstance(messages, Sequence) or not messages:
         raise InvalidRequestError("messages must be a list with at least one message", "messages")
-    plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    if not any(message["content"].strip() for message in plain):
+    reader = _Reader(tokenizer, media, tenant)
+    plain = [reader.message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    if not reader.items and not any(text.strip() for text in reader.texts):
         raise InvalidRequestError("the messages are empty", "messages")
     if not tokenizer.chat_template:
         raise InvalidRequestError(
@@ -65,37 +106,73 @@ def chat_stream(
         raise InvalidRequestError(
             f"the model's chat template refuses these messages: {error}", "messages"
         ) from error
-    stream = _encoded(text, tokenizer, "messages", add_special_tokens=False)
-    return stream, "\n".join(message["content"] for message in plain)
+    ids = _token_ids(text, tokenizer, "messages", add_special_tokens=False)
+    try:
+        stream = media_stream(ids, reader.items, media.placeholders, media.mrope)
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"the model's chat template has no place for these media: {error}", "messages"
+        ) from error
+    return stream, "\n".join(reader.texts)
 
 
-def _encoded(
-    text: str, tokenizer: PreTrainedTokenizerBase, field: str, **options: bool
-) -> SegmentStream:
+def _token_ids(
+    text: str, tokenizer: PreTrainedTokenizerBase, where: str, **options: bool
+) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell it; tokenizers cannot take it
-        raise InvalidRequestError(f"half a surrogate pair is no text: {error}", field) from error
-    ids = tokenizer(text, **options)["input_ids"]
+        raise InvalidRequestError(f"half a surrogate pair is no text: {error}", where) from error
+    ids: list[int] = tokenizer(text, **options)["input_ids"]
     if not ids:
-        raise InvalidRequestError("the prompt has no tokens", field)
-    return text_stream(ids)
+        raise InvalidRequestError("the prompt has no tokens", where)
+    return ids
 
 
-def _plain(message: Message, where: str) -> dict[str, str]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidRequestError(f"{where} needs a role and content", where)
-    content = message.get("content")
-    if isinstance(content, str):
-        return {"role": message["role"], "content": content}
-    if not isinstance(content, Sequence) or not content:
-        raise InvalidRequestError(f"{where}.content must be text or a list of parts", where)
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise InvalidRequestError(
-                f"{where} has a part of type {kind!r}; this model takes text parts only", where
-            )
-        texts.append(part["text"])
-    return {"role": message["role"], "content": "".join(texts)}
+class _Reader:
+    """Turns messages into what a chat template takes; collects their texts and media."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, media: MediaSupport, tenant: str
+    ) -> None:
+        self.texts: list[str] = []
+        self.items: list[MediaItem] = []
+        self._adapters = media.adapters
+        self._tenant = tenant
+        self._reserved = tokenizer.convert_ids_to_tokens(list(media.placeholders.values()))
+
+    def message(self, message: Message, where: str) -> dict[str, Any]:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InvalidRequestError(f"{where} needs a role and content", where)
+        content = message.get("content")
+        if isinstance(content, str):
+            self.texts.append(self._text(content, f"{where}.content"))
+            return {"role": message["role"], "content": content}
+        if not isinstance(content, Sequence) or not content:
+            raise InvalidRequestError(f"{where}.content must be text or a list of parts", where)
+        parts = [self._part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
+        text = "".join(part["text"] for part in parts if part["type"] == "text")
+        self.texts.append(text)
+        only_text = all(part["type"] == "text" for part in parts)
+        return {"role": message["role"], "content": text if only_text else parts}
+
+    def _part(self, part: Any, where: str) -> dict[str, str]:
+        if not isinstance(part, Mapping):
+            raise InvalidRequestError(f"{where} must be an object with a type", where)
+        if part.get("type") == "text":
+            text = part.get("text")
+            if not isinstance(text, str):
+                raise InvalidRequestError(f"{where} is a text part without text", where)
+            return {"type": "text", "text": self._text(text, f"{where}.text")}
+        item = self._adapters.read(part, where, self._tenant)
+        self.items.append(item)
+        return {"type": item.modality.value, item.modality.value: ""}
+
+    def _text(self, text: str, where: str) -> str:
+        # The tokenizer would take it for the real one, and a picture would stand in its place.
+        for token in self._reserved:
+            if token in text:
+                raise InvalidRequestError(
+                    f"{where} holds {token}, which this model's prompts keep for media", where
+                )
+        return text

@@ -53,6 +53,16 @@ class KVShareConfig(BaseModel):
     )
     max_candidates: int = Field(4, ge=1, le=64, description="donors considered for a request")
 
+    max_image_pixels: int = Field(
+        50_000_000, ge=1, description="largest picture that is decoded; larger ones are refused"
+    )
+    max_media_bytes: int = Field(
+        64 << 20, ge=1, description="largest picture or sound file, as it is sent"
+    )
+    local_media: bool = Field(
+        True, description="read pictures and sound from paths on this machine"
+    )
+
     store_dir: Path | None = Field(None, description="folder for donors on disk; None: RAM only")
     host_bytes: int = Field(2 << 30, ge=1 << 20, description="budget of donor KV in RAM")
     disk_bytes: int = Field(20 << 30, ge=1 << 20, description="budget of donor KV on disk")

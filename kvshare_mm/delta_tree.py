@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvshare_mm.plan import Donor, ReusePlan
+from kvshare_mm.stream import Segment
 
 
 class Span(NamedTuple):
@@ -44,7 +45,7 @@ class Piece(NamedTuple):
 
     @property
     def shift(self) -> int:
-        """Target position minus owner position: what the keys are re-rotated by."""
+        """Target index minus owner index. What keys are turned by is told by `plan.one_turn`."""
         return self.start - self.owner_start
 
 
@@ -63,6 +64,8 @@ class Node:
             over heads and layers; None if it was not recorded.
         parent: id of the donor this request was edited from (lineage, for people), or None.
         created_s: seconds since the epoch.
+        positions: ``[3, N]`` rotary positions; None: the index.
+        media: where its pictures and clips are.
     """
 
     node_id: str
@@ -74,6 +77,8 @@ class Node:
     attention: np.ndarray | None = field(default=None, repr=False)
     parent: str | None = None
     created_s: float = 0.0
+    positions: np.ndarray | None = field(default=None, repr=False)
+    media: tuple[Segment, ...] = ()
 
     def __post_init__(self) -> None:
         spans = sorted([*self.own, *(Span(p.start, p.end) for p in self.pieces)])
@@ -86,6 +91,10 @@ class Node:
             raise ValueError(f"node {self.node_id}: spans or exact_len go beyond the keys")
         if self.attention is not None and len(self.attention) > len(self.keys):
             raise ValueError(f"node {self.node_id}: more attention than keys")
+        if self.positions is not None and self.positions.shape != (3, len(self.keys)):
+            raise ValueError(f"node {self.node_id}: positions are not [3, {len(self.keys)}]")
+        if any(m.end > len(self.keys) for m in self.media):
+            raise ValueError(f"node {self.node_id}: media go beyond the keys")
         if list(self.own) != sorted(self.own) or list(self.pieces) != sorted(
             self.pieces, key=lambda p: p.start
         ):
@@ -159,6 +168,8 @@ class DeltaTree:
         plan: ReusePlan,
         created_s: float,
         attention: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
+        media: tuple[Segment, ...] = (),
     ) -> Node:
         """The node of a request served with `plan`: it owns only what was computed.
 
@@ -166,6 +177,8 @@ class DeltaTree:
             keys: ``[N]`` keys of prompt and answer; ``N`` is at least ``plan.num_tokens``. Behind
                 the plan everything was computed.
             attention: ``[P]`` float32 of the prompt's last position, if known.
+            positions: ``[3, N]`` rotary positions; None: the index.
+            media: where its pictures and clips are.
 
         Returns:
             A node that is not inserted yet.
@@ -197,6 +210,8 @@ class DeltaTree:
             attention=attention,
             parent=plan.donors[0] if plan.donors and plan.donors[0] in self._nodes else None,
             created_s=created_s,
+            positions=positions,
+            media=media,
         )
 
     def insert(self, node: Node) -> None:
@@ -292,7 +307,7 @@ class DeltaTree:
         holes = np.flatnonzero(~readable)
         prefix = int(holes[0]) if len(holes) else len(node)
         exact = min(prefix, node.exact_len)
-        return Donor(node_id, node.keys, material, prefix, exact, node.attention)
+        return Donor(node_id, node.keys, material, prefix, exact, node.attention, node.positions)
 
     def relatives(self, node_id: str) -> list[str]:
         """Parent, children and siblings: they may fit a target better than the node found."""

@@ -28,6 +28,7 @@ from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.store.tiered import TieredStore
+from kvshare_mm.stream import Segment
 
 _MIN_STORED_TOKENS = 16
 _PREFIX_CANDIDATES = 2
@@ -91,6 +92,7 @@ class DonorPool:
         ns: str,
         options: PlannerOptions,
         similar: tuple[str, ...] = (),
+        positions: np.ndarray | None = None,
     ) -> Found:
         """Plan the reuse of stored requests for a prompt.
 
@@ -99,6 +101,7 @@ class DonorPool:
             ns: the request's namespace; donors of others are never looked at.
             options: when reuse is worth it.
             similar: ids that a dense search brought in time, if any.
+            positions: ``[3, N]`` rotary positions; None: the index.
         """
         start = time.perf_counter()
         with self._lock:
@@ -108,7 +111,7 @@ class DonorPool:
                 ids += self._with_chief_owners([*hits, *similar])[: self._max_candidates]
             donors = self._donors(ids, ns)
             found = time.perf_counter()
-        plan = make_plan(keys, donors, options)
+        plan = make_plan(keys, donors, options, positions)
         return Found(plan, found - start, time.perf_counter() - found)
 
     def similar(self, text: str, ns: str) -> tuple[str, ...]:
@@ -152,6 +155,8 @@ class DonorPool:
         v: torch.Tensor,
         text: str,
         attention: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
+        media: tuple[Segment, ...] = (),
     ) -> str | None:
         """Take up a finished request as a donor.
 
@@ -163,6 +168,8 @@ class DonorPool:
             v: its values; copied.
             text: what the dense index shall find it by.
             attention: ``[P]`` float32, how much the prompt's last position looked at each.
+            positions: ``[3, N]`` rotary positions; None: the index.
+            media: where its pictures and clips are.
 
         Returns:
             The new node's id, or None if there is nothing to gain from storing it.
@@ -174,7 +181,9 @@ class DonorPool:
             if twin:
                 self.counters["capture_known"] += 1
                 return None
-            node = self.tree.derive(uuid.uuid4().hex, ns, keys.copy(), plan, time.time(), attention)
+            node = self.tree.derive(
+                uuid.uuid4().hex, ns, keys.copy(), plan, time.time(), attention, positions, media
+            )
         kv = NodeKV(_owned(k, node), _owned(v, node))
         self.store.put(StoredNode(node, kv))
         with self._lock:

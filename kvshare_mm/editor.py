@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from kvshare_mm.delta_tree import Piece
+from kvshare_mm.delta_tree import Node, Piece
 from kvshare_mm.kernels.dispatch import edit_kv
 from kvshare_mm.kernels.edits import KVEdit, rotation_table
+from kvshare_mm.plan import one_turn
 from kvshare_mm.rotary import RotarySpec, rerotate
 from kvshare_mm.store.base import StoredNode
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A piece, the row of its owner's KV that it starts at, and what its keys are turned by."""
+
+    piece: Piece
+    row: int
+    turn: int
 
 
 class KVEditor:
@@ -32,6 +44,7 @@ class KVEditor:
         read: Callable[[str], StoredNode],
         keys: torch.Tensor,
         values: torch.Tensor,
+        positions: np.ndarray | None = None,
     ) -> int:
         """Write the KV of `pieces` into a slot.
 
@@ -43,62 +56,66 @@ class KVEditor:
             read: fetches an owner; its errors (KVUnavailableError) pass through.
             keys: ``[num_layers, num_kv_heads, max_len, head_dim]``, the slot's keys, written.
             values: the slot's values, written.
+            positions: ``[3, N]`` rotary positions of the target; None: the index.
 
         Returns:
             Bytes written.
+
+        Raises:
+            ValueError: a piece that its owner does not own, or whose positions do not move as one.
         """
         owners = {owner: read(owner) for owner in dict.fromkeys(p.owner for p in pieces)}
-        if self._spec is None and any(p.shift for p in pieces):
-            raise ValueError("a shifted piece needs the model's rotation")
-        placed: dict[str, list[tuple[Piece, int]]] = {owner: [] for owner in owners}
+        placed: dict[str, list[_Placed]] = {owner: [] for owner in owners}
         for piece in pieces:
-            row = owners[piece.owner].node.owned_row(piece.owner_start, piece.length)
-            if row is None:
-                raise ValueError(f"{piece.owner} does not own {piece}")
-            placed[piece.owner].append((piece, row))
+            placed[piece.owner].append(_place(piece, owners[piece.owner].node, positions))
+        if self._spec is None and any(p.turn for part in placed.values() for p in part):
+            raise ValueError("a shifted piece needs the model's rotation")
         move = self._move if self._backend == "torch" else self._move_at_once
         for owner, stored in owners.items():
             move(stored, placed[owner], keys, values)
-        positions = sum(p.length for p in pieces)
-        return positions * (_position_bytes(keys) + _position_bytes(values))
+        moved = sum(p.length for p in pieces)
+        return moved * (_position_bytes(keys) + _position_bytes(values))
 
     def _move(
         self,
         stored: StoredNode,
-        placed: Sequence[tuple[Piece, int]],
+        placed: Sequence[_Placed],
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
-        """Write one donor's pieces, each with the row of the donor's KV that it starts at."""
-        for piece, row in placed:
+        """Write one donor's pieces."""
+        for part in placed:
+            piece, row = part.piece, part.row
             k = stored.kv.k[:, :, row : row + piece.length].to(keys.device, keys.dtype)
             v = stored.kv.v[:, :, row : row + piece.length].to(values.device, values.dtype)
-            if piece.shift:
+            if part.turn:
                 assert self._spec is not None
-                k = rerotate(k, torch.full((piece.length,), piece.shift), self._spec)
+                k = rerotate(k, torch.full((piece.length,), part.turn), self._spec)
             keys[:, :, piece.start : piece.end] = k
             values[:, :, piece.start : piece.end] = v
 
     def _move_at_once(
         self,
         stored: StoredNode,
-        placed: Sequence[tuple[Piece, int]],
+        placed: Sequence[_Placed],
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
         """`_move` with one copy to the device and one launch."""
         device = keys.device
-        first = min(row for _, row in placed)
-        last = max(row + piece.length for piece, row in placed)
-        shift = torch.tensor([piece.shift for piece, _ in placed])
+        pieces = [p.piece for p in placed]
+        first = min(p.row for p in placed)
+        rows = [p.row - first for p in placed]
+        last = max(p.row + p.piece.length for p in placed)
+        turn = torch.tensor([p.turn for p in placed])
         inv_freq = torch.empty(0) if self._spec is None else self._spec.inv_freq.cpu()
-        cos, sin = rotation_table(shift, inv_freq)
-        lengths = torch.tensor([piece.length for piece, _ in placed])
+        cos, sin = rotation_table(turn, inv_freq)
+        lengths = torch.tensor([piece.length for piece in pieces])
         edit = KVEdit(
-            torch.cat([torch.arange(r - first, r - first + p.length) for p, r in placed]).to(
-                device
-            ),
-            torch.cat([torch.arange(p.start, p.end) for p, _ in placed]).to(device),
+            torch.cat(
+                [torch.arange(r, r + p.length) for p, r in zip(pieces, rows, strict=True)]
+            ).to(device),
+            torch.cat([torch.arange(p.start, p.end) for p in pieces]).to(device),
             torch.arange(len(placed), dtype=torch.int32).repeat_interleave(lengths).to(device),
             cos.to(device),
             sin.to(device),
@@ -106,6 +123,16 @@ class KVEditor:
         )
         k, v = (x[:, :, first:last].to(device)[:, None] for x in (stored.kv.k, stored.kv.v))
         edit_kv(k, v, keys[:, None], values[:, None], edit, self._backend)
+
+
+def _place(piece: Piece, owner: Node, positions: np.ndarray | None) -> _Placed:
+    row = owner.owned_row(piece.owner_start, piece.length)
+    if row is None:
+        raise ValueError(f"{piece.owner} does not own {piece}")
+    turn = one_turn(positions, piece.start, owner.positions, piece.owner_start, piece.length)
+    if turn is None:
+        raise ValueError(f"the positions of {piece} do not move as one")
+    return _Placed(piece, row, turn)
 
 
 def _position_bytes(kv: torch.Tensor) -> int:

@@ -264,7 +264,10 @@ class KVShare:
     def _prompt(
         self, prompt: Prompt, params: SamplingParams | None, options: RequestOptions | None
     ) -> RequestSpec:
-        return self._spec(*prompt_stream(prompt, self._parts.loaded.tokenizer), params, options)
+        parts = self._parts
+        return self._spec(
+            *prompt_stream(prompt, parts.loaded.tokenizer, parts.media), params, options
+        )
 
     def _chat(
         self,
@@ -272,7 +275,14 @@ class KVShare:
         params: SamplingParams | None,
         options: RequestOptions | None,
     ) -> RequestSpec:
-        return self._spec(*chat_stream(messages, self._parts.loaded.tokenizer), params, options)
+        given = options.cache_salt if isinstance(options, RequestOptions) else None
+        stream, text = chat_stream(
+            messages,
+            self._parts.loaded.tokenizer,
+            self._parts.media,
+            self.config.cache_salt if given is None else given,
+        )
+        return self._spec(stream, text, params, options)
 
     def _spec(
         self,

@@ -24,6 +24,29 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class MediaUse:
+    """A picture or clip of the prompt, and what it cost.
+
+    Attributes:
+        modality: "image" or "audio".
+        start, end: its positions ``[start, end)``.
+        content_hash: 16 hex digits; equal for what is the same to the model.
+        label: its sizes, in words.
+        source: "kv" (its KV was reused, its content not looked at), "features" (known to the
+            encoder) or "encoder" (the encoder ran).
+        notes: what was done to it that its sender may not expect.
+    """
+
+    modality: str
+    start: int
+    end: int
+    content_hash: str
+    label: str
+    source: Literal["kv", "features", "encoder"]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance:
     """Where the prompt's KV came from; ``exact + reused + recomputed`` is its length.
 
@@ -36,6 +59,7 @@ class Provenance:
         declined: why nothing (more) was reused, or None.
         fallback: why a planned reuse was given up and the prompt computed in full, or None.
         spans: the prompt, tiled.
+        media: its pictures and clips, in order.
     """
 
     exact: int = 0
@@ -46,6 +70,7 @@ class Provenance:
     declined: str | None = None
     fallback: str | None = None
     spans: tuple[Span, ...] = field(default=(), repr=False)
+    media: tuple[MediaUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +82,7 @@ class RequestMetrics:
         lookup: finding candidate donors.
         plan: alignment and planning.
         edit: reading donor KV and writing it into the slot.
+        encode: the encoders of pictures and sound, or reading what they made before.
         prefill: the model's forward over the positions to compute, repair selection included.
         ttft: from submission to the first token.
         token_times: ``[num_output_tokens - 1]`` time between tokens.
@@ -67,6 +93,7 @@ class RequestMetrics:
     lookup: float = 0.0
     plan: float = 0.0
     edit: float = 0.0
+    encode: float = 0.0
     prefill: float = 0.0
     ttft: float = 0.0
     token_times: tuple[float, ...] = field(default=(), repr=False)

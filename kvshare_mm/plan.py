@@ -46,6 +46,7 @@ class Donor:
         exact_len: length of the prefix that is exact.
         attention: ``[P]`` float32, P <= M: how much its prompt's last position looked at each; None
             if unknown.
+        positions: ``[3, M]`` rotary positions; None: the index.
     """
 
     donor_id: str
@@ -54,6 +55,7 @@ class Donor:
     readable: int
     exact_len: int
     attention: np.ndarray | None = field(default=None, repr=False)
+    positions: np.ndarray | None = field(default=None, repr=False)
 
 
 class KeptRun(NamedTuple):
@@ -71,7 +73,7 @@ class KeptRun(NamedTuple):
 
     @property
     def shift(self) -> int:
-        """Target position minus donor position: what the keys are re-rotated by."""
+        """Target index minus donor index. What keys are turned by is told by `one_turn`."""
         return self.start - self.donor_start
 
 
@@ -195,10 +197,46 @@ class PlannerOptions:
         return replace(self, exact_only=True)
 
 
-def make_plan(target: np.ndarray, donors: Sequence[Donor], options: PlannerOptions) -> ReusePlan:
-    """Plan the reuse of `donors` (the better candidates first) for `target` (``[N]`` keys)."""
+def one_turn(
+    target: np.ndarray | None, start: int, donor: np.ndarray | None, donor_start: int, length: int
+) -> int | None:
+    """By how many positions the keys of a run move, the same on all axes; None if they do not.
+
+    Args:
+        target, donor: ``[3, N]`` and ``[3, M]`` rotary positions; None: the index.
+    """
+    if target is None and donor is None:
+        return start - donor_start
+    moved = _positions(target, start, length) - _positions(donor, donor_start, length)
+    turn = int(moved.flat[0])
+    return turn if (moved == turn).all() else None
+
+
+def _positions(positions: np.ndarray | None, start: int, length: int) -> np.ndarray:
+    if positions is None:
+        return np.arange(start, start + length)[None]
+    return positions[:, start : start + length]
+
+
+def make_plan(
+    target: np.ndarray,
+    donors: Sequence[Donor],
+    options: PlannerOptions,
+    positions: np.ndarray | None = None,
+) -> ReusePlan:
+    """Plan the reuse of `donors` for a target.
+
+    A run is kept only if its rotary positions move as one. Equal keys see to that: a medium's key
+    names its grid, so what is equal is laid out equally.
+
+    Args:
+        target: ``[N]`` uint64 keys.
+        donors: the better candidates first.
+        options: when reuse is worth it.
+        positions: ``[3, N]`` rotary positions of the target; None: the index.
+    """
     n = len(target)
-    runs = _prefix_runs(target, donors, options.min_run)
+    runs = _prefix_runs(target, donors, options.min_run, positions)
     if options.exact_only:
         runs = tuple(r for r in runs if r.exact)
     prefix = runs[-1].end if runs else 0
@@ -206,7 +244,7 @@ def make_plan(target: np.ndarray, donors: Sequence[Donor], options: PlannerOptio
         return ReusePlan(n, runs)
     if options.exact_only:
         return ReusePlan(n, runs, declined=Decline.EXACT_ONLY)
-    rest = _approximate_runs(target, prefix, donors, options)
+    rest = _approximate_runs(target, prefix, donors, options, positions)
     if not rest:
         reason = Decline.BELOW_MIN_GAIN if donors else Decline.NO_DONOR
         return ReusePlan(n, runs, declined=None if runs else reason)
@@ -217,7 +255,9 @@ def make_plan(target: np.ndarray, donors: Sequence[Donor], options: PlannerOptio
     return ReusePlan(n, runs, attention=_attention(n, runs, donors))
 
 
-def _prefix_runs(target: np.ndarray, donors: Sequence[Donor], min_run: int) -> tuple[KeptRun, ...]:
+def _prefix_runs(
+    target: np.ndarray, donors: Sequence[Donor], min_run: int, positions: np.ndarray | None
+) -> tuple[KeptRun, ...]:
     """The exact prefix, and the approximate one that continues it token for token.
 
     A request that repeats or extends an approximate one sees the very context that its KV was
@@ -229,6 +269,8 @@ def _prefix_runs(target: np.ndarray, donors: Sequence[Donor], min_run: int) -> t
     longest: KeptRun | None = None
     for donor in donors:
         shared = min(common_prefix(donor.keys, target), donor.readable, limit)
+        if shared and one_turn(positions, 0, donor.positions, 0, shared) != 0:
+            continue
         sure = min(shared, donor.exact_len)
         if sure > (exact.length if exact else 0):
             exact = KeptRun(donor.donor_id, 0, 0, sure, exact=True)
@@ -242,9 +284,19 @@ def _prefix_runs(target: np.ndarray, donors: Sequence[Donor], min_run: int) -> t
 
 
 def _approximate_runs(
-    target: np.ndarray, prefix: int, donors: Sequence[Donor], options: PlannerOptions
+    target: np.ndarray,
+    prefix: int,
+    donors: Sequence[Donor],
+    options: PlannerOptions,
+    positions: np.ndarray | None,
 ) -> list[KeptRun]:
     limit = len(target) - 1
+
+    def moves_as_one(run: KeptRun, donor: Donor) -> bool:
+        return (
+            one_turn(positions, run.start, donor.positions, run.donor_start, run.length) is not None
+        )
+
     best: list[KeptRun] = []
     covered = 0
     # Aligning costs milliseconds: a donor that cannot win by a gain worth having is left out.
@@ -252,7 +304,9 @@ def _approximate_runs(
     for donor in sorted(donors, key=lambda d: -reach[d.donor_id]):
         if best and reach[donor.donor_id] < covered + options.min_gain_tokens:
             break
-        runs = _usable(align(donor.keys, target, options.min_run), donor, prefix, limit, options)
+        matches = align(donor.keys, target, options.min_run)
+        usable = _usable(matches, donor, prefix, limit, options)
+        runs = [r for r in usable if moves_as_one(r, donor)]
         length = sum(r.length for r in runs)
         if length > covered:
             best, covered = runs, length
@@ -260,7 +314,7 @@ def _approximate_runs(
         gaps = _gaps(best, prefix, limit, options.min_run)
         if not gaps:
             break
-        best.extend(_fill(target, gaps, donor, options))
+        best.extend(r for r in _fill(target, gaps, donor, options) if moves_as_one(r, donor))
         best.sort(key=lambda r: r.start)
     return best
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import importlib
 import os
 import stat
 from pathlib import Path
@@ -57,23 +56,15 @@ class MediaSources:
         return self._checked(content, where)
 
     def _fetch(self, url: str, where: str) -> bytes:
+        from kvshare_mm.modalities.fetch import MediaFetcher
+
         try:
-            fetcher = importlib.import_module("kvshare_mm.modalities.fetch").MediaFetcher()
-        except ImportError:
-            return self._data_url(url, where)
-        try:
-            content: bytes = fetcher.fetch(url)
+            content: bytes = MediaFetcher().fetch(url)
         except InvalidRequestError as error:
             raise InvalidRequestError(f"{where}: {error}", where) from error
         except (KVShareError, OSError, ValueError) as error:
             raise InvalidRequestError(f"{where} could not be fetched: {error}", where) from error
         return content
-
-    def _data_url(self, url: str, where: str) -> bytes:
-        head, comma, text = url.partition(",")
-        if not head.lower().startswith("data:") or not comma or not head.endswith(";base64"):
-            raise InvalidRequestError(f"{where} is no data URL with base64", where)
-        return self.base64(text, where)
 
     def _file(self, path: Any, where: str) -> bytes:
         if not self._local_files:

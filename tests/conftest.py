@@ -84,6 +84,22 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny random multimodal model, by family; each is built once."""
+    from .media_models import build
+
+    built: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in built:
+            built[family] = tmp_path_factory.mktemp(family)
+            build(family, built[family])
+        return built[family]
+
+    return folder
+
+
 @pytest.fixture
 def open_llm(tiny_folder: Path) -> Iterator[Callable[..., Any]]:
     """Opens `KVShare` on the tiny model, without dense search; closed after the test."""

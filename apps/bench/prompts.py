@@ -57,5 +57,5 @@ def encode(rig: Rig, text: Text, chat: bool = True) -> SegmentStream:
         if not (chat and tokenizer.chat_template):
             return prompt_stream(text, tokenizer)[0]
         text = [{"role": "user", "content": text}]
-    stream, _ = chat_stream(text, tokenizer)
+    stream, _ = chat_stream(text, tokenizer, rig.media)
     return stream

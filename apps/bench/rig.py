@@ -18,9 +18,11 @@ import transformers
 from kvshare_mm import __version__
 from kvshare_mm.apps.bench.methods import Method
 from kvshare_mm.apps.bench.work import LayerCounter
+from kvshare_mm.assemble import media_support
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.donors import DonorPool, namespace
 from kvshare_mm.editor import KVEditor
+from kvshare_mm.engine.encoder import MediaEncoder
 from kvshare_mm.engine.prefill import Prefiller, PrefillResult
 from kvshare_mm.engine.runner import SlotRunner
 from kvshare_mm.errors import ModelLoadError
@@ -82,12 +84,15 @@ class Rig:
             disk,
             max_candidates=config.max_candidates,
         )
+        self.media = media_support(self.loaded, config)
+        self.encoder = MediaEncoder(self.loaded, self.donors.store) if self.loaded.family else None
         self.prefiller = Prefiller(
             self.runner,
             self.donors,
             KVEditor(self.loaded.rotary, self.loaded.attention_backend),
             config.planner,
             make_policy(config.repair),
+            self.encoder,
         )
         self._counter = LayerCounter(self.loaded.model, self.loaded.kv_shape.num_layers)
 
@@ -118,7 +123,17 @@ class Rig:
         """Make what is in the slot a donor."""
         keys, values = self.runner.slot_kv(served.slot)
         result = served.result
-        return self.donors.capture(stream.keys, ns, result.plan, keys, values, "", result.attention)
+        return self.donors.capture(
+            stream.keys,
+            ns,
+            result.plan,
+            keys,
+            values,
+            "",
+            result.attention,
+            stream.positions,
+            stream.media,
+        )
 
     def decode(
         self,
@@ -149,6 +164,7 @@ class Rig:
                 [served[i].slot for i in active],
                 [answers[i][-1] for i in active],
                 [served[i].result.plan.num_tokens + len(answers[i]) - 1 for i in active],
+                [served[i].result.lead for i in active],
             )
             for i, token in zip(active, logits.argmax(-1).tolist(), strict=True):
                 answers[i].append(token)

@@ -205,6 +205,7 @@ class NativeEngine:
                 sharing=spec.sharing,
                 policy=spec.policy,
                 similar=request.similar,
+                store=spec.store,
             )
         except Exception as failure:
             self._fail(request, failure)
@@ -223,6 +224,7 @@ class NativeEngine:
             [r.slot for r in batch],
             [r.token_ids[-1] for r in batch],
             [r.num_cached for r in batch],
+            [r.prefill.lead if r.prefill else 0 for r in batch],
         )
         for request, row in zip(batch, logits, strict=True):
             self._accept(request, row)
@@ -282,6 +284,8 @@ class NativeEngine:
         self.counters["prompt_tokens_computed"] += plan.num_computed
         if plan.declined:
             self.counters[f"declined_{plan.declined}"] += 1
+        for use in request.prefill.media:
+            self.counters[f"media_{use.source}"] += 1
         if request.prefill.fallback:
             self.counters[f"fallback_{request.prefill.fallback}"] += 1
 
@@ -313,15 +317,18 @@ class NativeEngine:
     def _capture_one(self, request: Request) -> None:
         assert self._donors is not None and request.prefill is not None
         assert isinstance(self._runner, SlotRunner)
+        stream = request.spec.stream
         answer = np.array(request.token_ids[:-1], dtype=np.uint64)
         keys, values = self._runner.slot_kv(request.slot)
         with torch.inference_mode():
             self._donors.capture(
-                np.concatenate((request.spec.stream.keys, answer)),
+                np.concatenate((stream.keys, answer)),
                 request.spec.namespace,
                 request.prefill.plan,
                 keys,
                 values,
                 request.spec.text,
                 request.prefill.attention,
+                stream.positions_to(len(stream) + len(answer)),
+                stream.media,
             )

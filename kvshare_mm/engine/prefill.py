@@ -14,9 +14,11 @@ import torch
 from kvshare_mm.attention import TailAttention
 from kvshare_mm.donors import DonorPool
 from kvshare_mm.editor import KVEditor
+from kvshare_mm.engine.encoder import MediaEncoder
+from kvshare_mm.engine.inputs import MediaInputs
 from kvshare_mm.engine.runner import ModelRunner, SlotRunner
 from kvshare_mm.errors import KVUnavailableError
-from kvshare_mm.outputs import Provenance, Span
+from kvshare_mm.outputs import MediaUse, Provenance, Span
 from kvshare_mm.plan import Decline, PlannerOptions, ReusePlan
 from kvshare_mm.repair import RepairPolicy
 from kvshare_mm.stream import SegmentStream
@@ -38,7 +40,9 @@ class PrefillResult:
         attention: ``[num_tokens]`` float32, how much the last position looked at each, or None if
             the runner cannot tell.
         fallback: why a planned reuse was given up, or None.
-        lookup, planning, edit, compute: seconds.
+        lookup, planning, edit, encode, compute: seconds.
+        media: the prompt's pictures and clips.
+        lead: rotary position minus index of the answer's tokens.
     """
 
     logits: torch.Tensor
@@ -49,6 +53,9 @@ class PrefillResult:
     planning: float
     edit: float
     compute: float
+    encode: float = 0.0
+    media: tuple[MediaUse, ...] = ()
+    lead: int = 0
 
 
 class Prefiller:
@@ -60,6 +67,7 @@ class Prefiller:
         editor: puts donor KV into a slot.
         options: when reuse is worth it.
         policy: which kept positions are recomputed.
+        encoder: of a multimodal model, or None.
     """
 
     def __init__(
@@ -69,12 +77,14 @@ class Prefiller:
         editor: KVEditor,
         options: PlannerOptions,
         policy: RepairPolicy,
+        encoder: MediaEncoder | None = None,
     ) -> None:
         self._runner = runner
         self._donors = donors
         self._editor = editor
         self._options = options
         self._policy = policy
+        self._encoder = encoder
 
     def prefill(
         self,
@@ -85,6 +95,7 @@ class Prefiller:
         sharing: Sharing = "on",
         policy: RepairPolicy | None = None,
         similar: tuple[str, ...] = (),
+        store: bool = True,
     ) -> PrefillResult:
         """Fill `slot` with the KV of a prompt and return its last logits.
 
@@ -94,12 +105,13 @@ class Prefiller:
             sharing: what may be reused for this request.
             policy: repairs for this request; the default policy if None.
             similar: donors that a dense search found.
+            store: keep what the encoders of its media make.
         """
         plan, fallback, lookup, planning = self._plan(stream, ns, sharing, similar)
         start = time.perf_counter()
         if plan.runs and fallback is None:
             try:
-                self._edit(plan, slot, ns)
+                self._edit(plan, slot, ns, stream.positions)
             except KVUnavailableError as error:
                 logger.info("computing in full: %s", error)
                 plan, fallback = ReusePlan(len(stream), declined=plan.declined), error.reason
@@ -108,16 +120,28 @@ class Prefiller:
                 logger.exception("edit failed; computing in full")
                 plan, fallback = ReusePlan(len(stream), declined=plan.declined), "edit_error"
         edited = time.perf_counter()
+        media = _Media(self._encoder, stream, ns, sharing != "off", store)
         if plan.num_reused and isinstance(self._runner, SlotRunner):
-            probe = _SlotProbe(self._runner, slot, stream.token_ids, plan)
+            probe = _SlotProbe(self._runner, slot, stream.token_ids, plan, media)
             plan = _repaired(plan, (policy or self._policy).positions(plan, probe))
         # Only donors need it; without a pool there will be none.
         tail = TailAttention() if self._donors is not None else None
-        logits = self._runner.prefill(slot, stream.token_ids, plan.compute, tail)
+        inputs = media.inputs(plan.compute)
+        logits = self._runner.prefill(slot, stream.token_ids, plan.compute, tail, inputs)
         attention = tail.mass if tail is not None else None
-        done = time.perf_counter()
+        compute = time.perf_counter() - edited - media.seconds
         return PrefillResult(
-            logits, plan, attention, fallback, lookup, planning, edited - start, done - edited
+            logits=logits,
+            plan=plan,
+            attention=attention,
+            fallback=fallback,
+            lookup=lookup,
+            planning=planning,
+            edit=edited - start,
+            compute=compute,
+            encode=media.seconds,
+            media=media.uses,
+            lead=stream.lead,
         )
 
     def _plan(
@@ -130,7 +154,7 @@ class Prefiller:
             return ReusePlan(n, declined=Decline.SHARING_OFF), None, 0.0, 0.0
         options = self._options.but_exact_only() if sharing == "exact" else self._options
         try:
-            found = self._donors.find(stream.keys, ns, options, similar)
+            found = self._donors.find(stream.keys, ns, options, similar, stream.positions)
         except Exception:
             # A cache problem is never a request's problem.
             self._donors.counters["lookup_error"] += 1
@@ -138,13 +162,17 @@ class Prefiller:
             return ReusePlan(n, declined=Decline.LOOKUP_ERROR), "lookup_error", 0.0, 0.0
         return found.plan, None, found.lookup, found.planning
 
-    def _edit(self, plan: ReusePlan, slot: int, ns: str) -> None:
+    def _edit(self, plan: ReusePlan, slot: int, ns: str, positions: np.ndarray | None) -> None:
         assert self._donors is not None and isinstance(self._runner, SlotRunner)
         donors = self._donors
         keys, values = self._runner.slot_kv(slot)
         with torch.inference_mode():
             self._editor.edit(
-                donors.pieces(plan), lambda node_id: donors.read(node_id, ns), keys, values
+                donors.pieces(plan),
+                lambda node_id: donors.read(node_id, ns),
+                keys,
+                values,
+                positions,
             )
 
 
@@ -157,21 +185,90 @@ def _repaired(plan: ReusePlan, positions: np.ndarray) -> ReusePlan:
     return repaired
 
 
+class _Media:
+    """A prompt's media while it is prefilled; each is encoded at most once, and only if needed."""
+
+    def __init__(
+        self,
+        encoder: MediaEncoder | None,
+        stream: SegmentStream,
+        ns: str,
+        reuse: bool,
+        store: bool,
+    ) -> None:
+        if stream.items and encoder is None:
+            raise ValueError("the model has no encoder for this prompt's media")
+        self.seconds = 0.0
+        self._encoder = encoder
+        self._stream = stream
+        self._ns = ns
+        self._options = {"reuse": reuse, "keep": store}
+        self._made: dict[int, tuple[torch.Tensor, bool]] = {}
+
+    def inputs(self, compute: np.ndarray) -> MediaInputs | None:
+        """What the model needs to compute positions `compute`; None: token ids are enough."""
+        stream = self._stream
+        if not stream.items:
+            return None
+        begun = time.perf_counter()
+        features = []
+        for segment, item in zip(stream.media, stream.items, strict=True):
+            low, high = np.searchsorted(compute, (segment.start, segment.end))
+            if low == high:
+                continue
+            if segment.start not in self._made:
+                assert self._encoder is not None
+                self._made[segment.start] = self._encoder.features(item, self._ns, **self._options)
+            features.append((segment.start, self._made[segment.start][0]))
+        self.seconds += time.perf_counter() - begun
+        return MediaInputs(stream.positions, tuple(features))
+
+    @property
+    def uses(self) -> tuple[MediaUse, ...]:
+        uses = []
+        for segment, item in zip(self._stream.media, self._stream.items, strict=True):
+            _, ran = self._made.get(segment.start, (None, None))
+            uses.append(
+                MediaUse(
+                    segment.modality.value,
+                    segment.start,
+                    segment.end,
+                    item.digest[:16],
+                    item.label,
+                    "kv" if ran is None else "encoder" if ran else "features",
+                    item.notes,
+                )
+            )
+        return tuple(uses)
+
+
 class _SlotProbe:
     """Measures drift of an edited slot, at most once a layer."""
 
     def __init__(
-        self, runner: SlotRunner, slot: int, token_ids: np.ndarray, plan: ReusePlan
+        self,
+        runner: SlotRunner,
+        slot: int,
+        token_ids: np.ndarray,
+        plan: ReusePlan,
+        media: _Media,
     ) -> None:
         self._runner = runner
         self._slot = slot
         self._token_ids = token_ids
         self._plan = plan
+        self._media = media
 
     def deviation(self, layer: int) -> np.ndarray:
         first = int(np.flatnonzero(self._plan.approximate)[0])
         start = min(first, int(self._plan.placeholders[0]))
-        deviation = self._runner.value_deviation(self._slot, self._token_ids, start, layer)
+        deviation = self._runner.value_deviation(
+            self._slot,
+            self._token_ids,
+            start,
+            layer,
+            self._media.inputs(np.arange(start, len(self._token_ids))),
+        )
         return np.where(self._plan.approximate, deviation, np.float32(0))
 
 
@@ -202,4 +299,5 @@ def provenance(result: PrefillResult) -> Provenance:
         declined=plan.declined,
         fallback=result.fallback,
         spans=spans,
+        media=result.media,
     )

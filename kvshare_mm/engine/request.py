@@ -136,6 +136,7 @@ class Request:
             lookup=result.lookup if result else 0.0,
             plan=result.planning if result else 0.0,
             edit=result.edit if result else 0.0,
+            encode=result.encode if result else 0.0,
             prefill=result.compute if result else 0.0,
             ttft=times[0] - self.submitted if times else 0.0,
             token_times=tuple(b - a for a, b in itertools.pairwise(times)),

@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from kvshare_mm.attention import Layout, SlotCache, TailAttention, rows
+from kvshare_mm.engine.inputs import MediaInputs, decode_positions, model_inputs
 from kvshare_mm.models.loader import LoadedModel
 
 
@@ -29,6 +30,7 @@ class ModelRunner(Protocol):
         token_ids: np.ndarray,
         compute: np.ndarray,
         tail: TailAttention | None = None,
+        media: MediaInputs | None = None,
     ) -> torch.Tensor:
         """Compute positions `compute` of a prompt; the others' KV is in the slot already.
 
@@ -36,15 +38,25 @@ class ModelRunner(Protocol):
             token_ids: ``[N]`` the whole prompt.
             compute: ascending positions; the last is ``N - 1``.
             tail: records where the last position looks, if this runner can tell.
+            media: what it holds beyond token ids: features for all media to be computed.
 
         Returns:
             ``[vocab_size]`` logits of the last position.
         """
 
     def decode(
-        self, slots: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]
+        self,
+        slots: Sequence[int],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        leads: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """One step of several requests: ``[len(slots), vocab_size]`` logits."""
+        """One step of several requests: ``[len(slots), vocab_size]`` logits.
+
+        Args:
+            positions: index of each token in its slot.
+            leads: rotary position minus index of each; None: no difference.
+        """
 
     def release(self, slot: int) -> None:
         """The slot's request is over."""
@@ -99,24 +111,30 @@ class SlotRunner:
         token_ids: np.ndarray,
         compute: np.ndarray,
         tail: TailAttention | None = None,
+        media: MediaInputs | None = None,
     ) -> torch.Tensor:
         ids = torch.from_numpy(token_ids).to(self._device)
         *parts, last = torch.from_numpy(compute).to(self._device).split(self._chunk)
         for part in parts:
-            self._forward(self._cache, slot, ids, part)
-        logits: torch.Tensor = self._forward(self._cache, slot, ids, last, tail).logits
+            self._forward(self._cache, slot, ids, part, media)
+        logits: torch.Tensor = self._forward(self._cache, slot, ids, last, media, tail).logits
         return logits[0, -1]
 
     @torch.inference_mode()
     def decode(
-        self, slots: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]
+        self,
+        slots: Sequence[int],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        leads: Sequence[int] | None = None,
     ) -> torch.Tensor:
         index = torch.tensor(positions, device=self._device)
+        ahead = torch.tensor(leads or [0] * len(slots), device=self._device)
         layout = Layout([rows(slot, index[i : i + 1]) for i, slot in enumerate(slots)])
         self._cache.layout = layout
         logits: torch.Tensor = self._model(
             input_ids=torch.tensor([token_ids], device=self._device),
-            position_ids=index[None],
+            position_ids=decode_positions(index, ahead),
             past_key_values=self._cache,
             use_cache=True,
             kvshare_layout=layout,
@@ -128,7 +146,12 @@ class SlotRunner:
 
     @torch.inference_mode()
     def value_deviation(
-        self, slot: int, token_ids: np.ndarray, start: int, layer: int
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        start: int,
+        layer: int,
+        media: MediaInputs | None = None,
     ) -> np.ndarray:
         """How far the slot's V is from what the context gives, at an early layer.
 
@@ -144,7 +167,7 @@ class SlotRunner:
         index = torch.arange(start, len(token_ids), device=self._device)
         deviation = np.zeros(len(token_ids), np.float32)
         try:
-            self._forward(cache, 0, ids, index)
+            self._forward(cache, 0, ids, index, media)
         except _Measured as measured:
             deviation[start:] = measured.deviation.float().cpu().numpy()
         return deviation
@@ -155,13 +178,13 @@ class SlotRunner:
         slot: int,
         ids: torch.Tensor,
         index: torch.Tensor,
+        media: MediaInputs | None,
         tail: TailAttention | None = None,
     ) -> Any:
         layout = Layout([rows(slot, index)], tail)
         cache.layout = layout
         return self._model(
-            input_ids=ids[index][None],
-            position_ids=index[None],
+            **model_inputs(self._model, ids, index, media),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -224,32 +247,41 @@ class PlainRunner:
         token_ids: np.ndarray,
         compute: np.ndarray,
         tail: TailAttention | None = None,
+        media: MediaInputs | None = None,
     ) -> torch.Tensor:
         if len(compute) != len(token_ids):
             raise ValueError("this model computes whole prompts only")
         self._caches[slot] = DynamicCache(config=self._model.config)
-        return self._step(slot, token_ids.tolist(), 0)
+        ids = torch.from_numpy(token_ids).to(self._device)
+        index = torch.arange(len(ids), device=self._device)
+        return self._step(slot, model_inputs(self._model, ids, index, media))
 
     @torch.inference_mode()
     def decode(
-        self, slots: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]
+        self,
+        slots: Sequence[int],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        leads: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        return torch.stack(
-            [
-                self._step(slot, [token], position)
-                for slot, token, position in zip(slots, token_ids, positions, strict=True)
-            ]
-        )
+        logits = []
+        for slot, token, position, lead in zip(
+            slots, token_ids, positions, leads or [0] * len(slots), strict=True
+        ):
+            inputs = {
+                "input_ids": torch.tensor([[token]], device=self._device),
+                "position_ids": torch.tensor([[position + lead]], device=self._device),
+            }
+            logits.append(self._step(slot, inputs))
+        return torch.stack(logits)
 
     def release(self, slot: int) -> None:
         self._caches.pop(slot, None)
 
-    def _step(self, slot: int, token_ids: list[int], start: int) -> torch.Tensor:
-        inputs = {self._cache_name: self._caches[slot]}
-        if self._takes_positions:
-            positions = torch.arange(start, start + len(token_ids), device=self._device)
-            inputs["position_ids"] = positions[None]
+    def _step(self, slot: int, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not self._takes_positions:
+            inputs.pop("position_ids")
         logits: torch.Tensor = self._model(
-            input_ids=torch.tensor([token_ids], device=self._device), use_cache=True, **inputs
+            use_cache=True, **inputs, **{self._cache_name: self._caches[slot]}
         ).logits
         return logits[0, -1]

@@ -11,12 +11,19 @@ from typing import Any
 
 import torch
 import xxhash
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from kvshare_mm.attention import attention_name
 from kvshare_mm.errors import ConfigError, ModelLoadError
 from kvshare_mm.kernels.backend import BackendError, resolve
+from kvshare_mm.models.family import Family, load_family
 from kvshare_mm.models.gguf import EMBEDDED, converted, embedded_gguf
 from kvshare_mm.models.support import KVShape, check_support
 from kvshare_mm.rotary import RotarySpec
@@ -32,7 +39,7 @@ class LoadedModel:
 
     Attributes:
         name: as the user gave it.
-        model: the transformers module, in eval mode.
+        model: the transformers module, in eval mode; of a multimodal model its language part.
         tokenizer: its tokenizer.
         device: where it runs.
         dtype: of weights and KV.
@@ -43,6 +50,8 @@ class LoadedModel:
         kv_shape: of one position's KV; None if KV cannot be reused.
         unsupported: why KV cannot be reused, in words, or None.
         attention_backend: what computes PartialAttention and moves KV: "triton" or "torch".
+        family: encoders and placeholders; None for a model of text alone.
+        processor: transformers' processor of a multimodal model, or None.
     """
 
     name: str
@@ -57,6 +66,8 @@ class LoadedModel:
     kv_shape: KVShape | None
     unsupported: str | None
     attention_backend: str = "torch"
+    family: Family | None = None
+    processor: Any = None
 
 
 def load_model(
@@ -93,10 +104,21 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         chosen = _dtype(dtype, config, where)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=chosen, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        options = {
+            "dtype": chosen,
+            "trust_remote_code": trust_remote_code,
+            "output_loading_info": True,
+        }
+        processor: Any = None
+        family: Family | None = None
+        if (loaded := load_family(config.model_type, source, **options)) is not None:
+            model, family, report = loaded
+            processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+            tokenizer = processor.tokenizer
+            tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # of transformers, safetensors, the hub, or code from the hub
         hint = "" if Path(source).exists() else " It is neither a folder nor an embedded model."
         raise ModelLoadError(f"Could not load the model {name!r}.{hint} {error}") from error
@@ -106,22 +128,25 @@ def load_model(
         missing = sorted(report["missing_keys"])
         raise ModelLoadError(f"The model {name!r} lacks {len(missing)} weights, e.g. {missing[0]}")
     model = model.to(where).eval().requires_grad_(False)
-    support = check_support(model, attention_name(backend))
+    language = model if family is None else family.decoder
+    support = check_support(language, attention_name(backend))
     if support.reason:
         logger.warning("%s is served without KV reuse: %s", name, support.reason)
     return LoadedModel(
         name=name,
-        model=model,
+        model=language,
         tokenizer=tokenizer,
         device=where,
         dtype=chosen,
-        context_len=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
+        context_len=int(getattr(language.config, "max_position_embeddings", None) or 1 << 20),
         eos_token_ids=_eos(model, tokenizer),
         fingerprint=_fingerprint(model, tokenizer),
         rotary=support.rotary,
         kv_shape=support.kv_shape,
         unsupported=support.reason,
         attention_backend=backend,
+        family=family,
+        processor=processor,
     )
 
 

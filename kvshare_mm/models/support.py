@@ -86,10 +86,13 @@ def check_support(model: Any, attention: str = ATTENTION_NAME) -> Support:
     try:
         vocab = int(model.config.vocab_size)
         ids = torch.arange(3, 3 + _PROBE_TOKENS, device=device).remainder(vocab)[None]
+        places = _places(model.config, device)
         with torch.inference_mode():
-            expected = model(input_ids=ids, use_cache=False).logits[0, -1]
+            expected = model(
+                input_ids=ids, position_ids=_position_ids(places), use_cache=False
+            ).logits[0, -1]
             model.set_attn_implementation(attention)
-            support = _prove(model, ids, expected, RotarySpec(inv_freq))
+            support = _prove(model, ids, places, expected, RotarySpec(inv_freq))
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         support = Support(f"it does not run under PartialAttention ({error})")
     if support.reason:
@@ -123,11 +126,26 @@ def _inv_freq(model: Any) -> torch.Tensor | None:
     return None
 
 
-def _prove(model: Any, ids: torch.Tensor, expected: torch.Tensor, spec: RotarySpec) -> Support:
+def _places(config: Any, device: torch.device) -> torch.Tensor:
+    """Rotary positions of the probe: ``[1, n]``, or ``[3, n]`` with axes that go different ways."""
+    index = torch.arange(_PROBE_TOKENS, device=device)
+    if not (getattr(config, "rope_parameters", None) or {}).get("mrope_section"):
+        return index[None]
+    return torch.stack((index, 2 * index % 7, 3 * index % 11))
+
+
+def _position_ids(places: torch.Tensor) -> torch.Tensor:
+    """As models take them: ``[1, n]``, or ``[3, 1, n]``."""
+    return places if len(places) == 1 else places[:, None]
+
+
+def _prove(
+    model: Any, ids: torch.Tensor, places: torch.Tensor, expected: torch.Tensor, spec: RotarySpec
+) -> Support:
     n = ids.shape[1]
     index = torch.arange(n, device=ids.device)
-    first = _first_layer(model, ids, index)
-    moved = _first_layer(model, ids, index + _PROBE_SHIFT)
+    first = _first_layer(model, ids, places)
+    moved = _first_layer(model, ids, places + _PROBE_SHIFT)
     shape = KVShape(
         num_layers=model.config.num_hidden_layers,
         num_kv_heads=first.keys.shape[1],
@@ -153,15 +171,15 @@ def _prove(model: Any, ids: torch.Tensor, expected: torch.Tensor, spec: RotarySp
     # Every layer: some models rotate only in most of theirs. With the same inputs in both forwards,
     # or the rounding of the layers below would drown the difference.
     with _same_inputs(model):
-        _fill(model, ids, cache, 0, index)
-        _fill(model, ids, cache, 1, index, _PROBE_SHIFT)
+        _fill(model, ids, cache, 0, index, places)
+        _fill(model, ids, cache, 1, index, places + _PROBE_SHIFT)
     for layer, (base, target) in enumerate(zip(cache.keys[:, 0], cache.keys[:, 1], strict=True)):
         error = (rerotate(base, shift, spec) - target).float().abs().max()
         if not error <= tolerance * target.float().abs().max():
             return Support(f"the keys of its layer {layer} do not follow its rotary embedding")
     # The last position is computed by itself, so that the keys it needs come from the slot.
-    _fill(model, ids, cache, 0, index[:-1])
-    logits = _fill(model, ids, cache, 0, index[-1:])
+    _fill(model, ids, cache, 0, index[:-1], places)
+    logits = _fill(model, ids, cache, 0, index[-1:], places)
     error = (logits - expected).float().abs().max()
     if not error <= 2 * tolerance * expected.float().abs().max():
         return Support("PartialAttention does not reproduce its logits")
@@ -194,26 +212,31 @@ def _same_inputs(model: Any) -> Iterator[None]:
 
 
 def _fill(
-    model: Any, ids: torch.Tensor, cache: SlotCache, slot: int, index: torch.Tensor, offset: int = 0
+    model: Any,
+    ids: torch.Tensor,
+    cache: SlotCache,
+    slot: int,
+    index: torch.Tensor,
+    places: torch.Tensor,
 ) -> Any:
-    """Compute tokens `index` of `ids` into a slot, turned `offset` further; the last logits."""
+    """Compute tokens `index` of `ids` into a slot, turned as `places` say; the last logits."""
     cache.layout = Layout([rows(slot, index)])
     return model(
         input_ids=ids[:, index],
-        position_ids=index[None] + offset,
+        position_ids=_position_ids(places[:, index]),
         past_key_values=cache,
         use_cache=True,
         kvshare_layout=cache.layout,
     ).logits[0, -1]
 
 
-def _first_layer(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> _FirstLayer:
+def _first_layer(model: Any, ids: torch.Tensor, places: torch.Tensor) -> _FirstLayer:
     cache = _FirstLayer()
     cache.layout = Layout([rows(0, torch.arange(ids.shape[1]))])
     try:
         model(
             input_ids=ids,
-            position_ids=positions[None],
+            position_ids=_position_ids(places),
             past_key_values=cache,
             use_cache=True,
             kvshare_layout=cache.layout,

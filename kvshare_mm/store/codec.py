@@ -1,7 +1,8 @@
 """File format of one stored node: a safetensors file that checks itself.
 
-Tensors: ``keys`` (uint64 ``[N]``), ``own`` (int64 ``[n, 2]``), ``k``, ``v`` and, where they are
-known, ``attention`` (float32 ``[P]``) and ``embedding`` (float32 ``[dim]``). The string metadata
+Tensors: ``keys`` (uint64 ``[N]``), ``own`` (int64 ``[n, 2]``), ``k``, ``v`` and, where there are
+any, ``positions`` (int64 ``[3, N]``), ``attention`` (float32 ``[P]``) and ``embedding`` (float32
+``[dim]``). The string metadata
 holds the rest of the node as JSON and two xxh3-128 checksums: one over the record (all but K and
 V), so that a tree can be rebuilt without reading gigabytes of KV, and one over K and V.
 
@@ -18,7 +19,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import xxhash
 from kvshare_mm.delta_tree import Node, Piece, Span
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.store.base import NodeKV, StoredNode
+from kvshare_mm.stream import Modality, Segment
 
 FORMAT = "kvshare_mm.node"
 FORMAT_VERSION = "1"
@@ -37,7 +39,7 @@ TEMP_SUFFIX = ".tmp"
 
 _KV_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _KV_DTYPE_NAMES = {dtype: name for name, dtype in _KV_DTYPES.items()}
-_RECORD_TENSORS = ("keys", "own", "attention", "embedding")
+_RECORD_TENSORS = ("keys", "own", "positions", "attention", "embedding")
 
 _Layout = dict[str, dict[str, Any]]  # tensor name -> its entry in a safetensors header
 
@@ -130,6 +132,9 @@ def _encode(stored: StoredNode) -> list[bytes | memoryview]:
     contents: dict[str, bytes | memoryview] = {"keys": keys.tobytes(), "own": own.tobytes()}
     types: dict[str, tuple[str, Sequence[int]]]
     types = {"keys": ("U64", keys.shape), "own": ("I64", own.shape)}
+    if node.positions is not None:
+        positions = np.ascontiguousarray(node.positions, dtype="<i8")
+        contents["positions"], types["positions"] = positions.tobytes(), ("I64", positions.shape)
     for name, floats in (("attention", node.attention), ("embedding", embedding)):
         if floats is not None:
             vector = np.ascontiguousarray(floats, dtype="<f4")
@@ -151,6 +156,7 @@ def _encode(stored: StoredNode) -> list[bytes | memoryview]:
         "exact_len": int(node.exact_len),
         "parent": node.parent,
         "created_s": float(node.created_s),
+        "media": [astuple(segment) for segment in node.media],
     }
     record = json.dumps(fields)
     metadata = {
@@ -243,6 +249,9 @@ def _read_record(file: BufferedReader) -> _Record:
         np.frombuffer(contents[name], dtype="<f4").copy() if name in contents else None
         for name in ("attention", "embedding")
     )
+    positions = None
+    if "positions" in contents:
+        positions = np.frombuffer(contents["positions"], dtype="<i8").copy().reshape(3, -1)
     node = Node(
         node_id=fields["node_id"],
         namespace=fields["namespace"],
@@ -253,6 +262,8 @@ def _read_record(file: BufferedReader) -> _Record:
         attention=attention,
         parent=fields["parent"],
         created_s=fields["created_s"],
+        positions=positions,
+        media=tuple(Segment(Modality(m), *rest) for m, *rest in fields.get("media", ())),
     )
     return _Record(node, embedding, tensors, data_start, kv_checksum)
 

@@ -106,6 +106,7 @@ class HostTier:
 
 
 def ram_bytes(stored: StoredNode) -> int:
-    """Return the bytes a node takes in RAM: K, V, keys and embedding."""
-    embedding_bytes = 0 if stored.embedding is None else stored.embedding.nbytes
-    return stored.kv.num_bytes + stored.node.keys.nbytes + embedding_bytes
+    """Return the bytes a node takes in RAM: K, V, keys, positions and embedding."""
+    extras = (stored.embedding, stored.node.positions)
+    extra_bytes = sum(array.nbytes for array in extras if array is not None)
+    return stored.kv.num_bytes + stored.node.keys.nbytes + extra_bytes

@@ -822,9 +822,9 @@ def test_donors_found_by_meaning_are_used_if_they_come_in_time(open_llm: OpenLLM
         searched.set()
         return ("nobody-knows-it",)
 
-    def recorded(keys: Any, ns: str, options: Any, similar: tuple[str, ...]) -> Any:
+    def recorded(keys: Any, ns: str, options: Any, similar: tuple[str, ...], *rest: Any) -> Any:
         given.append(similar)
-        return find(keys, ns, options, similar)
+        return find(keys, ns, options, similar, *rest)
 
     donors.similar, donors.find = similar, recorded  # type: ignore[method-assign]
     gate = Gate(llm._parts.runner, "decode")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
 
+from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.modalities.image import ImageAdapter
 from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.stream import MediaItem
@@ -186,3 +188,22 @@ def test_a_path_is_read(images: ImageAdapter, tmp_path: Path, as_url: bool) -> N
         else {"type": "image", "image": file}
     )
     assert images.read(part, "p", "").digest == read(images, picture()).digest
+
+
+def test_a_data_url_is_read(images: ImageAdapter) -> None:
+    url = f"data:image/png;base64,{base64.b64encode(encoded(picture())).decode()}"
+    for part in (
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": url},
+        {"type": "image", "image": url},
+    ):
+        assert images.read(part, "p", "").digest == read(images, picture()).digest
+
+
+@pytest.mark.parametrize(
+    "url", ["data:image/png;base64,***", "data:image/png;base64,", "http://127.0.0.1/a.png"]
+)
+def test_what_a_url_does_not_give_names_the_part(images: ImageAdapter, url: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        images.read({"type": "image_url", "image_url": {"url": url}}, "messages[0].content[2]", "")
+    assert caught.value.field == "messages[0].content[2].image_url"

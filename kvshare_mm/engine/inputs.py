@@ -1,0 +1,55 @@
+"""What a model is given for a prompt: token ids, rotary positions, features in place of media."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaInputs:
+    """What a prompt holds beyond its token ids.
+
+    Attributes:
+        positions: ``[3, N]`` int64 rotary positions; None: the index.
+        features: (first position, ``[length, hidden_size]``) of media that are to be computed.
+    """
+
+    positions: np.ndarray | None = None
+    features: tuple[tuple[int, torch.Tensor], ...] = ()
+
+
+def model_inputs(
+    model: Any, ids: torch.Tensor, index: torch.Tensor, media: MediaInputs | None
+) -> dict[str, torch.Tensor]:
+    """Keywords of a forward over some positions of a prompt.
+
+    Args:
+        ids: ``[N]`` the whole prompt.
+        index: ``[n]`` the positions, ascending.
+    """
+    tokens = ids[index][None]
+    if media is None:
+        return {"input_ids": tokens, "position_ids": index[None]}
+    positions = index[None]
+    if media.positions is not None:
+        positions = torch.from_numpy(media.positions).to(index.device)[:, index][:, None]
+    here = [
+        (rows, features[index[rows] - start])
+        for start, features in media.features
+        if len(rows := ((index >= start) & (index < start + len(features))).nonzero()[:, 0])
+    ]
+    if not here:
+        return {"input_ids": tokens, "position_ids": positions}
+    embeddings = model.get_input_embeddings()(tokens)
+    for rows, features in here:
+        embeddings[0, rows] = features.to(embeddings)
+    return {"inputs_embeds": embeddings, "position_ids": positions}
+
+
+def decode_positions(index: torch.Tensor, leads: torch.Tensor) -> torch.Tensor:
+    """Rotary positions of answer tokens, ``[1, n]``: on every axis what follows the largest."""
+    return (index + leads)[None]

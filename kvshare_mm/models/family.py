@@ -1,0 +1,69 @@
+"""What differs between families of multimodal models, and which families there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from kvshare_mm.models.decoder import Decoder
+from kvshare_mm.stream import Modality
+
+
+class Family(Protocol):
+    """One loaded multimodal model."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """Its language part."""
+
+    @property
+    def placeholders(self) -> Mapping[Modality, int]:
+        """The token that stands for a medium in the prompt, by modality."""
+
+    @property
+    def mrope(self) -> bool:
+        """Whether its rotary positions have three axes."""
+
+    def encode(self, modality: Modality, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run an encoder on one medium.
+
+        Args:
+            inputs: what the modality's adapter makes, on the model's device.
+
+        Returns:
+            ``[length, hidden_size]``: what stands at the medium's positions.
+        """
+
+
+def load_family(model_type: str, source: str, **options: Any) -> tuple[Any, Family, Any] | None:
+    """Load a multimodal model: the model, its family, transformers' loading report.
+
+    Returns:
+        None if `model_type` is of no multimodal family that is known here.
+    """
+    if model_type in ("qwen2_vl", "qwen2_5_vl"):
+        from transformers import AutoModelForImageTextToText
+
+        from kvshare_mm.models.qwen2_vl import Qwen2VL
+
+        model, report = AutoModelForImageTextToText.from_pretrained(source, **options)
+        return model, Qwen2VL(model), report
+    if model_type in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
+        from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+        from kvshare_mm.models.qwen2_5_omni import Qwen25Omni
+
+        model, report = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+            source, **options
+        )
+        return model, Qwen25Omni(model), report
+    if model_type == "qwen2_audio":
+        from transformers import Qwen2AudioForConditionalGeneration
+
+        from kvshare_mm.models.qwen2_audio import Qwen2Audio
+
+        model, report = Qwen2AudioForConditionalGeneration.from_pretrained(source, **options)
+        return model, Qwen2Audio(model), report
+    return None

@@ -1,0 +1,32 @@
+"""Which adapters a model has: one for every part of its processor that it has a placeholder for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from kvshare_mm.modalities.audio import AudioAdapter
+from kvshare_mm.modalities.base import Adapters, ModalityAdapter
+from kvshare_mm.modalities.image import ImageAdapter
+from kvshare_mm.modalities.sources import MediaSources
+from kvshare_mm.stream import Modality
+
+
+def adapters_for(
+    processor: Any, modalities: Iterable[Modality], sources: MediaSources, max_pixels: int
+) -> Adapters:
+    """The adapters of a multimodal model.
+
+    Args:
+        processor: transformers' processor of the model.
+        modalities: what the model can take.
+        sources: reads files and URLs.
+        max_pixels: of a picture as it is sent.
+    """
+    adapters: list[ModalityAdapter] = []
+    for modality in modalities:
+        if modality is Modality.IMAGE:
+            adapters.append(ImageAdapter(processor.image_processor, sources, max_pixels))
+        elif modality is Modality.AUDIO:
+            adapters.append(AudioAdapter(processor.feature_extractor, sources))
+    return Adapters(adapters)

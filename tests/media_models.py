@@ -1,0 +1,194 @@
+"""Tiny random multimodal models in folders, with processors and chat templates of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
+    Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    WhisperFeatureExtractor,
+)
+from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl import (
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLVideoProcessor,
+)
+from transformers.utils import logging
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen2_audio")
+SEES = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker")
+HEARS = ("qwen2_5_omni_thinker", "qwen2_audio")
+
+_SPECIAL = {
+    "image_token": "<|image_pad|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|video_pad|>",
+    "vision_bos_token": "<|vision_start|>",
+    "vision_eos_token": "<|vision_end|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": None,
+}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+_AUDIO = {
+    "num_mel_bins": 16,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "d_model": 32,
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, and the special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *_SPECIAL.values()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=_TEMPLATE,
+        extra_special_tokens=_SPECIAL,
+    )
+
+
+def build(family: str, folder: Path) -> None:
+    """Save a random model of a family with its processor."""
+    tok = tokenizer()
+    ids = {
+        name.removesuffix("_token"): tok.convert_tokens_to_ids(t) for name, t in _SPECIAL.items()
+    }
+    text = {**_TEXT, "vocab_size": len(tok), "eos_token_id": tok.eos_token_id}
+    text["pad_token_id"] = tok.pad_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = _MODELS[family](text, ids)
+        with torch.no_grad():
+            # Fresh weights attend almost evenly, which would hide a wrong mask or rotation.
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.15)
+    model.generation_config.eos_token_id = tok.eos_token_id
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    _processor(family, tok).save_pretrained(folder)
+    logging.enable_progress_bar()
+
+
+def _processor(family: str, tok: Any) -> Any:
+    pixels = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 24}
+    images, videos = Qwen2VLImageProcessor(**pixels), Qwen2VLVideoProcessor(**pixels)
+    hears = WhisperFeatureExtractor(feature_size=16, chunk_length=4)
+    if family == "qwen2_vl":
+        return Qwen2VLProcessor(images, tok, videos, chat_template=_TEMPLATE)
+    if family == "qwen2_5_vl":
+        return Qwen2_5_VLProcessor(images, tok, videos, chat_template=_TEMPLATE)
+    if family == "qwen2_5_omni_thinker":
+        return Qwen2_5OmniProcessor(images, videos, hears, tok, chat_template=_TEMPLATE)
+    return Qwen2AudioProcessor(hears, tok, chat_template=_TEMPLATE)
+
+
+def _qwen2_vl(text: dict[str, Any], ids: dict[str, int]) -> Any:
+    vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64}
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            text_config={**text, "rope_parameters": _MROPE},
+            vision_config=vision,
+            image_token_id=ids["image"],
+            video_token_id=ids["video"],
+            vision_start_token_id=ids["vision_bos"],
+            vision_end_token_id=ids["vision_eos"],
+        )
+    )
+
+
+_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "window_size": 56,
+    "fullatt_block_indexes": [1],
+}
+
+
+def _qwen2_5_vl(text: dict[str, Any], ids: dict[str, int]) -> Any:
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={**text, "rope_parameters": _MROPE},
+            vision_config=_VISION,
+            image_token_id=ids["image"],
+            video_token_id=ids["video"],
+            vision_start_token_id=ids["vision_bos"],
+            vision_end_token_id=ids["vision_eos"],
+        )
+    )
+
+
+def _omni(text: dict[str, Any], ids: dict[str, int]) -> Any:
+    return Qwen2_5OmniThinkerForConditionalGeneration(
+        Qwen2_5OmniThinkerConfig(
+            audio_config={**_AUDIO, "output_dim": 64, "max_source_positions": 200},
+            vision_config=_VISION,
+            text_config={**text, "rope_parameters": _MROPE},
+            audio_token_index=ids["audio"],
+            image_token_index=ids["image"],
+            video_token_index=ids["video"],
+            audio_start_token_id=ids["audio_bos"],
+            audio_end_token_id=ids["audio_eos"],
+            vision_start_token_id=ids["vision_bos"],
+            vision_end_token_id=ids["vision_eos"],
+        )
+    )
+
+
+def _qwen2_audio(text: dict[str, Any], ids: dict[str, int]) -> Any:
+    audio = {**_AUDIO, "model_type": "qwen2_audio_encoder", "max_source_positions": 200}
+    return Qwen2AudioForConditionalGeneration(
+        Qwen2AudioConfig(
+            audio_config=audio,
+            text_config={**text, "model_type": "qwen2"},
+            audio_token_index=ids["audio"],
+        )
+    )
+
+
+_MODELS = {
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen2_5_omni_thinker": _omni,
+    "qwen2_audio": _qwen2_audio,
+}

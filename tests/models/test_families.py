@@ -1,0 +1,223 @@
+"""Multimodal families: our ids, positions, features and KV are those of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvshare_mm.engine.encoder import MediaEncoder
+from kvshare_mm.engine.inputs import MediaInputs
+from kvshare_mm.engine.runner import PlainRunner, SlotRunner
+from kvshare_mm.stream import Modality, SegmentStream
+
+from ..media_models import FAMILIES, HEARS, SEES
+from ..media_oracle import Oracle
+from ..modalities.media import RATE, picture, tone
+
+ATOL = 1e-4
+MAX_LEN = 400
+
+
+def see(width: int = 112, height: int = 84, seed: int = 0) -> dict[str, Any]:
+    return {"type": "image", "image": picture(width, height, seed)}
+
+
+def hear(seconds: float = 0.8, hertz: float = 440) -> dict[str, Any]:
+    return {"type": "audio", "audio": (tone(seconds, hertz), RATE)}
+
+
+def say(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def user(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+PICTURES: dict[str, list[dict[str, Any]]] = {
+    "first": [user(see(), say("What is it?"))],
+    "last": [SYSTEM, user(say("What is this?"), see())],
+    "between": [SYSTEM, user(say("Here: "), see(200, 60), say(" What is it?"))],
+    "alone": [user(see(60, 180))],
+    "two of other sizes": [user(see(112, 84), say(" and "), see(56, 140, 1), say("?"))],
+    "two without a word": [user(see(112, 112), see(84, 56, 1), say("?"))],
+    "the same twice": [user(see(), see(), say("The same?"))],
+    "over turns": [
+        user(see(84, 84), say("What?")),
+        {"role": "assistant", "content": "A lamp."},
+        user(say("And"), see(168, 28, 2), say("?")),
+    ],
+    "none": [SYSTEM, {"role": "user", "content": "Hello?"}],
+}
+SOUNDS: dict[str, list[dict[str, Any]]] = {
+    "sound first": [user(hear(), say("What is it?"))],
+    "sound last": [SYSTEM, user(say("What is this?"), hear(1.3))],
+    "two sounds": [user(hear(0.4), say(" or "), hear(2.0, 700), say("?"))],
+    "sounds over turns": [
+        user(hear(0.5), say("What?")),
+        {"role": "assistant", "content": "A bell."},
+        user(hear(1.1, 300), say("And?")),
+    ],
+}
+BOTH: dict[str, list[dict[str, Any]]] = {
+    "picture and sound": [user(see(), say("and"), hear(), say("?"))],
+    "sound and picture": [user(hear(), see(140, 56), say("?"))],
+    "much of both": [SYSTEM, user(see(), hear(0.3), hear(0.6, 300), say("?"), see(56, 56, 3))],
+}
+CASES = [
+    *((family, name) for family in SEES for name in PICTURES),
+    *((family, name) for family in HEARS for name in SOUNDS),
+    *(("qwen2_5_omni_thinker", name) for name in BOTH),
+]
+MESSAGES = {**PICTURES, **SOUNDS, **BOTH}
+
+
+@pytest.fixture(scope="module")
+def oracles(media_folder: Callable[[str], Path]) -> Callable[[str], Oracle]:
+    opened: dict[str, Oracle] = {}
+
+    def oracle(family: str) -> Oracle:
+        if family not in opened:
+            opened[family] = Oracle(media_folder(family))
+        return opened[family]
+
+    return oracle
+
+
+def encoded(oracle: Oracle, stream: SegmentStream) -> MediaInputs:
+    """Features of everything."""
+    encoder = MediaEncoder(oracle.loaded, None)
+    features = tuple(
+        (segment.start, encoder.features(item, "ns")[0])
+        for segment, item in zip(stream.media, stream.items, strict=True)
+    )
+    return MediaInputs(stream.positions, features)
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_ids_are_the_processors(oracles: Callable[[str], Oracle], family: str, name: str) -> None:
+    oracle = oracles(family)
+    stream, inputs = oracle.stream(MESSAGES[name]), oracle.inputs(MESSAGES[name])
+    assert stream.token_ids.tolist() == inputs["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize(("family", "name"), [c for c in CASES if c[0] != "qwen2_audio"])
+def test_positions_are_the_models(oracles: Callable[[str], Oracle], family: str, name: str) -> None:
+    oracle = oracles(family)
+    stream, inputs = oracle.stream(MESSAGES[name]), oracle.inputs(MESSAGES[name])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if family == "qwen2_5_omni_thinker":
+        heard = inputs.get("feature_attention_mask")
+        want, delta = oracle.reference.get_rope_index(
+            ids,
+            inputs.get("image_grid_thw"),
+            None,
+            mask,
+            audio_seqlens=None if heard is None else heard.sum(-1),
+        )
+    else:
+        want, delta = oracle.reference.model.get_rope_index(
+            ids, inputs["mm_token_type_ids"], inputs.get("image_grid_thw"), attention_mask=mask
+        )
+    got = stream.positions
+    if got is None:
+        got = np.broadcast_to(np.arange(len(stream)), (3, len(stream)))
+    assert got.tolist() == want[:, 0].tolist()
+    assert stream.lead == int(delta.reshape(-1)[0])
+    assert (stream.positions is None) == (not any(item.grid for item in stream.items))
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_logits_and_kv_are_the_models(
+    oracles: Callable[[str], Oracle], family: str, name: str
+) -> None:
+    oracle = oracles(family)
+    stream = oracle.stream(MESSAGES[name])
+    full = oracle.full(oracle.inputs(MESSAGES[name]))
+    runner = SlotRunner(oracle.loaded, 1, MAX_LEN, 4096)
+    n = len(stream)
+    logits = runner.prefill(0, stream.token_ids, np.arange(n), media=encoded(oracle, stream))
+    assert torch.allclose(logits, full.logits[-1], atol=ATOL, rtol=0)
+    for got, want in zip(runner.slot_kv(0), (full.k, full.v), strict=True):
+        assert torch.allclose(got[:, :, :n], want, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_greedy_answers_are_the_models(
+    oracles: Callable[[str], Oracle], family: str, name: str, plain: bool
+) -> None:
+    oracle = oracles(family)
+    stream = oracle.stream(MESSAGES[name])
+    runner: Any = (
+        PlainRunner(oracle.loaded, 1) if plain else SlotRunner(oracle.loaded, 1, MAX_LEN, 4096)
+    )
+    if plain:
+        oracle.loaded.model.set_attn_implementation("sdpa")
+    try:
+        n = len(stream)
+        logits = runner.prefill(0, stream.token_ids, np.arange(n), media=encoded(oracle, stream))
+        answer = [int(logits.argmax())]
+        while len(answer) < 8:
+            at = n + len(answer) - 1
+            answer.append(int(runner.decode([0], [answer[-1]], [at], [stream.lead])[0].argmax()))
+    finally:
+        if plain:
+            oracle.loaded.model.set_attn_implementation("kvshare_torch")
+    assert answer == oracle.greedy(oracle.inputs(MESSAGES[name]), 8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_depend_on_what_is_seen_and_heard(
+    oracles: Callable[[str], Oracle], family: str
+) -> None:
+    """Or all of the above would hold for a model that is blind and deaf."""
+    oracle = oracles(family)
+    part = {"qwen2_audio": hear}.get(family, see)
+    other = hear(hertz=2000) if family == "qwen2_audio" else see(seed=9)
+    one, two = (oracle.full(oracle.inputs([user(p, say("?"))])) for p in (part(), other))
+    assert (one.logits[-1] - two.logits[-1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_served_with_reuse(oracles: Callable[[str], Oracle], family: str) -> None:
+    loaded = oracles(family).loaded
+    assert loaded.unsupported is None
+    assert loaded.family is not None
+    assert set(loaded.family.placeholders) == {
+        modality
+        for modality, families in ((Modality.IMAGE, SEES), (Modality.AUDIO, HEARS))
+        if family in families
+    }
+    assert loaded.family.mrope == (family != "qwen2_audio")
+
+
+def test_decoding_in_a_batch_with_other_positions(oracles: Callable[[str], Oracle]) -> None:
+    """Each request's answer goes on from its own last position."""
+    oracle = oracles("qwen2_5_vl")
+    names = ["first", "none", "two of other sizes"]
+    runner = SlotRunner(oracle.loaded, 3, MAX_LEN, 4096)
+    streams = [oracle.stream(MESSAGES[name]) for name in names]
+    assert len({stream.lead for stream in streams}) == 3
+    answers = []
+    for slot, stream in enumerate(streams):
+        media = encoded(oracle, stream)
+        logits = runner.prefill(slot, stream.token_ids, np.arange(len(stream)), media=media)
+        answers.append([int(logits.argmax())])
+    for step in range(7):
+        logits = runner.decode(
+            [0, 1, 2],
+            [answer[-1] for answer in answers],
+            [len(stream) + step for stream in streams],
+            [stream.lead for stream in streams],
+        )
+        for answer, row in zip(answers, logits, strict=True):
+            answer.append(int(row.argmax()))
+    for name, answer in zip(names, answers, strict=True):
+        assert answer == oracle.greedy(oracle.inputs(MESSAGES[name]), 8)
