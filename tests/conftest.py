@@ -100,6 +100,21 @@ def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return folder
 
 
+@pytest.fixture(scope="session")
+def oracles(media_folder: Callable[[str], Path]) -> Callable[[str], Any]:
+    """The tiny multimodal models as we and as transformers serve them, by family."""
+    from .media_oracle import Oracle
+
+    opened: dict[str, Oracle] = {}
+
+    def oracle(family: str) -> Oracle:
+        if family not in opened:
+            opened[family] = Oracle(media_folder(family))
+        return opened[family]
+
+    return oracle
+
+
 @pytest.fixture
 def open_llm(tiny_folder: Path) -> Iterator[Callable[..., Any]]:
     """Opens `KVShare` on the tiny model, without dense search; closed after the test."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -210,3 +211,41 @@ def test_writes_through_a_view_of_all_slots() -> None:
     KVEditor(None).edit([Piece("a", 4, 4, 6)], _reading(nodes), all_k[:, 1], all_v[:, 1])
     assert torch.equal(all_k[:, 1, :, 4:10], nodes["a"].kv.k[:, :, 4:10])
     assert not all_k[:, [0, 2]].any() and not all_v[:, [0, 2]].any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_pieces_turn_by_their_positions_and_not_by_their_index(backend: str) -> None:
+    stored = _stored("a", ((0, 12),), torch.float32)
+    owner = np.tile(np.arange(64), (3, 1))
+    owner[:, 6:] -= 4  # behind a picture of six tokens and a longer side of two
+    stored = StoredNode(replace(stored.node, positions=owner), stored.kv)
+    target = np.tile(np.arange(20), (3, 1))
+    pieces = [Piece("a", 8, 10, 3), Piece("a", 1, 2, 2)]
+    k, v = _slot(torch.float32)
+    editor = KVEditor(RotarySpec(INV_FREQ), backend)
+    editor.edit(pieces, lambda _: stored, k, v, target)
+    for piece, turn in zip(pieces, (6, 1), strict=True):
+        for i in range(piece.length):
+            row = piece.owner_start + i
+            for layer in range(LAYERS):
+                for head in range(HEADS):
+                    want = _turned(stored.kv.k[layer, head, row], turn, False)
+                    got = k[layer, head, piece.start + i].double()
+                    assert torch.allclose(got, want, atol=1e-5)
+                    assert torch.equal(
+                        v[layer, head, piece.start + i], stored.kv.v[layer, head, row]
+                    )
+
+
+def test_a_piece_whose_axes_part_is_refused_before_anything_is_written() -> None:
+    stored = _stored("a", ((0, 12),), torch.float32)
+    target = np.tile(np.arange(20), (3, 1))
+    target[1, 5:] += 1
+    k, v = _slot(torch.float32)
+    before = k.clone(), v.clone()
+    with pytest.raises(ValueError, match="do not move as one"):
+        KVEditor(RotarySpec(INV_FREQ)).edit(
+            [Piece("a", 0, 0, 2), Piece("a", 4, 3, 4)], lambda _: stored, k, v, target
+        )
+    assert torch.equal(k, before[0])
+    assert torch.equal(v, before[1])

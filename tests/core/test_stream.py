@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.stream import Modality, Segment, SegmentStream, media_keys, text_stream
+from kvshare_mm.stream import (
+    MediaItem,
+    Modality,
+    Segment,
+    SegmentStream,
+    media_keys,
+    media_stream,
+    text_stream,
+)
 
 hashes = st.integers(0, 2**64 - 1)
 
@@ -108,3 +116,79 @@ def test_segments_that_tile_are_taken():
 def test_ids_and_keys_must_be_vectors_of_one_length(ids, keys):
     with pytest.raises(ValueError, match="one length"):
         SegmentStream(ids, keys, _segments((0, 3)))
+
+
+# -- media ------------------------------------------------------------------------------------
+
+PLACES = {Modality.IMAGE: 901, Modality.AUDIO: 902}
+
+
+def _item(modality=Modality.IMAGE, *, grid=None, length=None, digest="ab" * 16) -> MediaItem:
+    length = grid[0] * grid[1] if grid else length
+    return MediaItem(modality, digest, length, grid, "label", dict)
+
+
+def test_an_item_of_no_or_another_length_is_refused():
+    for grid, length in [(None, 0), ((2, 3), 5)]:
+        with pytest.raises(ValueError, match="positions"):
+            MediaItem(Modality.IMAGE, "ab" * 16, length, grid, "", dict)
+
+
+def test_placeholders_are_replaced_by_their_items():
+    picture, clip = _item(grid=(2, 2)), _item(Modality.AUDIO, length=3, digest="cd" * 16)
+    stream = media_stream([5, 902, 6, 901], [picture, clip], PLACES, mrope=False)
+    assert stream.token_ids.tolist() == [5, 902, 902, 902, 6, 901, 901, 901, 901]
+    assert stream.items == (clip, picture)
+    assert [(s.modality, s.start, s.end) for s in stream.segments] == [
+        (Modality.TEXT, 0, 1),
+        (Modality.AUDIO, 1, 4),
+        (Modality.TEXT, 4, 5),
+        (Modality.IMAGE, 5, 9),
+    ]
+    assert stream.media == stream.segments[1::2]
+    assert stream.keys[1:4].tolist() == media_keys(0xCDCDCDCDCDCDCDCD, 3).tolist()
+    assert stream.positions is None
+    assert stream.lead == 0
+
+
+def test_a_stream_without_media_is_text():
+    stream = media_stream([1, 2, 3], [], PLACES, mrope=True)
+    assert stream.segments == (Segment(Modality.TEXT, 0, 3),)
+    assert stream.positions is None
+    assert stream.positions_to(5) is None
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [901, 901], [902]])
+def test_every_item_needs_its_place(ids):
+    with pytest.raises(ValueError, match="places for"):
+        media_stream(ids, [_item(grid=(1, 1))], PLACES, mrope=True)
+
+
+def test_positions_of_a_picture():
+    stream = media_stream([1, 2, 901, 3], [_item(grid=(2, 3))], PLACES, mrope=True)
+    assert stream.positions.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5],
+    ]
+    assert stream.lead == 6 - 9
+    assert stream.positions_to(11)[:, 9:].tolist() == [[6, 7]] * 3
+    assert stream.positions_to(9).tolist() == stream.positions.tolist()
+
+
+def test_sound_alone_needs_no_axes():
+    clip = _item(Modality.AUDIO, length=4)
+    assert media_stream([1, 902], [clip], PLACES, mrope=True).positions is None
+    both = media_stream([902, 901], [_item(grid=(1, 2)), clip], PLACES, mrope=True)
+    assert both.positions.tolist() == [
+        [0, 1, 2, 3, 4, 4],
+        [0, 1, 2, 3, 4, 4],
+        [0, 1, 2, 3, 4, 5],
+    ]
+
+
+def test_positions_must_fit():
+    ids = np.arange(3)
+    text = (Segment(Modality.TEXT, 0, 3),)
+    with pytest.raises(ValueError, match=r"\[3, N\]"):
+        SegmentStream(ids, ids.astype(np.uint64), text, positions=np.zeros((3, 4), np.int64))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,18 +75,6 @@ CASES = [
     *(("qwen2_5_omni_thinker", name) for name in BOTH),
 ]
 MESSAGES = {**PICTURES, **SOUNDS, **BOTH}
-
-
-@pytest.fixture(scope="module")
-def oracles(media_folder: Callable[[str], Path]) -> Callable[[str], Oracle]:
-    opened: dict[str, Oracle] = {}
-
-    def oracle(family: str) -> Oracle:
-        if family not in opened:
-            opened[family] = Oracle(media_folder(family))
-        return opened[family]
-
-    return oracle
 
 
 def encoded(oracle: Oracle, stream: SegmentStream) -> MediaInputs:

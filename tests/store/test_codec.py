@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.store import codec
 from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.codec import read_node, read_record, write_node
+from kvshare_mm.store.media import as_node, features_of, is_media, media_id, media_namespace
+from kvshare_mm.stream import MediaItem, Modality, Segment
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -297,3 +300,32 @@ def test_durable_flushes_the_file_before_it_appears_and_then_the_folder(
     calls.clear()
     write_node(tmp_path / "node", make_stored())
     assert calls == ["replace"]
+
+
+def test_positions_and_media_come_back(tmp_path, make_stored):
+    stored = make_stored("a", 6)
+    media = (
+        Segment(Modality.IMAGE, 1, 3, 2**64 - 1, "640x480, seen as 56x28"),
+        Segment(Modality.AUDIO, 3, 6, 7, "0.12 s, 16000 Hz mono"),
+    )
+    positions = np.arange(18).reshape(3, 6)[:, ::-1]
+    node = replace(stored.node, positions=positions, media=media)
+    write_node(tmp_path / "a", StoredNode(node, stored.kv))
+    back = read_node(tmp_path / "a").node
+    assert back.positions is not None
+    assert back.positions.dtype == np.int64
+    assert back.positions.tolist() == positions.tolist()
+    assert back.media == media
+    assert read_record(tmp_path / "a")[0].media == media
+
+
+def test_features_of_a_picture_are_a_node(tmp_path):
+    item = MediaItem(Modality.IMAGE, "0123456789abcdef" * 2, 6, (2, 3), "56x84", dict)
+    features = torch.randn(6, 16, dtype=torch.bfloat16)
+    write_node(tmp_path / "a", as_node("ns", item, features))
+    back = read_node(tmp_path / "a")
+    assert torch.equal(features_of(back), features)
+    assert is_media(back.node)
+    assert back.node.namespace == media_namespace("ns")
+    assert back.node.node_id == media_id("ns", item) != media_id("other", item)
+    assert back.node.media[0].content_hash == 0x0123456789ABCDEF
