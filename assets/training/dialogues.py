@@ -236,6 +236,14 @@ class Question:
     photo: int = 0
     kind: str = KINDS[0]
 
+    @property
+    def needs_photo(self) -> bool:
+        return self.topic in PICTURE_TOPICS + BOTH_TOPICS
+
+    @property
+    def needs_policy(self) -> bool:
+        return self.topic in POLICY_TOPICS
+
 
 @dataclass(frozen=True, slots=True)
 class Wording:
@@ -372,7 +380,7 @@ class Request:
         desk = self.desk
         return {
             "topic": self.question.topic,
-            "about_photo": self.question.photo if self.needs_photo else None,
+            "about_photo": self.question.photo if self.question.needs_photo else None,
             "order": self.customer.order,
             "name": self.customer.name,
             "store": desk.store,
@@ -392,14 +400,6 @@ class Request:
                 for photo in self.photos
             ],
         }
-
-    @property
-    def needs_photo(self) -> bool:
-        return self.question.topic in PICTURE_TOPICS + BOTH_TOPICS
-
-    @property
-    def needs_policy(self) -> bool:
-        return self.question.topic in POLICY_TOPICS
 
 
 def random_desk(rng: random.Random) -> Desk:

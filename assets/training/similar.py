@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from kvshare_mm.assets.training.dialogues import (
-    BOTH_TOPICS,
     PHRASINGS,
     PICTURE_TOPICS,
     TOPICS,
@@ -102,8 +101,7 @@ def similar(request: Request, way: str, rng: random.Random) -> Request:
         while True:
             photos = tuple(random_photo(rng, held_out=True) for _ in request.photos)
             changed = replace(request, photos=photos)
-            about_photo = question.topic in PICTURE_TOPICS + BOTH_TOPICS
-            if changed.answer() != request.answer() or not about_photo:
+            if changed.answer() != request.answer() or not question.needs_photo:
                 return changed
     raise ValueError(f"unknown way {way!r}; known are {', '.join(WAYS)}")
 

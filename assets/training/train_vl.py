@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from kvshare_mm.assets.training.batches import Batch, Batcher
+from kvshare_mm.assets.training.batches import Batcher
 from kvshare_mm.assets.training.clock import Averages, Stage
 from kvshare_mm.assets.training.codes import (
     ATTRIBUTES,
@@ -32,6 +31,7 @@ from kvshare_mm.assets.training.codes import (
     oracle,
 )
 from kvshare_mm.assets.training.optim import MuonAdamW
+from kvshare_mm.assets.training.packing import Packed, answer_loss
 from kvshare_mm.assets.training.pictures import Marks, Photo, draw, random_photo
 from kvshare_mm.assets.training.tower import FastTower
 from kvshare_mm.assets.training.vl_model import build_config, build_processor
@@ -109,12 +109,12 @@ class Trainer:
         for progress in stage:
             every = 2 if progress < 0.35 else 8
             if stage.step % every == 0:
-                batch, tokens = batcher.repeats(96), None
+                packed, tokens = batcher.repeats(96), None
             else:
                 fillers = (0, 0, 1) if progress < 0.4 else (0, 1, 2, 3, 5, 8)
-                batch = batcher.batch(self.tokens, branches=8, fillers=fillers)
-                tokens = oracle(self.book, batch.photos, generator) if batch.photos else None
-            loss, exact = self.answer_loss(batch, tokens)
+                packed, photos = batcher.batch(self.tokens, branches=8, fillers=fillers)
+                tokens = oracle(self.book, photos, generator) if photos else None
+            loss, exact = answer_loss(packed, self.logits(packed, tokens))
             norm = optimiser.step(loss, stage.rate)
             self.averages.add(stage, loss=loss.item(), norm=norm, **exact)
 
@@ -130,38 +130,29 @@ class Trainer:
         stage, optimiser = self.stage("join", {"model": self.model.model, "local": self.local_head})
         batcher = self.batcher(stage)
         for _ in stage:
-            batch = batcher.batch(self.tokens, branches=8, fillers=(0, 1, 2, 3, 4, 5, 6, 8))
+            packed, photos = batcher.batch(self.tokens, branches=8, fillers=range(9))
             tokens, seen = None, torch.zeros(())
-            if batch.photos:
-                tokens, seen, _ = self.vision_loss(batch.photos)
-            loss, exact = self.answer_loss(batch, tokens)
+            if photos:
+                tokens, seen, _ = self.vision_loss(photos)
+            loss, exact = answer_loss(packed, self.logits(packed, tokens))
             norm = optimiser.step(loss + 0.1 * seen, stage.rate)
             self.averages.add(stage, loss=loss.item(), seen=seen.item(), norm=norm, **exact)
 
-    def answer_loss(self, batch: Batch, tokens: Tensor | None) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy of the answers, and the share of answers right in every token by topic."""
+    def logits(self, packed: Packed, tokens: Tensor | None) -> Tensor:
+        """[N, vocabulary] in front of the N trained positions; ``tokens`` stand for the images."""
         core = self.model.model
-        embeds = core.language_model.embed_tokens(batch.ids)
+        embeds = core.language_model.embed_tokens(packed.ids)
         if tokens is not None:
-            where = (batch.ids == self.model.config.image_token_id)[..., None]
+            where = (packed.ids == self.model.config.image_token_id)[..., None]
             embeds = embeds.masked_scatter(where, tokens)
         hidden = core.language_model(
             inputs_embeds=embeds,
-            position_ids=batch.positions,
-            attention_mask=batch.visible,
+            position_ids=packed.positions,
+            attention_mask=packed.visible,
             use_cache=False,
         ).last_hidden_state
-        wanted = batch.trained[:, 1:]
-        logits = self.model.lm_head(hidden[:, :-1][wanted])
-        target, branch = batch.ids[:, 1:][wanted], batch.branch[:, 1:][wanted]
-        loss = functional.cross_entropy(logits, target)
-        wrong = torch.zeros(len(batch.topics)).index_add_(
-            0, branch, (logits.argmax(-1) != target).float()
-        )
-        right: dict[str, list[float]] = {}
-        for topic, count in zip(batch.topics, wrong.tolist(), strict=True):
-            right.setdefault(topic, []).append(float(count == 0))
-        return loss, {topic: sum(v) / len(v) for topic, v in right.items()}
+        result: Tensor = self.model.lm_head(hidden[:, :-1][packed.trained[:, 1:]])
+        return result
 
     def save(self, out: Path) -> None:
         """Write the folder that ``from_pretrained`` and ``AutoProcessor`` read, in bfloat16."""
