@@ -1,7 +1,7 @@
 # Needs nothing but make and python3 >= 3.11; everything else goes into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= bench,dev
+EXTRAS ?= bench,demo,dev,otel,server
 DIST ?= dist
 
 BIN := $(abspath $(VENV))/bin

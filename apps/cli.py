@@ -18,6 +18,7 @@ from kvshare_mm.apps import chat as chat_app
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.bench.terminal import plain_errors, report_file
 from kvshare_mm.apps.kernels import kernels
+from kvshare_mm.apps.server.cli import keys, serve
 
 app = typer.Typer(
     name="kvshare",
@@ -28,6 +29,8 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(kernels, name="kernels")
+app.add_typer(keys, name="keys")
+app.command()(serve)
 console = Console()
 
 Model = Annotated[

@@ -213,6 +213,10 @@ class KVShare:
             planner = planner.but_exact_only()
         return self._cache.lookup(spec.stream, spec.namespace, planner)
 
+    def tokenize(self, prompt: Prompt | Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a prompt or a chat, as the model would get it."""
+        return tuple(self._any(prompt, None, None).stream.token_ids.tolist())
+
     def namespace(self, cache_salt: str | None = None) -> str:
         """The namespace of requests with this salt; None: the engine's."""
         salt = self.config.cache_salt if cache_salt is None else cache_salt

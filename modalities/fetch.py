@@ -161,7 +161,7 @@ class MediaFetcher:
             scheme=parts.scheme.lower(), host=host, port=parts.port, target=target
         )
         step = dict.fromkeys(("connect", "read", "write", "pool"), self.policy.timeout_s)
-        headers = {
+        headers: dict[bytes | str, bytes | str] = {
             "host": parts.netloc.lower() if _is_address(host) else _authority(host, parts.port),
             "accept": "*/*",
             "accept-encoding": "identity",  # nothing to unpack is no bomb

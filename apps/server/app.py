@@ -1,0 +1,64 @@
+"""The ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+import kvshare_mm
+from kvshare_mm.apps.server import cache_admin, chat, completions, errors, info
+from kvshare_mm.apps.server.gate import Gate
+from kvshare_mm.apps.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(
+    service: Service, on_failure: Callable[[], None] = lambda: None, ui_path: str | None = None
+) -> FastAPI:
+    """The application of a service.
+
+    Args:
+        service: loaded when the application starts, closed when it ends.
+        on_failure: called if the model cannot be loaded.
+        ui_path: where pages with a login of their own will be mounted, or None.
+    """
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        async def load() -> None:
+            try:
+                await service.load()
+            except Exception as error:
+                logger.error("the model cannot be loaded: %s", error)
+                on_failure()
+
+        loading = asyncio.create_task(load())
+        try:
+            yield
+        finally:
+            await loading  # a thread cannot be stopped; what it opens must be closed
+            await service.close()
+
+    app = FastAPI(
+        title="KVShare-MM",
+        version=kvshare_mm.__version__,
+        description="OpenAI's API, with KV cache shared between similar requests.",
+        lifespan=life,
+        redoc_url=None,
+    )
+    errors.install(app)
+    for module in (chat, completions, info, cache_admin):
+        app.include_router(module.router(service))
+    app.add_middleware(
+        Gate,
+        options=service.options,
+        keys=service.keys,
+        registry=service.metrics.registry,
+        ui_path=ui_path,
+    )
+    return app

@@ -1,0 +1,206 @@
+"""``kvshare serve`` and ``kvshare keys``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from kvshare_mm.apps.bench.terminal import plain_errors
+
+console = Console()
+keys = typer.Typer(help="API keys: each bound to a tenant, kept as hashes in a file.")
+
+_ENGINE = "engine"
+_SAFETY = "tenancy and safety"
+_OPERATION = "operation"
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="hub name, folder, .gguf file, or the embedded smollm2")
+    ] = "smollm2",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="what clients call the model; default: MODEL")
+    ] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="also show the customer-service desk")] = False,
+    store_dir: Annotated[
+        Path | None,
+        typer.Option(help="keep donors in this folder over a restart", rich_help_panel=_ENGINE),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=16, help="prompt plus answer", rich_help_panel=_ENGINE)
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="requests decoded together", rich_help_panel=_ENGINE)
+    ] = 4,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="requests that may wait", rich_help_panel=_ENGINE)
+    ] = 256,
+    repair: Annotated[
+        str, typer.Option(help="which kept positions are recomputed", rich_help_panel=_ENGINE)
+    ] = "auto",
+    reuse: Annotated[
+        Literal["on", "exact", "off"],
+        typer.Option(help="similar requests, identical prefixes, nothing", rich_help_panel=_ENGINE),
+    ] = "on",
+    host_gib: Annotated[
+        float, typer.Option(min=0.01, help="KV of donors in RAM, GiB", rich_help_panel=_ENGINE)
+    ] = 2.0,
+    disk_gib: Annotated[
+        float, typer.Option(min=0.01, help="KV of donors on disk, GiB", rich_help_panel=_ENGINE)
+    ] = 20.0,
+    index_uri: Annotated[
+        str | None, typer.Option(help="Milvus server or Lite file", rich_help_panel=_ENGINE)
+    ] = None,
+    embedder: Annotated[
+        str, typer.Option(help="model for dense search; none: off", rich_help_panel=_ENGINE)
+    ] = "all-MiniLM-L6-v2",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(rich_help_panel=_ENGINE)
+    ] = "auto",
+    device: Annotated[str, typer.Option(rich_help_panel=_ENGINE)] = "auto",
+    sharing: Annotated[
+        Literal["tenant", "salt", "global"] | None,
+        typer.Option(
+            help="who may share KV; default: tenant with --api-keys, else global",
+            rich_help_panel=_SAFETY,
+        ),
+    ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(help="file of keys, see `kvshare keys add`", rich_help_panel=_SAFETY),
+    ] = None,
+    expose_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--expose-prompts", help="show donors' text to administrators", rich_help_panel=_SAFETY
+        ),
+    ] = False,
+    allow_domain: Annotated[
+        list[str] | None,
+        typer.Option(help="fetch media only from here; repeatable", rich_help_panel=_SAFETY),
+    ] = None,
+    allow_http: Annotated[
+        bool,
+        typer.Option("--allow-http", help="fetch media without TLS too", rich_help_panel=_SAFETY),
+    ] = False,
+    media_root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="folder whose files file:// may name; repeatable", rich_help_panel=_SAFETY
+        ),
+    ] = None,
+    max_media_mib: Annotated[
+        float, typer.Option(min=0.001, help="largest picture or clip", rich_help_panel=_SAFETY)
+    ] = 20.0,
+    max_body_mib: Annotated[
+        float, typer.Option(min=0.001, help="largest request body", rich_help_panel=_SAFETY)
+    ] = 32.0,
+    media_timeout: Annotated[
+        float, typer.Option(min=0.1, help="seconds to fetch a medium", rich_help_panel=_SAFETY)
+    ] = 10.0,
+    request_timeout: Annotated[
+        float, typer.Option(min=0.1, help="seconds for a request", rich_help_panel=_SAFETY)
+    ] = 600.0,
+    shutdown_timeout: Annotated[
+        float, typer.Option(min=1, help="seconds to end requests", rich_help_panel=_OPERATION)
+    ] = 30.0,
+    json_logs: Annotated[
+        bool,
+        typer.Option("--json-logs", help="one JSON object a line", rich_help_panel=_OPERATION),
+    ] = False,
+    otlp_traces: Annotated[
+        str | None,
+        typer.Option(help="OpenTelemetry endpoint (OTLP over HTTP)", rich_help_panel=_OPERATION),
+    ] = None,
+) -> None:
+    """Serve a model with OpenAI's API; requests that are alike share KV cache."""
+    with plain_errors():
+        _check_installed()
+        from kvshare_mm.apps.server import admin_key, logs, run
+        from kvshare_mm.apps.server.options import ServerOptions
+        from kvshare_mm.config import KVShareConfig
+        from kvshare_mm.modalities.fetch import FetchPolicy
+
+        level = logging.getLogger().getEffectiveLevel()
+        logs.configure(json_logs, level)
+        config = KVShareConfig.of(
+            model=model,
+            store_dir=store_dir,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_queue=max_queue,
+            repair=repair,
+            sharing=reuse,
+            host_bytes=int(host_gib * 2**30),
+            disk_bytes=int(disk_gib * 2**30),
+            index_uri=index_uri,
+            embedder=None if embedder == "none" else embedder,
+            dtype=dtype,
+            device=device,
+        )
+        listening = run.bind(host, port)
+        port = listening.getsockname()[1]
+        key = None if api_keys else admin_key.write(port)
+        schemes = {"https", "data"} | ({"http"} if allow_http else set())
+        options = ServerOptions(
+            model_name=served_model_name or model,
+            sharing=sharing or ("tenant" if api_keys else "global"),
+            keys_file=api_keys,
+            admin_key=key,
+            expose_prompts=expose_prompts,
+            max_body_bytes=int(max_body_mib * 2**20),
+            request_timeout_s=request_timeout,
+            shutdown_timeout_s=shutdown_timeout,
+            fetch=FetchPolicy(
+                schemes=frozenset(schemes | ({"file"} if media_root else set())),
+                domains=frozenset(allow_domain) if allow_domain else None,
+                file_roots=tuple(media_root or ()),
+                max_bytes=int(max_media_mib * 2**20),
+                timeout_s=media_timeout,
+            ),
+        )
+        if api_keys is None and host not in {"127.0.0.1", "::1", "localhost"}:
+            logging.getLogger(__name__).warning(
+                "everybody who reaches %s may use this server; --api-keys asks for keys", host
+            )
+        try:
+            run.serve(lambda: _load(config), options, listening, otlp_traces, ui)
+        finally:
+            if key is not None:
+                admin_key.remove(port, key)
+
+
+@keys.command("add")
+def add(
+    file: Annotated[Path, typer.Argument(help="file of keys; made if it does not exist")],
+    tenant: Annotated[str, typer.Option(help="whose key it is")],
+    admin: Annotated[bool, typer.Option("--admin", help="may administrate the cache")] = False,
+) -> None:
+    """Make a key and show it once; the file keeps its hash. To end a key, delete its line."""
+    from kvshare_mm.apps.server.keys import add_key
+
+    with plain_errors():
+        console.print(add_key(file, tenant, admin), markup=False, highlight=False, soft_wrap=True)
+
+
+def _load(config: Any) -> Any:
+    from kvshare_mm.llm import KVShare
+
+    return KVShare(**config.model_dump())
+
+
+def _check_installed() -> None:
+    from kvshare_mm.errors import ConfigError
+
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("the server needs `pip install kvshare-mm[server]`") from error

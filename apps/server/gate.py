@@ -1,0 +1,167 @@
+"""What every request passes first: an id, a key, limits on its body; and the line in the log.
+
+Plain ASGI, because Starlette's middleware classes hide from an endpoint that its client has gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvshare_mm.apps.server.errors import ApiError
+from kvshare_mm.apps.server.keys import Caller, KeyRing
+from kvshare_mm.apps.server.logs import request_id
+from kvshare_mm.apps.server.options import ServerOptions
+
+logger = logging.getLogger(__name__)
+
+_OPEN = frozenset({"/health", "/ping", "/version", "/metrics", "/openapi.json", "/docs"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_CLIENT_GONE = 499
+
+
+class Gate:
+    """ASGI middleware.
+
+    Args:
+        app: what lies behind.
+        options: limits.
+        keys: who may come in.
+        registry: where requests are counted.
+        ui_path: pages below it have a login of their own; None: there are none.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        options: ServerOptions,
+        keys: KeyRing,
+        registry: CollectorRegistry,
+        ui_path: str | None = None,
+    ) -> None:
+        self._app = app
+        self._options = options
+        self._keys = keys
+        self._ui_path = ui_path
+        self._requests = Counter(
+            "kvshare:http_requests",
+            "Requests by route and status; 499: the client went away.",
+            ["route", "status"],
+            registry=registry,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._is_ui(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        asked = headers.get("x-request-id", "")
+        this_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        token = request_id.set(this_id)
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state["request_id"] = this_id
+        status = 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message.setdefault("headers", []).append((b"x-request-id", this_id.encode()))
+            await send(message)
+
+        body = _Body(receive, self._options)
+        try:
+            error = self._admit(scope, headers, state) or body.check(headers)
+            if error is not None:
+                await error.response()(scope, receive, sending)
+            else:
+                await self._app(scope, body.receive, sending)
+        finally:
+            if state.get("client_gone"):
+                status = _CLIENT_GONE
+            self._tell(scope, status or 500, started)
+            request_id.reset(token)
+
+    def _admit(
+        self, scope: Scope, headers: dict[str, str], state: dict[str, Any]
+    ) -> ApiError | None:
+        path = scope["path"]
+        if path in _OPEN:
+            state["caller"] = Caller()
+            return None
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        caller = self._keys.caller(key.strip() if kind.lower() == "bearer" else None)
+        if caller is None:
+            said = "is wrong" if key else "is missing: send Authorization: Bearer KEY"
+            return ApiError(401, f"the API key {said}", code="invalid_api_key")
+        if (path == "/v1/cache" or path.startswith("/v1/cache/")) and not caller.admin:
+            return ApiError(403, "administrating the cache needs an admin key")
+        state["caller"] = caller
+        return None
+
+    def _is_ui(self, path: str) -> bool:
+        ui = self._ui_path
+        return ui is not None and (path == ui or path.startswith(f"{ui}/"))
+
+    def _tell(self, scope: Scope, status: int, started: float) -> None:
+        route = getattr(scope.get("route"), "path", None) or "other"
+        self._requests.labels(route, str(status)).inc()
+        seconds = time.perf_counter() - started
+        quiet = route in {"/health", "/ping", "/metrics"} and status < 400
+        logger.log(
+            logging.DEBUG if quiet else logging.INFO,
+            "%s %s %d in %.3f s",
+            scope["method"],
+            scope["path"].encode("ascii", "backslashreplace").decode()[:200],
+            status,
+            seconds,
+            extra={"fields": {"status": status, "seconds": round(seconds, 6), "route": route}},
+        )
+
+
+class _Body:
+    """Counts a body while it is read, and does not wait for it forever."""
+
+    def __init__(self, receive: Receive, options: ServerOptions) -> None:
+        self._receive = receive
+        self._options = options
+        self._size = 0
+        self._done = False
+        self._deadline = time.monotonic() + options.body_timeout_s
+
+    def check(self, headers: dict[str, str]) -> ApiError | None:
+        """Refuses a body by what is said of it."""
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._options.max_body_bytes:
+            return ApiError(413, self._too_large)
+        return None
+
+    async def receive(self) -> Message:
+        if self._done:
+            return await self._receive()  # only that the client went away
+        try:
+            async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
+                message = await self._receive()
+        except TimeoutError as error:
+            # FastAPI turns everything else that happens to a body into status 400.
+            raise HTTPException(
+                408, f"the body did not arrive within {self._options.body_timeout_s:g} s"
+            ) from error
+        self._size += len(message.get("body", b""))
+        self._done = not message.get("more_body", False)
+        if self._size > self._options.max_body_bytes:
+            raise HTTPException(413, self._too_large)
+        return message
+
+    @property
+    def _too_large(self) -> str:
+        return f"the body has more than {self._options.max_body_bytes} bytes"

@@ -1,0 +1,212 @@
+"""Running the prompts of one request: whole answers, or a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+
+from kvshare_mm.apps.server.answering import Answers, EventStream, answers, unless_gone
+from kvshare_mm.apps.server.errors import ApiError, as_api_error
+from kvshare_mm.apps.server.keys import Caller
+from kvshare_mm.apps.server.replies import provenance, usage
+from kvshare_mm.apps.server.schema import Reuse
+from kvshare_mm.apps.server.service import Service
+from kvshare_mm.apps.server.sharing import scope
+from kvshare_mm.llm import RequestOptions
+from kvshare_mm.outputs import RequestOutput, StreamChunk, TokenLogprob
+from kvshare_mm.sampling import SamplingParams
+
+Prompt = Any  # text, token ids or messages: what `KVShare.astream` takes
+Piece = Callable[[int, str, Sequence[TokenLogprob], str | None], dict[str, Any]]
+Whole = Callable[[int, RequestOutput], dict[str, Any]]
+
+
+def request_options(
+    service: Service, caller: Caller, salt: str | None, reuse: Reuse
+) -> RequestOptions:
+    """How a request may reuse: what it asks for, within what the server allows."""
+    options = scope(service.options.sharing, caller, salt)
+    return replace(
+        options,
+        sharing=options.sharing or reuse.sharing,  # "off" where there is nobody to share with
+        repair=reuse.repair,
+        store=options.store and reuse.store,
+    )
+
+
+class Generation:
+    """The answers to one request.
+
+    Args:
+        service: what runs them.
+        request: the HTTP request.
+        runs: prompt and parameters of each answer, in order.
+        options: how they may reuse.
+        head: fields that every reply has: id, model, created.
+        spans: whether provenance lists its spans.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        runs: Sequence[tuple[Prompt, SamplingParams]],
+        options: RequestOptions,
+        head: dict[str, Any],
+        spans: bool,
+    ) -> None:
+        self._service = service
+        self._request = request
+        self._runs = runs
+        self._options = options
+        self._head = head
+        self._spans = spans
+
+    async def whole(self, kind: str, choice: Whole) -> Response:
+        """All answers at once.
+
+        Args:
+            kind: value of the field `object`.
+            choice: one choice of the reply.
+        """
+
+        async def run() -> Response:
+            outputs: list[RequestOutput | None] = [None] * len(self._runs)
+            async with asyncio.timeout(self._service.options.request_timeout_s):
+                async with answers(await self._streams()) as chunks:
+                    async for index, chunk in chunks:
+                        if chunk.output is not None:
+                            outputs[index] = chunk.output
+                            self._finished(chunk.output)
+            done = [output for output in outputs if output is not None]
+            body = {
+                **self._head,
+                "object": kind,
+                "choices": [choice(i, output) for i, output in enumerate(done)],
+                "usage": usage(done),
+                "kvshare": provenance(done, self._spans),
+            }
+            return JSONResponse(body)
+
+        try:
+            reply = await unless_gone(self._request.receive, self._request.scope, run())
+        except Exception as error:
+            raise as_api_error(error, self._service.retry_after) from error
+        return reply if reply is not None else Response(status_code=204)  # nobody reads it
+
+    async def stream(
+        self,
+        kind: str,
+        first: Callable[[int], dict[str, Any]] | None,
+        piece: Piece,
+        with_usage: bool,
+    ) -> Response:
+        """Answers as they come.
+
+        Args:
+            kind: value of the field `object`.
+            first: a choice sent before the first piece of each answer, or None.
+            piece: a choice with new text; its last argument is why the answer ends, if it does.
+            with_usage: whether a last event counts the tokens.
+        """
+
+        async def begin() -> Answers:
+            running = Answers(await self._streams())
+            try:
+                await running.started()
+            except BaseException:
+                await running.close()
+                raise
+            return running
+
+        try:
+            running = await unless_gone(self._request.receive, self._request.scope, begin())
+        except Exception as error:
+            raise as_api_error(error, self._service.retry_after) from error
+        if running is None:
+            return Response(status_code=204)  # nobody reads it
+        events = self._events(running, kind, first, piece, with_usage)
+        return EventStream(events, running.close)
+
+    async def _events(
+        self,
+        running: Answers,
+        kind: str,
+        first: Callable[[int], dict[str, Any]] | None,
+        piece: Piece,
+        with_usage: bool,
+    ) -> AsyncIterator[str]:
+        head = {**self._head, "object": kind}
+        if with_usage:
+            head["usage"] = None
+
+        def event(*choices: dict[str, Any], **more: Any) -> str:
+            return json.dumps({**head, "choices": choices, **more})
+
+        sent = [0] * len(self._runs)
+        begun: set[int] = set()
+        outputs: dict[int, RequestOutput] = {}
+        try:
+            async with asyncio.timeout(self._service.options.request_timeout_s):
+                async for index, chunk in running:
+                    if first is not None and index not in begun:
+                        yield event(first(index))
+                    begun.add(index)
+                    logprobs = _new_logprobs(chunk, sent[index])
+                    sent[index] += len(logprobs)
+                    output = chunk.output
+                    if output is None:
+                        if chunk.text or logprobs:
+                            yield event(piece(index, chunk.text, logprobs, None))
+                        continue
+                    self._finished(output)
+                    outputs[index] = output
+                    last = piece(index, chunk.text, logprobs, output.finish_reason)
+                    done = len(outputs) == len(self._runs)
+                    # A field of its own is where OpenAI's client keeps what it does not know.
+                    more = {"kvshare": self._provenance(outputs)} if done else {}
+                    yield event(last, **more)
+            if with_usage:
+                yield event(usage=usage([outputs[i] for i in sorted(outputs)]))
+        except Exception as error:
+            # The status is gone already; clients look for `error` in the events.
+            yield json.dumps(as_api_error(error).body)
+        yield "[DONE]"
+
+    async def _streams(self) -> list[Any]:
+        llm, service = self._service.llm, self._service
+        # One after the other: what is wrong with a prompt is known before any is submitted.
+        return [
+            await service.prepared(llm.astream, prompt, params, self._options)
+            for prompt, params in self._runs
+        ]
+
+    def _provenance(self, outputs: dict[int, RequestOutput]) -> dict[str, Any]:
+        return provenance([outputs[i] for i in sorted(outputs)], self._spans)
+
+    def _finished(self, output: RequestOutput) -> None:
+        request_id = self._request.scope["state"]["request_id"]
+        self._service.finished(output, request_id, dict(self._request.headers))
+
+
+def _new_logprobs(chunk: StreamChunk, sent: int) -> Sequence[TokenLogprob]:
+    """Those not sent yet: a last token without text comes with the output only."""
+    if chunk.output is not None:
+        return (chunk.output.logprobs or ())[sent:]
+    return chunk.logprobs
+
+
+def num_choices(n: int | None, num_prompts: int, most: int) -> int:
+    """Answers to each prompt. Raises ApiError: too many, or none."""
+    n = 1 if n is None else n
+    if not 1 <= n <= most:
+        raise ApiError(400, f"n must be 1 to {most}", "n")
+    if n * num_prompts > 4 * most:
+        raise ApiError(400, f"{n * num_prompts} answers in one request; at most {4 * most}", "n")
+    return n

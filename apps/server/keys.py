@@ -1,0 +1,133 @@
+"""API keys: made here once, kept as hashes in a file, each bound to a tenant.
+
+A key is 32 random bytes, so a plain SHA-256 of it cannot be searched: the slow hashes that
+passwords need would only slow down every request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvshare_mm.errors import ConfigError
+
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sent a request.
+
+    Attributes:
+        tenant: whose key it was; "" where no keys are asked for.
+        admin: whether the cache may be administrated.
+    """
+
+    tenant: str = ""
+    admin: bool = False
+
+
+def digest(key: str) -> str:
+    """What is kept of a key: 64 hex digits."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def add_key(path: Path, tenant: str, admin: bool = False) -> str:
+    """Make a key, append its hash to the file and return the key itself, which is kept nowhere.
+
+    Raises:
+        ConfigError: the tenant's name or the file cannot be used.
+    """
+    if not _TENANT.fullmatch(tenant):
+        raise ConfigError(f"{tenant!r} is no name for a tenant: letters, digits, '.', '_' and '-'")
+    if path.exists():
+        _read(path)  # nothing is appended to a file of another kind
+    key = f"kvs-{secrets.token_urlsafe(32)}"
+    line = json.dumps({"tenant": tenant, "admin": admin, "sha256": digest(key)})
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(descriptor, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
+    return key
+
+
+class KeyRing:
+    """The keys of a file. A file that changes is read again, so a deleted line ends a key.
+
+    Args:
+        path: JSON Lines: ``{"tenant": "shop", "admin": false, "sha256": "..."}``; None: no file.
+        admin_key: a further key that may administrate, or None.
+
+    Raises:
+        ConfigError: the file cannot be read or has a bad line.
+    """
+
+    def __init__(self, path: Path | None, admin_key: str | None = None) -> None:
+        self._path = path
+        self._admin = None if admin_key is None else digest(admin_key)
+        self._stamp = _stamp(path)
+        self._callers = {} if path is None else _read(path)
+
+    @property
+    def required(self) -> bool:
+        """Whether a request needs a key."""
+        return self._path is not None
+
+    def caller(self, key: str | None) -> Caller | None:
+        """Whose key this is; None: nobody's.
+
+        Looking a hash up tells by its time at most about the hash, from which no key follows.
+        """
+        if key is None:
+            return None if self.required else Caller()
+        known = digest(key)
+        if known == self._admin:
+            return Caller(admin=True)
+        if self._path is None:
+            return Caller()  # clients often send some key; none is asked for
+        stamp = _stamp(self._path)
+        if stamp != self._stamp:
+            try:
+                self._callers = _read(self._path)
+            except ConfigError:
+                self._callers = {}  # what cannot be read lets nobody in
+            self._stamp = stamp
+        return self._callers.get(known)
+
+
+def _stamp(path: Path | None) -> tuple[int, int] | None:
+    try:
+        status = None if path is None else path.stat()
+    except OSError:
+        return None
+    return None if status is None else (status.st_mtime_ns, status.st_size)
+
+
+def _read(path: Path) -> dict[str, Caller]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the keys in {path}: {error}") from error
+    callers: dict[str, Caller] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            entry = json.loads(line)
+            tenant, admin, known = entry["tenant"], entry.get("admin", False), entry["sha256"]
+            if not _TENANT.fullmatch(tenant) or not _HASH.fullmatch(known):
+                raise ValueError("tenant or sha256 is malformed")
+            if not isinstance(admin, bool):
+                raise ValueError("admin is true or false")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"line {number} of {path} is no key: {error}") from error
+        callers[known] = Caller(tenant, admin)
+    return callers

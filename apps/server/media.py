@@ -1,0 +1,107 @@
+"""Pictures and sound of a chat: fetched here, within limits, before the engine sees the messages.
+
+Only three kinds of parts pass. The engine takes more, paths on this machine among them; those are
+for its own users, not for the network's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.modalities.fetch import MediaFetcher
+
+_SOUND = ("wav", "mp3", "flac")
+
+
+async def resolved(
+    messages: Sequence[Mapping[str, Any]], fetcher: MediaFetcher, max_media: int
+) -> list[dict[str, Any]]:
+    """Messages whose media are bytes.
+
+    Args:
+        messages: as in OpenAI's API.
+        fetcher: gets what URLs name.
+        max_media: most pictures and clips.
+
+    Raises:
+        InvalidRequestError: a part that is not text, image_url or input_audio, is malformed, too
+            large, or cannot be fetched; its field is the part's place.
+    """
+    made: list[dict[str, Any]] = []
+    fetches: list[tuple[dict[str, Any], str, str]] = []
+    num_media = 0
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        role = "system" if message["role"] == "developer" else message["role"]
+        if message.get("tool_calls") or message.get("function_call"):
+            raise InvalidRequestError("calls of tools are not supported", f"{where}.tool_calls")
+        content = message.get("content")
+        if content is None:
+            raise InvalidRequestError(f"{where} has no content", f"{where}.content")
+        if isinstance(content, str):
+            made.append({"role": role, "content": content})
+            continue
+        parts: list[dict[str, Any]] = []
+        for j, part in enumerate(content):
+            place = f"{where}.content[{j}]"
+            kind = part.get("type")
+            if kind == "text":
+                parts.append({"type": "text", "text": _text(part.get("text"), place)})
+                continue
+            num_media += 1
+            if num_media > max_media:
+                raise InvalidRequestError(f"more than {max_media} pictures and clips", place)
+            if kind == "image_url":
+                picture: dict[str, Any] = {"type": "image"}
+                fetches.append((picture, _url(part.get("image_url"), place), place))
+                parts.append(picture)
+            elif kind == "input_audio":
+                parts.append(_sound(part.get("input_audio"), place, fetcher.policy.max_bytes))
+            else:
+                raise InvalidRequestError(
+                    f"{place} is of type {kind!r}; text, image_url and input_audio are taken", place
+                )
+        made.append({"role": role, "content": parts})
+    contents = await asyncio.gather(*(_fetched(fetcher, url, at) for _, url, at in fetches))
+    for (picture, _, _), content in zip(fetches, contents, strict=True):
+        picture["image"] = content
+    return made
+
+
+async def _fetched(fetcher: MediaFetcher, url: str, place: str) -> bytes:
+    try:
+        content = await fetcher.afetch(url)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{place}: {error}", place) from error
+    if not content:
+        raise InvalidRequestError(f"{place}: there is nothing at this URL", place)
+    return content
+
+
+def _text(text: object, place: str) -> str:
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"{place}.text must be text", f"{place}.text")
+    return text
+
+
+def _url(value: object, place: str) -> str:
+    url = value.get("url") if isinstance(value, Mapping) else value
+    if not isinstance(url, str):
+        raise InvalidRequestError(f"{place}.image_url.url must be a URL", f"{place}.image_url")
+    return url
+
+
+def _sound(value: object, place: str, max_bytes: int) -> dict[str, Any]:
+    place = f"{place}.input_audio"
+    if not isinstance(value, Mapping) or not isinstance(value.get("data"), str):
+        raise InvalidRequestError(f"{place} needs data, in base64", place)
+    if value.get("format") not in _SOUND:
+        raise InvalidRequestError(f"{place}.format must be one of {', '.join(_SOUND)}", place)
+    # Four characters a three bytes: known before it is decoded.
+    if len(value["data"]) > max_bytes // 3 * 4 + 4:
+        raise InvalidRequestError(f"{place} has more than {max_bytes} bytes", place)
+    sound = {"data": value["data"], "format": value["format"]}
+    return {"type": "input_audio", "input_audio": sound}

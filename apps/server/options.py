@@ -1,0 +1,45 @@
+"""What an operator decides about a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kvshare_mm.modalities.fetch import FetchPolicy
+
+SharingMode = Literal["tenant", "salt", "global"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Options of the server; those of the engine are `kvshare_mm.config.KVShareConfig`.
+
+    Attributes:
+        model_name: what clients call the model.
+        sharing: who may share KV: "tenant" requests of one tenant; "salt" only requests that name
+            the same ``cache_salt``; "global" all requests, those with a ``cache_salt`` apart.
+        keys_file: who may ask, see `keys.KeyRing`; None: everybody.
+        admin_key: a further key that may administrate the cache, or None.
+        expose_prompts: whether administrators see the text of donors.
+        max_body_bytes: largest request body.
+        body_timeout_s: seconds for the body to arrive.
+        request_timeout_s: seconds for a whole request.
+        shutdown_timeout_s: seconds that requests in flight get to end.
+        max_choices: most answers of one request.
+        max_media: most pictures and clips of one request.
+        fetch: what media may be fetched from where.
+    """
+
+    model_name: str
+    sharing: SharingMode = "global"
+    keys_file: Path | None = None
+    admin_key: str | None = None
+    expose_prompts: bool = False
+    max_body_bytes: int = 32 << 20
+    body_timeout_s: float = 30.0
+    request_timeout_s: float = 600.0
+    shutdown_timeout_s: float = 30.0
+    max_choices: int = 16
+    max_media: int = 8
+    fetch: FetchPolicy = field(default_factory=FetchPolicy)

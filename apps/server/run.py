@@ -1,0 +1,92 @@
+"""Runs the server until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+import uvicorn
+
+from kvshare_mm.apps.server.app import create_app
+from kvshare_mm.apps.server.options import ServerOptions
+from kvshare_mm.apps.server.service import Service
+from kvshare_mm.apps.server.sharing import in_words
+from kvshare_mm.apps.server.tracing import Tracer
+from kvshare_mm.errors import ConfigError
+from kvshare_mm.llm import KVShare
+
+logger = logging.getLogger(__name__)
+
+UI_PATH = "/ui"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, so that a port in use is known before a model is loaded.
+
+    Raises:
+        ConfigError: the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+    return listening
+
+
+def serve(
+    load: Callable[[], KVShare],
+    options: ServerOptions,
+    listening: socket.socket,
+    traces: str | None = None,
+    ui: bool = False,
+) -> None:
+    """Serve until SIGINT or SIGTERM; then let requests in flight end, and keep donors.
+
+    Args:
+        load: makes the engine.
+        options: of the server.
+        listening: a bound socket.
+        traces: OTLP endpoint, or None.
+        ui: also show the customer-service desk under ``/ui``.
+
+    Raises:
+        ConfigError: keys or traces cannot be used.
+        Exception: what `load` raised.
+    """
+    service = Service(load, options, Tracer(traces, options.model_name))
+    holder: list[uvicorn.Server] = []
+
+    def give_up() -> None:
+        holder[0].should_exit = True
+
+    app = create_app(service, give_up, UI_PATH if ui else None)
+    if ui:
+        raise ConfigError("the desk is not part of this version")
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, int(options.shutdown_timeout_s)),
+        timeout_keep_alive=30,
+    )
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    logger.info("listening on http://%s:%d", shown, port)
+    logger.info("%s", in_words(options.sharing))
+    if ui:
+        logger.info("desk on http://%s:%d%s", shown, port, UI_PATH)
+    holder.append(uvicorn.Server(config))
+    # uvicorn sends itself the signal again once it has ended, which would leave no time to tidy up.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with suppress(KeyboardInterrupt):
+        holder[0].run(sockets=[listening])
+    if service.failure is not None:
+        raise service.failure

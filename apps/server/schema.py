@@ -1,0 +1,220 @@
+"""Bodies of requests, as OpenAI and vLLM name them.
+
+Fields that would change the answer and are not supported are refused by name, unless they ask for
+nothing (`frequency_penalty: 0`). Fields nobody knows are ignored, as vLLM does.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kvshare_mm.apps.server.errors import ApiError
+from kvshare_mm.sampling import SamplingParams
+
+_NOTHING: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "prompt_logprobs": (0,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "logits_processors": ([],),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "prompt_embeds": (),
+}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+
+    def check(self, served: str) -> None:
+        """Refuses another model and what is not supported. Raises ApiError."""
+        if self.model is not None and self.model != served:
+            raise ApiError(
+                404, f"there is no model {self.model!r} here, only {served!r}", "model",
+                "model_not_found",
+            )  # fmt: skip
+        for name, value in (self.model_extra or {}).items():
+            nothing = _NOTHING.get(name)
+            if nothing is not None and value is not None and value not in nothing:
+                raise ApiError(400, f"{name} is not supported by this server", name, "unsupported")
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Reuse(BaseModel):
+    """Our own field `kvshare`: how one request may reuse."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    sharing: Literal["on", "exact", "off"] | None = None
+    repair: str | None = None
+    store: bool = True
+    spans: bool = False
+
+
+class _Generation(_Body):
+    max_tokens: int | None = None
+    temperature: float | None = Field(None, description="0 is greedy; default 1")
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool = False
+    n: int | None = Field(None, description="answers to each prompt; default 1")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: str | None = Field(None, description="only requests with the same salt share KV")
+    kvshare: Reuse = Reuse()
+
+    def params(self, max_tokens: int | None, logprobs: int | None, choice: int) -> SamplingParams:
+        """How one choice is decoded. Raises InvalidRequestError."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=_or(self.temperature, 1.0),
+            top_p=_or(self.top_p, 1.0),
+            top_k=_or(self.top_k, 0),
+            min_p=_or(self.min_p, 0.0),
+            # Choices of one request must differ, and repeat with the same seed.
+            seed=None if self.seed is None else self.seed + choice,
+            stop=self.stop or (),  # type: ignore[arg-type]
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[ContentPart] | None = None
+
+
+class ChatBody(_Generation):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if not self.logprobs:
+            if self.top_logprobs:
+                raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+            return None
+        return self.top_logprobs or 0
+
+
+class CompletionBody(_Generation):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or more prompts. Raises ApiError: none."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise ApiError(400, "the prompt is empty", "prompt")
+        if isinstance(prompt[0], int):
+            return [prompt]
+        return list(prompt)
+
+
+class TokenizeBody(_Body):
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(_Body):
+    tokens: list[int]
+
+
+class LookupBody(_Body):
+    """A request that is only planned: a chat or a prompt, and whose it would be."""
+
+    messages: list[ChatMessage] | None = None
+    prompt: str | list[int] | None = None
+    tenant: str = ""
+    cache_salt: str | None = None
+    kvshare: Reuse = Reuse()
+
+
+class PinBody(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    ttl_s: float = Field(gt=0, le=10 * 365 * 86400, allow_inf_nan=False)
+
+
+class ClearBody(BaseModel):
+    """What is deleted: a namespace, by its name or by tenant and salt; or everything."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    namespace: str | None = None
+    tenant: str | None = None
+    cache_salt: str | None = None
+    all: bool = False
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """What every error looks like."""
+
+    error: ErrorDetail
+
+
+def _or(value: float | None, default: Any) -> Any:
+    return default if value is None else value

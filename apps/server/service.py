@@ -1,0 +1,114 @@
+"""The engine behind the server: loaded while the server already answers, drained at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from kvshare_mm.apps.server.errors import ApiError
+from kvshare_mm.apps.server.keys import KeyRing
+from kvshare_mm.apps.server.options import ServerOptions
+from kvshare_mm.apps.server.tracing import Tracer
+from kvshare_mm.cache import CacheAdmin
+from kvshare_mm.llm import KVShare
+from kvshare_mm.metrics import EngineMetrics
+from kvshare_mm.modalities.fetch import MediaFetcher
+from kvshare_mm.outputs import RequestOutput
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_RETRY_S = 60.0
+
+
+class Service:
+    """What the routes work with.
+
+    Args:
+        load: makes the engine; called once, in a thread.
+        options: of the server.
+        tracer: where spans go.
+    """
+
+    def __init__(
+        self, load: Callable[[], KVShare], options: ServerOptions, tracer: Tracer | None = None
+    ) -> None:
+        self.options = options
+        self.keys = KeyRing(options.keys_file, options.admin_key)
+        self.fetcher = MediaFetcher(options.fetch)
+        self.tracer = tracer or Tracer(None, options.model_name)
+        self.metrics = EngineMetrics(options.model_name, self.stats, self._tree_depth)
+        self.started_s = int(time.time())
+        self.failure: Exception | None = None
+        self._load = load
+        self._llm: KVShare | None = None
+        self._mean_s = 1.0
+        # Tokenising, templates and pictures are work: not on the thread that answers everybody.
+        self._preparing = ThreadPoolExecutor(4, thread_name_prefix="kvshare-prepare")
+
+    @property
+    def llm(self) -> KVShare:
+        """The engine. Raises ApiError 503 while it is loading."""
+        if self._llm is None:
+            raise ApiError(503, "the model is loading", code="loading", retry_after=2)
+        return self._llm
+
+    @property
+    def ready(self) -> bool:
+        return self._llm is not None
+
+    @property
+    def cache(self) -> CacheAdmin:
+        """Administration of donors. Raises ApiError 404 if KV is not shared here."""
+        cache = self.llm.cache
+        if cache is None:
+            raise ApiError(404, "this server shares no KV: there are no donors")
+        return cache
+
+    async def load(self) -> None:
+        """Load the model; what goes wrong is kept in `failure`."""
+        try:
+            self._llm = await asyncio.to_thread(self._load)
+        except Exception as error:
+            self.failure = error
+            raise
+
+    async def prepared(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function that takes its time in a thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._preparing, make, *arguments)
+
+    def finished(self, output: RequestOutput, request_id: str, headers: dict[str, str]) -> None:
+        """Count an answer."""
+        self.metrics.observe(output)
+        self.tracer.record(output, request_id, headers)
+        self._mean_s += 0.1 * (output.metrics.total - output.metrics.queue - self._mean_s)
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until a place in the queue may be free: one answer's time over the slots."""
+        slots = 1 if self._llm is None else self._llm.config.max_num_seqs
+        return min(_LONGEST_RETRY_S, math.ceil(self._mean_s / slots))
+
+    def stats(self) -> dict[str, Any] | None:
+        """The engine's counters; None while it is loading."""
+        return None if self._llm is None else self._llm.stats()
+
+    async def close(self) -> None:
+        """Keep what is finished, release everything."""
+        llm = self._llm
+        if llm is not None:
+            flushed = await asyncio.to_thread(llm.flush, self.options.shutdown_timeout_s)
+            if not flushed:
+                logger.warning("not all donors could be kept in time")
+            await asyncio.to_thread(llm.close)
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.tracer.close)
+
+    def _tree_depth(self) -> int:
+        cache = None if self._llm is None else self._llm.cache
+        return max((info.depth for info in cache.list()), default=0) if cache else 0
