@@ -1,8 +1,9 @@
-"""Measures a trained tiny-audio: ``python -m kvshare_mm.assets.training.evaluate_audio --model DIR``.
+"""Measures tiny-audio: ``python -m kvshare_mm.assets.training.evaluate_audio --model DIR``.
 
-Held-out voices of espeak-ng, and, where ``--digits`` names a folder of recordings (``7_name_0.wav``,
-as in the Free Spoken Digit Dataset), people saying digits. The folder is loaded as any user loads
-it; answers are generated greedily by transformers' own code and must be right in every character.
+Held-out voices of espeak-ng, and, where ``--digits`` names a folder of recordings (files like
+``7_name_0.wav``, as in the Free Spoken Digit Dataset), people saying digits. The folder is loaded
+as any user loads it; answers are generated greedily by transformers' own code and must be right in
+every character.
 """
 
 from __future__ import annotations
@@ -102,9 +103,8 @@ def evaluate(
     asked = list(itertools.islice(calls(bank, seed), each * len(topics)))
     heard = [call for call in asked if call.topic in AUDIO_TOPICS]
     told = [call for call in asked if call.topic in TEXT_TOPICS]
-    others = [
-        call.messages(other.clip.samples) for call, other in zip(heard, heard[1:] + heard[:1])
-    ]
+    clips = [call.clip.samples for call in heard]
+    others = [heard[i].messages(clips[i - 1]) for i in range(len(heard))]
     transcribed = list(itertools.islice(calls(bank, seed + 1, ("words",)), 2 * each))
     figures: dict[str, Any] = {
         "seed": seed,

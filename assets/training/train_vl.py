@@ -70,6 +70,7 @@ class Trainer:
             self.minutes * SHARES[name],
             {**modules, "optimiser": optimiser},
             peak=PEAKS[name],
+            floor=0.02 if name == "join" else 0.4,  # training goes on behind the first two
         )
         # a run that goes on must not see the beginning of its data again
         random.seed(f"{name} {self.seed} {stage.step}")
