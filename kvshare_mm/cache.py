@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from kvshare_mm.delta_tree import Node
 from kvshare_mm.donors import DonorPool, Found
 from kvshare_mm.plan import PlannerOptions
+from kvshare_mm.store.media import media_ids
 from kvshare_mm.stream import SegmentStream
 
 _MEDIA_BIT = 1 << 63
@@ -126,12 +127,15 @@ class CacheAdmin:
 
     def clear(self, namespace: str | None = None) -> int:
         """Delete all donors, or those of a namespace; how many."""
+        # What was made of pictures and sound goes too: it is as much of a request as its KV.
+        for node_id in media_ids(self._donors.store, namespace):
+            self._donors.store.delete(node_id)
         # Donors are taken up while this runs: it deletes what it finds at its start.
         return sum(self.delete(info.donor_id) for info in self.list(namespace))
 
     def lookup(self, stream: SegmentStream, namespace: str, options: PlannerOptions) -> Found:
         """What would be planned for a prompt now. Repairs are chosen later, by the model."""
-        return self._donors.find(stream.keys, namespace, options)
+        return self._donors.find(stream.keys, namespace, options, positions=stream.positions)
 
     def _pinned(self) -> dict[str, float]:
         now = time.monotonic()

@@ -164,7 +164,8 @@ class KVShare:
         options: RequestOptions | None = None,
     ) -> RequestOutput:
         """`chat`; cancelling the task cancels the request."""
-        return await self._await(self._chat(messages, params, options))
+        # Pictures and sound take time to decode; the loop has others to serve meanwhile.
+        return await self._await(await asyncio.to_thread(self._chat, messages, params, options))
 
     def astream(
         self,
@@ -172,7 +173,10 @@ class KVShare:
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> AsyncGenerator[StreamChunk]:
-        """`stream`; leaving the iterator early cancels the request."""
+        """`stream`; leaving the iterator early cancels the request.
+
+        The prompt is read at the call: messages with media are best given from another thread.
+        """
         return self._achunks(self._any(prompt, params, options))
 
     @property

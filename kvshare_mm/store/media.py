@@ -10,6 +10,7 @@ import xxhash
 
 from kvshare_mm.delta_tree import Node, Span
 from kvshare_mm.store.base import NodeKV, StoredNode
+from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.stream import MediaItem, Segment
 
 _PREFIX = "media:"
@@ -27,7 +28,17 @@ def is_media(node: Node) -> bool:
 
 def media_id(ns: str, item: MediaItem) -> str:
     """The id of an item's node."""
-    return xxhash.xxh3_128_hexdigest(f"{media_namespace(ns)}/{item.digest}".encode())
+    return f"{_ids_begin(ns)}{item.digest}"
+
+
+def media_ids(store: TieredStore, ns: str | None = None) -> list[str]:
+    """Ids of all encoder outputs in a store, or of those of a namespace."""
+    begin = _PREFIX if ns is None else _ids_begin(ns)
+    return [node_id for node_id in store.ids() if node_id.startswith(begin)]
+
+
+def _ids_begin(ns: str) -> str:
+    return f"{_PREFIX}{xxhash.xxh3_128_hexdigest(ns.encode())}-"
 
 
 def as_node(ns: str, item: MediaItem, features: torch.Tensor) -> StoredNode:

@@ -144,6 +144,11 @@ class TieredStore:
         with self._changed:
             return self._locate(node_id)
 
+    def ids(self) -> list[str]:
+        """Ids of all nodes held now, in any tier."""
+        with self._changed:
+            return sorted(self._resident)
+
     def bytes_by_tier(self) -> dict[str, int]:
         """Return the bytes in use, by tier name. A node in two tiers counts in both."""
         tiers = (self._host, self._disk) if self._disk is not None else (self._host,)

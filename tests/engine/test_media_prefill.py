@@ -23,7 +23,7 @@ from kvshare_mm.plan import PlannerOptions
 from kvshare_mm.repair import make_policy
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
-from kvshare_mm.store.media import media_id
+from kvshare_mm.store.media import media_id, media_ids
 from kvshare_mm.stream import SegmentStream
 
 from ..media_models import FAMILIES
@@ -409,6 +409,16 @@ def test_a_repair_inside_a_known_picture_needs_no_encoder(server: Server) -> Non
     assert set(range(segment.start, segment.end)) & set(result.plan.repair.tolist())
     assert server.runs == 1
     assert [use.source for use in result.media] == ["features"]
+
+
+def test_features_are_listed_by_namespace(server: Server) -> None:
+    stream = server.oracle.stream(user(see(), say("and"), see(1)))
+    server.prefill(stream)
+    server.prefill(stream, OTHER_NS)
+    store = server.pool.store
+    assert media_ids(store, NS) == sorted(media_id(NS, item) for item in stream.items)
+    assert len(media_ids(store)) == 4
+    assert media_ids(store, namespace("tiny", "a third")) == []
 
 
 @pytest.fixture
