@@ -62,9 +62,12 @@ def serve(
         str, typer.Option(help="model for dense search; none: off", rich_help_panel=_ENGINE)
     ] = "all-MiniLM-L6-v2",
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(rich_help_panel=_ENGINE)
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="of weights and KV; auto is measured", rich_help_panel=_ENGINE),
     ] = "auto",
-    device: Annotated[str, typer.Option(rich_help_panel=_ENGINE)] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel=_ENGINE)
+    ] = "auto",
     sharing: Annotated[
         Literal["tenant", "salt", "global"] | None,
         typer.Option(

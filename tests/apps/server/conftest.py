@@ -1,0 +1,128 @@
+"""A real server on a real socket, with the tiny model behind it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import torch
+import uvicorn
+
+from kvshare_mm import KVShare
+from kvshare_mm.apps.server import run
+from kvshare_mm.apps.server.app import create_app
+from kvshare_mm.apps.server.options import ServerOptions
+from kvshare_mm.apps.server.service import Service
+
+ADMIN = "the-admin"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@dataclass
+class Running:
+    """A server and ways to ask it."""
+
+    url: str
+    service: Service
+    server: uvicorn.Server
+    thread: threading.Thread
+    clients: list[Any] = field(default_factory=list)
+
+    @property
+    def llm(self) -> KVShare:
+        return self.service.llm
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        self.clients.append(made)
+        return made
+
+    def ask(
+        self, method: str, path: str, key: str | None = None, **options: Any
+    ) -> httpx2.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx2.request(method, self.url + path, headers=headers, timeout=60, **options)
+
+    def chat(self, text: str, key: str | None = None, **fields: Any) -> httpx2.Response:
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 4, "temperature": 0}
+        return self.ask("POST", "/v1/chat/completions", key, json={**body, **fields})
+
+    def metric(self, line: str) -> float:
+        """The value of a line of /metrics that begins so; 0 if there is none."""
+        for found in self.ask("GET", "/metrics").text.splitlines():
+            if found.startswith(line):
+                return float(found.rsplit(" ", 1)[1])
+        return 0.0
+
+    def wait_ready(self) -> None:
+        until(lambda: self.ask("GET", "/health").status_code == 200)
+
+    def stop(self) -> None:
+        for client in self.clients:
+            client.close()
+        self.server.should_exit = True
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait for a condition; the limit is for a broken program, not a measurement."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+Start = Callable[..., Running]
+
+
+def start(load: Callable[[], KVShare], **options: Any) -> Running:
+    """A server in a thread, on a free port."""
+    defaults: dict[str, Any] = {"model_name": "tiny", "admin_key": ADMIN, "shutdown_timeout_s": 5}
+    service = Service(load, ServerOptions(**{**defaults, **options}))
+    listening = run.bind("127.0.0.1", 0)
+    config = uvicorn.Config(create_app(service), log_config=None, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    port = listening.getsockname()[1]
+    until(lambda: server.started or not thread.is_alive())
+    return Running(f"http://127.0.0.1:{port}", service, server, thread)
+
+
+@pytest.fixture
+def serve(tiny_folder: Path) -> Iterator[Start]:
+    """Starts servers; engine options go in `engine`."""
+    started: list[Running] = []
+
+    def make(engine: dict[str, Any] | None = None, **options: Any) -> Running:
+        running = start(
+            lambda: KVShare(str(tiny_folder), **{"embedder": None, **(engine or {})}), **options
+        )
+        started.append(running)
+        running.wait_ready()
+        return running
+
+    yield make
+    for running in started:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_folder: Path) -> Iterator[Running]:
+    """One server for the tests of a module that leave nothing behind that others would notice."""
+    running = start(lambda: KVShare(str(tiny_folder), embedder=None))
+    running.wait_ready()
+    yield running
+    running.stop()

@@ -1,0 +1,107 @@
+"""A client that goes away frees its slot at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+
+import httpx2
+import pytest
+
+from .conftest import Running, Start, until
+
+_LONG = {
+    "messages": [{"role": "user", "content": "The quick brown fox"}],
+    "max_tokens": 400,
+    "ignore_eos": True,
+    "temperature": 0,
+}
+
+
+def idle(running: Running) -> bool:
+    return running.llm.stats()["queue"] == {"waiting": 0, "running": 0}
+
+
+def generated(running: Running) -> int:
+    return int(running.llm.stats()["requests"].get("generation_tokens", 0))
+
+
+def test_within_a_decode_step_of_a_stream(serve: Start, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    running = serve({"max_num_seqs": 1})
+    # From here on each step waits for the test, so that steps can be counted.
+    runner = running.llm._parts.runner
+    step, decode = threading.Semaphore(5), runner.decode
+    steps = 0
+
+    def counted(*arguments: object) -> object:
+        nonlocal steps
+        assert step.acquire(timeout=30)
+        steps += 1
+        return decode(*arguments)  # type: ignore[arg-type]
+
+    runner.decode = counted  # type: ignore[method-assign, assignment]
+    with httpx2.stream(
+        "POST", f"{running.url}/v1/chat/completions", json={**_LONG, "stream": True}, timeout=60
+    ) as reply:
+        lines = (line for line in reply.iter_lines() if line.startswith("data: "))
+        while not json.loads(next(lines)[6:])["choices"][0]["delta"].get("content"):
+            pass
+        until(lambda: steps == 5)
+    until(lambda: " 499 " in caplog.text)
+    step.release()  # the step that is under way when the client goes
+    until(lambda: idle(running))
+    step.release()
+    assert steps <= 6
+    assert running.llm.stats()["requests"]["finished_abort"] == 1
+    step.release(1000)
+    assert running.chat("next").status_code == 200
+
+
+def test_of_a_whole_answer(serve: Start) -> None:
+    running = serve({"max_num_seqs": 1})
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(f"{running.url}/v1/chat/completions", json=_LONG, timeout=0.15)
+    until(lambda: idle(running))
+    assert running.llm.stats()["requests"]["finished_abort"] == 1
+    assert generated(running) < 400
+    until(
+        lambda: (
+            running.metric('kvshare:http_requests_total{route="/v1/chat/completions",status="499"')
+            == 1
+        )
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_a_request_that_waits(serve: Start, stream: bool) -> None:
+    running = serve({"max_num_seqs": 1})
+    first = threading.Thread(
+        target=running.chat, args=("The quick",), kwargs=_LONG | {"messages": _LONG["messages"]}
+    )
+    first.start()
+    until(lambda: running.llm.stats()["queue"]["running"] == 1)
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(
+            f"{running.url}/v1/chat/completions", json={**_LONG, "stream": stream}, timeout=0.15
+        )
+    until(lambda: running.llm.stats()["queue"]["waiting"] == 0)
+    first.join()
+    until(lambda: idle(running))
+    seen = running.llm.stats()["requests"]
+    assert seen["requests"] == 1  # the second one was never started
+    assert seen["finished_abort"] == 1
+
+
+def test_of_one_request_with_several_answers(serve: Start) -> None:
+    running = serve({"max_num_seqs": 2})
+    with httpx2.stream(
+        "POST",
+        f"{running.url}/v1/chat/completions",
+        json={**_LONG, "stream": True, "n": 4},
+        timeout=60,
+    ) as reply:
+        next(reply.iter_lines())
+    until(lambda: idle(running))
+    assert running.llm.stats()["requests"]["finished_abort"] == 4

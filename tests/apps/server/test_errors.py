@@ -1,0 +1,258 @@
+"""Every error has OpenAI's shape, the right status and the name of what was wrong."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from kvshare_mm import KVShare
+from kvshare_mm.errors import ModelLoadError
+
+from .conftest import Running, Start, start, until
+
+_USER = [{"role": "user", "content": "The quick brown fox"}]
+
+
+def check(reply: httpx2.Response, status: int, param: str | None = None) -> dict[str, Any]:
+    assert reply.status_code == status, reply.text
+    error: dict[str, Any] = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and error["type"]
+    assert error["param"] == param
+    assert reply.headers["x-request-id"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"content": "hello"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+         "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}]},
+         "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": "half \ud800"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "long " * 600}]}, "prompt"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+         "messages[0].tool_calls"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"seed": 2**64}, "seed"),
+        ({"stop": [""]}, "stop"),
+        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"cache_salt": "a/b"}, "cache_salt"),
+        ({"cache_salt": "x" * 129}, "cache_salt"),
+        ({"kvshare": {"sharing": "all"}}, "kvshare.sharing"),
+        ({"kvshare": {"repair": "magic"}}, "repair"),
+        ({"stream": "yes"}, "stream"),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else None,
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_field_is_named(
+    shared: Running, body: dict[str, Any], param: str, stream: bool
+) -> None:
+    whole = {"messages": _USER, "max_tokens": 1, "stream": stream, **body}
+    if body == {}:
+        del whole["messages"]
+    reply = shared.ask(
+        "POST", "/v1/chat/completions", content=json.dumps(whole),
+    )  # fmt: skip
+    assert reply.status_code == 400
+    reply = httpx2.post(
+        f"{shared.url}/v1/chat/completions",
+        content=json.dumps(whole),
+        headers={"content-type": "application/json"},
+        timeout=60,
+    )
+    check(reply, 400, param)
+
+
+def test_fields_that_ask_for_nothing_are_taken(shared: Running) -> None:
+    reply = shared.chat(
+        "hello", frequency_penalty=0, presence_penalty=0.0, tools=[], logit_bias={},
+        response_format={"type": "text"}, user="me", unheard_of=1, repetition_penalty=1.0,
+    )  # fmt: skip
+    assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"messages": 1']
+)
+def test_a_body_that_is_no_request_is_refused(shared: Running, content: bytes) -> None:
+    reply = httpx2.post(
+        f"{shared.url}/v1/chat/completions",
+        content=content,
+        headers={"content-type": "application/json"},
+    )
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {}, "prompt"),
+        ("/v1/completions", {"prompt": ""}, "prompt"),
+        ("/v1/completions", {"prompt": []}, "prompt"),
+        ("/v1/completions", {"prompt": [999_999]}, "prompt"),
+        ("/v1/completions", {"prompt": [-1]}, "prompt"),
+        ("/v1/completions", {"prompt": [[]]}, "prompt"),
+        ("/v1/completions", {"prompt": "x", "echo": True}, "echo"),
+        ("/v1/completions", {"prompt": "x", "logprobs": 21}, "logprobs"),
+        ("/v1/completions", {"prompt": ["x"] * 65}, "n"),
+        ("/tokenize", {}, "prompt"),
+        ("/detokenize", {"tokens": [10**9]}, "tokens"),
+    ],
+)
+def test_other_routes_name_the_field_too(
+    shared: Running, path: str, body: dict[str, Any], param: str
+) -> None:
+    reply = shared.ask("POST", path, json=body)
+    assert reply.status_code == 400, reply.text
+    assert str(reply.json()["error"]["param"]).startswith(param)
+
+
+def test_what_is_not_here_is_404(shared: Running) -> None:
+    assert check(shared.chat("x", model="other"), 404, "model")["code"] == "model_not_found"
+    check(shared.ask("GET", "/v1/models/other"), 404, "model")
+    check(shared.ask("GET", "/v1/nothing"), 404)
+    check(shared.ask("GET", "/v1/chat/completions"), 405)
+
+
+def test_a_large_body_is_413(serve: Start) -> None:
+    running = serve(max_body_bytes=2000)
+    check(running.chat("x" * 3000), 413)
+
+    def pieces() -> Any:
+        for _ in range(30):
+            yield b" " * 100
+
+    reply = httpx2.post(
+        f"{running.url}/v1/chat/completions",
+        content=pieces(),  # its length is not said
+        headers={"content-type": "application/json"},
+    )
+    check(reply, 413)
+    assert running.chat("short").status_code == 200
+
+
+def test_a_body_that_does_not_come_is_408(serve: Start) -> None:
+    running = serve(body_timeout_s=0.2)
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"content-length: 100\r\n\r\n{"
+        )
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_an_answer_that_takes_too_long_is_408(serve: Start) -> None:
+    running = serve(request_timeout_s=0.05)
+    long = {"max_tokens": 400, "ignore_eos": True}
+    check(running.chat("The quick", **long), 408)
+    events = running.chat("The quick", stream=True, **long).text.split("\n\n")
+    assert json.loads(events[-3].removeprefix("data: "))["error"]["type"] == "timeout_error"
+    assert events[-2] == "data: [DONE]"
+    until(lambda: running.llm.stats()["queue"] == {"waiting": 0, "running": 0})
+
+
+def test_a_full_queue_is_429(serve: Start) -> None:
+    running = serve({"max_num_seqs": 1, "max_queue": 1})
+    long = {"max_tokens": 450, "ignore_eos": True}
+    waiting = [
+        threading.Thread(target=running.chat, args=("The quick",), kwargs=long) for _ in range(2)
+    ]
+    for i, thread in enumerate(waiting):
+        thread.start()
+        until(lambda i=i: sum(running.llm.stats()["queue"].values()) == i + 1)  # type: ignore[misc]
+    for stream in (False, True):
+        reply = running.chat("one more", stream=stream)
+        error = check(reply, 429)
+        assert error["code"] == "queue_full"
+        assert int(reply.headers["retry-after"]) >= 1
+    for thread in waiting:
+        thread.join()
+    assert running.chat("one more").status_code == 200
+
+
+def test_while_the_model_loads_it_is_503(tiny_folder: Path) -> None:
+    go = threading.Event()
+
+    def load() -> KVShare:
+        go.wait(60)
+        return KVShare(str(tiny_folder), embedder=None)
+
+    running = start(load)
+    try:
+        for reply in (
+            running.ask("GET", "/health"),
+            running.chat("x"),
+            running.ask("GET", "/v1/models"),
+        ):
+            assert check(reply, 503)["code"] == "loading"
+            assert int(reply.headers["retry-after"]) >= 1
+        assert running.ask("GET", "/metrics").status_code == 200
+        assert running.ask("GET", "/version").status_code == 200
+        go.set()
+        running.wait_ready()
+        assert running.chat("x").status_code == 200
+    finally:
+        go.set()
+        running.stop()
+
+
+def test_a_model_that_cannot_be_loaded_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    def load() -> KVShare:
+        raise ModelLoadError("there is no such model")
+
+    running = start(load)
+    until(lambda: running.service.failure is not None)
+    assert "there is no such model" in caplog.text
+    running.stop()
+
+
+def test_a_bug_is_500_and_says_nothing_of_itself(
+    serve: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = serve()
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(running.llm, "astream", broken)
+    error = check(running.chat("x"), 500)
+    assert "secret" not in error["message"]
+
+
+def test_after_the_engine_closed_it_is_503(serve: Start) -> None:
+    running = serve()
+    running.llm.close()
+    check(running.chat("x"), 503)
+    check(running.chat("x", stream=True), 503)

@@ -1,0 +1,216 @@
+"""What OpenAI's own client gets, whole and streamed, against the engine's own answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
+
+from .conftest import Running
+
+_MESSAGES: list[Any] = [
+    {"role": "system", "content": "Answer with the number and nothing else."},
+    {"role": "user", "content": "Sodium 141 mmol/L. What is the value?"},
+]
+_GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 8}
+_ALONE = RequestOptions(sharing="off", store=False)
+
+
+def offline(llm: KVShare, **params: Any) -> RequestOutput:
+    return llm.chat(_MESSAGES, SamplingParams(**{"max_tokens": 8, **params}), _ALONE)
+
+
+def test_a_chat_answers_as_the_engine_does(shared: Running) -> None:
+    reply = shared.client().chat.completions.create(messages=_MESSAGES, **_GREEDY)
+    expected = offline(shared.llm)
+    [choice] = reply.choices
+    assert choice.message.content == expected.text
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason == expected.finish_reason
+    assert reply.object == "chat.completion" and reply.model == "tiny"
+    assert reply.id.startswith("chatcmpl-")
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == len(expected.prompt_token_ids)
+    assert reply.usage.completion_tokens == len(expected.token_ids)
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+
+
+def test_a_streamed_chat_adds_up_to_the_whole_one(shared: Running) -> None:
+    chunks = list(
+        shared.client().chat.completions.create(
+            messages=_MESSAGES, stream=True, stream_options={"include_usage": True}, **_GREEDY
+        )
+    )
+    expected = offline(shared.llm)
+    *pieces, last, counted = chunks
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in (*pieces, last)) == expected.text
+    assert [c.choices[0].finish_reason for c in pieces] == [None] * len(pieces)
+    assert last.choices[0].finish_reason == expected.finish_reason
+    assert last.model_extra is not None and last.model_extra["kvshare"]["recomputed"] > 0
+    assert all(c.usage is None for c in (*pieces, last))
+    assert counted.choices == [] and counted.usage is not None
+    assert counted.usage.completion_tokens == len(expected.token_ids)
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_a_stream_without_usage_has_none(shared: Running) -> None:
+    *_, last = shared.client().chat.completions.create(messages=_MESSAGES, stream=True, **_GREEDY)
+    assert last.choices[0].finish_reason is not None and last.usage is None
+
+
+def test_cached_tokens_tell_the_truth(shared: Running) -> None:
+    salt = {"cache_salt": "cached-tokens"}
+    client = shared.client()
+    first = client.chat.completions.create(messages=_MESSAGES, extra_body=salt, **_GREEDY)
+    shared.llm.flush()
+    second = client.chat.completions.create(messages=_MESSAGES, extra_body=salt, **_GREEDY)
+    for reply, some in ((first, False), (second, True)):
+        assert reply.usage is not None and reply.usage.prompt_tokens_details is not None
+        assert reply.model_extra is not None
+        told = reply.model_extra["kvshare"]
+        cached = reply.usage.prompt_tokens_details.cached_tokens
+        assert cached == told["exact"] + told["reused"]
+        assert (cached or 0) > 0 if some else cached == 0
+        assert told["exact"] + told["reused"] + told["recomputed"] == reply.usage.prompt_tokens
+    assert second.model_extra is not None
+    assert second.model_extra["kvshare"]["exact"] == second.usage.prompt_tokens - 1  # type: ignore[union-attr]
+    assert second.model_extra["kvshare"]["donors"]
+    assert second.choices[0].message.content == first.choices[0].message.content
+
+
+def test_requests_choose_how_they_reuse(shared: Running) -> None:
+    salt = {"cache_salt": "per-request"}
+    client = shared.client()
+    client.chat.completions.create(messages=_MESSAGES, extra_body=salt, **_GREEDY)
+    shared.llm.flush()
+    alone = client.chat.completions.create(
+        messages=_MESSAGES,
+        extra_body={**salt, "kvshare": {"sharing": "off", "spans": True}},
+        **_GREEDY,
+    )
+    assert alone.model_extra is not None
+    told = alone.model_extra["kvshare"]
+    assert (told["exact"], told["declined"]) == (0, "sharing_off")
+    assert [span["kind"] for span in told["spans"]] == ["recomputed"]
+
+
+def test_several_choices_differ_and_repeat(shared: Running) -> None:
+    client = shared.client()
+    asked: dict[str, Any] = {"model": "tiny", "messages": _MESSAGES, "max_tokens": 12, "n": 3,
+                             "seed": 7, "temperature": 1.5}  # fmt: skip
+    first = client.chat.completions.create(**asked)
+    texts = [choice.message.content for choice in first.choices]
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    assert len(set(texts)) > 1
+    streamed = [""] * 3
+    for chunk in client.chat.completions.create(stream=True, **asked):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+    assert first.usage is not None
+    assert first.usage.prompt_tokens == len(offline(shared.llm).prompt_token_ids)
+    assert first.model_extra is not None and len(first.model_extra["kvshare"]["choices"]) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_the_engines(shared: Running, stream: bool) -> None:
+    asked = {**_GREEDY, "messages": _MESSAGES, "logprobs": True, "top_logprobs": 2}
+    reply = shared.client().chat.completions.create(stream=stream, **asked)  # type: ignore[call-overload]
+    found = []
+    for part in reply if stream else [reply]:
+        if part.choices[0].logprobs is not None:
+            found += part.choices[0].logprobs.content
+    expected = offline(shared.llm, logprobs=2).logprobs
+    assert expected is not None
+    assert [x.logprob for x in found] == pytest.approx([x.logprob for x in expected], abs=1e-3)
+    assert [len(x.top_logprobs) for x in found] == [2] * len(expected)
+    assert [x.token for x in found] == [shared.llm.tokenizer.decode([x.token_id]) for x in expected]
+
+
+def test_stop_strings_end_an_answer(shared: Running) -> None:
+    whole = offline(shared.llm, ignore_eos=True, max_tokens=12).text
+    stop = whole[3:5]
+    reply = shared.client().chat.completions.create(
+        messages=_MESSAGES, stop=[stop], extra_body={"ignore_eos": True},
+        **{**_GREEDY, "max_tokens": 12},
+    )  # fmt: skip
+    assert reply.choices[0].message.content == whole[: whole.index(stop)]
+    assert reply.choices[0].finish_reason == "stop"
+
+
+def test_vllms_fields_arrive(shared: Running) -> None:
+    reply = shared.client().chat.completions.create(
+        model="tiny", messages=_MESSAGES, temperature=2, max_completion_tokens=6,
+        extra_body={"top_k": 1, "min_p": 0.1, "ignore_eos": True},
+    )  # fmt: skip
+    expected = offline(shared.llm, ignore_eos=True, max_tokens=6)
+    assert reply.choices[0].message.content == expected.text
+    assert reply.choices[0].finish_reason == "length"
+
+
+def test_completions_of_text_and_tokens(shared: Running) -> None:
+    client = shared.client()
+    text = "The quick brown fox jumps"
+    ids = shared.llm.tokenizer(text)["input_ids"]
+    alone = SamplingParams(max_tokens=5)
+    expected = shared.llm.generate(text, alone, _ALONE)
+    other = shared.llm.generate("Laboratory report.", alone, _ALONE)
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 5, "temperature": 0}
+    for prompt, answers in (
+        (text, [expected.text]),
+        (ids, [expected.text]),
+        ([text, "Laboratory report."], [expected.text, other.text]),
+        ([ids], [expected.text]),
+    ):
+        reply = client.completions.create(prompt=prompt, **asked)
+        assert [choice.text for choice in reply.choices] == answers
+        assert reply.object == "text_completion"
+    chunks = client.completions.create(prompt=text, stream=True, **asked)
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == expected.text
+    logged = client.completions.create(prompt=text, logprobs=1, **asked).choices[0].logprobs
+    assert logged is not None and logged.tokens is not None
+    assert "".join(logged.tokens) == expected.text
+    assert logged.text_offset == [len("".join(logged.tokens[:i])) for i in range(5)]
+
+
+def test_completions_have_a_short_default(shared: Running) -> None:
+    reply = shared.client().completions.create(
+        model="tiny", prompt="The quick", temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert reply.usage is not None and reply.usage.completion_tokens == 16
+
+
+def test_models_and_what_a_server_says_of_itself(shared: Running) -> None:
+    [model] = shared.client().models.list()
+    assert model.id == "tiny"
+    assert shared.client().models.retrieve("tiny").model_extra["max_model_len"] == 512  # type: ignore[index]
+    assert shared.ask("GET", "/ping").status_code == 200
+    assert shared.ask("GET", "/version").json()["version"]
+
+
+def test_tokens_there_and_back(shared: Running) -> None:
+    text = "Haemoglobin 148 g/L"
+    reply = shared.ask("POST", "/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert reply["tokens"] == shared.llm.tokenizer(text)["input_ids"]
+    assert reply["count"] == len(reply["token_strs"]) == len(reply["tokens"])
+    back = shared.ask("POST", "/detokenize", json={"tokens": reply["tokens"]}).json()
+    assert back["prompt"] == text
+    chat = shared.ask("POST", "/tokenize", json={"messages": _MESSAGES}).json()
+    assert tuple(chat["tokens"]) == offline(shared.llm).prompt_token_ids
+
+
+def test_request_ids_come_back(shared: Running) -> None:
+    reply = shared.ask("GET", "/version")
+    assert len(reply.headers["x-request-id"]) == 32
+    body = {"messages": _MESSAGES, "max_tokens": 1}
+    own = {"headers": {"X-Request-Id": "mine-1"}, "json": body}
+    import httpx2
+
+    named = httpx2.post(f"{shared.url}/v1/chat/completions", timeout=60, **own)  # type: ignore[arg-type]
+    assert named.headers["x-request-id"] == "mine-1"
+    assert named.json()["id"] == "chatcmpl-mine-1"
+    odd = httpx2.get(f"{shared.url}/version", headers={"X-Request-Id": "a b<script>"})
+    assert odd.headers["x-request-id"] != "a b<script>"

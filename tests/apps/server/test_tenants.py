@@ -1,0 +1,197 @@
+"""Who may ask, and who may share with whom."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvshare_mm.apps.server.keys import Caller, KeyRing, add_key, digest
+from kvshare_mm.apps.server.sharing import in_words, scope
+from kvshare_mm.errors import ConfigError, InvalidRequestError
+
+from .conftest import ADMIN, Running, Start
+
+_TEXT = "Laboratory report. Patient number 48210. Haemoglobin 148 g/L, sodium 141 mmol/L. Value?"
+
+
+@pytest.fixture
+def ring(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A file of keys, and the keys."""
+    file = tmp_path / "keys.jsonl"
+    return file, {
+        "a": add_key(file, "shop-a"),
+        "a2": add_key(file, "shop-a"),
+        "b": add_key(file, "shop-b"),
+        "boss": add_key(file, "office", admin=True),
+    }
+
+
+def cached(running: Running, key: str | None = None, text: str = _TEXT, **fields: Any) -> int:
+    """Tokens reused for one request; checked against its provenance."""
+    running.llm.flush()
+    reply = running.chat(text, key, **fields)
+    assert reply.status_code == 200, reply.text
+    told = reply.json()["kvshare"]
+    found = reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert found == told["exact"] + told["reused"]
+    assert bool(found) == bool(told["donors"])
+    running.llm.flush()
+    return int(found)
+
+
+def timing_classes(running: Running) -> dict[str, float]:
+    """First tokens so far by what was reused: what a stop-watch could tell apart."""
+    name = 'kvshare:time_to_first_token_seconds_count{model_name="tiny",reuse="%s"}'
+    return {reuse: running.metric(name % reuse) for reuse in ("none", "exact", "similar")}
+
+
+def test_tenants_never_share(serve: Start, ring: tuple[Path, dict[str, str]]) -> None:
+    file, keys = ring
+    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    assert cached(running, keys["a"]) == 0
+    assert cached(running, keys["b"]) == 0  # the same prompt, another tenant
+    assert timing_classes(running) == {"none": 2, "exact": 0, "similar": 0}
+    assert cached(running, keys["a"]) > 0
+    assert cached(running, keys["a2"]) > 0  # another key of the same tenant
+    assert cached(running, keys["b"]) > 0
+    assert cached(running, keys["a"], cache_salt="own") == 0
+    assert cached(running, keys["b"], cache_salt="own") == 0
+    assert cached(running, keys["a"], cache_salt="own") > 0
+    assert timing_classes(running) == {"none": 4, "exact": 4, "similar": 0}
+
+
+def test_a_tenant_cannot_spell_its_way_to_another(
+    serve: Start, ring: tuple[Path, dict[str, str]]
+) -> None:
+    file, keys = ring
+    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    cached(running, keys["a"])
+    for salt in ("shop-a", '["tenant", "shop-a", null]', '", "shop-a', "null"):
+        assert cached(running, keys["b"], cache_salt=salt) == 0
+
+
+def test_only_equal_salts_share(serve: Start) -> None:
+    running = serve(sharing="salt")
+    assert cached(running) == 0
+    assert cached(running) == 0  # no salt: nobody to share with, not even itself
+    assert running.llm.stats()["donors"]["nodes"] == 0
+    assert cached(running, cache_salt="x") == 0
+    assert cached(running, cache_salt="y") == 0
+    assert cached(running, cache_salt="x") > 0
+    assert cached(running, cache_salt="x", kvshare={"sharing": "on"}) > 0
+    assert cached(running, kvshare={"sharing": "on"}) == 0  # what is off stays off
+
+
+def test_all_share_but_salts_are_apart(serve: Start) -> None:
+    running = serve(sharing="global")
+    assert cached(running, "some-key") == 0
+    assert cached(running, "other-key") > 0
+    assert cached(running, cache_salt="x") == 0
+    assert cached(running, cache_salt="x") > 0
+    assert cached(running, cache_salt="y") == 0
+
+
+@pytest.mark.parametrize("salt", ["", "a@b", "a/b", "a\\b", "a\0b", "x" * 129])
+def test_malformed_salts_are_refused(salt: str) -> None:
+    for mode in ("tenant", "salt", "global"):
+        with pytest.raises(InvalidRequestError, match="cache_salt"):
+            scope(mode, Caller("a"), salt)  # type: ignore[arg-type]
+
+
+def test_scopes_of_all_modes_are_different() -> None:
+    salts = [None, "a", "b", '["tenant", "a", null]']
+    scopes = [scope("tenant", Caller(t), s).cache_salt for t in ("a", "b") for s in salts]
+    scopes += [scope("global", Caller(), s).cache_salt for s in salts]
+    assert len(set(scopes)) == len(scopes)
+    assert scope("salt", Caller("a"), "x") == scope("salt", Caller("b"), "x")
+
+
+def test_the_words_of_the_start_line() -> None:
+    assert "ALL" in in_words("global") and "tenant" in in_words("tenant")
+
+
+def test_wrong_keys_are_401(serve: Start, ring: tuple[Path, dict[str, str]]) -> None:
+    file, keys = ring
+    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    for key in (None, "wrong", keys["a"] + "x", digest(keys["a"])):
+        for method, path in (
+            ("POST", "/v1/chat/completions"),
+            ("GET", "/v1/models"),
+            ("POST", "/tokenize"),
+            ("GET", "/v1/cache"),
+            ("GET", "/v1/nothing"),
+        ):
+            reply = running.ask(method, path, key)
+            assert reply.status_code == 401
+            assert reply.json()["error"]["code"] == "invalid_api_key"
+            assert reply.headers["www-authenticate"] == "Bearer"
+    assert running.ask("GET", "/health").status_code == 200
+    assert running.ask("GET", "/v1/models", keys["a"]).status_code == 200
+
+
+def test_only_admins_see_the_cache(serve: Start, ring: tuple[Path, dict[str, str]]) -> None:
+    file, keys = ring
+    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    assert running.ask("GET", "/v1/cache", keys["a"]).status_code == 403
+    assert running.ask("GET", "/v1/cache", keys["boss"]).status_code == 200
+
+
+def test_without_a_file_only_the_admin_key_does(serve: Start) -> None:
+    running = serve()
+    assert running.chat("x").status_code == 200
+    assert running.ask("GET", "/v1/cache").status_code == 403
+    assert running.ask("GET", "/v1/cache", "wrong").status_code == 403
+    assert running.ask("GET", "/v1/cache", ADMIN).status_code == 200
+
+
+def test_a_deleted_line_ends_a_key(serve: Start, ring: tuple[Path, dict[str, str]]) -> None:
+    file, keys = ring
+    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    assert running.ask("GET", "/v1/models", keys["a"]).status_code == 200
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if digest(keys["a"]) not in line))
+    assert running.ask("GET", "/v1/models", keys["a"]).status_code == 401
+    assert running.ask("GET", "/v1/models", keys["b"]).status_code == 200
+    file.write_text("nonsense")
+    assert running.ask("GET", "/v1/models", keys["b"]).status_code == 401
+    file.unlink()
+    assert running.ask("GET", "/v1/models", keys["b"]).status_code == 401
+
+
+def test_the_file_keeps_no_keys(ring: tuple[Path, dict[str, str]]) -> None:
+    file, keys = ring
+    text = file.read_text()
+    assert not any(key in text for key in keys.values())
+    assert [json.loads(line)["tenant"] for line in text.splitlines()] == [
+        "shop-a", "shop-a", "shop-b", "office",
+    ]  # fmt: skip
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert KeyRing(file).caller(keys["boss"]) == Caller("office", admin=True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x",
+        "[]",
+        "{}",
+        '{"tenant": "a", "sha256": "short"}',
+        '{"tenant": "", "sha256": "%s"}' % ("0" * 64),
+        '{"tenant": "a", "admin": "no", "sha256": "%s"}' % ("0" * 64),
+    ],
+)
+def test_bad_files_of_keys_are_refused(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# a comment\n\n{line}\n")
+    with pytest.raises(ConfigError, match="line 3"):
+        KeyRing(file)
+    with pytest.raises(ConfigError, match="line 3"):
+        add_key(file, "a")
+    with pytest.raises(ConfigError, match="cannot read"):
+        KeyRing(tmp_path / "missing")
+    with pytest.raises(ConfigError, match="no name"):
+        add_key(tmp_path / "new", "a b")
