@@ -37,7 +37,18 @@ console = Console()
 
 Model = Annotated[
     str,
-    typer.Option(help="hub name, folder, .gguf file, or the embedded smollm2", show_default=True),
+    typer.Option(
+        help="hub name, folder, .gguf file, or an embedded model: smollm2, tiny-vl, tiny-audio",
+        show_default=True,
+    ),
+]
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", help="a picture for the question: path or URL; repeatable"),
+]
+Sounds = Annotated[
+    list[str] | None,
+    typer.Option("--audio", help="a sound file for the question; repeatable"),
 ]
 StoreDir = Annotated[
     Path | None,
@@ -108,6 +119,8 @@ def generate(
     raw: Annotated[
         bool, typer.Option(help="send the prompt as it is, without chat template")
     ] = False,
+    image: Images = None,
+    audio: Sounds = None,
     store_dir: StoreDir = None,
     repair: Repair = "auto",
 ) -> None:
@@ -115,12 +128,15 @@ def generate(
     from kvshare_mm.sampling import SamplingParams
 
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    if raw and (image or audio):
+        raise typer.BadParameter("--raw sends text alone; leave it out, or the media")
+    content = chat_app.with_media(text, image or [], audio or [])
     with serving(model, store_dir=store_dir, repair=repair, embedder=None) as llm:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
         output = chat_app.show(
-            llm, console, text if raw else [{"role": "user", "content": text}], params
+            llm, console, text if raw else [{"role": "user", "content": content}], params
         )
-        console.print(chat_app.reuse_line(output), style="dim")
+        console.print(chat_app.reuse_line(output), style="dim", markup=False)
 
 
 @app.command()
@@ -129,15 +145,21 @@ def chat(
     system: Annotated[str | None, typer.Option(help="system prompt")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
+    image: Images = None,
+    audio: Sounds = None,
     store_dir: StoreDir = None,
     repair: Repair = "auto",
 ) -> None:
-    """Talk to the model; under every answer stands what was reused and from where."""
+    """Talk to the model; under every answer stands what was reused and from where.
+
+    Pictures and sound given here belong to the first question; /image FILE and /audio FILE add
+    some to the next.
+    """
     from kvshare_mm.sampling import SamplingParams
 
     with serving(model, store_dir=store_dir, repair=repair) as llm:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
-        chat_app.talk(llm, console, params, system)
+        chat_app.talk(llm, console, params, system, image or [], audio or [])
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.tree import Tree
 from kvshare_mm.delta_tree import DeltaTree, Node
 from kvshare_mm.errors import StoreError
 from kvshare_mm.store.disk import DiskTier
+from kvshare_mm.store.media import is_media
 
 
 def show(store_dir: Path, console: Console, tree: bool, limit: int) -> None:
@@ -21,18 +22,27 @@ def show(store_dir: Path, console: Console, tree: bool, limit: int) -> None:
         raise StoreError(f"{store_dir} is not a store folder: it has no kv/ inside")
     disk = DiskTier(folder, max_bytes=1 << 62)
     nodes = DeltaTree()
+    encoded: list[Node] = []
     for node, _ in disk.records():
-        nodes.insert(node)
+        if is_media(node):
+            encoded.append(node)
+        else:
+            nodes.insert(node)
     newest = sorted(nodes, key=lambda n: -n.created_s)[:limit]
     console.print(
         f"{len(nodes)} donors, {disk.num_bytes / 2**20:.1f} MiB; "
         f"{nodes.num_tokens_owned} tokens held, {nodes.num_tokens_whole} if each were stored whole"
     )
+    if encoded:
+        positions = sum(len(node) for node in encoded)
+        console.print(
+            f"encoder outputs kept: {len(encoded)} pictures and clips, {positions} positions"
+        )
     if tree:
         _draw(nodes, newest, console)
         return
     table = Table()
-    for heading in ("donor", "model", "tokens", "owned", "exact", "parent", "created"):
+    for heading in ("donor", "model", "tokens", "owned", "exact", "media", "parent", "created"):
         table.add_column(
             heading, justify="right" if heading in ("tokens", "owned", "exact") else "left"
         )
@@ -43,10 +53,30 @@ def show(store_dir: Path, console: Console, tree: bool, limit: int) -> None:
             str(len(node)),
             str(node.num_owned),
             str(node.exact_len),
+            str(len(node.media) or "-"),
             node.parent[:8] if node.parent else "-",
             _time(node),
         )
     console.print(table)
+    if any(node.media for node in newest):
+        console.print(_media(newest))
+
+
+def _media(nodes: list[Node]) -> Table:
+    """Where pictures and clips stand, their sizes, and the hash that tells equal from other."""
+    table = Table(title="pictures and sound", title_justify="left")
+    for heading in ("donor", "positions", "modality", "hash", "size"):
+        table.add_column(heading)
+    for node in nodes:
+        for segment in node.media:
+            table.add_row(
+                node.node_id[:8],
+                f"{segment.start}-{segment.end - 1} ({segment.end - segment.start})",
+                segment.modality.value,
+                f"{segment.content_hash:016x}",
+                segment.label,
+            )
+    return table
 
 
 def _draw(nodes: DeltaTree, shown: list[Node], console: Console) -> None:

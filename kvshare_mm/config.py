@@ -17,7 +17,9 @@ class KVShareConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field("smollm2", description="hub name, folder, .gguf file, or `smollm2`")
+    model: str = Field(
+        "smollm2", description="hub name, folder, .gguf file, smollm2, tiny-vl or tiny-audio"
+    )
     engine: Literal["native"] = Field("native", description="what runs the model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and KV; auto is measured"

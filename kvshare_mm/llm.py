@@ -74,7 +74,8 @@ class KVShare:
     ...     print(llm.chat([{"role": "user", "content": "What is KV cache?"}]).text)
 
     Args:
-        model: hub name, folder, ``.gguf`` file, or the embedded ``smollm2``.
+        model: hub name, folder, ``.gguf`` file, or an embedded one: ``smollm2``, ``tiny-vl`` (sees
+            pictures), ``tiny-audio`` (hears).
         options: the fields of `kvshare_mm.config.KVShareConfig`.
 
     Raises:
@@ -131,7 +132,17 @@ class KVShare:
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> RequestOutput:
-        """Answer a chat: messages as in OpenAI's API."""
+        """Answer a chat: messages as in OpenAI's API.
+
+        A part of a message is text (``{"type": "text", "text": ...}``), a picture (``image_url``:
+        a URL, a data URL or a path; or ``image``: a path, the file's bytes or a PIL image) or sound
+        (``input_audio``: base64 and format; or ``audio``: a path, the file's bytes or samples with
+        their rate), as far as the model takes it.
+
+        Raises:
+            InvalidRequestError: messages or media that cannot be read; `field` names the part.
+            QueueFullError: too many requests wait.
+        """
         return self._answers([self._chat(messages, params, options)])[0]
 
     def stream(

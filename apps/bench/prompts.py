@@ -17,6 +17,8 @@ Text = str | list[dict[str, Any]]
 def read_pairs(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     """Pairs of a JSON Lines file: ``{"id", "donor", "target", "reference"?}``.
 
+    Donor and target are texts, or messages whose media may be paths relative to the file.
+
     Raises:
         ConfigError: no such file, or a line that is not a pair; says which.
     """
@@ -24,8 +26,34 @@ def read_pairs(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     for number, pair in enumerate(read_jsonl(path, "donor", "target"), 1):
         if not pair["donor"] or not pair["target"]:
             raise ConfigError(f"{path}: pair {number} has an empty donor or target")
-        pairs.append({"id": str(number), **pair})
+        sides = {side: with_media_paths(pair[side], path.parent) for side in ("donor", "target")}
+        pairs.append({"id": str(number), **pair, **sides})
     return pairs[:limit]
+
+
+def with_media_paths(prompt: Any, folder: Path) -> Any:
+    """Messages with relative paths of media taken from `folder`; all else as it is."""
+    if isinstance(prompt, list):
+        return [with_media_paths(entry, folder) for entry in prompt]
+    if not isinstance(prompt, dict):
+        return prompt
+    moved = dict(prompt)
+    if isinstance(prompt.get("content"), list):
+        moved["content"] = with_media_paths(prompt["content"], folder)
+    for kind in ("image", "audio"):
+        if prompt.get("type") == kind and isinstance(prompt.get(kind), str):
+            moved[kind] = _from(folder, prompt[kind])
+    if prompt.get("type") == "image_url":
+        place = prompt.get("image_url")
+        if isinstance(place, dict) and isinstance(place.get("url"), str):
+            moved["image_url"] = {**place, "url": _from(folder, place["url"])}
+        elif isinstance(place, str):
+            moved["image_url"] = _from(folder, place)
+    return moved
+
+
+def _from(folder: Path, place: str) -> str:
+    return place if place.startswith(("http:", "https:", "data:")) else str(folder / place)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from kvshare_mm import assets
 from kvshare_mm.attention import attention_name
 from kvshare_mm.errors import ConfigError, ModelLoadError
 from kvshare_mm.kernels.backend import BackendError, resolve
@@ -29,6 +30,9 @@ from kvshare_mm.models.support import KVShape, check_support
 from kvshare_mm.rotary import RotarySpec
 
 logger = logging.getLogger(__name__)
+
+# Trained for this project; see assets/README.md.
+SHIPPED = ("tiny-vl", "tiny-audio")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -81,7 +85,8 @@ def load_model(
     """Load a model and find out whether its KV can be re-used at other positions.
 
     Args:
-        name: hub name, folder, ``.gguf`` file, or the embedded ``smollm2``.
+        name: hub name, folder, ``.gguf`` file, or an embedded model: ``smollm2``, ``tiny-vl``,
+            ``tiny-audio``.
         dtype: "float32", "bfloat16", "float16", or "auto": the model's own unless a short
             measurement shows that float32 is faster on this machine.
         device: a torch device, or "auto": the GPU if there is one.
@@ -163,6 +168,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 def _locate(name: str) -> str:
     if name in EMBEDDED:
         return str(converted(embedded_gguf(name)))
+    if name in SHIPPED:
+        try:
+            return str(assets.folder(name))
+        except FileNotFoundError as error:
+            raise ModelLoadError(f"The model {name!r} is not installed: {error}") from error
     if name.endswith(".gguf"):
         return str(converted(Path(name).expanduser()))
     folder = Path(name).expanduser()

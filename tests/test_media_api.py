@@ -1,0 +1,333 @@
+"""The Python API with pictures and sound: what it takes, refuses, reuses and counts."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvshare_mm import (
+    InvalidRequestError,
+    KVShare,
+    ModelLoadError,
+    RequestOptions,
+    RequestOutput,
+    SamplingParams,
+)
+from kvshare_mm.cache import CacheAdmin
+from kvshare_mm.store.media import media_ids
+
+from .media_oracle import Oracle
+from .modalities.media import RATE, encoded, picture, recorded, tone
+
+PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
+OFF = RequestOptions(sharing="off", store=False)
+POLICY = "Goods can be sent back within 30 days if they are unused. "
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def open_media(media_folder: Callable[[str], Path]) -> Iterator[Callable[..., KVShare]]:
+    """Opens `KVShare` on the tiny random model of a family."""
+    opened: list[KVShare] = []
+
+    def make(family: str = "qwen2_5_vl", **options: Any) -> KVShare:
+        options = {"embedder": None, "dtype": "float32", "min_gain_tokens": 4, **options}
+        opened.append(KVShare(str(media_folder(family)), **options))
+        return opened[-1]
+
+    yield make
+    for llm in opened:
+        llm.close()
+
+
+def user(*parts: dict[str, Any] | str) -> list[dict[str, Any]]:
+    content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
+    return [{"role": "user", "content": content}]
+
+
+def image(seed: int = 0) -> dict[str, Any]:
+    return {"type": "image", "image": encoded(picture(112, 84, seed))}
+
+
+def sound(hertz: float = 440) -> dict[str, Any]:
+    return {"type": "audio", "audio": recorded(tone(0.7, hertz), subtype="PCM_16")}
+
+
+def stored(llm: KVShare, messages: list[dict[str, Any]], **options: Any) -> RequestOutput:
+    output = llm.chat(messages, PARAMS, RequestOptions(**options))
+    assert llm.flush(60)
+    return output
+
+
+def test_answers_are_transformers_own(
+    open_media: Callable[..., KVShare], oracles: Callable[[str], Oracle]
+) -> None:
+    one, two = picture(112, 84), picture(56, 140, 1)
+    messages = user({"type": "image", "image": one}, " or ", {"type": "image", "image": two}, "?")
+    oracle = oracles("qwen2_5_vl")
+    output = open_media().chat(messages, PARAMS)
+    assert list(output.token_ids) == oracle.greedy(oracle.inputs(messages), 6)
+    assert len(output.prompt_token_ids) == len(oracle.stream(messages))
+
+
+@pytest.mark.parametrize("sharing", ["on", "exact"])
+def test_a_rephrased_question_looks_at_nothing_again(
+    open_media: Callable[..., KVShare], sharing: Any
+) -> None:
+    llm = open_media()
+    first = stored(llm, user(POLICY, image(), "What is it?"))
+    second = stored(llm, user(POLICY, image(), "And what colour has it?"), sharing=sharing)
+    assert [u.source for u in (*first.provenance.media, *second.provenance.media)] == [
+        "encoder",
+        "kv",
+    ]
+    assert second.provenance.exact > second.provenance.media[0].end
+    assert llm.stats()["media"]["tower_runs"] == 1
+    assert llm.stats()["requests"]["media_kv"] == 1
+    full = llm.chat(user(POLICY, image(), "And what colour has it?"), PARAMS, OFF)
+    if sharing == "exact":
+        assert second.token_ids == full.token_ids
+    assert [use.source for use in full.provenance.media] == ["encoder"]
+
+
+def test_another_picture_does_not_answer_for_the_first(open_media: Callable[..., KVShare]) -> None:
+    llm = open_media(repair="auto:0.000001")
+    stored(llm, user(POLICY, image(0), "What is it?"))
+    target = user(POLICY, image(1), "What is it?")
+    output = stored(llm, target)
+    [use] = output.provenance.media
+    assert use.source == "encoder"
+    spans = [s for s in output.provenance.spans if s.start < use.end and s.end > use.start]
+    assert {s.kind for s in spans} == {"recomputed"}
+    assert output.provenance.exact > len(POLICY)
+    assert output.token_ids == llm.chat(target, PARAMS, OFF).token_ids
+
+
+def test_provenance_tells_of_media(open_media: Callable[..., KVShare]) -> None:
+    llm = open_media("qwen2_5_omni_thinker")
+    output = stored(llm, user(image(), "and", sound(), "?"))
+    shown = [(u.modality, u.end - u.start, u.label) for u in output.provenance.media]
+    assert shown == [
+        ("image", 12, "112x84, seen as 112x84"),
+        ("audio", 17, "0.70 s, 16000 Hz mono"),
+    ]
+    assert output.metrics.encode > 0
+    told = output.to_dict()["provenance"]["media"]
+    assert [m["content_hash"] for m in told] == [u.content_hash for u in output.provenance.media]
+    assert all(len(m["content_hash"]) == 16 for m in told)
+
+
+def test_the_first_frame_is_said_to_be_seen(open_media: Callable[..., KVShare]) -> None:
+    frames = [picture(seed=i) for i in range(3)]
+    data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    output = open_media().chat(user({"type": "image", "image": data}, "?"), PARAMS)
+    assert output.provenance.media[0].notes == ("the first of 3 frames",)
+
+
+def test_all_ways_to_send_a_picture_are_one(
+    open_media: Callable[..., KVShare], tmp_path: Path
+) -> None:
+    llm = open_media()
+    data = encoded(picture(112, 84))
+    file = tmp_path / "photo.webp"
+    file.write_bytes(encoded(picture(112, 84), "WEBP", lossless=True))
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    parts: list[dict[str, Any]] = [
+        {"type": "image", "image": data},
+        {"type": "image", "image": picture(112, 84)},
+        {"type": "image", "image": file},
+        {"type": "image_url", "image_url": {"url": str(file)}},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": url},
+    ]
+    outputs = [stored(llm, user(POLICY, part, "What is it?")) for part in parts]
+    assert len({o.token_ids for o in outputs}) == 1
+    assert [o.provenance.recomputed for o in outputs[1:]] == [1] * 5
+    assert llm.stats()["media"] == {**llm.stats()["media"], "tower_runs": 1, "tower_hits": 0}
+
+
+def test_all_ways_to_send_a_clip_are_one(
+    open_media: Callable[..., KVShare], tmp_path: Path
+) -> None:
+    llm = open_media("qwen2_audio")
+    data = recorded(tone(0.7), subtype="PCM_16")
+    file = tmp_path / "clip.flac"
+    samples = (tone(0.7) * 32768).astype("int16")
+    data = recorded(samples, subtype="PCM_16")
+    file.write_bytes(recorded(samples, format="FLAC", subtype="PCM_16"))
+    parts: list[dict[str, Any]] = [
+        {"type": "audio", "audio": data},
+        {"type": "audio", "audio": str(file)},
+        {"type": "audio", "audio": (samples, RATE)},
+        {
+            "type": "input_audio",
+            "input_audio": {"data": base64.b64encode(data).decode(), "format": "wav"},
+        },
+    ]
+    outputs = [stored(llm, user("Listen: ", part, "What is it?")) for part in parts]
+    assert [o.provenance.recomputed for o in outputs[1:]] == [1] * 3
+    assert llm.stats()["media"]["tower_runs"] == 1
+
+
+def test_the_same_clip_with_another_question_reuses_all_of_it(
+    open_media: Callable[..., KVShare],
+) -> None:
+    llm = open_media("qwen2_audio")
+    stored(llm, user("A customer calls. ", sound(), "What does she want?"))
+    output = stored(llm, user("A customer calls. ", sound(), "Which digit is it?"))
+    [use] = output.provenance.media
+    assert use.source == "kv"
+    assert output.provenance.exact >= use.end
+    other = stored(llm, user("A customer calls. ", sound(441), "Which digit is it?"))
+    assert other.provenance.media[0].source == "encoder"
+
+
+def test_streams_and_coroutines_take_media(open_media: Callable[..., KVShare]) -> None:
+    llm = open_media()
+    messages = user(image(), "What is it?")
+    want = llm.chat(messages, PARAMS, OFF).text
+    chunks = list(llm.stream(messages, PARAMS, OFF))
+    assert "".join(c.text for c in chunks) == want
+
+    async def ask() -> str:
+        return (await llm.achat(messages, PARAMS, OFF)).text
+
+    assert asyncio.run(ask()) == want
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "says"),
+    [
+        ({"type": "image", "image": b"no picture"}, ".image", "no picture"),
+        ({"type": "image", "image": "/nowhere.png"}, ".image", "no file"),
+        ({"type": "image_url", "image_url": {"url": "data:,"}}, ".image_url", "image_url"),
+        ({"type": "input_audio", "input_audio": {}}, "", "takes parts of type image"),
+        ({"type": "video", "video": "clip.mp4"}, "", "video is not supported"),
+        ({"type": "text", "text": "<|image_pad|>"}, ".text", "keep for media"),
+    ],
+)
+def test_bad_parts_name_themselves_and_lose_nothing(
+    open_media: Callable[..., KVShare], part: dict[str, Any], field: str, says: str
+) -> None:
+    llm = open_media()
+    messages = [{"role": "system", "content": "Hi."}, *user("See", part)]
+    before = llm.stats()
+    for call in (llm.chat, llm.stream, lambda m: asyncio.run(llm.achat(m))):
+        with pytest.raises(InvalidRequestError, match=says) as caught:
+            call(messages)
+        assert caught.value.field == f"messages[1].content[1]{field}"
+    assert llm.stats() == before
+    assert llm.chat(user(image(), "?"), PARAMS).finish_reason == "length"
+
+
+def test_placeholders_in_text_are_refused(open_media: Callable[..., KVShare]) -> None:
+    llm = open_media()
+    with pytest.raises(InvalidRequestError, match="keep for media") as caught:
+        llm.chat([{"role": "user", "content": "Look: <|image_pad|>"}])
+    assert caught.value.field == "messages[0].content"
+    for prompt in ("<|image_pad|>", llm.tokenizer("a<|image_pad|>")["input_ids"]):
+        with pytest.raises(InvalidRequestError, match="parts of messages") as caught:
+            llm.generate(prompt)
+        assert caught.value.field == "prompt"
+
+
+def test_a_template_without_a_place_for_media(open_media: Callable[..., KVShare]) -> None:
+    llm = open_media()
+    llm.tokenizer.chat_template = "{% for m in messages %}x{% endfor %}"
+    with pytest.raises(InvalidRequestError, match="0 places for 1 items of image"):
+        llm.chat(user(image()))
+
+
+def test_more_pictures_than_the_context_holds(open_media: Callable[..., KVShare]) -> None:
+    llm = open_media(max_model_len=64)
+    with pytest.raises(InvalidRequestError, match="context holds 64"):
+        llm.chat(user(*(image(i) for i in range(6)), "?"))
+
+
+def test_paths_can_be_forbidden(open_media: Callable[..., KVShare], tmp_path: Path) -> None:
+    file = tmp_path / "photo.png"
+    file.write_bytes(encoded(picture()))
+    with pytest.raises(InvalidRequestError, match="may not be read"):
+        open_media(local_media=False).chat(user({"type": "image", "image": file}, "?"))
+
+
+def test_limits_are_options(open_media: Callable[..., KVShare]) -> None:
+    with pytest.raises(InvalidRequestError, match=r"at most 0\.005 million"):
+        open_media(max_image_pixels=5_000).chat(user(image()))
+    with pytest.raises(InvalidRequestError, match="largest file"):
+        open_media(max_media_bytes=100).chat(user(image()))
+
+
+def test_tenants_share_neither_kv_nor_features(open_media: Callable[..., KVShare]) -> None:
+    llm = open_media()
+    for salt in ("one", "two"):
+        output = stored(llm, user(POLICY, image(), "What is it?"), cache_salt=salt)
+        assert output.provenance.media[0].source == "encoder"
+        assert output.provenance.recomputed == len(output.prompt_token_ids)
+
+
+def test_clearing_forgets_pictures_too(open_media: Callable[..., KVShare]) -> None:
+    llm = open_media()
+    stored(llm, user(POLICY, image(), "What is it?"))
+    donors = llm._parts.donors
+    assert donors is not None
+    assert len(media_ids(donors.store)) == 1
+    assert CacheAdmin(donors, llm.tokenizer).clear() == 1
+    assert media_ids(donors.store) == []
+    assert donors.store.bytes_by_tier() == {"host": 0}
+    again = stored(llm, user(POLICY, image(), "What is it?"))
+    assert again.provenance.media[0].source == "encoder"
+
+
+def test_a_picture_in_one_store_serves_the_next_process(
+    open_media: Callable[..., KVShare], tmp_path: Path
+) -> None:
+    first = open_media(store_dir=tmp_path)
+    stored(first, user(POLICY, image(), "What is it?"))
+    first.close()
+    second = open_media(store_dir=tmp_path)
+    output = stored(second, user(POLICY, image(), "What colour is it?"))
+    assert output.provenance.media[0].source == "kv"
+    assert second.stats()["media"]["tower_runs"] == 0
+
+
+def test_a_broken_encoder_fails_one_request(
+    open_media: Callable[..., KVShare], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = open_media()
+    family = llm._parts.loaded.family
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(family, "encode", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            llm.chat(user(image(), "?"), PARAMS)
+    assert llm.chat(user(image(), "?"), PARAMS).finish_reason == "length"
+
+
+def test_a_text_only_chat_of_a_model_that_sees(open_media: Callable[..., KVShare]) -> None:
+    llm = open_media()
+    output = llm.chat([{"role": "user", "content": "Hello?"}], PARAMS)
+    assert output.provenance.media == ()
+    assert llm.chat(user("Hel", "lo?"), PARAMS).token_ids == output.token_ids
+
+
+def test_a_shipped_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Path:
+        raise FileNotFoundError("no embedded model")
+
+    monkeypatch.setattr("kvshare_mm.assets.folder", missing)
+    with pytest.raises(ModelLoadError, match="'tiny-vl' is not installed"):
+        KVShare("tiny-vl")
