@@ -147,6 +147,7 @@ def serve(
             embedder=None if embedder == "none" else embedder,
             dtype=dtype,
             device=device,
+            local_media=False,
         )
         listening = run.bind(host, port)
         port = listening.getsockname()[1]

@@ -108,7 +108,8 @@ def serve(tiny_folder: Path) -> Iterator[Start]:
 
     def make(engine: dict[str, Any] | None = None, **options: Any) -> Running:
         running = start(
-            lambda: KVShare(str(tiny_folder), **{"embedder": None, **(engine or {})}), **options
+            lambda: KVShare(**{"model": str(tiny_folder), "embedder": None, **(engine or {})}),
+            **options,
         )
         started.append(running)
         running.wait_ready()

@@ -1,0 +1,83 @@
+"""Requests made up from the server's own description never break it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import not_a_server_error
+
+from kvshare_mm.apps.server.app import create_app
+from kvshare_mm.apps.server.options import ServerOptions
+from kvshare_mm.apps.server.service import Service
+
+from .conftest import ADMIN, Running
+
+_SETTINGS = settings(
+    max_examples=25,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def _operations() -> list[Any]:
+    def never() -> Any:
+        raise AssertionError("the description needs no model")
+
+    app = create_app(Service(never, ServerOptions("tiny")))
+    schema = schemathesis.openapi.from_dict(app.openapi())
+    return [result.ok() for result in schema.get_all_operations()]
+
+
+_OPERATIONS = _operations()
+
+
+def test_all_routes_are_described() -> None:
+    labels = {operation.label for operation in _OPERATIONS}
+    assert {
+        "POST /v1/chat/completions",
+        "POST /v1/completions",
+        "GET /v1/models",
+        "POST /tokenize",
+        "POST /detokenize",
+        "GET /health",
+        "GET /metrics",
+        "POST /v1/cache/lookup",
+        "POST /v1/cache/clear",
+        "DELETE /v1/cache/donors/{donor_id}",
+    } <= labels
+
+
+_VALID, _INVALID = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+# A path takes any text, so only bodies and queries can be invalid.
+_CASES = [(_VALID, o) for o in _OPERATIONS] + [
+    (_INVALID, o) for o in _OPERATIONS if list(o.body) or list(o.query)
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "operation"), _CASES, ids=[f"{m.value} {o.label}" for m, o in _CASES]
+)
+def test_no_request_is_a_server_error(shared: Running, operation: Any, mode: Any) -> None:
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @_SETTINGS
+    def check(case: Any) -> None:
+        body = case.body
+        if isinstance(body, dict):
+            # A long answer is no mistake, but it takes its time.
+            body["max_tokens"] = (
+                1 if mode is schemathesis.GenerationMode.POSITIVE else body.get("max_tokens", 1)
+            )
+            body.pop("max_completion_tokens", None)
+        reply = case.call(
+            base_url=shared.url, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=60
+        )
+        case.validate_response(reply, checks=(not_a_server_error,))
+        if reply.status_code >= 400 and reply.headers["content-type"] == "application/json":
+            assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+    check()
+    assert shared.ask("GET", "/health").status_code == 200

@@ -1,0 +1,234 @@
+"""Pictures and sound in requests: what reaches the engine, and what never gets that far."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from kvshare_mm import KVShare
+from kvshare_mm.apps.server.media import resolved
+from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.modalities.fetch import FetchPolicy, MediaFetcher
+
+from .conftest import Running, Start, start
+
+_WAV = base64.b64encode(b"RIFF....WAVE").decode()
+
+
+class Fetched(MediaFetcher):
+    """Stands for the network: every https URL has its own name as content."""
+
+    async def afetch(self, url: str) -> bytes:
+        return url.encode() if url.startswith("https:") else await super().afetch(url)
+
+
+def resolve(
+    *parts: Any, fetcher: MediaFetcher | None = None, most: int = 3
+) -> list[dict[str, Any]]:
+    message = {"role": "user", "content": list(parts)}
+    return asyncio.run(resolved([message], fetcher or Fetched(), most))
+
+
+def picture(url: object) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+
+
+def sound(data: object = _WAV, form: object = "wav") -> dict[str, Any]:
+    return {"type": "input_audio", "input_audio": {"data": data, "format": form}}
+
+
+def test_parts_arrive_in_order() -> None:
+    [message] = resolve(
+        {"type": "text", "text": "see"},
+        picture("https://a.example/1"),
+        sound(),
+        picture("data:,two"),
+        {"type": "text", "text": "!"},
+    )
+    assert message["content"] == [
+        {"type": "text", "text": "see"},
+        {"type": "image", "image": b"https://a.example/1"},
+        {"type": "input_audio", "input_audio": {"data": _WAV, "format": "wav"}},
+        {"type": "image", "image": b"two"},
+        {"type": "text", "text": "!"},
+    ]
+
+
+def test_only_role_and_content_pass() -> None:
+    told = [
+        {"role": "developer", "content": "be brief", "name": "x", "image": "/etc/passwd"},
+        {"role": "user", "content": "hello", "tool_calls": None},
+    ]
+    assert asyncio.run(resolved(told, Fetched(), 1)) == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([{"type": "image", "image": "/etc/passwd"}], "is of type 'image'"),
+        ([{"type": "audio", "audio": "/etc/passwd"}], "is of type 'audio'"),
+        ([{"type": "video_url", "video_url": {"url": "https://x"}}], "video_url"),
+        ([{"type": "text"}], "must be text"),
+        ([{"type": "text", "text": 5}], "must be text"),
+        ([{"type": "image_url"}], "must be a URL"),
+        ([picture(None)], "must be a URL"),
+        ([picture(["https://x"])], "must be a URL"),
+        ([picture("data:,")], "nothing"),
+        ([picture("/etc/passwd")], "not fetched"),
+        ([picture("data:,x")] * 4, "more than 3"),
+        ([sound()] * 4, "more than 3"),
+        ([{"type": "input_audio"}], "base64"),
+        ([sound(data=b"x")], "base64"),
+        ([sound(form="ogg")], "wav, mp3, flac"),
+        ([sound(form=None)], "wav, mp3, flac"),
+        ([sound(form=["wav"])], "wav, mp3, flac"),
+    ],
+)
+def test_malformed_parts_are_refused_with_their_place(parts: list[Any], words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as error:
+        resolve(*parts)
+    assert str(error.value.field).startswith("messages[0].content[")
+
+
+def test_large_sound_is_refused_before_it_is_decoded() -> None:
+    fetcher = MediaFetcher(FetchPolicy(max_bytes=30))
+    resolve(sound(data="A" * 40), fetcher=fetcher)
+    with pytest.raises(InvalidRequestError, match="more than 30 bytes"):
+        resolve(sound(data="A" * 60), fetcher=fetcher)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/a.png",
+        "http://localhost/a.png",
+        "http://2130706433/",
+        "http://0x7f.1/",
+        "http://0177.0.0.1/",
+        "http://[::1]/",
+        "http://[::ffff:10.0.0.1]/",
+        "http://[64:ff9b::7f00:1]/",
+        "http://0.0.0.0:8000/v1/cache",
+        "http://10.1.2.3/",
+        "http://172.20.0.1/",
+        "http://192.168.0.1/",
+        "http://169.254.169.254/latest/meta-data/iam/security-credentials/",
+        "http://100.100.100.200/latest/meta-data/",
+        "http://224.0.0.1/",
+        "http://user:password@127.0.0.1/",
+        "http://example.com@127.0.0.1/",
+        "https://127.0.0.1/",
+        "ftp://127.0.0.1/a.png",
+        "gopher://127.0.0.1:6379/_INFO",
+        "file:///etc/passwd",
+        "file:///proc/self/environ",
+        "dict://127.0.0.1:11211/stat",
+        "/etc/passwd",
+        "data:image/png;base64,%%%",
+        "data:image/png;base64," + "A" * 4000,
+        "javascript:alert(1)",
+        "",
+    ],
+)
+def test_no_request_makes_the_server_look_inside(inside: Running, url: str) -> None:
+    reply = inside.chat("", messages=[{"role": "user", "content": [picture(url)]}])
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == "messages[0].content[0]"
+
+
+@pytest.fixture(scope="module")
+def inside(tiny_folder: Path) -> Any:
+    """A server that would fetch over http and from a folder too."""
+    policy = FetchPolicy(file_roots=(tiny_folder,), max_bytes=2000)
+    running = start(lambda: KVShare(str(tiny_folder), embedder=None), fetch=policy)
+    running.wait_ready()
+    yield running
+    running.stop()
+
+
+def test_a_model_of_text_refuses_pictures_by_name(shared: Running) -> None:
+    url = data_url(Image.new("RGB", (8, 8)))
+    reply = shared.chat("", messages=[{"role": "user", "content": [picture(url)]}])
+    assert reply.status_code == 400
+    assert "messages[0]" in reply.json()["error"]["param"]
+
+
+# -- with a model that sees -------------------------------------------------------------------
+
+
+def data_url(image: Image.Image | bytes) -> str:
+    if isinstance(image, Image.Image):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        image = file.getvalue()
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A small PNG that says it is large."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rest = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + rest
+
+
+@pytest.fixture
+def seeing(serve: Start, media_folder: Callable[[str], Path]) -> Running:
+    return serve({"model": str(media_folder("qwen2_5_vl"))})
+
+
+def ask_about(running: Running, url: str, question: str = "What is it?") -> Any:
+    parts = [picture(url), {"type": "text", "text": question}]
+    reply = running.chat("", messages=[{"role": "user", "content": parts}])
+    running.llm.flush()
+    return reply
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no picture at all",
+        b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+        bomb(60_000, 60_000),
+        bomb(2_000_000, 30),
+        bomb(0, 0),
+        bomb(64, 64),  # as large as it says, but nothing inside
+    ],
+    ids=["text", "svg", "bomb", "strip", "empty", "torn"],
+)
+def test_pictures_that_are_none_are_refused(seeing: Running, content: bytes) -> None:
+    reply = ask_about(seeing, data_url(content))
+    assert reply.status_code == 400, reply.text
+    assert "messages[0].content[0]" in reply.json()["error"]["param"]
+
+
+def test_the_same_picture_is_reused_and_another_is_not(seeing: Running) -> None:
+    red, blue = (data_url(Image.new("RGB", (56, 56), colour)) for colour in ("red", "blue"))
+    first, second, third = (ask_about(seeing, url) for url in (red, red, blue))
+    for reply in (first, second, third):
+        assert reply.status_code == 200, reply.text
+    told = [reply.json()["kvshare"] for reply in (first, second, third)]
+    assert [t["media"][0]["source"] for t in told] == ["encoder", "kv", "encoder"]
+    assert told[0]["media"][0]["content_hash"] == told[1]["media"][0]["content_hash"]
+    assert told[0]["media"][0]["content_hash"] != told[2]["media"][0]["content_hash"]
+    image = told[2]["media"][0]
+    assert told[2]["exact"] <= image["start"]
+    assert second.json()["choices"] == first.json()["choices"]

@@ -1,0 +1,171 @@
+"""What operators rely on: metrics, logs, traces, the end of a server, the dashboard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from kvshare_mm.apps.server import admin_key, logs, run
+from kvshare_mm.apps.server.tracing import Tracer
+from kvshare_mm.errors import ConfigError
+
+from .conftest import Running, Start, until
+
+_TEXT = "Laboratory report. Patient number 48210. Haemoglobin 148 g/L, sodium 141 mmol/L. Value?"
+_DASHBOARD = Path(__file__).resolve().parents[3] / "assets" / "grafana" / "kvshare.json"
+_LABEL = '{model_name="tiny"'
+
+
+def served(serve: Start) -> Running:
+    """A server that has computed, reused exactly and reused something similar."""
+    running = serve({"repair": "none"})
+    for text in (_TEXT, _TEXT, _TEXT.replace("48210", "77")):
+        assert running.chat(text).status_code == 200
+        running.llm.flush()
+    return running
+
+
+def test_metrics_agree_with_the_engine(serve: Start) -> None:
+    running = served(serve)
+    seen = running.llm.stats()["requests"]
+    for name, value in {
+        "vllm:prompt_tokens_total": seen["prompt_tokens"],
+        "vllm:generation_tokens_total": seen["generation_tokens"],
+        "vllm:prefix_cache_queries_total": seen["prompt_tokens"],
+        "vllm:prefix_cache_hits_total": seen["prompt_tokens_exact"],
+        "vllm:num_requests_running": 0,
+        "vllm:num_requests_waiting": 0,
+        "vllm:time_to_first_token_seconds_count": 3,
+        "vllm:e2e_request_latency_seconds_count": 3,
+        "vllm:inter_token_latency_seconds_count": seen["generation_tokens"] - 3,
+        "kvshare:lookup_seconds_count": 3,
+        "kvshare:tree_depth": 1,
+    }.items():
+        assert running.metric(name + _LABEL) == value, name
+    sources = {
+        source: running.metric(f'kvshare:prompt_tokens_total{_LABEL},source="{source}"')
+        for source in ("exact", "reused", "recomputed")
+    }
+    assert min(sources.values()) > 0
+    assert sum(sources.values()) == seen["prompt_tokens"]
+    reuse = 'kvshare:time_to_first_token_seconds_count{model_name="tiny",reuse="%s"'
+    assert [running.metric(reuse % kind) for kind in ("none", "exact", "similar")] == [1, 1, 1]
+    assert running.metric(f'kvshare:declined_total{_LABEL},reason="no_donor"') == 1
+    assert running.metric(f'kvshare:store_bytes{_LABEL},tier="host"') > 0
+    route = 'kvshare:http_requests_total{route="/v1/chat/completions",status="200"'
+    assert running.metric(route) == 3
+
+
+def test_the_dashboard_shows_what_there_is(serve: Start) -> None:
+    if not _DASHBOARD.exists():
+        pytest.fail(f"{_DASHBOARD} is missing")
+    said = served(serve).ask("GET", "/metrics").text
+    names = set(re.findall(r"^# TYPE (\S+)", said, re.MULTILINE))
+    known = names | {f"{n}{s}" for n in names for s in ("_bucket", "_sum", "_count")}
+    board = json.loads(_DASHBOARD.read_text(encoding="utf-8"))
+    expressions = [t["expr"] for p in board["panels"] for t in p.get("targets", [])]
+    assert len(expressions) >= 10
+    used = {name for e in expressions for name in re.findall(r"(?:vllm|kvshare):\w+", e)}
+    assert used - known == set()
+
+
+def test_logs_have_request_ids(shared: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    caplog.handler.addFilter(logs._WithRequestId())
+    request_id = shared.chat("hello").headers["x-request-id"]
+    [record] = [r for r in caplog.records if r.name == "kvshare_mm.apps.server.gate"]
+    assert record.request_id == request_id  # type: ignore[attr-defined]
+    entry = json.loads(logs.JsonFormatter().format(record))
+    assert entry["request_id"] == request_id
+    assert entry["status"] == 200 and entry["level"] == "info"
+    assert "hello" not in json.dumps(entry)
+
+
+def test_json_logs_carry_errors() -> None:
+    try:
+        raise ValueError("bad\nthing")
+    except ValueError as error:
+        info = (type(error), error, error.__traceback__)
+        record = logging.LogRecord("x", logging.ERROR, "f", 1, "it %s", ("failed",), info)
+    line = logs.JsonFormatter().format(record)
+    assert "\n" not in line
+    assert json.loads(line)["message"] == "it failed" and "bad" in json.loads(line)["error"]
+
+
+def test_traces_join_the_clients(serve: Start) -> None:
+    running = serve()
+    spans = InMemorySpanExporter()
+    running.service.tracer = Tracer(None, "tiny", spans)
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    import httpx2
+
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    reply = httpx2.post(
+        f"{running.url}/v1/chat/completions",
+        json=body,
+        headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"},
+        timeout=60,
+    )
+    running.service.tracer.close()
+    [span] = spans.get_finished_spans()
+    assert span.attributes is not None
+    assert f"{span.context.trace_id:032x}" == trace
+    assert span.attributes["gen_ai.request.id"] == reply.headers["x-request-id"]
+    assert (
+        span.attributes["gen_ai.usage.completion_tokens"]
+        == reply.json()["usage"]["completion_tokens"]
+    )
+    assert span.attributes["kvshare.recomputed"] == reply.json()["kvshare"]["recomputed"]
+    assert span.end_time is not None and span.start_time is not None
+    assert span.end_time > span.start_time
+
+
+def test_a_server_ends_when_its_requests_have(serve: Start) -> None:
+    running = serve()
+    replies: list[Any] = []
+    long = {"max_tokens": 200, "ignore_eos": True}
+    asking = threading.Thread(target=lambda: replies.append(running.chat("The quick", **long)))
+    asking.start()
+    until(lambda: running.llm.stats()["queue"]["running"] == 1)
+    running.server.should_exit = True
+    asking.join()
+    running.thread.join(30)
+    assert replies[0].status_code == 200
+    assert replies[0].json()["usage"]["completion_tokens"] == 200
+    assert not running.thread.is_alive()
+
+
+def test_donors_outlive_a_server(serve: Start, tmp_path: Path) -> None:
+    first = serve({"store_dir": tmp_path})
+    first.chat(_TEXT)
+    first.stop()
+    second = serve({"store_dir": tmp_path})
+    assert second.chat(_TEXT).json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_a_port_in_use_is_known_at_once() -> None:
+    listening = run.bind("127.0.0.1", 0)
+    listening.listen()
+    with listening, pytest.raises(ConfigError, match="cannot listen"):
+        run.bind("127.0.0.1", listening.getsockname()[1])
+
+
+def test_the_admin_key_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin_key.platformdirs, "user_state_dir", lambda *_, **__: str(tmp_path))
+    assert admin_key.read(1234) is None
+    old = admin_key.write(1234)
+    new = admin_key.write(1234)
+    assert admin_key.read(1234) == new != old
+    assert stat.S_IMODE(admin_key.key_file(1234).stat().st_mode) == 0o600
+    admin_key.remove(1234, old)
+    assert admin_key.read(1234) == new
+    admin_key.remove(1234, new)
+    assert admin_key.read(1234) is None
