@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvshare_mm.divergence import risk, risk_within
+from kvshare_mm.divergence import TAIL, risk, risk_within
 from kvshare_mm.plan import ReusePlan
 
 
@@ -107,7 +107,7 @@ class TopDeviation:
 class MaxDivergence:
     """As few repairs as keep the first token's divergence from full recompute below a target.
 
-    The riskiest positions are repaired first (see `divergence.risk`) until what is left is worth
+    The prompt's end, then the riskiest positions (see `divergence`) until what is left is worth
     `kl` nats at most, for 95% of requests. Costs no forward pass.
     """
 
@@ -117,12 +117,14 @@ class MaxDivergence:
         _check_not_negative("kl", self.kl)
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
+        tail = Tail(TAIL).positions(plan, probe)
         danger = risk(plan)
+        danger[tail] = 0
         order = np.argsort(-danger, kind="stable")
         # What is left if this position and all that are less risky are reused.
-        left = np.cumsum(danger[order][::-1])[::-1]
-        chosen: np.ndarray = order[(left > risk_within(self.kl)) & (danger[order] > 0)]
-        return chosen
+        left = np.sqrt(np.cumsum(np.square(danger[order][::-1]))[::-1])
+        chosen = order[(left > risk_within(self.kl)) & (danger[order] > 0)]
+        return np.concatenate((chosen, tail))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvshare_mm.apps.bench import cli_fidelity, cli_hitrate, cli_kernels
+from kvshare_mm.apps.bench import cli_fidelity, cli_hitrate, cli_kernels, cli_media, cli_serve
 from kvshare_mm.apps.bench.terminal import (
     Model,
     Out,
@@ -23,8 +23,11 @@ bench = typer.Typer(help="Measure: speed, fidelity, lookup, overhead.", no_args_
 bench.command()(cli_fidelity.reuse)
 bench.command()(cli_fidelity.quality)
 bench.command()(cli_fidelity.frontier)
+bench.command()(cli_fidelity.calibrate)
 bench.command()(cli_hitrate.hitrate)
 bench.command()(cli_kernels.kernels)
+bench.command()(cli_media.vision)
+bench.command()(cli_serve.serve)
 
 
 @bench.command()

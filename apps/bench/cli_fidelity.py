@@ -1,4 +1,4 @@
-"""Commands that compare reused KV with full recompute: reuse, quality, frontier."""
+"""Commands that compare reused KV with full recompute: reuse, quality, frontier, calibrate."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kvshare_mm.apps.bench.terminal import (
     table,
     write_report,
 )
+from kvshare_mm.errors import ConfigError
 
 Pairs = Annotated[
     Path, typer.Option("--pairs", help='JSON Lines of {"id", "donor", "target", "reference"}')
@@ -189,3 +190,60 @@ def frontier(
         say_skipped(report)
         write_report(report, json_file)
         journal.complete()
+
+
+def calibrate(
+    pairs: Pairs,
+    model: Model = "smollm2",
+    targets: Annotated[
+        str, typer.Option(help="divergences (KL, nats) to aim at")
+    ] = "0.003,0.01,0.03",
+    limit: Limit = None,
+    json_file: Out = None,
+) -> None:
+    """Is the predicted divergence kept? Fits the bound to 60% of the pairs, checks it on the rest.
+    A killed run goes on where it stopped."""
+    from kvshare_mm.apps.bench import calibrate as bench_calibrate
+    from kvshare_mm.apps.bench.journal import Journal
+    from kvshare_mm.apps.bench.prompts import read_pairs
+
+    with plain_errors():
+        rows = read_pairs(pairs, limit)
+        aims = [_positive(t) for t in targets.split(",")]
+        with opened_rig(model) as rig:
+            journal = Journal.beside(json_file, [*rig.settings, "calibrate", aims])
+            report = bench_calibrate.run(rig, rows, aims, journal=journal)
+        fit, bound = report["fitted"], report["bound"]
+        shown = table(
+            f"pairs that nothing was fitted to, {report['model']}",
+            "aim", "KL mean", "KL within aim", "first token same", "computed", "of prefix caching",
+            "reused of reusable",
+        )  # fmt: skip
+        for name, m in report["checked"].items():
+            shown.add_row(
+                name,
+                f"{m['kl_first_token_mean']:.4f}",
+                f"{m['kl_within_target']:.1%}",
+                f"{m['first_token_agreement']:.1%}",
+                f"{m['computed_share']:.0%}",
+                f"{m['computed_of_prefix']:.0%}",
+                f"{m['reused_of_reusable']:.0%}",
+            )
+        console.print(shown)
+        console.print(
+            f"bound in force: KL <= {bound['scale']:.3g} * risk^{bound['power']:.2f}; "
+            f"fitted to {fit['pairs']} pairs: {fit['scale']:.3g} * risk^{fit['power']:.2f}"
+        )
+        say_skipped(report)
+        write_report(report, json_file)
+        journal.complete()
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"targets: {text!r} is not a number above 0")
+    return value

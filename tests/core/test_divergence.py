@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.divergence import divergence_bound, risk, risk_within
+from kvshare_mm.divergence import divergence_bound, residual_risk, risk, risk_within
 from kvshare_mm.plan import KeptRun, ReusePlan
 
 
@@ -19,7 +19,7 @@ def test_by_hand():
         10, (KeptRun("a", 4, 4, 2, False), KeptRun("a", 6, 7, 2, False)), attention=np.full(10, 0.1)
     )
     changed = np.array([4 / 5, 4 / 6, 5 / 8, 5 / 9])
-    want = 0.1 * np.array([1, 2**-0.5, 1, 2**-0.5]) * changed**0.3
+    want = 0.1 * np.array([1, 2**-0.5, 1, 2**-0.5]) * changed
     assert risk(plan)[[4, 5, 7, 8]] == pytest.approx(want)
     assert risk(plan).sum() == pytest.approx(want.sum())
 
@@ -47,6 +47,15 @@ def test_more_edits_before_a_run_are_more_risk():
     few = ReusePlan(40, (KeptRun("a", 20, 20, 10, False), KeptRun("a", 31, 31, 5, False)))
     many = ReusePlan(40, (KeptRun("a", 20, 20, 5, False), KeptRun("a", 31, 31, 5, False)))
     assert risk(many)[31:36].sum() > risk(few)[31:36].sum()
+
+
+def test_what_is_repaired_is_no_risk_any_more_and_the_rest_adds_up_as_squares():
+    plan = ReusePlan(10, (KeptRun("a", 4, 4, 4, False),), attention=np.full(10, 0.1))
+    danger = risk(plan)
+    assert residual_risk(plan) == pytest.approx(np.sqrt((danger**2).sum()))
+    repaired = replace(plan, repair=np.array([4, 6]))
+    assert residual_risk(repaired) == pytest.approx(np.hypot(danger[5], danger[7]))
+    assert residual_risk(replace(plan, repair=np.arange(4, 8))) == 0
 
 
 @given(st.floats(1e-9, 10))

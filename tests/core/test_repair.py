@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm.divergence import divergence_bound, risk, risk_within
+from kvshare_mm.divergence import TAIL, divergence_bound, risk, risk_within
 from kvshare_mm.plan import KeptRun, ReusePlan
 from kvshare_mm.repair import (
     BoundaryWindow,
@@ -159,33 +159,45 @@ def test_top_deviation_by_hand():
     assert sorted(policy.positions(PLAN, FakeProbe(drift)).tolist()) == [12, 33]
 
 
+def _tail(plan: ReusePlan) -> np.ndarray:
+    return np.arange(max(0, plan.num_tokens - TAIL), plan.num_tokens)
+
+
 @given(plans(), st.floats(0, 1e308, allow_nan=False), st.integers(0, 2**32 - 1))
 def test_max_divergence_repairs_the_riskiest_and_no_more_than_it_must(plan, kl, seed):
     attention = np.random.default_rng(seed).dirichlet(np.ones(plan.num_tokens)).astype(np.float32)
     plan = replace(plan, attention=attention)
     danger = risk(plan)
+    danger[_tail(plan)] = 0
     picked = MaxDivergence(kl).positions(plan, NoProbe())
     left = np.delete(danger, picked)
-    assert left.sum() <= risk_within(kl) * (1 + 1e-9) + 1e-12
-    if len(picked):
-        assert danger[picked].min() >= left.max()
-        assert left.sum() + danger[picked].min() > risk_within(kl) * (1 - 1e-9)
+    chosen = np.setdiff1d(picked, _tail(plan))
+    assert math.hypot(*left) <= risk_within(kl) * (1 + 1e-6) + 1e-12
+    if len(chosen):
+        assert danger[chosen].min() >= left.max(initial=0)
+        assert math.hypot(*left, danger[chosen].min()) > risk_within(kl) * (1 - 1e-6)
 
 
 def test_what_the_end_looks_at_is_repaired_first():
-    attention = np.full(40, 0.001, np.float32)
-    attention[[19, 33]] = 0.4
-    plan = replace(PLAN, attention=attention)
-    picked = MaxDivergence(divergence_bound(risk(plan).sum() * 0.5)).positions(plan, NoProbe())
-    assert picked.tolist() in ([19], [33], [33, 19], [19, 33])
+    plan = ReusePlan(100, (KeptRun("a", 9, 8, 60, False),))
+    attention = np.full(100, 0.001, np.float32)
+    attention[[19, 43]] = 0.4
+    plan = replace(plan, attention=attention)
+    target = divergence_bound(0.9 * risk(plan)[[19, 43]].min())
+    picked = MaxDivergence(target).positions(plan, NoProbe())
+    assert sorted(set(picked.tolist()) - set(_tail(plan).tolist())) == [19, 43]
 
 
-def test_no_target_repairs_everything_and_a_loose_one_nothing():
-    assert (
-        sorted(MaxDivergence(0.0).positions(PLAN, NoProbe()))
-        == PLAN.approximate.nonzero()[0].tolist()
-    )
-    assert not len(MaxDivergence(1e6).positions(PLAN, NoProbe()))
+@pytest.mark.parametrize("kl", [0.0, 1.0, 1e6])
+def test_the_end_of_the_prompt_is_always_repaired(kl):
+    plan = ReusePlan(100, (KeptRun("a", 9, 8, 91, False),))
+    assert set(range(84, 100)) <= set(MaxDivergence(kl).positions(plan, NoProbe()).tolist())
+
+
+def test_no_target_repairs_everything_and_a_loose_one_the_end_alone():
+    plan = ReusePlan(100, (KeptRun("a", 0, 0, 4, True), KeptRun("a", 9, 8, 80, False)))
+    assert set(plan.approximate.nonzero()[0]) <= set(MaxDivergence(0.0).positions(plan, NoProbe()))
+    assert MaxDivergence(1e6).positions(plan, NoProbe()).tolist() == list(range(84, 100))
 
 
 @given(plans())
