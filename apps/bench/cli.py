@@ -106,8 +106,8 @@ def memory(
 @bench.command()
 def template(
     model: Model = "smollm2",
-    tokens: Annotated[int, typer.Option(min=64, help="length of the prompt")] = 400,
-    changed: Annotated[int, typer.Option(min=1, help="positions changed, in runs of two")] = 32,
+    reports: Annotated[int, typer.Option(min=1, help="lab reports in the prompt")] = 1,
+    values: Annotated[int, typer.Option(min=1, help="numbers that differ")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="measurements")] = 9,
     json_file: Out = None,
 ) -> None:
@@ -115,7 +115,7 @@ def template(
     from kvshare_mm.apps.bench import template as bench_template
 
     with plain_errors(), opened_rig(model) as rig:
-        report = bench_template.run(rig, num_tokens=tokens, num_changed=changed, repeats=repeats)
+        report = bench_template.run(rig, reports=reports, values=values, repeats=repeats)
         console.print_json(data=report)
         write_report(report, json_file)
 

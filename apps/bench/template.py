@@ -17,22 +17,15 @@ from kvshare_mm.apps.bench.methods import METHODS
 from kvshare_mm.apps.bench.prompts import encode
 from kvshare_mm.apps.bench.rig import Rig, machine
 from kvshare_mm.apps.stories import lab_report, random_values
-from kvshare_mm.stream import SegmentStream, text_stream
 
 
-def run(rig: Rig, *, num_tokens: int, num_changed: int, repeats: int) -> dict[str, Any]:
-    """Measure a prompt of `num_tokens` of which `num_changed` differ from a stored one.
+def run(rig: Rig, *, reports: int, values: int, repeats: int) -> dict[str, Any]:
+    """Measure a prompt of lab reports of which `values` numbers differ from a stored one's.
 
     Returns:
         Medians in seconds by way of serving, tokens computed, and what KVShare is of the ideal.
     """
-    rng = random.Random(0)
-    texts = [
-        lab_report(random_values(rng), str(i), "Question: What is the urea value?")
-        for i in range(10_000, 10_000 + num_tokens // 300 + 1)
-    ]
-    donor = text_stream(encode(rig, "\n".join(texts)).token_ids[:num_tokens])
-    target = _changed(donor, num_changed, rng)
+    donor, target = (encode(rig, text) for text in _prompts(reports, values, random.Random(0)))
     ns = rig.namespace("template")
     kvshare = METHODS["kvshare"]
     first = rig.serve(donor, ns, METHODS["full"])
@@ -53,6 +46,7 @@ def run(rig: Rig, *, num_tokens: int, num_changed: int, repeats: int) -> dict[st
         "machine": machine(),
         "model": rig.loaded.name,
         "tokens": len(target),
+        "kept_share": 1 - len(plan.placeholders) / len(target),
         "placeholders": len(plan.placeholders),
         "computed": plan.num_computed,
         "ttft_s": medians,
@@ -62,11 +56,19 @@ def run(rig: Rig, *, num_tokens: int, num_changed: int, repeats: int) -> dict[st
     }
 
 
-def _changed(donor: SegmentStream, count: int, rng: random.Random) -> SegmentStream:
-    """The donor with `count` tokens replaced, two at a time, spread over the prompt."""
-    ids = donor.token_ids.copy()
-    low, high = int(ids.min()), int(ids.max())
-    for at in np.linspace(len(ids) // 10, len(ids) - 10, max(1, count // 2)).astype(int):
-        for i in range(at, min(at + 2, len(ids))):
-            ids[i] = rng.randint(low, high)
-    return text_stream(ids)
+def _prompts(reports: int, values: int, rng: random.Random) -> tuple[str, str]:
+    """Lab reports with a question behind them; again with `values` other numbers, evenly spread."""
+    before = [random_values(rng) for _ in range(reports)]
+    after = [list(row) for row in before]
+    per_report = len(before[0])
+    for at in np.linspace(0, reports * per_report - 1, values).astype(int):
+        row, column = divmod(int(at), per_report)
+        after[row][column] = random_values(rng)[column]
+    question = "Question: What is the urea value of the first report?"
+    return _text(before, 48210, question), _text(after, 77345, question)
+
+
+def _text(rows: list[list[str]], patient: int, question: str) -> str:
+    *first, last = rows
+    parts = [lab_report(row, str(patient + i), "") for i, row in enumerate(first)]
+    return "".join([*parts, lab_report(last, str(patient + len(first)), question)])
