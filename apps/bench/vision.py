@@ -21,7 +21,10 @@ from kvshare_mm.assemble import media_support
 from kvshare_mm.config import KVShareConfig
 
 _METHODS = ("full", "prefix", "kvshare")
-_PARTS = ("read_s", "tower_s", "text_s", "ttft_s")
+_PARTS = ("read_s", "tower_s", "text_s", "ttft_s", "cpu_s")
+# The default policy asks what the prompt's end looks at. Random weights look at everything alike:
+# it would choose by chance. This one chooses by place.
+REPAIR = "window:8+tail:16"
 _POLICY = (
     "You answer customers of a shop. Goods can be returned within 30 days of delivery if they are "
     "unused and in their box. Refunds are paid within 5 working days. Damaged goods must be "
@@ -67,25 +70,25 @@ def run(
     width: int = 640,
     height: int = 480,
     repeats: int = 5,
-    repair: str | None = None,
+    repair: str = REPAIR,
     whole: Shape = QWEN25_VL_3B,
 ) -> dict[str, Any]:
     """Time every method on every layout.
 
     A first token's time has three parts: reading the picture (file to hash, or to the model's
-    inputs), the vision tower, and the text model with lookup and edit.
+    inputs), the vision tower, and the text model with lookup and edit. CPU time is given beside it:
+    other work on the machine does not change it.
 
     Args:
         divide: widths and depths of the 3B model are divided by this.
         width, height: of the picture; the model sees it in its own size.
-        repair: policy of the method kvshare; None: the default.
+        repair: policy of the method kvshare.
         whole: the shape that is divided.
     """
     shape = whole.divided(divide)
     with tempfile.TemporaryDirectory(prefix="kvshare-vision-") as folder:
         build(Path(folder), shape, max_pixels=28 * 28 * 1280)
-        options = {} if repair is None else {"repair": repair}
-        config = KVShareConfig.of(model=folder, embedder=None, dtype="float32", **options)
+        config = KVShareConfig.of(model=folder, embedder=None, dtype="float32", repair=repair)
         rig = Rig(config)
         try:
             measured = {
@@ -135,6 +138,7 @@ def _measure(
             name: {
                 **medians[name],
                 "times_sooner": medians["full"]["ttft_s"] / medians[name]["ttft_s"],
+                "times_less_cpu": medians["full"]["cpu_s"] / medians[name]["cpu_s"],
                 "computed_tokens": facts[name]["computed_tokens"],
                 "tower_runs": facts[name]["tower_runs"],
                 "picture": facts[name]["picture"],
@@ -151,7 +155,7 @@ def _serve(
     if method.sharing == "off":
         rig.media = media_support(rig.loaded, rig.config)  # has not seen the file before
     runs = rig.encoder.counters["tower_runs"]
-    start = time.perf_counter()
+    begun, start = time.process_time(), time.perf_counter()
     stream = encode(rig, messages)
     read = time.perf_counter() - start
     served = rig.serve(stream, ns, method)
@@ -161,6 +165,7 @@ def _serve(
         "tower_s": result.encode,
         "text_s": served.ttft - result.encode,
         "ttft_s": read + served.ttft,
+        "cpu_s": time.process_time() - begun,
     }
     fact = {
         "tokens": len(stream),
