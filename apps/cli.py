@@ -17,6 +17,7 @@ from rich.markup import escape
 from kvshare_mm.apps import chat as chat_app
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.bench.terminal import plain_errors, report_file
+from kvshare_mm.apps.desk.cli import ui
 from kvshare_mm.apps.kernels import kernels
 from kvshare_mm.apps.server.cache_cli import cache
 from kvshare_mm.apps.server.cli import keys, serve
@@ -33,6 +34,7 @@ app.add_typer(kernels, name="kernels")
 app.add_typer(keys, name="keys")
 app.add_typer(cache, name="cache")
 app.command()(serve)
+app.command()(ui)
 console = Console()
 
 Model = Annotated[
@@ -55,8 +57,19 @@ StoreDir = Annotated[
     typer.Option(help="keep donors in this folder, so that the next run finds them"),
 ]
 Repair = Annotated[
-    str,
-    typer.Option(help="which kept positions are recomputed: none, window:8, deviation:0.15, auto"),
+    str | None,
+    typer.Option(
+        help="which kept positions are recomputed: none, window:8, deviation:0.15, auto:0.01"
+    ),
+]
+Divergence = Annotated[
+    float | None,
+    typer.Option(
+        "--max-divergence",
+        min=0,
+        help="how far the first token may be from full recompute (KL, nats): smaller is closer, "
+        "larger is faster; default 0.01",
+    ),
 ]
 Json = Annotated[
     Path | None,
@@ -122,7 +135,8 @@ def generate(
     image: Images = None,
     audio: Sounds = None,
     store_dir: StoreDir = None,
-    repair: Repair = "auto",
+    repair: Repair = None,
+    max_divergence: Divergence = None,
 ) -> None:
     """Answer one prompt and say how much of it was reused."""
     from kvshare_mm.sampling import SamplingParams
@@ -131,7 +145,8 @@ def generate(
     if raw and (image or audio):
         raise typer.BadParameter("--raw sends text alone; leave it out, or the media")
     content = chat_app.with_media(text, image or [], audio or [])
-    with serving(model, store_dir=store_dir, repair=repair, embedder=None) as llm:
+    options = {"store_dir": store_dir, "repair": repair, "max_divergence": max_divergence}
+    with serving(model, embedder=None, **options) as llm:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
         output = chat_app.show(
             llm, console, text if raw else [{"role": "user", "content": content}], params
@@ -148,7 +163,8 @@ def chat(
     image: Images = None,
     audio: Sounds = None,
     store_dir: StoreDir = None,
-    repair: Repair = "auto",
+    repair: Repair = None,
+    max_divergence: Divergence = None,
 ) -> None:
     """Talk to the model; under every answer stands what was reused and from where.
 
@@ -157,7 +173,8 @@ def chat(
     """
     from kvshare_mm.sampling import SamplingParams
 
-    with serving(model, store_dir=store_dir, repair=repair) as llm:
+    options = {"store_dir": store_dir, "repair": repair, "max_divergence": max_divergence}
+    with serving(model, **options) as llm:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
         chat_app.talk(llm, console, params, system, image or [], audio or [])
 

@@ -22,7 +22,6 @@ from kvshare_mm.index.semantic import Opened
 from kvshare_mm.modalities.registry import adapters_for
 from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.models.loader import LoadedModel, load_model
-from kvshare_mm.repair import make_policy
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 
@@ -115,9 +114,7 @@ def assemble(config: KVShareConfig) -> Parts:
     encoder = None
     if loaded.family is not None:
         encoder = MediaEncoder(loaded, donors.store if donors else None)
-    prefiller = Prefiller(
-        runner, donors, editor, config.planner, make_policy(config.repair), encoder
-    )
+    prefiller = Prefiller(runner, donors, editor, config.planner, config.policy, encoder)
     engine = NativeEngine(loaded, runner, prefiller, donors, max_len, config.max_queue)
     media = media_support(loaded, config)
     return Parts(loaded, runner, prefiller, donors, engine, media, encoder)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.plan import PlannerOptions
-from kvshare_mm.repair import make_policy
+from kvshare_mm.repair import MaxDivergence, RepairPolicy, policy_of
 
 
 class KVShareConfig(BaseModel):
@@ -43,10 +43,15 @@ class KVShareConfig(BaseModel):
         "on", description="reuse similar requests' KV, only exact prefixes, or nothing"
     )
     cache_salt: str = Field("", description="only requests with the same salt share KV")
-    repair: str = Field(
-        "auto",
+    repair: str | None = Field(
+        None,
         description="which kept positions are recomputed: none, window:K, tail:K, "
-        "deviation:SHARE, auto, or auto:KL for a divergence in nats (several joined with +)",
+        "deviation:SHARE, auto:KL (several joined with +); default: auto:0.01",
+    )
+    max_divergence: float | None = Field(
+        None,
+        ge=0,
+        description="largest first-token KL in nats that repairs aim at",
     )
     min_run: int = Field(4, ge=1, description="shortest run of equal tokens that is kept")
     min_gain_tokens: int = Field(16, ge=1, description="fewest similar tokens worth an edit")
@@ -77,18 +82,17 @@ class KVShareConfig(BaseModel):
         "all-MiniLM-L6-v2", description="sentence-transformers model for dense search; None: off"
     )
 
-    @field_validator("repair")
-    @classmethod
-    def _known_policy(cls, value: str) -> str:
-        make_policy(value)
-        return value
-
     @field_validator("index_uri")
     @classmethod
     def _known_index(cls, value: str | None) -> str | None:
         if value and not value.endswith(".db") and "://" not in value and value[:5] != "unix:":
             raise ValueError("neither a server (http://host:19530) nor a Milvus Lite file (*.db)")
         return value
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> KVShareConfig:
+        policy_of(self.repair, self.max_divergence)
+        return self
 
     @classmethod
     def of(cls, **options: Any) -> KVShareConfig:
@@ -100,6 +104,10 @@ class KVShareConfig(BaseModel):
                 f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors()
             )
             raise ConfigError(f"Invalid options: {problems}") from error
+
+    @property
+    def policy(self) -> RepairPolicy:
+        return policy_of(self.repair, self.max_divergence) or MaxDivergence()
 
     @property
     def planner(self) -> PlannerOptions:

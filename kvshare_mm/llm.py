@@ -23,9 +23,9 @@ from kvshare_mm.engine.prefill import Sharing
 from kvshare_mm.engine.request import RequestSpec
 from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.outputs import RequestOutput, StreamChunk
-from kvshare_mm.repair import make_policy
+from kvshare_mm.repair import policy_of
 from kvshare_mm.sampling import SamplingParams
-from kvshare_mm.stream import SegmentStream
+from kvshare_mm.stream import Modality, SegmentStream
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class RequestOptions:
     Attributes:
         sharing: "on", "exact" or "off".
         repair: repair policy, e.g. "window:8".
+        max_divergence: largest first-token KL in nats that repairs aim at, instead of `repair`.
         cache_salt: only requests with the same salt share KV.
         store: whether the request becomes a donor.
 
@@ -48,6 +49,7 @@ class RequestOptions:
     repair: str | None = None
     cache_salt: str | None = None
     store: bool = True
+    max_divergence: float | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -60,11 +62,13 @@ class RequestOptions:
                 raise InvalidRequestError(
                     f"{name}={getattr(self, name)!r} is not allowed; see RequestOptions", name
                 )
-        if self.repair is not None:
-            try:
-                make_policy(self.repair)
-            except (ValueError, AttributeError) as error:
-                raise InvalidRequestError(f"repair={self.repair!r}: {error}", "repair") from error
+        asked = "repair" if self.max_divergence is None else "max_divergence"
+        try:
+            policy_of(self.repair, self.max_divergence)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InvalidRequestError(
+                f"{asked}={getattr(self, asked)!r}: {error}", asked
+            ) from error
 
 
 class KVShare:
@@ -200,6 +204,11 @@ class KVShare:
         """Longest prompt plus answer, in tokens."""
         return self._parts.engine.max_model_len
 
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        """What a message may hold beside text."""
+        return self._parts.media.adapters.modalities
+
     # -- the cache --------------------------------------------------------------------------
 
     @property
@@ -321,7 +330,7 @@ class KVShare:
             params=params,
             namespace=namespace(self._parts.loaded.fingerprint, salt),
             sharing=options.sharing or self.config.sharing,
-            policy=None if options.repair is None else make_policy(options.repair),
+            policy=policy_of(options.repair, options.max_divergence),
             store=options.store,
         )
         self._parts.engine.check(spec)

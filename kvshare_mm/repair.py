@@ -173,3 +173,20 @@ def make_policy(spec: str) -> RepairPolicy:
         except ValueError as error:
             raise ValueError(f"repair policy {part.strip()!r}: {error}") from error
     return policies[0] if len(policies) == 1 else Union(tuple(policies))
+
+
+def policy_of(repair: str | None, max_divergence: float | None) -> RepairPolicy | None:
+    """The policy that two ways of asking for one name; None if neither is used.
+
+    Args:
+        repair: as `make_policy` takes it.
+        max_divergence: largest first-token KL in nats, short for ``auto:KL``.
+
+    Raises:
+        ValueError: both are given, or one of them is wrong.
+    """
+    if max_divergence is None:
+        return None if repair is None else make_policy(repair)
+    if repair is not None:
+        raise ValueError("max_divergence is short for repair='auto:KL'; give one of the two")
+    return MaxDivergence(max_divergence)

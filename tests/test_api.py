@@ -316,6 +316,9 @@ def test_sampling_values_that_are_refused(field: str, value: Any) -> None:
         ("repair", "window:-1"),
         ("repair", ""),
         ("repair", 8),
+        ("max_divergence", -0.1),
+        ("max_divergence", float("nan")),
+        ("max_divergence", "small"),
         ("cache_salt", 7),
         ("store", None),
     ],
@@ -324,6 +327,24 @@ def test_request_options_that_are_refused(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequestError, match=field) as caught:
         RequestOptions(**{field: value})
     assert caught.value.field == field
+
+
+def test_two_policies_for_one_request_are_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="one of the two"):
+        RequestOptions(repair="window:3", max_divergence=0.1)
+
+
+def test_a_request_says_how_far_it_may_diverge(open_llm: OpenLLM) -> None:
+    llm = open_llm(repair="none")
+    llm.generate(_DONOR, _PARAMS)
+    assert llm.flush(30)
+    loose, strict = (
+        llm.generate(_TARGET, _PARAMS, RequestOptions(max_divergence=kl, store=False)).provenance
+        for kl in (1e6, 0.0)
+    )
+    assert loose.reused > 0
+    assert strict.reused == 0
+    assert strict.declined == "divergence"
 
 
 def test_options_of_the_wrong_kind_do_not_reach_the_engine(llm: KVShare) -> None:
@@ -349,6 +370,8 @@ def test_options_of_the_wrong_kind_do_not_reach_the_engine(llm: KVShare) -> None
         ({"sharing": "yes"}, "sharing"),
         ({"repair": "magic:3"}, "repair.*magic"),
         ({"repair": "window:x"}, "repair"),
+        ({"max_divergence": -1}, "max_divergence"),
+        ({"max_divergence": 0.1, "repair": "window:3"}, "one of the two"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"max_num_seqs": "many"}, "max_num_seqs"),
         ({"max_queue": 0}, "max_queue"),

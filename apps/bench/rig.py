@@ -27,7 +27,6 @@ from kvshare_mm.engine.prefill import Prefiller, PrefillResult
 from kvshare_mm.engine.runner import SlotRunner
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.models.loader import LoadedModel, load_model
-from kvshare_mm.repair import make_policy
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.stream import SegmentStream
@@ -91,7 +90,7 @@ class Rig:
             self.donors,
             KVEditor(self.loaded.rotary, self.loaded.attention_backend),
             config.planner,
-            make_policy(config.repair),
+            config.policy,
             self.encoder,
         )
         self._counter = LayerCounter(self.loaded.model, self.loaded.kv_shape.num_layers)
@@ -103,7 +102,7 @@ class Rig:
             __version__,
             self.loaded.fingerprint,
             self.config.model_dump(mode="json"),
-            repr(make_policy(self.config.repair)),
+            repr(self.config.policy),
         ]
 
     def namespace(self, salt: str) -> str:
