@@ -27,6 +27,7 @@ bench.command()(cli_fidelity.calibrate)
 bench.command()(cli_hitrate.hitrate)
 bench.command()(cli_kernels.kernels)
 bench.command()(cli_media.vision)
+bench.command()(cli_media.pictures)
 bench.command()(cli_serve.serve)
 
 
