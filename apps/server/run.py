@@ -68,7 +68,9 @@ def serve(
 
     app = create_app(service, give_up, UI_PATH if ui else None)
     if ui:
-        raise ConfigError("the desk is not part of this version")
+        from kvshare_mm.apps.desk.mount import mount
+
+        app = mount(app, service, UI_PATH)
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -1,0 +1,1 @@
+"""A small shop's customer-service desk that shows what is shared: `kvshare ui`."""

@@ -1,0 +1,123 @@
+"""One visitor's desk: its requests by number, and the donors they became."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from kvshare_mm.apps.desk.shop import Letter
+from kvshare_mm.cache import DonorInfo
+from kvshare_mm.engine.prefill import Sharing
+from kvshare_mm.llm import KVShare, RequestOptions
+from kvshare_mm.outputs import RequestOutput
+from kvshare_mm.sampling import SamplingParams
+
+_MAX_TOKENS = 40
+
+
+@dataclass(slots=True)
+class Turn:
+    """One request of the desk.
+
+    Attributes:
+        number: 1 for the first.
+        customer: who asked.
+        text: the answer so far.
+        output: once it is complete.
+        donor_id: the stored request it became, or None.
+        full_s: seconds to the first token without any reuse, measured right afterwards; None: not
+            measured yet, or nothing was reused.
+        donors: (number or None, similarity to it in words, same media) of each donor used.
+    """
+
+    number: int
+    customer: str
+    text: str = ""
+    output: RequestOutput | None = None
+    donor_id: str | None = None
+    full_s: float | None = None
+    donors: list[tuple[int | None, str]] = field(default_factory=list)
+
+
+class Session:
+    """What one visitor has asked since they came, or started over. Shares with nobody else."""
+
+    def __init__(self) -> None:
+        self.turns: list[Turn] = []
+        # Requests of both customers may run at once; what they became is found out one by one.
+        self._settling = asyncio.Lock()
+        self._salt = json.dumps(["desk", uuid.uuid4().hex])
+        self._numbers: dict[str, int] = {}
+
+    async def ask(self, llm: KVShare, letter: Letter, sharing: Sharing) -> AsyncIterator[Turn]:
+        """Answer a letter; the turn is yielded as it grows, the last time with everything known.
+
+        Raises:
+            InvalidRequestError: the letter, or a medium in it, cannot be taken.
+            QueueFullError: too many people ask.
+        """
+        turn = Turn(len(self.turns) + 1, letter.name)
+        messages = letter.messages()
+        options = RequestOptions(cache_salt=self._salt, sharing=sharing)
+        params = SamplingParams(max_tokens=_MAX_TOKENS)
+        stream = await asyncio.to_thread(llm.astream, messages, params, options)
+        async for chunk in stream:
+            if turn.number == len(self.turns) + 1 and turn not in self.turns:
+                self.turns.append(turn)
+            turn.text += chunk.text
+            turn.output = chunk.output
+            if chunk.output is not None:
+                turn.donors = self._described(chunk.output)
+            yield turn
+        async with self._settling:
+            await asyncio.to_thread(llm.flush, 10)
+            self._settle(llm, turn)
+        yield turn
+        told = turn.output.provenance if turn.output is not None else None
+        if told is not None and not told.exact + told.reused:
+            return  # it was computed in full: that is what it cost
+        alone = RequestOptions(sharing="off", store=False)
+        one = SamplingParams(max_tokens=1)
+        reference = await asyncio.to_thread(llm.astream, messages, one, alone)
+        async for chunk in reference:
+            if chunk.output is not None:
+                turn.full_s = chunk.output.metrics.ttft - chunk.output.metrics.queue
+        yield turn
+
+    def donors(self, llm: KVShare) -> list[tuple[DonorInfo, int | None]]:
+        """The stored requests of this session with their numbers, the oldest first."""
+        if llm.cache is None:
+            return []
+        found = reversed(llm.cache.list(llm.namespace(self._salt)))
+        return [(info, self._numbers.get(info.donor_id)) for info in found]
+
+    def close(self, llm: KVShare) -> None:
+        """Delete what this session stored."""
+        if llm.cache is not None:
+            llm.cache.clear(llm.namespace(self._salt))
+
+    def _settle(self, llm: KVShare, turn: Turn) -> None:
+        """Find out which stored request a turn became: a new one, as long as it was."""
+        assert turn.output is not None
+        length = len(turn.output.prompt_token_ids) + len(turn.output.token_ids) - 1
+        for info, number in self.donors(llm):
+            if number is None and info.num_tokens == length:
+                turn.donor_id = info.donor_id
+                self._numbers[info.donor_id] = turn.number
+                return
+
+    def _described(self, output: RequestOutput) -> list[tuple[int | None, str]]:
+        media = {use.content_hash for use in output.provenance.media}
+        told = []
+        for donor in output.provenance.donors:
+            number = self._numbers.get(donor)
+            before = next((t for t in self.turns if t.number == number), None)
+            about = ""
+            if media and before is not None and before.output is not None:
+                same = media & {use.content_hash for use in before.output.provenance.media}
+                about = "same picture or sound" if same else "another picture or sound"
+            told.append((number, about))
+        return told
