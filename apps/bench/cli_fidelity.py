@@ -12,11 +12,9 @@ from kvshare_mm.apps.bench.terminal import (
     Model,
     Out,
     Repair,
-    console,
     opened_rig,
     plain_errors,
-    say_skipped,
-    table,
+    show,
     write_report,
 )
 from kvshare_mm.errors import ConfigError
@@ -67,30 +65,9 @@ def reuse(
                 layers=layers,
                 journal=journal,
             )
-        _show_reuse(report)
+        show(report)
         write_report(report, json_file)
         journal.complete()
-
-
-def _show_reuse(report: dict[str, Any]) -> None:
-    shown = table(
-        f"{report['pairs']} pairs, {report['model']}",
-        "method", "first token", "times sooner", "computed", "KL mean / p90",
-        "first token same", "greedy same",
-    )  # fmt: skip
-    for name, m in report["methods"].items():
-        kl = m["kl_first_token"]
-        shown.add_row(
-            name,
-            f"{1000 * m['ttft_s']['median']:.0f} ms",
-            f"{m['speedup_vs_full']:.1f}",
-            f"{m['computed_share']:.0%}",
-            f"{kl['mean']:.4f} / {kl['p90']:.4f}",
-            f"{m['first_token_agreement']:.0%}",
-            f"{m['greedy_agreement']:.0%}",
-        )
-    console.print(shown)
-    say_skipped(report)
 
 
 def quality(
@@ -123,30 +100,9 @@ def quality(
             journal = Journal.beside(json_file, settings)
             report = bench_quality.run(rig, asked, items, chosen, journal, seed=seed)
         report["data"] = data.name if data else None
-        _show_quality(report)
+        show(report)
         write_report(report, json_file)
         journal.complete()
-
-
-def _show_quality(report: dict[str, Any]) -> None:
-    facts = "leaks" in report["methods"]["full"]
-    shown = table(
-        f"{report['task']}: {report['items']} items, {report['model']}",
-        "method", report["metric"], "difference to full, 95%", "same answer", "computed",
-        *(["leaks"] if facts else []),
-    )  # fmt: skip
-    for name, m in report["methods"].items():
-        change = m["difference_to_full"]
-        shown.add_row(
-            name,
-            f"{m['score']['estimate']:.1f}",
-            f"{change['estimate']:+.1f} ({change['low']:+.1f} to {change['high']:+.1f})",
-            f"{m['same_answer']:.0%}",
-            f"{m['computed_share']:.0%}",
-            *([f"{m['leaks']} of {m['full_states_new_fact']}"] if facts else []),
-        )
-    console.print(shown)
-    say_skipped(report)
 
 
 def frontier(
@@ -171,23 +127,7 @@ def frontier(
         with opened_rig(model, **_options(repair)) as rig:
             journal = Journal.beside(json_file, [*rig.settings, "frontier", chosen])
             report = bench_frontier.run(rig, rows, chosen, journal=journal)
-        shown = table(
-            f"{report['pairs']} pairs, {report['model']}",
-            "method", "policy", "computed", "work", "KL mean / p90", "first token same",
-        )  # fmt: skip
-        for name, points in report["methods"].items():
-            for p in points:
-                kl = p["kl_first_token"]
-                shown.add_row(
-                    name,
-                    p["policy"],
-                    f"{p['computed_share']:.0%}",
-                    f"{p['work_share']:.0%}",
-                    f"{kl['mean']:.4f} / {kl['p90']:.4f}",
-                    f"{p['first_token_agreement']:.0%}",
-                )
-        console.print(shown)
-        say_skipped(report)
+        show(report)
         write_report(report, json_file)
         journal.complete()
 
@@ -213,28 +153,7 @@ def calibrate(
         with opened_rig(model) as rig:
             journal = Journal.beside(json_file, [*rig.settings, "calibrate", aims])
             report = bench_calibrate.run(rig, rows, aims, journal=journal)
-        fit, bound = report["fitted"], report["bound"]
-        shown = table(
-            f"pairs that nothing was fitted to, {report['model']}",
-            "aim", "KL mean", "KL within aim", "first token same", "computed", "of prefix caching",
-            "reused of reusable",
-        )  # fmt: skip
-        for name, m in report["checked"].items():
-            shown.add_row(
-                name,
-                f"{m['kl_first_token_mean']:.4f}",
-                f"{m['kl_within_target']:.1%}",
-                f"{m['first_token_agreement']:.1%}",
-                f"{m['computed_share']:.0%}",
-                f"{m['computed_of_prefix']:.0%}",
-                f"{m['reused_of_reusable']:.0%}",
-            )
-        console.print(shown)
-        console.print(
-            f"bound in force: KL <= {bound['scale']:.3g} * risk^{bound['power']:.2f}; "
-            f"fitted to {fit['pairs']} pairs: {fit['scale']:.3g} * risk^{fit['power']:.2f}"
-        )
-        say_skipped(report)
+        show(report)
         write_report(report, json_file)
         journal.complete()
 

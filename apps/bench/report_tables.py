@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from kvshare_mm.apps.bench.figures.theme import model_label
 
 Rows = list[list[str]]
@@ -107,16 +105,30 @@ def _hitrate(report: Report) -> Rows:
 
 
 def _reliability(report: Report) -> Rows:
-    predicted, observed = np.array(report["predicted"]), np.array(report["observed"])
-    return [
-        ["requests", "predicted mean", "observed mean", "observed above predicted"],
-        [
-            str(len(predicted)),
-            f"{predicted.mean():.4f}",
-            f"{observed.mean():.4f}",
-            f"{(observed > predicted).mean():.0%}",
-        ],
-    ]
+    rows = [["aim", "KL mean", "KL within aim", "first token same", "computed",
+             "of prefix caching", "reused of reusable"]]  # fmt: skip
+    for name, m in report["checked"].items():
+        rows.append(
+            [
+                name,
+                f"{m['kl_first_token_mean']:.4f}",
+                f"{m['kl_within_target']:.1%}",
+                f"{m['first_token_agreement']:.1%}",
+                f"{m['computed_share']:.0%}",
+                f"{m['computed_of_prefix']:.0%}",
+                f"{m['reused_of_reusable']:.0%}",
+            ]
+        )
+    return rows
+
+
+def _reliability_title(report: Report) -> str:
+    bound, fit = report["bound"], report["fitted"]
+    return (
+        f"Pairs that nothing was fitted to, {model_label(report['model'])}; bound in force "
+        f"{bound['scale']:.3g} risk^{bound['power']:.2f}, fitted to {fit['pairs']} pairs "
+        f"{fit['scale']:.3g} risk^{fit['power']:.2f}"
+    )
 
 
 TABLES: dict[str, Kind] = {
@@ -131,8 +143,5 @@ TABLES: dict[str, Kind] = {
     "hitrate": Kind(
         lambda r: f"Hit rate: {r['stream']}, {r['measured']} of {r['prompts']} prompts", _hitrate
     ),
-    "reliability": Kind(
-        lambda r: f"Predicted against observed divergence, {model_label(r.get('model', ''))}",
-        _reliability,
-    ),
+    "reliability": Kind(_reliability_title, _reliability),
 }

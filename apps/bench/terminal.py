@@ -88,6 +88,19 @@ def table(title: str, *headings: str) -> Table:
     return made
 
 
+def show(report: dict[str, Any]) -> None:
+    """The table of a report, as `report_tables` has it for its kind."""
+    from kvshare_mm.apps.bench.report_tables import TABLES
+
+    kind = TABLES[report["kind"]]
+    headings, *rows = kind.rows(report)
+    shown = table(kind.title(report), *headings)
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
+    say_skipped(report)
+
+
 def say_skipped(report: dict[str, Any]) -> None:
     """How many inputs were left out, if any."""
     if report["skipped"]:

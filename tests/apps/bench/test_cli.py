@@ -60,7 +60,7 @@ def test_quality(run: Run, short_tasks: None, tiny_folder: Path, tmp_path: Path)
     result = run("quality", "--task", "exams", "--model", tiny_folder, "--limit", 2,
                  "--methods", "placeholders,repair=window:2", "--json", out)  # fmt: skip
     assert result.exit_code == 0, result.output
-    for text in ("exams: 2 items", "exact match", "leaks", "repair=window:2"):
+    for text in ("exams, 2 items", "exact match", "leaks", "repair=window:2"):
         assert text in result.output
     report = json.loads(out.read_text())
     assert list(report["methods"]) == ["full", "placeholders", "repair=window:2"]

@@ -61,8 +61,16 @@ RESULTS: dict[str, dict[str, Any]] = {
     "q1": quality("translation", "small", False),
     "q2": quality("reports", "small", True),
     "q3": quality("reports", "/models/Big_1.gguf", True),
-    "reliable": {"kind": "reliability", "model": "smollm2", "predicted": [0.01, 0.02, 0.0],
-                 "observed": [0.02, 0.01, 0.0]},
+    "reliable": {
+        "kind": "reliability", "model": "smollm2", "predicted": [0.01, 0.02, 0.0],
+        "observed": [0.02, 0.01, 0.0], "skipped": [],
+        "bound": {"scale": 33.0, "power": 1.0}, "fitted": {"scale": 20.0, "power": 0.9, "pairs": 6},
+        "checked": {"auto:0.01": {
+            "pairs": 4, "kl_first_token_mean": 0.0021, "kl_within_target": 0.975,
+            "first_token_agreement": 0.95, "computed_share": 0.4, "computed_of_prefix": 0.6,
+            "reused_of_reusable": 0.8,
+        }},
+    },
     "reuse": {
         "kind": "reuse", "machine": _MACHINE, "model": "smollm2", "pairs": 3,
         "methods": {
