@@ -20,6 +20,7 @@ from kvshare_mm.engine.runner import ModelRunner, PlainRunner, SlotRunner
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.index.semantic import Opened
 from kvshare_mm.modalities.registry import adapters_for
+from kvshare_mm.modalities.seen import SeenMedia, opener
 from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.models.loader import LoadedModel, load_model
 from kvshare_mm.store.disk import DiskTier
@@ -41,6 +42,7 @@ class Parts:
     engine: NativeEngine
     media: MediaSupport = TEXT_ONLY
     encoder: MediaEncoder | None = None
+    seen: SeenMedia | None = None
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start and sizes now.
@@ -68,15 +70,19 @@ class Parts:
                 "events": {**self.donors.counters, **self.donors.store.counters},
             }
         if self.encoder is not None:
-            stats["media"] = {"tower_runs": 0, "tower_hits": 0, **self.encoder.counters}
+            seen = self.seen.counters if self.seen else {}
+            stats["media"] = {"tower_runs": 0, "tower_hits": 0, **self.encoder.counters, **seen}
         return stats
 
     def flush(self, timeout_s: float | None) -> bool:
         captured = self.engine.wait_captured(timeout_s)
-        return captured and (self.donors is None or self.donors.flush(timeout_s))
+        seen = self.seen is None or self.seen.flush(timeout_s)
+        return captured and seen and (self.donors is None or self.donors.flush(timeout_s))
 
     def close(self) -> None:
         self.engine.close()
+        if self.seen is not None:
+            self.seen.close()
         if self.donors is not None:
             self.donors.close()
 
@@ -117,7 +123,10 @@ def assemble(config: KVShareConfig) -> Parts:
     prefiller = Prefiller(runner, donors, editor, config.planner, config.policy, encoder)
     engine = NativeEngine(loaded, runner, prefiller, donors, max_len, config.max_queue)
     media = media_support(loaded, config)
-    return Parts(loaded, runner, prefiller, donors, engine, media, encoder)
+    seen = None
+    if loaded.family is not None and config.media_embedder:
+        seen = SeenMedia(opener(config.media_embedder))
+    return Parts(loaded, runner, prefiller, donors, engine, media, encoder, seen)
 
 
 def media_support(loaded: LoadedModel, config: KVShareConfig) -> MediaSupport:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.delta_tree import Node
 from kvshare_mm.donors import DonorPool, Found
+from kvshare_mm.modalities.seen import SeenMedia
 from kvshare_mm.plan import PlannerOptions
 from kvshare_mm.store.media import media_ids
 from kvshare_mm.stream import SegmentStream
@@ -56,10 +57,17 @@ class CacheAdmin:
     Args:
         donors: the pool.
         tokenizer: turns tokens back into text.
+        seen: media remembered for showing, or None.
     """
 
-    def __init__(self, donors: DonorPool, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        donors: DonorPool,
+        tokenizer: PreTrainedTokenizerBase,
+        seen: SeenMedia | None = None,
+    ) -> None:
         self._donors = donors
+        self._seen = seen
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._pins: dict[str, float] = {}
@@ -130,6 +138,8 @@ class CacheAdmin:
         # What was made of pictures and sound goes too: it is as much of a request as its KV.
         for node_id in media_ids(self._donors.store, namespace):
             self._donors.store.delete(node_id)
+        if self._seen is not None:
+            self._seen.forget(namespace)
         # Donors are taken up while this runs: it deletes what it finds at its start.
         return sum(self.delete(info.donor_id) for info in self.list(namespace))
 

@@ -66,6 +66,11 @@ class KVShareConfig(BaseModel):
     max_media_bytes: int = Field(
         64 << 20, ge=1, description="largest picture or sound file, as it is sent"
     )
+    media_embedder: str | None = Field(
+        None,
+        description="open_clip model that finds similar pictures, for showing: tiny-clip, a folder "
+        "or ARCHITECTURE/WEIGHTS; None: off",
+    )
     local_media: bool = Field(
         True, description="read pictures and sound from paths on this machine"
     )

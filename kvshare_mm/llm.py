@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ from kvshare_mm.config import KVShareConfig
 from kvshare_mm.donors import Found, namespace
 from kvshare_mm.engine.prefill import Sharing
 from kvshare_mm.engine.request import RequestSpec
-from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.errors import ConfigError, InvalidRequestError
+from kvshare_mm.modalities.seen import SeenMedium
 from kvshare_mm.outputs import RequestOutput, StreamChunk
 from kvshare_mm.repair import policy_of
 from kvshare_mm.sampling import SamplingParams
@@ -92,7 +93,11 @@ class KVShare:
         self.config = KVShareConfig.of(model=model, **options)
         self._parts = assemble(self.config)
         donors = self._parts.donors
-        self._cache = None if donors is None else CacheAdmin(donors, self._parts.loaded.tokenizer)
+        self._cache = (
+            None
+            if donors is None
+            else CacheAdmin(donors, self._parts.loaded.tokenizer, self._parts.seen)
+        )
 
     # -- one request or many ----------------------------------------------------------------
 
@@ -256,6 +261,31 @@ class KVShare:
         """Counters since the start and sizes now; see `kvshare_mm.assemble.Parts.stats`."""
         return self._parts.stats()
 
+    def similar_media(
+        self, part: Mapping[str, Any], k: int = 5, cache_salt: str | None = None
+    ) -> list[SeenMedium]:
+        """Pictures or clips that were sent before and are like one, the most alike first.
+
+        For showing; what is reused is decided by tokens and hashes alone.
+
+        Args:
+            part: a picture or clip, as in a message.
+            k: at most so many.
+            cache_salt: whose media; the engine's salt if None.
+
+        Raises:
+            ConfigError: the engine runs without ``media_embedder``.
+            InvalidRequestError: the part cannot be read.
+            ModelLoadError: the embedder cannot be loaded.
+        """
+        if self._parts.seen is None:
+            raise ConfigError("similar media are only known with media_embedder, e.g. tiny-clip")
+        if not isinstance(part, Mapping):
+            raise InvalidRequestError("part must be an object with a type", "part")
+        salt = self.config.cache_salt if cache_salt is None else cache_salt
+        item = self._parts.media.adapters.read(part, "part", salt)
+        return self._parts.seen.like(item, namespace(self._parts.loaded.fingerprint, salt), k)
+
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until finished requests are donors, searchable and on disk; False on time-out."""
         return self._parts.flush(timeout_s)
@@ -310,7 +340,10 @@ class KVShare:
             self._parts.media,
             self.config.cache_salt if given is None else given,
         )
-        return self._spec(stream, text, params, options)
+        spec = self._spec(stream, text, params, options)
+        if self._parts.seen is not None and spec.store:
+            self._parts.seen.add(stream.items, spec.namespace)
+        return spec
 
     def _spec(
         self,

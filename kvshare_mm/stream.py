@@ -39,6 +39,7 @@ class MediaItem:
         label: its sizes, for people.
         inputs: makes what the model's encoder takes, by keyword. Called only if the encoder runs.
         notes: what was done to it that its sender may not expect.
+        content: decodes it again: a picture in RGB, or (samples, samples a second).
     """
 
     modality: Modality
@@ -48,6 +49,7 @@ class MediaItem:
     label: str
     inputs: Callable[[], Mapping[str, Any]] = field(repr=False)
     notes: tuple[str, ...] = ()
+    content: Callable[[], Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.length < 1 or (self.grid and self.grid[0] * self.grid[1] != self.length):

@@ -56,11 +56,13 @@ class AudioAdapter:
         if isinstance(source, bytes):
             known = self._seen.get(source, tenant)
             if known is not None:
-                return self._item(known, lambda: self._inputs(self._load(source, field)[0]))
+                return self._item(
+                    known, source, field, lambda: self._inputs(self._load(source, field)[0])
+                )
         samples, known = self._load(source, field)
         if isinstance(source, bytes):
             self._seen.put(source, tenant, known)
-        return self._item(known, lambda: self._inputs(samples))
+        return self._item(known, source, field, lambda: self._inputs(samples))
 
     def _source(self, part: Mapping[str, Any], where: str) -> tuple[bytes | tuple[Any, Any], str]:
         kind = part["type"]
@@ -104,8 +106,18 @@ class AudioAdapter:
         width = _FRAMES_PER_TOKEN * int(self._extractor.hop_length)
         return row_hashes(np.pad(samples, (0, -len(samples) % width)).reshape(-1, width))
 
-    def _item(self, known: _Known, inputs: Any) -> MediaItem:
-        return MediaItem(self.modality, known.digest, known.length, None, known.label, inputs)
+    def _item(
+        self, known: _Known, source: bytes | tuple[Any, Any], field: str, inputs: Any
+    ) -> MediaItem:
+        return MediaItem(
+            self.modality,
+            known.digest,
+            known.length,
+            None,
+            known.label,
+            inputs,
+            content=lambda: (self._load(source, field)[0], self._rate),
+        )
 
     def _inputs(self, samples: np.ndarray) -> dict[str, Any]:
         made = self._extractor(

@@ -1,4 +1,8 @@
-"""Text embeddings for dense search. The only module that imports sentence-transformers."""
+"""Embeddings of texts, pictures and sound, for search and for showing what is alike.
+
+The only module that imports sentence-transformers or open_clip. An embedding is never evidence for
+reuse: what may be reused is decided by tokens and hashes alone.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from kvshare_mm import assets
 from kvshare_mm.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
@@ -112,6 +118,91 @@ class TextEmbedder:
             starts = starts[np.linspace(0, len(starts) - 1, self._max_parts).round().astype(int)]
         windows = [offsets[start : start + self._window] for start in starts]
         return [(text[window[0][0] : window[-1][1]], len(window)) for window in windows]
+
+
+class ImageEmbedder:
+    """An open_clip model that embeds pictures. The constructor loads it.
+
+    Args:
+        name: ``tiny-clip``, which was trained for this project; a folder with an
+            ``open_clip_config.json``; or architecture and weights with a slash between them, such
+            as ``ViT-B-32/laion2b_s34b_b79k``, which open_clip fetches from the hub.
+        device: torch device.
+
+    Attributes:
+        name: as given; tells embeddings of different models apart.
+        dim: length of the embeddings.
+
+    Raises:
+        ModelLoadError: there is no such model, or it cannot be loaded.
+    """
+
+    def __init__(self, name: str = "tiny-clip", *, device: str = "cpu") -> None:
+        self.name = name
+        self._device = device
+        self._model, self._preprocess = _load_clip(name, device)
+        self.dim = len(self.embed([Image.new("RGB", (32, 32))])[0])
+        logger.info("picture embedder %s: %d dimensions", name, self.dim)
+
+    def embed(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Embed RGB pictures: ``[len(images), dim]`` float32, rows of unit length."""
+        import torch
+
+        with torch.inference_mode():
+            pixels = torch.stack([self._preprocess(image) for image in images])
+            vectors = self._model.encode_image(pixels.to(self._device))
+        return _unit(vectors.float().cpu().numpy())
+
+
+def embed_sound(samples: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
+    """Mean and spread of a clip's log-mel bands over time: what a voice and a room sound like.
+
+    Args:
+        samples: ``[n]`` float32, mono.
+        rate: samples a second.
+
+    Returns:
+        ``[128]`` float32 of unit length.
+    """
+    import librosa
+
+    mel = librosa.feature.melspectrogram(y=samples, sr=rate, n_mels=64, n_fft=1024, hop_length=512)
+    levels = librosa.power_to_db(mel, ref=1.0, top_db=None)
+    statistics = np.concatenate((levels.mean(axis=1), levels.std(axis=1))).astype(np.float32)
+    # Without the loudness common to all bands, or every clip would be like every other.
+    statistics[:64] -= statistics[:64].mean()
+    return _unit(statistics[None]).reshape(-1)
+
+
+def _load_clip(name: str, device: str) -> tuple[Any, Any]:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ModelLoadError(
+            f"embedding pictures needs open_clip, which cannot be imported ({error}): "
+            "pip install open_clip_torch, or turn the picture embedder off"
+        ) from error
+    architecture, _, weights = name.partition("/")
+    options: dict[str, Any] = {"device": device}
+    try:
+        if name == "tiny-clip":
+            architecture = f"local-dir:{assets.folder(name)}"
+        elif Path(name).expanduser().is_dir():
+            architecture = f"local-dir:{Path(name).expanduser()}"
+        elif weights:
+            options["pretrained"] = weights
+        else:
+            raise ModelLoadError(
+                f"the picture embedder {name!r} is neither a folder nor ARCHITECTURE/WEIGHTS, "
+                "as in ViT-B-32/laion2b_s34b_b79k"
+            )
+        model, _, preprocess = open_clip.create_model_and_transforms(architecture, **options)
+    except ModelLoadError:
+        raise
+    # Whatever the files hold, or the network does: each its own error.
+    except Exception as error:
+        raise ModelLoadError(f"cannot load the picture embedder {name!r}: {error}") from error
+    return model.eval(), preprocess
 
 
 def _load(name: str, device: str | None, trust_remote_code: bool) -> Any:

@@ -53,11 +53,13 @@ class ImageAdapter:
         if isinstance(source, bytes):
             known = self._seen.get(source, tenant)
             if known is not None:
-                return self._item(known, lambda: self._inputs(self._load(source, field)[0]))
+                return self._item(
+                    known, source, field, lambda: self._inputs(self._load(source, field)[0])
+                )
         patches, known = self._load(source, field)
         if isinstance(source, bytes):
             self._seen.put(source, tenant, known)
-        return self._item(known, lambda: self._inputs(patches))
+        return self._item(known, source, field, lambda: self._inputs(patches))
 
     def _source(self, part: Mapping[str, Any], where: str) -> tuple[bytes | Image.Image, str]:
         kind = part["type"]
@@ -110,7 +112,9 @@ class ImageAdapter:
         once = patches.view(len(patches), 3, frames, -1)[:, :, 0]
         return row_hashes(once.reshape(-1, self._merge**2, once[0].numel()).numpy())
 
-    def _item(self, known: _Known, inputs: Any) -> MediaItem:
+    def _item(
+        self, known: _Known, source: bytes | Image.Image, field: str, inputs: Any
+    ) -> MediaItem:
         rows, columns = known.grid
         return MediaItem(
             self.modality,
@@ -120,6 +124,7 @@ class ImageAdapter:
             known.label,
             inputs,
             known.notes,
+            lambda: load_picture(source, field, self._max_pixels).image,
         )
 
     def _inputs(self, loaded: tuple[torch.Tensor, tuple[int, int]]) -> dict[str, torch.Tensor]:

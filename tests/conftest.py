@@ -115,6 +115,31 @@ def oracles(media_folder: Callable[[str], Path]) -> Callable[[str], Any]:
     return oracle
 
 
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random open_clip model."""
+    import json
+
+    import torch
+    from open_clip.model import CLIP
+    from safetensors.torch import save_file
+
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
+    text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
+    model_config: dict[str, Any] = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    config = {"model_cfg": model_config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.3] * 3}}
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = CLIP(**model_config).state_dict()
+    save_file(
+        {name: weight.contiguous() for name, weight in weights.items()},
+        folder / "open_clip_model.safetensors",
+    )
+    return folder
+
+
 @pytest.fixture
 def open_llm(tiny_folder: Path) -> Iterator[Callable[..., Any]]:
     """Opens `KVShare` on the tiny model, without dense search; closed after the test."""

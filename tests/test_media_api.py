@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvshare_mm import (
+    ConfigError,
     InvalidRequestError,
     KVShare,
     ModelLoadError,
@@ -274,6 +275,29 @@ def test_tenants_share_neither_kv_nor_features(open_media: Callable[..., KVShare
         output = stored(llm, user(POLICY, image(), "What is it?"), cache_salt=salt)
         assert output.provenance.media[0].source == "encoder"
         assert output.provenance.recomputed == len(output.prompt_token_ids)
+
+
+def test_similar_pictures_are_shown(open_media: Callable[..., KVShare], clip_folder: Path) -> None:
+    llm = open_media(media_embedder=str(clip_folder))
+    for seed in (0, 1, 0):
+        stored(llm, user(POLICY, image(seed), "What is it?"))
+    stored(llm, user(image(2), "?"), store=False)  # leaves nothing
+    best, other = llm.similar_media(image(0))
+    assert (best.times, other.times) == (2, 1)
+    assert best.similarity == pytest.approx(1, abs=1e-5)
+    assert best.similarity > other.similarity
+    assert llm.similar_media(image(0), cache_salt="another") == []
+    assert llm.stats()["media"]["embedded"] == 2
+    with pytest.raises(InvalidRequestError) as caught:
+        llm.similar_media({"type": "image", "image": b"no picture"})
+    assert caught.value.field == "part.image"
+    assert llm.cache.clear() == 2
+    assert llm.similar_media(image(0)) == []
+
+
+def test_without_an_embedder_there_is_no_similarity(open_media: Callable[..., KVShare]) -> None:
+    with pytest.raises(ConfigError, match="media_embedder"):
+        open_media().similar_media(image())
 
 
 def test_clearing_forgets_pictures_too(open_media: Callable[..., KVShare]) -> None:
