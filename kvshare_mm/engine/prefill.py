@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,9 +110,10 @@ class Prefiller:
         """
         plan, fallback, lookup, planning = self._plan(stream, ns, sharing, similar)
         start = time.perf_counter()
-        if plan.runs and fallback is None:
+        media = _Media(self._encoder, stream, ns, sharing != "off", store)
+        if plan.runs:
             try:
-                self._edit(plan, slot, ns, stream.positions)
+                plan = self._edited(plan, slot, stream, ns, policy or self._policy, media)
             except KVUnavailableError as error:
                 logger.info("computing in full: %s", error)
                 plan, fallback = ReusePlan(len(stream), declined=plan.declined), error.reason
@@ -119,17 +121,13 @@ class Prefiller:
                 # A cache problem is never a request's problem; the slot is computed whole.
                 logger.exception("edit failed; computing in full")
                 plan, fallback = ReusePlan(len(stream), declined=plan.declined), "edit_error"
-        edited = time.perf_counter()
-        media = _Media(self._encoder, stream, ns, sharing != "off", store)
-        if plan.num_reused and isinstance(self._runner, SlotRunner):
-            probe = _SlotProbe(self._runner, slot, stream.token_ids, plan, media)
-            plan = _repaired(plan, (policy or self._policy).positions(plan, probe))
+        edited, encoded = time.perf_counter(), media.seconds
         # Only donors need it; without a pool there will be none.
         tail = TailAttention() if self._donors is not None else None
         inputs = media.inputs(plan.compute)
         logits = self._runner.prefill(slot, stream.token_ids, plan.compute, tail, inputs)
         attention = tail.mass if tail is not None else None
-        compute = time.perf_counter() - edited - media.seconds
+        compute = time.perf_counter() - edited - (media.seconds - encoded)
         return PrefillResult(
             logits=logits,
             plan=plan,
@@ -137,7 +135,7 @@ class Prefiller:
             fallback=fallback,
             lookup=lookup,
             planning=planning,
-            edit=edited - start,
+            edit=edited - start - encoded,
             compute=compute,
             encode=media.seconds,
             media=media.uses,
@@ -161,6 +159,28 @@ class Prefiller:
             logger.exception("donor lookup failed; computing in full")
             return ReusePlan(n, declined=Decline.LOOKUP_ERROR), "lookup_error", 0.0, 0.0
         return found.plan, None, found.lookup, found.planning
+
+    def _edited(
+        self,
+        plan: ReusePlan,
+        slot: int,
+        stream: SegmentStream,
+        ns: str,
+        policy: RepairPolicy,
+        media: _Media,
+    ) -> ReusePlan:
+        """Repair the plan and put what it reuses into the slot; the slot first only for policies
+        that measure in it."""
+        assert isinstance(self._runner, SlotRunner)
+
+        def fill(plan: ReusePlan = plan) -> None:
+            self._edit(plan, slot, ns, stream.positions)
+
+        probe = _SlotProbe(self._runner, slot, stream.token_ids, plan, media, fill)
+        repaired = _repaired(plan, policy.positions(plan, probe)) if plan.num_reused else plan
+        if repaired.runs and not probe.filled:
+            fill(repaired)
+        return repaired
 
     def _edit(self, plan: ReusePlan, slot: int, ns: str, positions: np.ndarray | None) -> None:
         assert self._donors is not None and isinstance(self._runner, SlotRunner)
@@ -243,7 +263,7 @@ class _Media:
 
 
 class _SlotProbe:
-    """Measures drift of an edited slot, at most once a layer."""
+    """Measures drift of a slot, which is edited for it when it is first asked."""
 
     def __init__(
         self,
@@ -252,7 +272,10 @@ class _SlotProbe:
         token_ids: np.ndarray,
         plan: ReusePlan,
         media: _Media,
+        fill: Callable[[], None],
     ) -> None:
+        self._fill = fill
+        self.filled = False
         self._runner = runner
         self._slot = slot
         self._token_ids = token_ids
@@ -260,6 +283,9 @@ class _SlotProbe:
         self._media = media
 
     def deviation(self, layer: int) -> np.ndarray:
+        if not self.filled:
+            self._fill()
+            self.filled = True
         first = int(np.flatnonzero(self._plan.approximate)[0])
         start = min(first, int(self._plan.placeholders[0]))
         deviation = self._runner.value_deviation(

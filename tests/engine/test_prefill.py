@@ -234,6 +234,20 @@ def test_every_policy_fills_the_slot(server: Server, spec: str) -> None:
     assert result.plan.num_reused > 0
 
 
+@pytest.mark.parametrize(("spec", "reads"), [("auto:0", 0), ("none", 1), ("deviation:0.2", 1)])
+def test_donors_are_read_once_and_not_for_a_plan_that_is_given_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch, spec: str, reads: int
+) -> None:
+    ids = _ids(60, 0)
+    server.serve(ids)
+    edit, calls = server.prefiller._editor.edit, []
+    monkeypatch.setattr(server.prefiller._editor, "edit", lambda *a: (calls.append(a), edit(*a))[1])
+    target = np.concatenate((_ids(3, 5), ids))
+    result = server.prefill(target, policy=make_policy(spec))
+    assert len(calls) == reads
+    assert (result.plan.num_reused > 0) == (reads > 0)
+
+
 def test_default_policy_is_used_unless_the_request_has_one(tiny_llama: Any) -> None:
     class Recorded:
         calls = 0
