@@ -114,11 +114,20 @@ def demo(
         Path | None, typer.Option(help="also save the first story's coloured prompt as SVG")
     ] = None,
 ) -> None:
-    """Three stories: somebody asked something similar before. What does that save?"""
+    """Stories: somebody asked something similar before. What does that save?
+
+    Three of words, and two of pictures if tiny-vl is installed.
+    """
     from kvshare_mm.apps import showcase
+    from kvshare_mm.apps.stories import picture_stories
+    from kvshare_mm.models.loader import is_installed
 
     with serving(model, embedder=None) as llm:
         report = showcase.run(llm, console, repeats, max_tokens, picture)
+    if is_installed("tiny-vl"):
+        with serving("tiny-vl", embedder=None) as llm:
+            stories = picture_stories()
+            report["pictures"] = showcase.run(llm, console, repeats, max_tokens, None, stories)
     if json_file:
         json_file.write_text(json.dumps(report, indent=2), encoding="utf-8")
 

@@ -1,11 +1,11 @@
-"""`kvshare demo`: three stories, each served by full recompute, prefix caching and KVShare."""
+"""`kvshare demo`: stories, each served by full recompute, prefix caching and KVShare."""
 
 from __future__ import annotations
 
 import io
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ from kvshare_mm.outputs import RequestOutput
 from kvshare_mm.sampling import SamplingParams
 
 METHODS: dict[str, Sharing] = {"full": "off", "prefix": "exact", "kvshare": "on"}
+_SOURCES = {
+    "kv": "known: its KV is reused, its encoder does not run",
+    "features": "known: its encoder does not run",
+    "encoder": "new: its encoder runs",
+}
 _NAMES = {"full": "full recompute", "prefix": "prefix caching", "kvshare": "KVShare"}
 
 
@@ -45,7 +50,7 @@ def tell(llm: KVShare, story: Story, repeats: int, max_tokens: int) -> Told:
     """Serve a story: the donor once, the target by every method `repeats` times in turn."""
     salt = f"demo-{story.name}"
     donor = llm.chat(
-        [{"role": "user", "content": story.donor}],
+        story.messages(story.donor),
         SamplingParams(max_tokens=max_tokens),
         RequestOptions(cache_salt=salt, sharing="exact"),
     )
@@ -55,7 +60,7 @@ def tell(llm: KVShare, story: Story, repeats: int, max_tokens: int) -> Told:
     for repeat in range(repeats):
         for name, sharing in METHODS.items():
             output = llm.chat(
-                [{"role": "user", "content": story.target}],
+                story.messages(story.target),
                 SamplingParams(max_tokens=max_tokens if repeat == 0 else 1),
                 RequestOptions(cache_salt=salt, sharing=sharing, store=False),
             )
@@ -71,15 +76,19 @@ def run(
     repeats: int = 3,
     max_tokens: int = 24,
     picture: Path | None = None,
+    stories: Sequence[Story] | None = None,
 ) -> dict[str, Any]:
     """Tell all stories, print them as they go, and return the same as data.
 
     Args:
+        stories: those of words if None.
         picture: where to save the first story's coloured prompt as SVG, or None.
     """
     console.print(legend())
     told = []
-    for one in _tell_all(llm, console, repeats, max_tokens):
+    for one in _tell_all(
+        llm, console, repeats, max_tokens, STORIES if stories is None else stories
+    ):
         _print(llm, console, one)
         told.append(one)
     if picture:
@@ -91,9 +100,11 @@ def run(
     }
 
 
-def _tell_all(llm: KVShare, console: Console, repeats: int, max_tokens: int) -> Iterator[Told]:
-    for i, story in enumerate(STORIES, 1):
-        with console.status(f"Story {i} of {len(STORIES)}: {story.name} ..."):
+def _tell_all(
+    llm: KVShare, console: Console, repeats: int, max_tokens: int, stories: Sequence[Story]
+) -> Iterator[Told]:
+    for i, story in enumerate(stories, 1):
+        with console.status(f"Story {i} of {len(stories)}: {story.name} ..."):
             one = tell(llm, story, repeats, max_tokens)
         yield one
 
@@ -103,6 +114,8 @@ def _print(llm: KVShare, console: Console, told: Told) -> None:
     console.rule(f"[bold]{story.name}[/]: {story.about}", align="left")
     view = token_view(llm.tokenizer, shared.prompt_token_ids, shared.provenance)
     console.print(Panel(view, title="the new prompt", title_align="left"))
+    for use in shared.provenance.media:
+        console.print(f"[dim]{use.modality:15}:[/] {_SOURCES[use.source]} ({use.label})")
     console.print(f"[dim]earlier answer :[/] {escape(told.donor.text.strip())}")
     console.print(f"[dim]full recompute :[/] {escape(told.outputs['full'].text.strip())}")
     console.print(f"[dim]KVShare        :[/] {escape(shared.text.strip())}")

@@ -1,19 +1,30 @@
-"""Three everyday cases of prompts that are alike but not equal, for the demo and the tests."""
+"""Everyday cases of prompts that are alike but not equal, for the demo and the tests.
+
+Three are of words. Two are of pictures, for models that were trained on the drawings.
+"""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """Somebody asked `donor`; now somebody else asks `target`."""
+    """Somebody asked `donor`; now somebody else asks `target`: a question, or messages."""
 
     name: str
     about: str
-    donor: str
-    target: str
+    donor: str | Messages
+    target: str | Messages
+
+    @staticmethod
+    def messages(asked: str | Messages) -> Messages:
+        """As the model is asked it."""
+        return [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
 
 
 _ANALYTES = (
@@ -159,6 +170,32 @@ STORIES = (
         support("Until when can I return it? I have not used it yet.", "toaster"),
     ),
 )
+
+
+def picture_stories() -> tuple[Story, ...]:
+    """Two requests about drawn product photos, and who asked before."""
+    from kvshare_mm.assets.training.dialogues import random_customer
+    from kvshare_mm.assets.training.similar import random_request, similar
+
+    rng = random.Random("stories")
+    photo = random_request(rng, "my_warranty", num_fillers=4)
+    photo = replace(photo, wording=replace(photo.wording, photos_first=False))
+    asked_again = replace(similar(photo, "rephrased", rng), customer=random_customer(rng))
+    policy = random_request(rng, "my_fee", num_fillers=4)
+    return (
+        Story(
+            "same photo",
+            "another customer sends the same photo and asks in other words",
+            photo.messages(),
+            asked_again.messages(),
+        ),
+        Story(
+            "other photo",
+            "the same rules and the same question about another photo",
+            policy.messages(),
+            similar(policy, "other_picture", rng).messages(),
+        ),
+    )
 
 
 def random_values(rng: random.Random) -> list[str]:

@@ -165,6 +165,15 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise ModelLoadError(f"Could not load the tokenizer of {name!r}. {error}") from error
 
 
+def is_installed(name: str) -> bool:
+    """Whether an embedded model, ``tiny-vl`` or ``tiny-audio``, came with this installation."""
+    try:
+        assets.folder(name)
+    except FileNotFoundError:
+        return False
+    return name in SHIPPED
+
+
 def _locate(name: str) -> str:
     if name in EMBEDDED:
         return str(converted(embedded_gguf(name)))

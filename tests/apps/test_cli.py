@@ -354,6 +354,8 @@ def test_demo(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.M
         Story("fox", "nothing alike", "The quick brown fox jumps. " * 8, "number [/red] " * 20),
     )
     monkeypatch.setattr("kvshare_mm.apps.showcase.STORIES", stories)
+    # The stories with pictures have tests of their own.
+    monkeypatch.setattr("kvshare_mm.models.loader.is_installed", lambda name: False)
     out = tmp_path / "demo.json"
     result = run("demo", "--model", tiny_folder, "--repeats", "2", "--max-tokens", "40",
                  "--json", out)  # fmt: skip

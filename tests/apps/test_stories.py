@@ -1,0 +1,105 @@
+"""Stories with pictures: alike where they say so, and told as others are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from rich.console import Console
+from typer.testing import CliRunner
+
+from kvshare_mm import KVShare
+from kvshare_mm.apps import showcase
+from kvshare_mm.apps.cli import app
+from kvshare_mm.apps.stories import Story, picture_stories
+
+FIGURES = {"name", "tokens", "same_answer", "methods"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def console() -> Iterator[Console]:
+    with open(os.devnull, "w") as nowhere:
+        yield Console(width=200, record=True, file=nowhere)
+
+
+def photos(messages: Any) -> list[np.ndarray]:
+    parts = [part for message in messages for part in message["content"]]
+    return [np.asarray(part["image"]) for part in parts if part["type"] == "image"]
+
+
+def words(messages: Any) -> list[list[str]]:
+    return [[p["text"] for p in m["content"] if p["type"] == "text"] for m in messages]
+
+
+def test_picture_stories_are_what_they_say() -> None:
+    same, other = picture_stories()
+    assert np.array_equal(photos(same.donor), photos(same.target))
+    assert words(same.donor)[0] == words(same.target)[0]  # the rules
+    for mine, theirs in zip(words(same.donor)[1], words(same.target)[1], strict=True):
+        assert mine != theirs  # the customer, the question
+    assert words(other.donor) == words(other.target)
+    assert not np.array_equal(photos(other.donor), photos(other.target))
+
+
+def test_every_run_tells_the_same() -> None:
+    one, two = picture_stories(), picture_stories()
+    assert [words(s.target) for s in one] == [words(s.target) for s in two]
+    assert all(
+        np.array_equal(photos(a.donor), photos(b.donor)) for a, b in zip(one, two, strict=True)
+    )
+
+
+def test_they_are_told(media_folder: Callable[[str], Path], console: Console) -> None:
+    """On a random model; the answers mean nothing."""
+    with KVShare(str(media_folder("qwen2_5_vl")), embedder=None, repair="none") as llm:
+        report = showcase.run(llm, console, 1, 4, None, picture_stories())
+    shown = console.export_text()
+    assert "known: its KV is reused, its encoder does not run (112x112, seen as 112x112)" in shown
+    assert "new: its encoder runs (112x112, seen as 112x112)" in shown
+    assert "[image: 112x112, seen as 112x112]" in shown
+    same, other = report["stories"]
+    for story in (same, other):
+        assert set(story) == FIGURES
+        computed = {name: m["computed_tokens"] for name, m in story["methods"].items()}
+        assert computed["kvshare"] < computed["full"] == story["tokens"]
+        assert computed["prefix"] < computed["full"]
+        answers = {name: m["answer"] for name, m in story["methods"].items()}
+        assert answers["prefix"] == answers["full"]
+    # A name in front of the photo ends the identical beginning; the photo is known all the same.
+    methods = same["methods"]
+    assert methods["kvshare"]["computed_tokens"] < methods["prefix"]["computed_tokens"] - 16
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_demo_tells_them_if_their_model_is_installed(
+    tiny_folder: Path,
+    media_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    installed: bool,
+) -> None:
+    def folder(name: str) -> Path:
+        if not installed:
+            raise FileNotFoundError(name)
+        return media_folder("qwen2_5_vl")
+
+    monkeypatch.setattr("kvshare_mm.assets.folder", folder)
+    told = (Story("fox", "nothing alike", "The quick brown fox.", "Laboratory report."),)
+    monkeypatch.setattr("kvshare_mm.apps.showcase.STORIES", told)
+    out = tmp_path / "demo.json"
+    options = ["--model", str(tiny_folder), "--repeats", "1", "--max-tokens", "3"]
+    done: Result = CliRunner().invoke(app, ["demo", *options, "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    assert ("same photo" in done.output) == installed
+    assert ('"pictures"' in out.read_text()) == installed
