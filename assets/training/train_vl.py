@@ -136,7 +136,7 @@ class Trainer:
             if photos:
                 tokens, seen, _ = self.vision_loss(photos)
             loss, exact = answer_loss(packed, self.logits(packed, tokens))
-            norm = optimiser.step(loss + 0.1 * seen, stage.rate)
+            norm = optimiser.step(loss + 0.3 * seen, stage.rate)
             self.averages.add(stage, loss=loss.item(), seen=seen.item(), norm=norm, **exact)
 
     def logits(self, packed: Packed, tokens: Tensor | None) -> Tensor:
