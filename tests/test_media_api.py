@@ -21,6 +21,7 @@ from kvshare_mm import (
     SamplingParams,
 )
 from kvshare_mm.cache import CacheAdmin
+from kvshare_mm.models.support import Support
 from kvshare_mm.store.media import media_ids
 
 from .media_oracle import Oracle
@@ -355,3 +356,23 @@ def test_a_shipped_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("kvshare_mm.assets.folder", missing)
     with pytest.raises(ModelLoadError, match="'tiny-vl' is not installed"):
         KVShare("tiny-vl")
+
+
+def test_a_model_without_reuse_still_sees(
+    open_media: Callable[..., KVShare],
+    oracles: Callable[[str], Oracle],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    oracle = oracles("qwen2_5_omni_thinker")
+    monkeypatch.setattr(
+        "kvshare_mm.models.loader.check_support", lambda *_: Support("it is too strange")
+    )
+    llm = open_media("qwen2_5_omni_thinker")
+    one = {"type": "image", "image": picture(112, 84)}
+    clip = {"type": "audio", "audio": (tone(0.5), RATE)}
+    messages = user("Look: ", one, " Listen: ", clip, "?")
+    for _ in range(2):
+        output = llm.chat(messages, PARAMS)
+        assert list(output.token_ids) == oracle.greedy(oracle.inputs(messages), 6)
+        assert output.provenance.declined == "unsupported_model"
+    assert llm.stats()["media"]["tower_runs"] == 4
