@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP_DONE := $(VENV)/.kvshare-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench report test test-fast lint ruff format typecheck wheel clean
+.PHONY: help setup demo bench report test test-fast test-ui lint ruff format typecheck wheel clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
@@ -70,7 +70,11 @@ $(RESULTS)/hitrate-%$(OF_MODEL): | $(SETUP_DONE)
 
 test: test-fast ## run all tests: the fast ones, then those with a real model
 	@echo "== end-to-end tests (minutes)"
-	$(BIN)/python -m pytest -m e2e
+	$(BIN)/python -m pytest -m "e2e and not ui"
+
+test-ui: setup ## drive the demo page with the browser of this machine (Chromium)
+	@echo "== tests in a browser"
+	$(BIN)/python -m pytest -m ui
 
 test-fast: setup ## run the fast tests only
 	@echo "== fast tests"

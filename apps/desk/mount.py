@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gradio as gr
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
 from kvshare_mm.apps.desk.page import STYLE, build
 from kvshare_mm.apps.server.errors import ApiError
@@ -12,6 +12,11 @@ from kvshare_mm.errors import KVShareError
 from kvshare_mm.llm import KVShare
 
 MAX_UPLOAD = "20mb"
+
+_ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" '
+    'rx="4" fill="#3b82d6"/><path d="M3 6h10M3 10h6" stroke="#fff" stroke-width="2"/></svg>'
+)
 
 
 def theme() -> gr.themes.Base:
@@ -36,7 +41,12 @@ def mount(app: FastAPI, service: Service, path: str) -> FastAPI:
         caller = service.keys.caller(key)
         return caller is not None and caller.tenant == tenant
 
-    return gr.mount_gradio_app(
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        """Browsers ask for it at the server's root, wherever the page is."""
+        return Response(_ICON, media_type="image/svg+xml")
+
+    mounted: FastAPI = gr.mount_gradio_app(
         app,
         build(llm),
         path,
@@ -50,3 +60,4 @@ def mount(app: FastAPI, service: Service, path: str) -> FastAPI:
         ssr_mode=False,
         enable_monitoring=False,
     )
+    return mounted

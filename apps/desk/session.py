@@ -59,14 +59,14 @@ class Session:
             InvalidRequestError: the letter, or a medium in it, cannot be taken.
             QueueFullError: too many people ask.
         """
-        turn = Turn(len(self.turns) + 1, letter.name)
         messages = letter.messages()
         options = RequestOptions(cache_salt=self._salt, sharing=sharing)
         params = SamplingParams(max_tokens=_MAX_TOKENS)
         stream = await asyncio.to_thread(llm.astream, messages, params, options)
+        # Only now: a letter that is refused gets no number.
+        turn = Turn(len(self.turns) + 1, letter.name)
+        self.turns.append(turn)
         async for chunk in stream:
-            if turn.number == len(self.turns) + 1 and turn not in self.turns:
-                self.turns.append(turn)
             turn.text += chunk.text
             turn.output = chunk.output
             if chunk.output is not None:

@@ -23,7 +23,9 @@ from kvshare_mm.apps.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)
 
-_OPEN = frozenset({"/health", "/ping", "/version", "/metrics", "/openapi.json", "/docs"})
+_OPEN = frozenset(
+    {"/health", "/ping", "/version", "/metrics", "/openapi.json", "/docs", "/favicon.ico"}
+)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _CLIENT_GONE = 499
 

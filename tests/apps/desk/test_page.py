@@ -1,0 +1,220 @@
+"""The desk in a real browser, over a real server process.
+
+These tests need Chromium (Debian: ``apt install chromium``) and fail without it: `make test-ui` and
+CI run them where there is one, and say so where there is none.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ui]
+
+_TIMEOUT_MS = 120_000
+
+
+def chromium() -> str:
+    found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        pytest.fail("no Chromium: install it (Debian: apt install chromium) or set CHROMIUM")
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """Starts `kvshare serve MODEL --ui`; gives the address of the desk."""
+    started: list[subprocess.Popen[str]] = []
+    state = tmp_path_factory.mktemp("state")
+
+    def start(model: str) -> str:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kvshare_mm.apps.cli", "serve", model, "--ui", "--port", "0",
+             "--embedder", "none", "--served-model-name", "desk"],
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "XDG_STATE_HOME": str(state)},
+        )  # fmt: skip
+        started.append(process)
+        assert process.stderr is not None
+        for line in process.stderr:
+            found = re.search(r"desk on (http://\S+)", line)
+            if found:
+                _drain(process)
+                return found[1]
+        pytest.fail(f"the server ended with {process.wait()}")
+
+    yield start
+    for process in started:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def _drain(process: subprocess.Popen[str]) -> None:
+    """Keep reading what a server logs, or it would wait for us."""
+    import threading
+
+    assert process.stderr is not None
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+
+
+class Desk:
+    """A page and what went wrong on it."""
+
+    def __init__(self, browser: Browser, url: str, width: int, scheme: Any = "light") -> None:
+        self._context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme
+        )
+        self.page: Page = self._context.new_page()
+        self.page.set_default_timeout(_TIMEOUT_MS)
+        self.errors: list[str] = []
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(url)
+        self.page.get_by_role("button", name="Ask").first.wait_for()
+
+    def customer(self, number: int) -> Any:
+        return self.page.locator(f"#desk-customer-{number}")
+
+    def done(self, number: int) -> None:
+        """Wait until a customer's answer is complete and its cost is known."""
+        times = self.customer(number).locator(".desk-times")
+        expect(times).to_contain_text(
+            re.compile("was computed|everything: [0-9]"), timeout=_TIMEOUT_MS
+        )
+
+    def counts(self, number: int) -> dict[str, int]:
+        said = self.customer(number).locator(".desk-bar").get_attribute("aria-label") or ""
+        return {kind: int(n) for n, kind in re.findall(r"(\d+) (exact|reused|recomputed)", said)}
+
+    def fits(self) -> bool:
+        return bool(self.page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
+
+    def close(self) -> None:
+        self._context.close()
+
+
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[Callable[..., Desk]]:
+    desks: list[Desk] = []
+
+    def make(url: str, width: int = 1280, scheme: str = "light") -> Desk:
+        desks.append(Desk(browser, url, width, scheme))
+        return desks[-1]
+
+    yield make
+    for desk in desks:
+        desk.close()
+        assert desk.errors == []
+
+
+@pytest.fixture(scope="module")
+def text_site(site: Callable[[str], str]) -> str:
+    url = site("smollm2")
+    _wait_until_loaded(url)
+    return url
+
+
+def _wait_until_loaded(url: str) -> None:
+    import time
+
+    import httpx2
+
+    deadline = time.monotonic() + 300  # the first run on a machine converts the model
+    while httpx2.get(url.removesuffix("/ui") + "/health").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_the_second_customer_is_answered_sooner(
+    opened: Callable[..., Desk], text_site: str, width: int, scheme: str
+) -> None:
+    desk = opened(text_site, width, scheme)
+    assert desk.fits()
+    for number in (1, 2):
+        desk.customer(number).get_by_role("button", name="My order number").click()
+        desk.done(number)
+    assert desk.counts(1)["recomputed"] > 150
+    assert desk.counts(2)["reused"] > 100 and desk.counts(2)["recomputed"] < 60
+    expect(desk.customer(2).locator(".desk-times")).to_contain_text("times as long")
+    expect(desk.customer(2)).to_contain_text("Reused from request #1")
+    # Each customer's own number: nothing of the first letter is in the second answer.
+    expect(desk.customer(1).locator(".desk-answer")).to_contain_text("48210")
+    expect(desk.customer(2).locator(".desk-answer")).to_contain_text("77345")
+    expect(desk.page.locator("#desk-tree .desk-node")).to_have_count(2)
+    expect(desk.page.locator("#desk-log tbody tr")).to_have_count(2)
+    assert desk.fits()
+    dark = desk.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    light = sum(map(int, re.findall(r"\d+", dark)[:3])) > 380
+    assert light == (scheme == "light")
+
+
+def test_the_toggle_and_starting_over(opened: Callable[..., Desk], text_site: str) -> None:
+    desk = opened(text_site)
+    desk.customer(1).get_by_role("button", name="Warehouse").click()
+    desk.done(1)
+    desk.page.get_by_label("off").check()
+    desk.customer(2).get_by_role("button", name="Warehouse").click()
+    desk.done(2)
+    assert desk.counts(2)["exact"] + desk.counts(2)["reused"] == 0
+    expect(desk.customer(2)).to_contain_text("sharing off")
+    desk.page.get_by_role("button", name="Start over").click()
+    expect(desk.page.locator("#desk-tree .desk-node")).to_have_count(0)
+    expect(desk.customer(1).locator(".desk-answer")).to_have_text("Ask something.")
+
+
+def test_an_own_question_streams_and_is_only_text(
+    opened: Callable[..., Desk], text_site: str
+) -> None:
+    desk = opened(text_site)
+    question = desk.customer(1).get_by_label("Question")
+    desk.customer(1).get_by_role("button", name="Ask").click()
+    expect(desk.customer(1).get_by_role("alert")).to_contain_text("write a question")
+    question.fill("<img src=x onerror=\"document.title='gone'\"> Where is the warehouse?")
+    desk.customer(1).get_by_role("button", name="Ask").click()
+    desk.done(1)
+    expect(desk.customer(1).locator(".desk-prompt")).to_contain_text("<img src=x")
+    assert desk.page.title() == "KVShare desk"
+
+
+def test_an_uploaded_picture_is_reused(
+    opened: Callable[..., Desk],
+    site: Callable[[str], str],
+    media_folder: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    url = site(str(media_folder("qwen2_5_vl")))
+    _wait_until_loaded(url)
+    picture = tmp_path / "product.png"
+    file = io.BytesIO()
+    Image.effect_noise((112, 112), 90).convert("RGB").save(file, "PNG")
+    picture.write_bytes(file.getvalue())
+    desk = opened(url)
+    for number, question in ((1, "Is this product damaged?"), (2, "What colour is this product?")):
+        customer = desk.customer(number)
+        customer.locator("input[type=file]").first.set_input_files(picture)
+        expect(customer.locator("img").first).to_be_visible()
+        customer.get_by_label("Question").fill(question)
+        customer.get_by_role("button", name="Ask").click()
+        desk.done(number)
+    assert desk.counts(2)["reused"] + desk.counts(2)["exact"] > desk.counts(2)["recomputed"]
+    expect(desk.customer(2)).to_contain_text("request #1 (same picture or sound)")

@@ -1,0 +1,149 @@
+"""The desk's requests: numbers, donors, modes, media."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from kvshare_mm import InvalidRequestError, KVShare
+from kvshare_mm.apps.desk.page import _ask, _filled, _fitted, _restarted, build
+from kvshare_mm.apps.desk.session import Session, Turn
+from kvshare_mm.apps.desk.shop import PHOTO_EXAMPLES, TEXT_EXAMPLES, Letter
+from kvshare_mm.errors import KVShareError
+
+_ANNA = Letter("Anna", "48210", "How long does it take?")
+_BORIS = Letter("Boris", "77345", "How long does it take?")
+
+
+def ask(session: Session, llm: KVShare, letter: Letter, sharing: Any = "on") -> list[Turn]:
+    async def collect() -> list[Turn]:
+        return [turn async for turn in session.ask(llm, letter, sharing)]
+
+    return asyncio.run(collect())
+
+
+@pytest.fixture
+def llm(open_llm: Callable[..., Any]) -> KVShare:
+    opened: KVShare = open_llm(repair="none")
+    return opened
+
+
+def test_the_second_customer_is_answered_from_the_first(llm: KVShare) -> None:
+    session = Session()
+    first = ask(session, llm, _ANNA)[-1]
+    second = ask(session, llm, _BORIS)[-1]
+    assert [t.number for t in session.turns] == [1, 2]
+    assert first.output is not None and second.output is not None
+    assert first.output.provenance.reused == 0 and first.full_s is None
+    assert second.output.provenance.reused > 0
+    assert second.donors == [(1, "")]
+    assert second.full_s is not None and second.full_s > 0
+    donors = session.donors(llm)
+    assert [number for _, number in donors] == [1, 2]
+    assert donors[1][0].parent == donors[0][0].donor_id
+    assert second.text == second.output.text
+
+
+@pytest.mark.parametrize(
+    ("sharing", "exact", "reused"), [("off", False, False), ("exact", True, False)]
+)
+def test_the_toggle_decides(llm: KVShare, sharing: str, exact: bool, reused: bool) -> None:
+    session = Session()
+    ask(session, llm, _ANNA)
+    turn = ask(session, llm, _BORIS, sharing)[-1]
+    assert turn.output is not None
+    p = turn.output.provenance
+    assert (p.exact > 0, p.reused > 0) == (exact, reused)
+
+
+def test_visitors_share_nothing(llm: KVShare) -> None:
+    ask(Session(), llm, _ANNA)
+    turn = ask(Session(), llm, _ANNA)[-1]
+    assert turn.output is not None and turn.output.provenance.declined == "no_donor"
+
+
+def test_both_customers_may_ask_at_once(llm: KVShare) -> None:
+    session = Session()
+
+    async def both() -> None:
+        async def one(letter: Letter) -> None:
+            async for _ in session.ask(llm, letter, "on"):
+                pass
+
+        await asyncio.gather(one(_ANNA), one(_BORIS))
+
+    asyncio.run(both())
+    assert sorted(t.number for t in session.turns) == [1, 2]
+    assert {number for _, number in session.donors(llm)} == {1, 2}
+
+
+def test_starting_over_forgets(llm: KVShare) -> None:
+    session = Session()
+    ask(session, llm, _ANNA)
+    fresh, *_ = _restarted(lambda: llm, session)
+    assert llm.cache is not None and llm.cache.list() == []
+    assert fresh.turns == []
+
+
+def test_pictures_are_told_apart(media_folder: Callable[[str], Path]) -> None:
+    def photo(colour: str) -> bytes:
+        file = io.BytesIO()
+        Image.new("RGB", (56, 56), colour).save(file, "PNG")
+        return file.getvalue()
+
+    session = Session()
+    with KVShare(str(media_folder("qwen2_5_vl")), embedder=None) as llm:
+        for colour in ("red", "red", "blue"):
+            letter = Letter("Anna", "48210", "Is it damaged?", photo(colour))
+            turn = ask(session, llm, letter)[-1]
+            if colour == "blue":
+                assert all(about == "another picture or sound" for _, about in turn.donors)
+            elif turn.number == 2:
+                assert turn.donors == [(1, "same picture or sound")]
+
+
+def test_a_model_of_text_refuses_a_photo(llm: KVShare) -> None:
+    with pytest.raises(InvalidRequestError):
+        ask(Session(), llm, Letter("Anna", "1", "?", b"no picture"))
+
+
+def events(*arguments: Any) -> list[tuple[Any, ...]]:
+    async def collect() -> list[tuple[Any, ...]]:
+        return [event async for event in _ask(*arguments)]
+
+    return asyncio.run(collect())
+
+
+def test_the_page_says_what_is_wrong(llm: KVShare) -> None:
+    def loading() -> KVShare:
+        raise KVShareError("the model is loading")
+
+    session = Session()
+    [empty] = events(lambda: llm, session, "KVShare", "Anna", "1", "  ", None, None)
+    assert "write a question" in empty[0]
+    assert "is loading" in events(loading, session, "KVShare", "A", "1", "Hi?", None, None)[-1][0]
+    missing = events(lambda: llm, session, "KVShare", "A", "1", "Hi?", "/nowhere.png", None)
+    assert "desk-problem" in missing[-1][0]
+    good = events(lambda: llm, session, "KVShare", "", "", "Hi?", None, None)
+    assert "desk-bar" in good[-1][1] and "<svg" in good[-1][2] and "desk-log" in good[-1][3]
+
+
+def test_the_page_fits_the_model(llm: KVShare, media_folder: Callable[[str], Path]) -> None:
+    def loading() -> KVShare:
+        raise KVShareError("the model is loading")
+
+    build(loading)  # a page can be made before there is a model
+    assert len(TEXT_EXAMPLES) == len(PHOTO_EXAMPLES)
+    assert len(_fitted(loading)) == len(_fitted(lambda: llm)) == 2 * (2 + len(TEXT_EXAMPLES))
+    assert _filled(lambda: llm, 0) == (TEXT_EXAMPLES[0].question, None, None)
+    with KVShare(str(media_folder("qwen2_5_vl")), embedder=None) as seeing:
+        assert _fitted(lambda: seeing)[0]["visible"] and not _fitted(lambda: llm)[0]["visible"]
+        question, photo, _ = _filled(lambda: seeing, 0)
+        assert question == PHOTO_EXAMPLES[0].question
+        assert Image.open(photo).size[0] > 0
