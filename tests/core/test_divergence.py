@@ -19,7 +19,7 @@ def test_by_hand():
         10, (KeptRun("a", 4, 4, 2, False), KeptRun("a", 6, 7, 2, False)), attention=np.full(10, 0.1)
     )
     changed = np.array([4 / 5, 4 / 6, 5 / 8, 5 / 9])
-    want = 0.1 * np.array([1, 2**-0.5, 1, 2**-0.5]) * changed
+    want = 0.1 * np.array([1, 2**-0.5, 1, 2**-0.5]) * changed**1.4
     assert risk(plan)[[4, 5, 7, 8]] == pytest.approx(want)
     assert risk(plan).sum() == pytest.approx(want.sum())
 
