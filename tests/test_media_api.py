@@ -376,3 +376,21 @@ def test_a_model_without_reuse_still_sees(
         assert list(output.token_ids) == oracle.greedy(oracle.inputs(messages), 6)
         assert output.provenance.declined == "unsupported_model"
     assert llm.stats()["media"]["tower_runs"] == 4
+
+
+def test_many_at_once_get_their_own_answers(open_media: Callable[..., KVShare]) -> None:
+    """Pictures of several sizes are decoded together, each from its own last position."""
+    llm = open_media(max_num_seqs=3)
+    sizes = [(56, 56), (112, 84), (28, 140), (168, 56)]
+    asked = [
+        user("Look: ", {"type": "image", "image": picture(*sizes[i % 4], seed=i)}, "What is it?")
+        for i in range(8)
+    ]
+    alone = [llm.chat(messages, PARAMS, OFF).token_ids for messages in asked]
+    assert len(set(alone)) > 4
+
+    async def together(options: RequestOptions) -> list[RequestOutput]:
+        return await asyncio.gather(*(llm.achat(m, PARAMS, options) for m in asked))
+
+    for options in (OFF, RequestOptions(sharing="exact")):
+        assert [o.token_ids for o in asyncio.run(together(options))] == alone

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, Qwen2_5OmniConfig
 
 from kvshare_mm.engine.encoder import MediaEncoder
 from kvshare_mm.engine.inputs import MediaInputs
 from kvshare_mm.engine.runner import PlainRunner, SlotRunner
+from kvshare_mm.errors import ModelLoadError
+from kvshare_mm.models.loader import load_model
 from kvshare_mm.stream import Modality, SegmentStream
 
 from ..media_models import FAMILIES, HEARS, SEES
@@ -208,3 +214,35 @@ def test_decoding_in_a_batch_with_other_positions(oracles: Callable[[str], Oracl
             answer.append(int(row.argmax()))
     for name, answer in zip(names, answers, strict=True):
         assert answer == oracle.greedy(oracle.inputs(MESSAGES[name]), 8)
+
+
+def test_the_thinker_is_taken_out_of_a_whole_omni(
+    media_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As it is published: with a talker, and the thinker's weights under a name of their own."""
+    thinker = media_folder("qwen2_5_omni_thinker")
+    whole = tmp_path / "omni"
+    shutil.copytree(thinker, whole)
+    weights = load_file(thinker / "model.safetensors")
+    named = {f"thinker.{name}": weight for name, weight in weights.items()}
+    save_file({**named, "talker.weight": torch.zeros(3)}, whole / "model.safetensors")
+    config = Qwen2_5OmniConfig(thinker_config=AutoConfig.from_pretrained(thinker).to_dict())
+    config.save_pretrained(whole)
+    one, other = (load_model(str(path), dtype="float32") for path in (whole, thinker))
+    assert one.unsupported is None
+    assert one.family is not None and other.family is not None
+    assert one.family.placeholders == other.family.placeholders
+    for name, weight in other.model.state_dict().items():
+        assert torch.equal(one.model.state_dict()[name], weight), name
+
+
+def test_a_multimodal_model_without_its_processor(
+    media_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(media_folder("qwen2_5_vl"), bare)
+    for file in bare.iterdir():
+        if "processor" in file.name or "token" in file.name:
+            file.unlink()
+    with pytest.raises(ModelLoadError, match="Could not load the model"):
+        load_model(str(bare))
