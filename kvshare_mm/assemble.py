@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -160,9 +162,16 @@ def _dense(config: KVShareConfig, fingerprint: str) -> Callable[[], Opened]:
         uri = config.index_uri
         if uri is None:
             # One file a model: two servers with different models can share a store folder.
-            folder = config.store_dir or Path(tempfile.mkdtemp(prefix="kvshare-index-"))
+            folder = config.store_dir or _scratch_folder()
             uri = str(folder / f"milvus-{fingerprint[:16]}.db")
         index = MilvusIndex(uri, embedder.dim, embedder.name, token=config.index_token or "")
         return index, lambda text: embedder.embed([text])[0]
 
     return open_index
+
+
+def _scratch_folder() -> Path:
+    """A folder that is gone when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="kvshare-index-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -94,6 +94,11 @@ class KVShareConfig(BaseModel):
             raise ValueError("neither a server (http://host:19530) nor a Milvus Lite file (*.db)")
         return value
 
+    @field_validator("store_dir")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        return value.expanduser() if value else None
+
     @model_validator(mode="after")
     def _one_policy(self) -> KVShareConfig:
         policy_of(self.repair, self.max_divergence)

@@ -24,6 +24,7 @@ from kvshare_mm import (
     EngineClosedError,
     InvalidRequestError,
     KVShare,
+    KVShareConfig,
     ModelLoadError,
     RequestOptions,
     RequestOutput,
@@ -327,6 +328,10 @@ def test_request_options_that_are_refused(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequestError, match=field) as caught:
         RequestOptions(**{field: value})
     assert caught.value.field == field
+
+
+def test_a_store_in_the_home_folder() -> None:
+    assert KVShareConfig.of(store_dir="~/donors").store_dir == Path.home() / "donors"
 
 
 def test_two_policies_for_one_request_are_refused() -> None:

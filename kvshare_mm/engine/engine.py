@@ -294,7 +294,9 @@ class NativeEngine:
     def _search(self) -> None:
         """Look for donors by meaning, for requests that wait anyway."""
         while (request := self._lookups.get()) is not None:
-            if request.slot < 0 and not request.cancelled and self._donors is not None:
+            waits = request.slot < 0 and not request.cancelled
+            # Identical beginnings are found by key; meaning adds nothing to them.
+            if waits and request.spec.sharing == "on" and self._donors is not None:
                 request.similar = self._donors.similar(request.spec.text, request.spec.namespace)
 
     # -- the capture thread -----------------------------------------------------------------

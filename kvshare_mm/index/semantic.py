@@ -8,8 +8,10 @@ only while it waits for its turn anyway. A failing index costs this help and not
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,6 +36,7 @@ class SemanticIndex:
         known: records that the index must hold from the start; it is made to.
         on_embedded: told every new vector, so that it can be stored with the node.
         counters: events are counted here.
+        retry_after: seconds to leave an index alone that could not be opened.
     """
 
     def __init__(
@@ -42,9 +45,12 @@ class SemanticIndex:
         known: Sequence[IndexRecord],
         on_embedded: Callable[[str, np.ndarray], object],
         counters: Counter[str],
+        retry_after: float = 30.0,
     ) -> None:
         self._open_index = open_index
-        self._known = known
+        self._known = list(known)
+        self._retry_after = retry_after
+        self._retry_at = 0.0
         self._on_embedded = on_embedded
         self._counters = counters
         self._opened: Opened | None = None
@@ -114,15 +120,24 @@ class SemanticIndex:
         try:
             index, embed = self._open_index()
             index.reconcile(self._known)
-        except (IndexUnavailableError, ModelLoadError) as error:
+        except IndexUnavailableError as error:
+            self._retry_at = time.monotonic() + self._retry_after
+            self._count("dense_open_failed", error)
+        except ModelLoadError as error:
+            self._retry_at = math.inf
             self._count("dense_open_failed", error)
         else:
             self._opened = index, embed
-        self._known = ()
+            self._known = []
 
     def _apply(self, item: tuple[IndexRecord, str] | str) -> None:
+        if self._opened is None and time.monotonic() >= self._retry_at:
+            self._open()
         if self._opened is None:
-            self._counters["dense_insert_skipped"] += 1
+            if isinstance(item, str):
+                self._known = [r for r in self._known if r.node_id != item]
+            else:
+                self._counters["dense_insert_skipped"] += 1
             return
         index, embed = self._opened
         if isinstance(item, str):
