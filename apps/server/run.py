@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -21,6 +22,8 @@ from kvshare_mm.llm import KVShare
 logger = logging.getLogger(__name__)
 
 UI_PATH = "/ui"
+
+_SWITCH_INTERVAL_S = 0.0005
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -86,6 +89,8 @@ def serve(
     if ui:
         logger.info("desk on http://%s:%d%s", shown, port, UI_PATH)
     holder.append(uvicorn.Server(config))
+    # The engine's thread computes without a pause; a token should not wait 5 ms for its turn.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     # uvicorn sends itself the signal again once it has ended, which would leave no time to tidy up.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with suppress(KeyboardInterrupt):
