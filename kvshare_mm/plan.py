@@ -89,6 +89,7 @@ class ReusePlan:
         attention: ``[num_tokens]`` float32: how much the donors' last position looked at what each
             kept position takes its KV from, a guess of how much this prompt's will; the average
             where that is unknown. None if nothing is reused approximately.
+        pictures: ``[num_tokens]`` bool: positions that are pictures; None: none are.
     """
 
     num_tokens: int
@@ -96,6 +97,7 @@ class ReusePlan:
     repair: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
     declined: Decline | None = None
     attention: np.ndarray | None = field(default=None, repr=False)
+    pictures: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         end = exact_end = 0

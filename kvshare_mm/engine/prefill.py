@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.outputs import MediaUse, Provenance, Span
 from kvshare_mm.plan import Decline, PlannerOptions, ReusePlan
 from kvshare_mm.repair import RepairPolicy
-from kvshare_mm.stream import SegmentStream
+from kvshare_mm.stream import Modality, SegmentStream
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,8 @@ class Prefiller:
             self._donors.counters["lookup_error"] += 1
             logger.exception("donor lookup failed; computing in full")
             return ReusePlan(n, declined=Decline.LOOKUP_ERROR), "lookup_error", 0.0, 0.0
-        return found.plan, None, found.lookup, found.planning
+        plan = replace(found.plan, pictures=_pictures(stream))
+        return plan, None, found.lookup, found.planning
 
     def _edited(
         self,
@@ -194,6 +195,16 @@ class Prefiller:
                 values,
                 positions,
             )
+
+
+def _pictures(stream: SegmentStream) -> np.ndarray | None:
+    pictures = [s for s in stream.media if s.modality is Modality.IMAGE]
+    if not pictures:
+        return None
+    mask = np.zeros(len(stream), dtype=bool)
+    for segment in pictures:
+        mask[segment.start : segment.end] = True
+    return mask
 
 
 def _repaired(plan: ReusePlan, positions: np.ndarray) -> ReusePlan:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvshare_mm.divergence import TAIL, divergence_bound, risk, risk_within
 from kvshare_mm.plan import KeptRun, ReusePlan
 from kvshare_mm.repair import (
+    PICTURE_KL,
     BoundaryWindow,
     MaxDivergence,
     NoRepair,
@@ -283,3 +284,33 @@ def test_a_wrong_text_form_is_refused_by_name(spec, says):
 def test_parameters_that_make_no_sense_are_refused(make):
     with pytest.raises(ValueError):
         make()
+
+
+def test_pictures_are_trusted_unless_the_target_is_too_tight():
+    plan = edited_plan()
+    pictures = np.zeros(plan.num_tokens, dtype=bool)
+    pictures[20:60] = True
+    with_picture = replace(plan, pictures=pictures)
+    for kl in (PICTURE_KL, 0.01, 1.0):
+        picked = MaxDivergence(kl).positions(with_picture, NoProbe())
+        assert not pictures[picked].any()
+    text = plan.approximate & ~pictures
+    tight = MaxDivergence(0.0).positions(with_picture, NoProbe())
+    assert set(tight.tolist()) >= set(np.flatnonzero(plan.approximate).tolist())
+    # Without the picture's share of the risk, less text has to be repaired.
+    loose = MaxDivergence(0.01).positions(with_picture, NoProbe())
+    assert text[loose].sum() <= text[MaxDivergence(0.01).positions(plan, NoProbe())].sum()
+
+
+def test_the_prompts_end_is_repaired_even_in_a_picture():
+    plan = replace(edited_plan(), pictures=np.ones(100, dtype=bool))
+    assert MaxDivergence(0.01).positions(plan, NoProbe()).tolist() == list(range(84, 100))
+
+
+def edited_plan() -> ReusePlan:
+    """A hundred positions behind ten that changed."""
+    return ReusePlan(
+        100,
+        (KeptRun("d", 10, 10, 89, exact=False),),
+        attention=np.full(100, 0.01, np.float32),
+    )
