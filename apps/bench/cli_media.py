@@ -24,9 +24,7 @@ def vision(
     width: Annotated[int, typer.Option(min=56, help="of the picture")] = 640,
     height: Annotated[int, typer.Option(min=56, help="of the picture")] = 480,
     repeats: Annotated[int, typer.Option(min=1, help="measurements a method")] = 5,
-    repair: Annotated[
-        str, typer.Option(help="repair policy of the method kvshare")
-    ] = "window:8+tail:16",
+    repair: Annotated[str, typer.Option(help="repair policy of the method kvshare")] = "auto",
     json_file: Out = None,
 ) -> None:
     """First-token time for a known picture and another question; tower and text apart.

@@ -22,9 +22,6 @@ from kvshare_mm.config import KVShareConfig
 
 _METHODS = ("full", "prefix", "kvshare")
 _PARTS = ("read_s", "tower_s", "text_s", "ttft_s", "cpu_s")
-# The default policy asks what the prompt's end looks at. Random weights look at everything alike:
-# it would choose by chance. This one chooses by place.
-REPAIR = "window:8+tail:16"
 _POLICY = (
     "You answer customers of a shop. Goods can be returned within 30 days of delivery if they are "
     "unused and in their box. Refunds are paid within 5 working days. Damaged goods must be "
@@ -70,7 +67,7 @@ def run(
     width: int = 640,
     height: int = 480,
     repeats: int = 5,
-    repair: str = REPAIR,
+    repair: str = "auto",
     whole: Shape = QWEN25_VL_3B,
 ) -> dict[str, Any]:
     """Time every method on every layout.
