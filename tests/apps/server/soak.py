@@ -31,9 +31,10 @@ class Tally:
 
     Attributes:
         answered: complete answers with their own number.
-        silent: complete answers without their number, that the model gives alone as well: (number,
-            answer).
-        lost: the same, where alone the model does repeat the number.
+        silent: complete answers without their number, that the model gives alone as well: (sharing,
+            number, answer).
+        changed: the same, where alone the model does repeat the number. With sharing "on" reuse is
+            approximate and a small model may drop a digit; with "exact" there must be none.
         mixed: answers that hold another letter's number: (number, answer).
         killed: answers that their client left.
         failed: anything else, in words.
@@ -41,8 +42,8 @@ class Tally:
     """
 
     answered: int = 0
-    silent: list[tuple[str, str]] = field(default_factory=list)
-    lost: list[tuple[str, str]] = field(default_factory=list)
+    silent: list[tuple[str, str, str]] = field(default_factory=list)
+    changed: list[tuple[str, str, str]] = field(default_factory=list)
     mixed: list[tuple[str, str]] = field(default_factory=list)
     killed: int = 0
     failed: list[str] = field(default_factory=list)
@@ -54,7 +55,7 @@ async def soak(
 ) -> Tally:
     """Run `clients` clients for `seconds` seconds; those of an odd number share exactly only."""
     tally, sent = Tally(), set[str]()
-    unsaid: list[tuple[Letter, str]] = []
+    unsaid: list[tuple[str, Letter, str]] = []
     end = time.monotonic() + seconds
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
@@ -81,7 +82,7 @@ async def soak(
                 elif order in numbers:
                     tally.answered += 1
                 else:
-                    unsaid.append((letter, text))
+                    unsaid.append((sharing, letter, text))
 
         async def watch() -> None:
             process = psutil.Process(pid)
@@ -91,10 +92,10 @@ async def soak(
 
         await asyncio.gather(*(client(i) for i in range(clients)), *([watch()] if pid else []))
         # A small model miscopies digits now and then: what does it say to the same letter alone?
-        for letter, text in unsaid:
+        for sharing, letter, text in unsaid:
             alone = await _answer(http, letter, "off", None)
-            told = tally.lost if letter.order in str(alone) else tally.silent
-            told.append((letter.order, text))
+            told = tally.changed if letter.order in str(alone) else tally.silent
+            told.append((sharing, letter.order, text))
     return tally
 
 

@@ -1,0 +1,182 @@
+"""`kvshare serve` as a process of its own, with a real model: what its README promises."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from .soak import settled, soak
+
+pytestmark = pytest.mark.e2e
+
+_README = Path(__file__).resolve().parents[3] / "apps" / "server" / "README.md"
+_QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+_GREEDY: dict[str, Any] = {
+    "model": "smollm2",
+    "messages": _QUESTION,
+    "temperature": 0,
+    "max_tokens": 20,
+}
+
+
+@dataclass
+class Process:
+    """A server process."""
+
+    url: str
+    popen: subprocess.Popen[str]
+    state: Path
+
+    def stop(self) -> int:
+        self.popen.send_signal(signal.SIGTERM)
+        return self.popen.wait(90)
+
+
+def start(state: Path, *options: str) -> Process:
+    popen = subprocess.Popen(
+        [sys.executable, "-m", "kvshare_mm.apps.cli", "serve", "smollm2", "--port", "0",
+         "--embedder", "none", "--json-logs", *options],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "XDG_STATE_HOME": str(state)},
+    )  # fmt: skip
+    assert popen.stderr is not None
+    for line in popen.stderr:
+        assert json.loads(line)["level"] in {"info", "warning"}
+        found = re.search(r"listening on (http://[\w.:]+)", line)
+        if found:
+            threading.Thread(target=popen.stderr.read, daemon=True).start()
+            return Process(found[1], popen, state)
+    pytest.fail(f"the server ended with {popen.wait()}")
+
+
+def wait_ready(url: str) -> None:
+    deadline = time.monotonic() + 600  # the first run on a machine converts the model
+    while httpx2.get(f"{url}/health").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    made = start(tmp_path_factory.mktemp("state"))
+    wait_ready(made.url)
+    yield made
+    assert made.stop() == 0
+    assert list(made.state.rglob("*.key")) == []
+
+
+def test_openais_client_gets_its_answer(process: Process) -> None:
+    client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0)
+    whole = client.chat.completions.create(**_GREEDY)
+    assert "Paris" in str(whole.choices[0].message.content)
+    streamed = client.chat.completions.create(stream=True, **_GREEDY)
+    text = "".join(c.choices[0].delta.content or "" for c in streamed if c.choices)
+    assert text == whole.choices[0].message.content
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(**{**_GREEDY, "model": "other"})
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(**{**_GREEDY, "top_p": 7})
+    assert error.value.param == "top_p"
+
+
+def test_the_async_client_streams_many_at_once(process: Process) -> None:
+    async def ask() -> list[str]:
+        client = openai.AsyncOpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0)
+
+        async def one() -> str:
+            stream = await client.chat.completions.create(stream=True, **_GREEDY)
+            return "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
+
+        async with client:
+            return await asyncio.gather(*(one() for _ in range(8)))
+
+    texts = asyncio.run(ask())
+    assert all("Paris" in text for text in texts)
+
+
+def _examples() -> list[str]:
+    return re.findall(r"```sh\n(curl .*?)\n```", _README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_readmes_examples_work(process: Process) -> None:
+    examples = _examples()
+    assert len(examples) >= 5
+    for example in examples:
+        here = example.replace("http://127.0.0.1:8000", process.url)
+        here = here.replace("curl ", "curl --fail-with-body ", 1)
+        done = subprocess.run(
+            ["bash", "-c", here], check=False, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{example}\n{done.stdout}{done.stderr}"
+        assert done.stdout.strip()
+    [whole, streamed, continued, *_] = examples
+    assert '"stream": true' in streamed and "/v1/completions" in continued and "chat" in whole
+
+
+def test_the_command_administrates_ones_own_server(process: Process) -> None:
+    environment = {**os.environ, "XDG_STATE_HOME": str(process.state)}
+    environment.pop("KVSHARE_API_KEY", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "kvshare_mm.apps.cli", "cache", "stats", "--url", process.url],
+        check=False, capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == "smollm2"
+
+
+def test_many_clients_get_their_own_answers(process: Process) -> None:
+    tally = asyncio.run(soak(process.url, clients=12, seconds=15))
+    assert tally.failed == []
+    assert tally.mixed == []
+    assert tally.answered > 0 and tally.killed > 0
+    assert [x for x in tally.changed if x[0] == "exact"] == []
+    assert len(tally.changed) <= tally.answered / 3
+    assert asyncio.run(settled(process.url))
+
+
+def test_it_ends_in_order(tmp_path: Path) -> None:
+    made = start(tmp_path, "--store-dir", str(tmp_path / "store"))
+    wait_ready(made.url)
+    replies: list[httpx2.Response] = []
+    body = {**_GREEDY, "max_tokens": 30, "ignore_eos": True}
+    asking = threading.Thread(
+        target=lambda: replies.append(
+            httpx2.post(f"{made.url}/v1/chat/completions", json=body, timeout=300)
+        )
+    )
+    asking.start()
+    running = "vllm:num_requests_running{"
+    while not any(
+        line.startswith(running) and line.endswith(" 1.0")
+        for line in httpx2.get(f"{made.url}/metrics").text.splitlines()
+    ):
+        time.sleep(0.02)
+    assert made.stop() == 0
+    asking.join()
+    assert replies[0].json()["usage"]["completion_tokens"] == 30
+    assert list((tmp_path / "store").rglob("*.kvnode"))
+
+
+def test_a_model_that_is_not_there_ends_the_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvshare_mm.apps.cli", "serve", str(tmp_path / "none"),
+         "--port", "0"],
+        check=False, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Error:" in done.stderr and "Traceback" not in done.stderr
