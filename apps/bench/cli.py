@@ -108,7 +108,7 @@ def memory(
 def template(
     model: Model = "smollm2",
     reports: Annotated[int, typer.Option(min=1, help="lab reports in the prompt")] = 1,
-    values: Annotated[int, typer.Option(min=1, help="numbers that differ")] = 16,
+    values: Annotated[int, typer.Option(min=1, help="numbers that differ")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="measurements")] = 9,
     json_file: Out = None,
 ) -> None:
