@@ -75,4 +75,5 @@ def divergence_bound(residual: float) -> float:
 
 def risk_within(max_divergence: float) -> float:
     """The largest residual risk whose bound is `max_divergence` (nats)."""
-    return float((max_divergence / BOUND_SCALE) ** (1 / BOUND_POWER))
+    with np.errstate(over="ignore"):  # any risk is allowed, then
+        return float(np.float64(max_divergence / BOUND_SCALE) ** (1 / BOUND_POWER))

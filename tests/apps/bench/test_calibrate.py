@@ -47,10 +47,10 @@ def test_the_checked_part_is_what_nothing_was_fitted_to(
     seen = next(n for n in names if is_fitted_to(n))
     unseen = next(n for n in names if not is_fitted_to(n))
     named = [{**pairs[0], "id": seen}, {**pairs[1], "id": unseen}]
-    report = run(rig, named, [0.001, 10.0], progress=False)
+    report = run(rig, named, [0.1, 10.0], progress=False)
     json.dumps(report, allow_nan=False)
     assert report["fitted"]["pairs"] == 1
-    tight, loose = report["checked"]["auto:0.001"], report["checked"]["auto:10"]
+    tight, loose = report["checked"]["auto:0.1"], report["checked"]["auto:10"]
     assert tight["pairs"] == loose["pairs"] == 1
     assert tight["computed_share"] >= loose["computed_share"]
     assert 0 <= tight["reused_of_reusable"] <= loose["reused_of_reusable"] <= 1
