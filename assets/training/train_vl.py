@@ -131,7 +131,7 @@ class Trainer:
         stage, optimiser = self.stage("join", {"model": self.model.model, "local": self.local_head})
         batcher = self.batcher(stage)
         for _ in stage:
-            packed, photos = batcher.batch(self.tokens, branches=8, fillers=range(9))
+            packed, photos = batcher.batch(self.tokens, branches=12, fillers=range(9))
             tokens, seen = None, torch.zeros(())
             if photos:
                 tokens, seen, _ = self.vision_loss(photos)
