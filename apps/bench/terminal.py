@@ -84,7 +84,7 @@ def table(title: str, *headings: str) -> Table:
     """A table whose first column is a name and whose others are figures."""
     made = Table(title=escape(title))
     for i, heading in enumerate(headings):
-        made.add_column(heading, justify="right" if i else "left", no_wrap=not i)
+        made.add_column(heading, justify="right" if i else "left", no_wrap=not i, overflow="fold")
     return made
 
 
