@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvshare_mm.apps.desk.mount import MAX_UPLOAD, theme
-from kvshare_mm.apps.desk.page import STYLE, build
+from kvshare_mm.apps.desk.page import PICTURES, STYLE, build
 from kvshare_mm.apps.server.run import bind
 from kvshare_mm.llm import KVShare
 
@@ -20,6 +20,7 @@ def run(model: str, host: str, port: int, store_dir: Path | None) -> None:
             server_name=host,
             server_port=port,
             css_paths=[STYLE],
+            allowed_paths=[str(PICTURES)],
             theme=theme(),
             footer_links=[],
             max_file_size=MAX_UPLOAD,

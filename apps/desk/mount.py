@@ -5,7 +5,7 @@ from __future__ import annotations
 import gradio as gr
 from fastapi import FastAPI, Response
 
-from kvshare_mm.apps.desk.page import STYLE, build
+from kvshare_mm.apps.desk.page import PICTURES, STYLE, build
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.service import Service
 from kvshare_mm.errors import KVShareError
@@ -53,6 +53,7 @@ def mount(app: FastAPI, service: Service, path: str) -> FastAPI:
         auth=knows if service.keys.required else None,
         auth_message="Your tenant's name, and a key of it.",
         css_paths=[STYLE],
+        allowed_paths=[str(PICTURES)],
         theme=theme(),
         footer_links=[],
         max_file_size=MAX_UPLOAD,

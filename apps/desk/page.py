@@ -18,7 +18,7 @@ from kvshare_mm.llm import KVShare
 from kvshare_mm.stream import Modality
 
 STYLE = Path(__file__).with_name("style.css")
-_PICTURES = Path(__file__).with_name("pictures")
+PICTURES = Path(__file__).with_name("pictures")
 _MODES: dict[str, Sharing] = {"off": "off", "exact prefix": "exact", "KVShare": "on"}
 
 
@@ -178,7 +178,7 @@ def _filled(get_llm: Callable[[], KVShare], number: int) -> tuple[Any, ...]:
         example = _examples(get_llm())[number]
     except KVShareError:
         example = TEXT_EXAMPLES[number]
-    photo = str(_PICTURES / example.photo) if example.photo else None
+    photo = str(PICTURES / example.photo) if example.photo else None
     return example.question, photo, None
 
 
