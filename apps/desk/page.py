@@ -168,9 +168,16 @@ def _fitted(get_llm: Callable[[], KVShare]) -> list[Any]:
         llm = get_llm()
     except KVShareError:
         return [gr.skip()] * (2 * (2 + len(TEXT_EXAMPLES)))  # still loading: text is always taken
-    photo = gr.update(visible=Modality.IMAGE in llm.modalities)
-    voice = gr.update(visible=Modality.AUDIO in llm.modalities)
-    return [photo, voice, *(gr.update(value=e.label) for e in _examples(llm))] * 2
+    # One update a component: Gradio changes those it has sent.
+    return [
+        update
+        for _ in CUSTOMERS
+        for update in (
+            gr.update(visible=Modality.IMAGE in llm.modalities),
+            gr.update(visible=Modality.AUDIO in llm.modalities),
+            *(gr.update(value=example.label) for example in _examples(llm)),
+        )
+    ]
 
 
 def _filled(get_llm: Callable[[], KVShare], number: int) -> tuple[Any, ...]:
