@@ -43,8 +43,17 @@ def serve(
         int, typer.Option(min=1, help="requests that may wait", rich_help_panel=_ENGINE)
     ] = 256,
     repair: Annotated[
-        str, typer.Option(help="which kept positions are recomputed", rich_help_panel=_ENGINE)
-    ] = "auto",
+        str | None,
+        typer.Option(help="which kept positions are recomputed", rich_help_panel=_ENGINE),
+    ] = None,
+    max_divergence: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="how far the first token may be from full recompute (KL, nats); default 0.01",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
     reuse: Annotated[
         Literal["on", "exact", "off"],
         typer.Option(help="similar requests, identical prefixes, nothing", rich_help_panel=_ENGINE),
@@ -140,6 +149,7 @@ def serve(
             max_num_seqs=max_num_seqs,
             max_queue=max_queue,
             repair=repair,
+            max_divergence=max_divergence,
             sharing=reuse,
             host_bytes=int(host_gib * 2**30),
             disk_bytes=int(disk_gib * 2**30),

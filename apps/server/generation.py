@@ -36,6 +36,7 @@ def request_options(
         options,
         sharing=options.sharing or reuse.sharing,  # "off" where there is nobody to share with
         repair=reuse.repair,
+        max_divergence=reuse.max_divergence,
         store=options.store and reuse.store,
     )
 

@@ -81,6 +81,7 @@ class Reuse(BaseModel):
 
     sharing: Literal["on", "exact", "off"] | None = None
     repair: str | None = None
+    max_divergence: float | None = None
     store: bool = True
     spans: bool = False
 

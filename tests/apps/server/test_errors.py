@@ -69,6 +69,7 @@ def check(reply: httpx2.Response, status: int, param: str | None = None) -> dict
         ({"cache_salt": "x" * 129}, "cache_salt"),
         ({"kvshare": {"sharing": "all"}}, "kvshare.sharing"),
         ({"kvshare": {"repair": "magic"}}, "repair"),
+        ({"kvshare": {"max_divergence": -1}}, "max_divergence"),
         ({"stream": "yes"}, "stream"),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else None,
