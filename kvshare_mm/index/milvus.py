@@ -230,6 +230,10 @@ class MilvusIndex:
         return [Candidate(milvus_rows.node_id_of(hit["pk"]), hit["distance"]) for hit in hits]
 
     def _connect(self) -> Any:
+        if self._path is not None:
+            # The file's server runs in this process. It has no AllocTimestamp, which clients do
+            # without, but grpc logs each refusal with a traceback.
+            logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
         client = _open(self._uri, self._path, self._token, self._timeout)
         try:
             # A Milvus Lite server reached over the network needs flushes just as a file does.
