@@ -18,18 +18,18 @@ from kvshare_mm.assets.training.tower import CELLS
 
 # How often each topic is asked: more often where learning is slow.
 WEIGHTS = {
-    "kind": 1.0,
-    "colour": 0.7,
-    "buttons": 1.5,
-    "crack": 1.0,
+    "kind": 1.5,
+    "colour": 0.5,
+    "buttons": 2.0,
+    "crack": 0.8,
     "code": 2.0,
-    "order": 1.5,
-    "name": 0.5,
-    "warranty": 2.5,
-    "days": 0.8,
-    "city": 0.5,
+    "order": 1.2,
+    "name": 0.4,
+    "warranty": 1.2,
+    "days": 0.6,
+    "city": 0.4,
     "my_warranty": 2.0,
-    "my_fee": 2.0,
+    "my_fee": 3.0,
 }
 _FOLLOW_UPS = 0.15  # share of branches that go on with a second question
 _GRID = 4  # image tokens a side
@@ -91,7 +91,7 @@ class Batcher:
     ) -> tuple[Packed, list[Photo]]:
         """A batch of about so many tokens, contexts of one kind and length, and its photos."""
         rng = self.rng
-        num_photos = rng.choices((0, 1, 2), (0.05, 0.35, 0.6))[0]
+        num_photos = rng.choices((0, 1, 2), (0.03, 0.27, 0.7))[0]
         num_fillers = rng.choice(fillers)
         rows: list[Row] = []
         photos: list[Photo] = []

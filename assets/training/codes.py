@@ -34,7 +34,8 @@ def codebook(hidden: int) -> Tensor:
     """[sum of SIZES, hidden]: orthogonal rows of norm :data:`NORM`, always the same."""
     generator = torch.Generator().manual_seed(20)
     square = torch.randn(hidden, hidden, generator=generator)
-    return torch.linalg.qr(square)[0][: sum(SIZES)] * NORM
+    rows: Tensor = torch.linalg.qr(square)[0][: sum(SIZES)] * NORM
+    return rows
 
 
 def labels(photo: Photo) -> tuple[int, ...]:
@@ -72,7 +73,8 @@ def oracle(book: Tensor, photos: list[Photo], generator: torch.Generator) -> Ten
     scale = NORM / book.shape[1] ** 0.5
     own = torch.randn(clean.shape, generator=generator) * 0.5
     shared = torch.randn((len(photos), 1, book.shape[1]), generator=generator) * 0.25
-    return clean + scale * (own + shared)
+    noisy: Tensor = clean + scale * (own + shared)
+    return noisy
 
 
 def code_loss(book: Tensor, tokens: Tensor, photos: list[Photo]) -> tuple[Tensor, list[float]]:

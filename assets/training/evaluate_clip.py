@@ -55,7 +55,7 @@ def zero_shot(encoder: Encoder, photos: list[Photo]) -> float:
     texts = encoder.texts([short_caption(*pair) for pair in classes])
     nearest = (encoder.pictures(photos) @ texts.T).argmax(1).tolist()
     hits = [classes[i] == (p.kind, p.colour) for i, p in zip(nearest, photos, strict=True)]
-    return sum(hits) / len(hits)
+    return float(sum(hits) / len(hits))
 
 
 def recall(encoder: Encoder, photos: list[Photo]) -> dict[str, float]:

@@ -86,4 +86,5 @@ class FastTower:
     def _rotate(self, x: Tensor) -> Tensor:
         half = x.shape[-1] // 2
         turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-        return x * self.cos + turned * self.sin
+        result: Tensor = x * self.cos + turned * self.sin
+        return result
