@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,29 @@ def real_digits(answerer: Answerer, folder: Path) -> dict[str, Any]:
     )
 
 
+def samples(folder: Path) -> list[tuple[str, list[dict[str, Any]], str]]:
+    """The shipped samples: topic, messages with the sounds read from disk, right answer."""
+    questions = []
+    for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        for message in sample["messages"]:
+            for part in message["content"]:
+                if part["type"] == "audio":
+                    part["audio"], _ = librosa.load(folder / part["audio"], sr=RATE)
+        questions.append((sample["facts"]["topic"], sample["messages"], sample["answer"]))
+    return questions
+
+
+def measure_samples(answerer: Answerer, folder: Path) -> dict[str, Any]:
+    """Exact match by topic of the shipped samples."""
+    questions = samples(folder)
+    answers = answerer.answers([messages for _, messages, _ in questions])
+    return by_topic(
+        (topic, answer == right)
+        for (topic, _, right), answer in zip(questions, answers, strict=True)
+    )
+
+
 def evaluate(
     folder: Path, bank_file: Path, digits: Path | None, each: int, seed: int
 ) -> dict[str, Any]:
@@ -113,6 +137,8 @@ def evaluate(
         "without_facts": measure(answerer, told, [call.messages(facts=False) for call in told]),
         "single_words_right": words_right(answerer, transcribed),
     }
+    if (folder / "samples").is_dir():
+        figures["samples"] = measure_samples(answerer, folder / "samples")
     if digits is not None:
         figures["real_digits"] = real_digits(answerer, digits)
     return figures

@@ -1,7 +1,8 @@
 """Writes held-out requests as files: ``python -m kvshare_mm.assets.training.samples --out DIR``.
 
-``samples.jsonl`` holds a request a line: ``messages`` (pictures by file name beside it), ``answer``
-and ``facts``. The drawings are this project's own.
+``samples.jsonl`` holds a request a line: ``messages`` (pictures or sounds by file name beside it),
+``answer`` and ``facts``. Drawings are this project's own, voices are espeak-ng's; with
+``--voices FILE`` the requests are about voice notes, else about photos.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import itertools
 import json
 from pathlib import Path
 
+import soundfile
+
+from kvshare_mm.assets.training.calls import calls
 from kvshare_mm.assets.training.dialogues import BOTH_TOPICS, PICTURE_TOPICS, TOPICS
 from kvshare_mm.assets.training.similar import held_out_requests
+from kvshare_mm.assets.training.speech import RATE, load_bank
 
 SEED = 40
 ONE_PHOTO, TWO_PHOTOS = 26, 14
+CALLS = 18
 
 
 def write_samples(out: Path) -> None:
@@ -38,10 +44,37 @@ def write_samples(out: Path) -> None:
     (out / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_calls(out: Path, voices: Path) -> None:
+    """18 calls of held-out voices, one FLAC file each."""
+    out.mkdir(parents=True, exist_ok=True)
+    bank = load_bank(voices, 60, held_out=True, seed=SEED)
+    lines = []
+    for number, call in enumerate(itertools.islice(calls(bank, SEED), CALLS)):
+        name = f"{number:02d}.flac"
+        soundfile.write(out / name, call.clip.samples, RATE)
+        sample = {
+            "messages": call.messages(name),
+            "answer": call.answer(),
+            "facts": {
+                "topic": call.topic,
+                "words": list(call.clip.words),
+                "name": call.name,
+                "city": call.city,
+            },
+        }
+        lines.append(json.dumps(sample))
+    (out / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    write_samples(parser.parse_args().out)
+    parser.add_argument("--voices", type=Path, help="bank of held-out voices; made when missing")
+    args = parser.parse_args()
+    if args.voices is None:
+        write_samples(args.out)
+    else:
+        write_calls(args.out, args.voices)
 
 
 if __name__ == "__main__":
