@@ -39,7 +39,7 @@ from kvshare_mm.assets.training.vl_model import build_config, build_processor
 logger = logging.getLogger(__name__)
 
 SHARES = {"see": 0.28, "read": 0.36, "join": 0.36}  # of the minutes
-PEAKS = {"see": 2e-3, "read": 2e-3, "join": 1e-3}
+PEAKS = {"see": 2e-3, "read": 2e-3, "join": 1.5e-3}
 
 
 class Trainer:
