@@ -81,8 +81,13 @@ def test_logs_have_request_ids(shared: Running, caplog: pytest.LogCaptureFixture
     caplog.set_level(logging.INFO)
     caplog.handler.addFilter(logs._WithRequestId())
     request_id = shared.chat("hello").headers["x-request-id"]
-    [record] = [r for r in caplog.records if r.name == "kvshare_mm.apps.server.gate"]
-    assert record.request_id == request_id  # type: ignore[attr-defined]
+
+    def lines() -> list[logging.LogRecord]:
+        gate = (r for r in caplog.records if r.name == "kvshare_mm.apps.server.gate")
+        return [r for r in gate if r.request_id == request_id]  # type: ignore[attr-defined]
+
+    until(lambda: bool(lines()))  # the line is written behind the answer
+    [record] = lines()
     entry = json.loads(logs.JsonFormatter().format(record))
     assert entry["request_id"] == request_id
     assert entry["status"] == 200 and entry["level"] == "info"
