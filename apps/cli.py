@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,6 +118,7 @@ def demo(
     Three of words, and two of pictures if tiny-vl is installed.
     """
     from kvshare_mm.apps import showcase
+    from kvshare_mm.apps.bench.terminal import write_report
     from kvshare_mm.apps.stories import picture_stories
     from kvshare_mm.models.loader import is_installed
 
@@ -128,8 +128,7 @@ def demo(
         with serving("tiny-vl", embedder=None) as llm:
             stories = picture_stories()
             report["pictures"] = showcase.run(llm, console, repeats, max_tokens, None, stories)
-    if json_file:
-        json_file.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_report(report, json_file)
 
 
 @app.command()

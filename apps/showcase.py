@@ -94,6 +94,7 @@ def run(
     if picture:
         _save_picture(llm, told[0], picture)
     return {
+        "kind": "demo",
         "machine": machine(),
         "model": llm.config.model,
         "stories": [_as_data(one) for one in told],

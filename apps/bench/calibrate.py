@@ -9,21 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from kvshare_mm.apps.bench.divergence import kl_divergence
 from kvshare_mm.apps.bench.journal import Journal
 from kvshare_mm.apps.bench.measured import measured
 from kvshare_mm.apps.bench.methods import METHODS, Method
-from kvshare_mm.apps.bench.prompts import encode
+from kvshare_mm.apps.bench.prompts import encode, is_fitted_to
 from kvshare_mm.apps.bench.rig import Rig, machine
 from kvshare_mm.divergence import BOUND_POWER, BOUND_SCALE, divergence_bound, residual_risk
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 
 _FULL = METHODS["full"]
 _QUANTILE = 0.95
-# Pairs of each ten that are fitted to; the others are checked.
-_FITTED_OF_TEN = 6
 # Below this, KL is rounding.
 _FLOOR = 1e-7
 
@@ -65,7 +62,8 @@ def run(
         progress=progress,
     )
     rows = [row for _, row in found]
-    fit, check = ([r for r in rows if is_fitted_to(r["id"]) == wanted] for wanted in (True, False))
+    fit = [r for r in rows if is_fitted_to(str(r["id"]))]
+    check = [r for r in rows if not is_fitted_to(str(r["id"]))]
     reusing = [p for r in check for p in r["points"].values() if p["residual"] > 0]
     scale, power = fitted([p for r in fit for p in r["points"].values()])
     if not reusing:
@@ -85,11 +83,6 @@ def run(
         "observed": [p["kl_first_token"] for p in reusing],
         "per_pair": rows,
     }
-
-
-def is_fitted_to(pair_id: str) -> bool:
-    """Whether a pair belongs to the part that constants may be chosen on."""
-    return xxhash.xxh3_64_intdigest(pair_id.encode()) % 10 < _FITTED_OF_TEN
 
 
 def fitted(points: Sequence[Point]) -> tuple[float, float]:

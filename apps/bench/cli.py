@@ -16,6 +16,7 @@ from kvshare_mm.apps.bench.terminal import (
     opened_rig,
     plain_errors,
     report_file,
+    show,
     write_report,
 )
 
@@ -58,8 +59,9 @@ def lookup(
             limit_pool,
             limit_pairs=limit,
         )
-        console.print_json(data=report)
-        write_report({"machine": machine(), "model": model, **report}, json_file)
+        report = {"kind": "lookup", "machine": machine(), "model": model, **report}
+        show(report)
+        write_report(report, json_file)
 
 
 @bench.command()
@@ -83,7 +85,7 @@ def overhead(
             report = bench_overhead.run(
                 rig, texts, num_donors=donors, num_tokens=tokens, repeats=repeats
             )
-        console.print_json(data=report)
+        show(report)
         write_report(report, json_file)
 
 
@@ -100,7 +102,7 @@ def memory(
     host_bytes = host_mib << 20
     with plain_errors(), opened_rig(model, host_bytes=host_bytes, max_model_len=1024) as rig:
         report = bench_memory.run(rig, num_requests=requests, host_bytes=host_bytes)
-        console.print_json(data=report)
+        show(report)
         write_report(report, json_file)
 
 
@@ -117,7 +119,7 @@ def template(
 
     with plain_errors(), opened_rig(model) as rig:
         report = bench_template.run(rig, reports=reports, values=values, repeats=repeats)
-        console.print_json(data=report)
+        show(report)
         write_report(report, json_file)
 
 
@@ -130,12 +132,25 @@ def report(
     figures: Annotated[
         Path | None, typer.Option(help="also write the figures into this folder, as SVG")
     ] = None,
+    readme: Annotated[
+        Path | None,
+        typer.Option(help="also put tables into this Markdown page, where it names results"),
+    ] = None,
 ) -> None:
     """One page of all results in a folder, with figures, that needs no network."""
     from kvshare_mm.apps.bench import report as bench_report
+    from kvshare_mm.apps.bench.jsonl import read_text
+    from kvshare_mm.apps.bench.readme import filled
 
     with plain_errors():
-        parts = bench_report.sections(bench_report.read_results(folder))
+        results = bench_report.read_results(folder)
+        parts = bench_report.sections(results)
+        if readme:
+            text, missing = filled(read_text(readme), results)
+            readme.write_text(text, encoding="utf-8")
+            console.print(f"Tables written to {readme}", markup=False)
+            if missing:
+                console.print(f"left as they were, not measured: {', '.join(missing)}")
         out.write_text(bench_report.page(parts), encoding="utf-8")
         console.print(f"Report written to {out}", markup=False)
         for path in bench_report.write_figures(parts, figures) if figures else []:

@@ -22,6 +22,10 @@ from kvshare_mm.errors import ConfigError
 Pairs = Annotated[
     Path, typer.Option("--pairs", help='JSON Lines of {"id", "donor", "target", "reference"}')
 ]
+HeldOut = Annotated[
+    bool,
+    typer.Option("--held-out", help="only the 40% of the pairs that nothing is fitted to"),
+]
 _METHODS = "comma-separated; repair=POLICY measures a repair policy"
 
 
@@ -36,6 +40,7 @@ def reuse(
         str, typer.Option(help=_METHODS)
     ] = "full,prefix,placeholders,cacheblend,epic,kvshare",
     repair: Repair = None,
+    held_out: HeldOut = False,
     limit: Limit = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens compared")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="timings a method")] = 3,
@@ -52,7 +57,8 @@ def reuse(
     from kvshare_mm.apps.bench.prompts import read_pairs
 
     with plain_errors():
-        chosen, rows = bench_reuse.with_full(pick(methods)), read_pairs(pairs, limit)
+        chosen = bench_reuse.with_full(pick(methods))
+        rows = read_pairs(pairs, limit, held_out=held_out)
         with opened_rig(model, len(chosen), **_options(repair)) as rig:
             settings = [*rig.settings, "reuse", chosen, max_new_tokens, repeats, layers]
             journal = Journal.beside(json_file, settings)
@@ -112,6 +118,7 @@ def frontier(
         str, typer.Option(help=_METHODS + "; each is run at several budgets")
     ] = "prefix,placeholders,cacheblend,epic,deviation,kvshare",
     repair: Repair = None,
+    held_out: HeldOut = False,
     limit: Limit = None,
     json_file: Out = None,
 ) -> None:
@@ -123,7 +130,7 @@ def frontier(
     from kvshare_mm.apps.bench.prompts import read_pairs
 
     with plain_errors():
-        chosen, rows = pick(methods), read_pairs(pairs, limit)
+        chosen, rows = pick(methods), read_pairs(pairs, limit, held_out=held_out)
         with opened_rig(model, **_options(repair)) as rig:
             journal = Journal.beside(json_file, [*rig.settings, "frontier", chosen])
             report = bench_frontier.run(rig, rows, chosen, journal=journal)

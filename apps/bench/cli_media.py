@@ -9,10 +9,9 @@ import typer
 from kvshare_mm.apps.bench.terminal import (
     Model,
     Out,
-    console,
     opened_rig,
     plain_errors,
-    table,
+    show,
     write_report,
 )
 
@@ -37,24 +36,7 @@ def vision(
         report = bench_vision.run(
             divide=divide, width=width, height=height, repeats=repeats, repair=repair
         )
-        console.print(
-            f"{report['model']}; the tower costs {report['tower_to_text']:.2f} times what the "
-            f"text part does for an image token (3B: {report['tower_to_text_of_3b']:.2f})"
-        )
-        for name, layout in report["layouts"].items():
-            made = table(
-                f"{name}: {layout['tokens']} tokens, {layout['image_tokens']} of them the picture",
-                "method", "read ms", "tower ms", "text ms", "first token ms", "times sooner",
-                "CPU ms", "times less", "computed", "tower runs",
-            )  # fmt: skip
-            for method, row in layout["methods"].items():
-                figures = [
-                    f"{1000 * row[part]:.0f}" for part in ("read_s", "tower_s", "text_s", "ttft_s")
-                ]
-                figures += [f"{row['times_sooner']:.1f}", f"{1000 * row['cpu_s']:.0f}"]
-                figures += [f"{row['times_less_cpu']:.1f}", str(row["computed_tokens"])]
-                made.add_row(method, *figures, str(row["tower_runs"]))
-            console.print(made)
+        show(report)
         write_report(report, json_file)
 
 
@@ -86,20 +68,5 @@ def pictures(
             num_photos=photos,
             seed=seed,
         )
-        ways = list(report["methods"]["full"]["accuracy_by_way"])
-        made = table(
-            f"{report['pairs']} similar requests, right answers",
-            "method", "all", *(way.replace("_", " ") for way in ways), "as full", "computed",
-            "encoder runs",
-        )  # fmt: skip
-        for name, row in report["methods"].items():
-            shares = [row["accuracy"], *row["accuracy_by_way"].values(), row["same_as_full"]]
-            figures = ["-" if share is None else f"{100 * share:.1f}%" for share in shares]
-            figures += [f"{100 * row[part]:.0f}%" for part in ("computed_share", "encoder_share")]
-            made.add_row(name, *figures)
-        console.print(made)
-        made = table("Another picture", "method", "pairs", "right", "leaks")
-        for name, row in report["leaks"].items():
-            made.add_row(name, str(row["pairs"]), str(row["right"]), str(row["leaks"]))
-        console.print(made)
+        show(report)
         write_report(report, json_file)

@@ -39,6 +39,7 @@ def run(rig: Rig, *, num_requests: int = 100, host_bytes: int) -> dict[str, Any]
     whole = rig.donors.tree.num_tokens_whole * per_token
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
+        "kind": "memory",
         "machine": machine(),
         "model": rig.loaded.name,
         "requests": num_requests,

@@ -70,6 +70,7 @@ def run(
     }
     cost = medians["lookup_and_plan_s"] + medians["capture_s"]
     return {
+        "kind": "overhead",
         "machine": machine(),
         "model": rig.loaded.name,
         "donors": stored,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from kvshare_mm.apps.bench.jsonl import read_jsonl, read_text
 from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.chat import chat_stream, prompt_stream
@@ -13,11 +15,25 @@ from kvshare_mm.stream import SegmentStream
 
 Text = str | list[dict[str, Any]]
 
+# Pairs of each ten that constants may be chosen on; the others are for checking.
+_FITTED_OF_TEN = 6
 
-def read_pairs(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
+
+def is_fitted_to(pair_id: str) -> bool:
+    """Whether a pair belongs to the part that constants may be chosen on."""
+    return xxhash.xxh3_64_intdigest(pair_id.encode()) % 10 < _FITTED_OF_TEN
+
+
+def read_pairs(
+    path: Path, limit: int | None = None, *, held_out: bool = False
+) -> list[dict[str, Any]]:
     """Pairs of a JSON Lines file: ``{"id", "donor", "target", "reference"?}``.
 
     Donor and target are texts, or messages whose media may be paths relative to the file.
+
+    Args:
+        limit: the first so many; None for all.
+        held_out: only those that no constant was chosen on (`is_fitted_to`).
 
     Raises:
         ConfigError: no such file, or a line that is not a pair; says which.
@@ -28,6 +44,8 @@ def read_pairs(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
             raise ConfigError(f"{path}: pair {number} has an empty donor or target")
         sides = {side: with_media_paths(pair[side], path.parent) for side in ("donor", "target")}
         pairs.append({"id": str(number), **pair, **sides})
+    if held_out:
+        pairs = [pair for pair in pairs if not is_fitted_to(str(pair["id"]))]
     return pairs[:limit]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from kvshare_mm.apps.bench.figures import Drawn, figure_of, quality_figure
 from kvshare_mm.apps.bench.figures.theme import model_label
 from kvshare_mm.apps.bench.jsonl import read_text
-from kvshare_mm.apps.bench.report_tables import TABLES, Rows
+from kvshare_mm.apps.bench.tables import TABLES, Rows
 from kvshare_mm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class Section:
         title: its heading.
         source: the result file's name.
         machine: what it was measured on, in one line.
+        command: that measured it, or empty.
         rows: a table, its headings first.
         figure: or None.
     """
@@ -36,6 +37,7 @@ class Section:
     title: str
     source: str
     machine: str
+    command: str
     rows: Rows
     figure: Drawn | None
 
@@ -76,7 +78,10 @@ def sections(results: dict[str, dict[str, Any]]) -> list[Section]:
     for name, report in results.items():
         kind = TABLES[report["kind"]]
         figure = together.get(name) if report["kind"] == "quality" else figure_of(name, report)
-        found.append(Section(kind.title(report), name, _machine(report), kind.rows(report), figure))
+        command = report.get("command", "")
+        found.append(
+            Section(kind.title(report), name, _machine(report), command, kind.rows(report), figure)
+        )
     return found
 
 

@@ -43,9 +43,11 @@ def run(rig: Rig, *, reports: int, values: int, repeats: int) -> dict[str, Any]:
     plan = shared.result.plan
     medians = {way: statistics.median(times) for way, times in ways.items()}
     return {
+        "kind": "template",
         "machine": machine(),
         "model": rig.loaded.name,
         "tokens": len(target),
+        "values": values,
         "kept_share": 1 - len(plan.placeholders) / len(target),
         "placeholders": len(plan.placeholders),
         "computed": plan.num_computed,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,11 +75,21 @@ def opened_rig(model: str, num_slots: int = 1, **options: Any) -> Iterator[Rig]:
 
 
 def write_report(report: dict[str, Any], out: Path | None) -> None:
-    """Write a report as JSON, if a file was asked for."""
+    """Write a report as JSON, if a file was asked for, with the command that made it."""
     if out:
+        report = {**report, "command": _command(sys.argv)}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=2), encoding="utf-8")
         console.print(f"Report written to {out}", markup=False)
+
+
+def _command(argv: list[str]) -> str:
+    """As somebody else would type it: no folders of this machine, and no name of the report."""
+    words = ["kvshare", *(word.rpartition("/")[2] for word in argv[1:])]
+    if "--json" in words:
+        at = words.index("--json")
+        del words[at : at + 2]
+    return shlex.join(words)
 
 
 def table(title: str, *headings: str) -> Table:
@@ -89,8 +101,8 @@ def table(title: str, *headings: str) -> Table:
 
 
 def show(report: dict[str, Any]) -> None:
-    """The table of a report, as `report_tables` has it for its kind."""
-    from kvshare_mm.apps.bench.report_tables import TABLES
+    """The table of a report, as `tables` has it for its kind."""
+    from kvshare_mm.apps.bench.tables import TABLES
 
     kind = TABLES[report["kind"]]
     headings, *rows = kind.rows(report)
@@ -103,5 +115,5 @@ def show(report: dict[str, Any]) -> None:
 
 def say_skipped(report: dict[str, Any]) -> None:
     """How many inputs were left out, if any."""
-    if report["skipped"]:
+    if report.get("skipped"):
         console.print(f"{len(report['skipped'])} were skipped; the report says why")

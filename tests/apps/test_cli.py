@@ -363,7 +363,7 @@ def test_demo(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.M
     for text in ("report", "fox", "full recompute", "prefix caching", "KVShare", "exact"):
         assert text in result.output
     report = strict_json(out)
-    assert set(report) == {"machine", "model", "stories"}
+    assert set(report) == {"command", "kind", "machine", "model", "stories"}
     assert set(report["machine"]) == _MACHINE
     assert report["model"] == str(tiny_folder)
     assert [story["name"] for story in report["stories"]] == ["report", "fox"]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from kvshare_mm import ConfigError
-from kvshare_mm.apps.bench.calibrate import fitted, is_fitted_to, run
+from kvshare_mm.apps.bench.calibrate import fitted, run
+from kvshare_mm.apps.bench.prompts import is_fitted_to
 from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.divergence import divergence_bound
 

@@ -11,7 +11,7 @@ import torch
 from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench.journal import Journal
 from kvshare_mm.apps.bench.methods import METHODS, pick
-from kvshare_mm.apps.bench.prompts import read_pairs, read_prompts
+from kvshare_mm.apps.bench.prompts import is_fitted_to, read_pairs, read_prompts
 from kvshare_mm.apps.bench.reuse import run
 from kvshare_mm.apps.bench.rig import Rig, machine, spread
 
@@ -124,6 +124,15 @@ def test_pairs_are_read_line_by_line(tmp_path: Path) -> None:
             read_pairs(path)
     with pytest.raises(ConfigError):
         read_pairs(tmp_path)
+
+
+def test_pairs_that_nothing_is_fitted_to(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(f'{{"id": {n}, "donor": "a", "target": "b"}}\n' for n in range(200)))
+    held_out = [p["id"] for p in read_pairs(path, held_out=True)]
+    assert 50 < len(held_out) < 110  # 40% of them
+    assert held_out == [n for n in range(200) if not is_fitted_to(str(n))]
+    assert [p["id"] for p in read_pairs(path, 2, held_out=True)] == held_out[:2]
 
 
 def test_the_machine_is_described() -> None:

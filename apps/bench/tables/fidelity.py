@@ -1,28 +1,9 @@
-"""Tables of the report: headings and rows for every kind of result."""
+"""Tables of what reuse does to answers: reuse, quality, frontier, reliability; and of hit rates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 from kvshare_mm.apps.bench.figures.theme import model_label
-
-Rows = list[list[str]]
-Report = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """How one kind of result is told.
-
-    Attributes:
-        title: heading of a result.
-        rows: its table, headings first.
-    """
-
-    title: Callable[[Report], str]
-    rows: Callable[[Report], Rows]
+from kvshare_mm.apps.bench.tables.base import Kind, Report, Rows
 
 
 def _reuse(report: Report) -> Rows:
@@ -131,7 +112,7 @@ def _reliability_title(report: Report) -> str:
     )
 
 
-TABLES: dict[str, Kind] = {
+FIDELITY: dict[str, Kind] = {
     "reuse": Kind(lambda r: f"Reuse on {r['pairs']} pairs, {model_label(r['model'])}", _reuse),
     "quality": Kind(
         lambda r: f"Answers: {r['task']}, {r['items']} items, {model_label(r['model'])}", _quality
