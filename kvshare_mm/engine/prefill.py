@@ -27,6 +27,8 @@ from kvshare_mm.stream import Modality, SegmentStream
 logger = logging.getLogger(__name__)
 
 _MIN_REUSED_SHARE = 0.1
+# Why a donor's KV cannot be had any more.
+_LOST = ("corrupt", "evicted")
 
 Sharing = Literal["on", "exact", "off"]
 
@@ -109,18 +111,27 @@ class Prefiller:
             store: keep what the encoders of its media make.
         """
         plan, fallback, lookup, planning = self._plan(stream, ns, sharing, similar)
+        policy = policy or self._policy
         start = time.perf_counter()
         media = _Media(self._encoder, stream, ns, sharing != "off", store)
-        if plan.runs:
+        for attempt in range(2):
+            if not plan.runs:
+                break
             try:
-                plan = self._edited(plan, slot, stream, ns, policy or self._policy, media)
+                plan, fallback = self._edited(plan, slot, stream, ns, policy, media), None
+                break
             except KVUnavailableError as error:
-                logger.info("computing in full: %s", error)
-                plan, fallback = ReusePlan(len(stream), declined=plan.declined), error.reason
+                logger.info("donor lost: %s", error)
+                fallback = error.reason
+                if attempt == 0 and fallback in _LOST:
+                    # The pool has forgotten it by now; the others may do.
+                    plan = self._plan(stream, ns, sharing, similar)[0]
+                    continue
             except Exception:
                 # A cache problem is never a request's problem; the slot is computed whole.
                 logger.exception("edit failed; computing in full")
-                plan, fallback = ReusePlan(len(stream), declined=plan.declined), "edit_error"
+                fallback = "edit_error"
+            plan = ReusePlan(len(stream), declined=plan.declined)
         edited, encoded = time.perf_counter(), media.seconds
         # Only donors need it; without a pool there will be none.
         tail = TailAttention() if self._donors is not None else None
