@@ -211,10 +211,11 @@ def _device(device: str) -> torch.device:
 def _dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         return _DTYPES[dtype]
-    own = getattr(config, "dtype", None) or torch.float32
+    text = config.get_text_config()  # a multimodal model's widths and dtype may stand only there
+    own = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
     if device.type != "cpu" or own == torch.float32:
         return own
-    width = int(getattr(config, "hidden_size", 1024))
+    width = int(getattr(text, "hidden_size", 1024))
     slow, fast = _matmul_seconds(width, own), _matmul_seconds(width, torch.float32)
     if slow > fast:
         logger.info("float32 instead of %s: %.1f times faster on this CPU", own, slow / fast)

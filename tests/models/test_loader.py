@@ -12,11 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+)
 from transformers.utils import logging as hf_logging
 
 from kvshare_mm.errors import ConfigError, ModelLoadError
-from kvshare_mm.models import gguf
+from kvshare_mm.models import gguf, loader
 from kvshare_mm.models.loader import load_model, load_tokenizer
 
 VOCAB = 700
@@ -129,6 +134,21 @@ def test_auto_is_a_dtype_of_weights(folder: Path, changed: Callable[[Change], st
     loaded = load_model(half)  # measured: either may win
     assert loaded.dtype in (torch.float32, torch.bfloat16)
     assert {p.dtype for p in loaded.model.parameters()} == {loaded.dtype}
+
+
+def test_auto_measures_the_width_of_a_multimodal_models_language(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = Qwen2_5_VLConfig(text_config={"hidden_size": 96, "dtype": "bfloat16"})
+    measured = []
+
+    def seconds(width: int, dtype: torch.dtype) -> float:
+        measured.append((width, dtype))
+        return 1.0 if dtype == torch.float32 else 2.0
+
+    monkeypatch.setattr(loader, "_matmul_seconds", seconds)
+    assert loader._dtype("auto", config, torch.device("cpu")) == torch.float32
+    assert measured == [(96, torch.bfloat16), (96, torch.float32)]
 
 
 def test_a_model_without_reuse_is_loaded_all_the_same(
