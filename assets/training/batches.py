@@ -19,11 +19,11 @@ from kvshare_mm.assets.training.tower import CELLS
 # How often each topic is asked with at most one photo, and with two: more often where learning is
 # slow. Which photo a question means is learned topic by topic, kinds, counts and codes last.
 WEIGHTS = {
-    "kind": (1.0, 4.0),
+    "kind": (1.0, 2.5),
     "colour": (0.7, 0.5),
-    "buttons": (2.0, 4.0),
+    "buttons": (2.0, 10.0),
     "crack": (0.7, 0.5),
-    "code": (2.0, 4.0),
+    "code": (2.0, 2.5),
     "order": (1.5, 0.4),
     "name": (0.5, 0.2),
     "warranty": (1.5, 0.3),
@@ -32,6 +32,7 @@ WEIGHTS = {
     "my_warranty": (1.5, 2.0),
     "my_fee": (1.5, 1.0),
 }
+_DRILLS = 0.4  # share of two-photo batches without a policy: short, so many questions fit
 _FOLLOW_UPS = 0.15  # share of branches that go on with a second question
 _GRID = 4  # image tokens a side
 
@@ -93,14 +94,15 @@ class Batcher:
         """A batch of about so many tokens, contexts of one kind and length, and its photos."""
         rng = self.rng
         num_photos = rng.choices((0, 1, 2), (0.03, 0.27, 0.7))[0]
-        num_fillers = rng.choice(fillers)
+        drill = num_photos == 2 and rng.random() < _DRILLS
+        num_fillers = 0 if drill else rng.choice(fillers)
         rows: list[Row] = []
         photos: list[Photo] = []
         while sum(row.num_tokens for row in rows) < tokens:
             request = random_request(
                 rng, "name", num_photos=num_photos, num_fillers=num_fillers, held_out=False
             )
-            request = replace(request, policy=rng.random() < 0.9)
+            request = replace(request, policy=not drill and rng.random() < 0.9)
             known = [
                 topic
                 for topic in WEIGHTS
@@ -108,8 +110,15 @@ class Batcher:
                 and (request.policy or not Question(topic).needs_policy)
             ]
             weights = [WEIGHTS[topic][num_photos == 2] for topic in known]
-            chosen = rng.choices(known, weights, k=branches)
-            rows.append(self.row(request, [random_question(rng, t, num_photos) for t in chosen]))
+            chosen = rng.choices(known, weights, k=branches // max(1, num_photos))
+            # The same question of both photos in one row: nothing but the ordinal tells the
+            # answers apart, which is what has to be learned.
+            questions = [
+                replace(random_question(rng, topic, num_photos), photo=photo)
+                for topic in chosen
+                for photo in range(max(1, num_photos))
+            ]
+            rows.append(self.row(request, questions))
             photos += request.photos
         return pack(rows, self.pad, self.mrope), photos
 
