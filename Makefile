@@ -35,10 +35,10 @@ bench: setup ## measure reuse on the shipped pairs of similar prompts
 DATA ?=
 RESULTS ?= bench-results
 FIGURES ?=
+README ?=
 MODEL ?= smollm2
 ITEMS ?= 20
 KVBENCH := $(BIN)/kvshare bench
-README ?=
 OF_MODEL := -$(basename $(notdir $(MODEL))).json
 COST := demo template-8 template-16 template-2x16 memory
 SHIPPED := $(COST) reuse frontier reports exams hitrate-banking77-sample
@@ -54,7 +54,7 @@ QUALITY = $(KVBENCH) quality --model "$(MODEL)" --limit $(ITEMS) --json "$@"
 
 report: $(patsubst %,$(RESULTS)/%$(OF_MODEL),$(if $(DATA),$(FROM_DATA),$(SHIPPED))) ## measure all of it, write RESULTS/report.html
 	$(KVBENCH) report --in "$(RESULTS)" --out "$(RESULTS)/report.html" \
-		$(if $(FIGURES),--figures "$(FIGURES)") $(if $(README),--readme "$(README)")
+		$(if $(FIGURES),--figures "$(FIGURES)") $(addprefix --readme ,$(README))
 
 $(RESULTS)/demo$(OF_MODEL): | $(SETUP_DONE)
 	$(BIN)/kvshare demo --model "$(MODEL)" --json "$@"

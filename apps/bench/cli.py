@@ -133,7 +133,7 @@ def report(
         Path | None, typer.Option(help="also write the figures into this folder, as SVG")
     ] = None,
     readme: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(help="also put tables into this Markdown page, where it names results"),
     ] = None,
 ) -> None:
@@ -145,10 +145,10 @@ def report(
     with plain_errors():
         results = bench_report.read_results(folder)
         parts = bench_report.sections(results)
-        if readme:
-            text, missing = filled(read_text(readme), results)
-            readme.write_text(text, encoding="utf-8")
-            console.print(f"Tables written to {readme}", markup=False)
+        for page in readme or []:
+            text, missing = filled(read_text(page), results)
+            page.write_text(text, encoding="utf-8")
+            console.print(f"Tables written to {page}", markup=False)
             if missing:
                 console.print(f"left as they were, not measured: {', '.join(missing)}")
         out.write_text(bench_report.page(parts), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvshare_mm.apps.bench.figures.theme import model_label
+from kvshare_mm.apps.bench.figures.theme import label, model_label
 from kvshare_mm.apps.bench.tables.base import Kind, Report, Rows
 
 
@@ -12,7 +12,7 @@ def _reuse(report: Report) -> Rows:
     for name, m in report["methods"].items():
         rows.append(
             [
-                name,
+                label(name),
                 f"{1000 * m['ttft_s']['median']:.0f} ms",
                 f"{m['speedup_vs_full']:.1f}",
                 f"{m['computed_share']:.0%}",
@@ -34,7 +34,7 @@ def _quality(report: Report) -> Rows:
         change = m["difference_to_full"]
         rows.append(
             [
-                name,
+                label(name),
                 f"{m['score']['estimate']:.1f}",
                 f"{change['estimate']:+.1f} ({change['low']:+.1f} to {change['high']:+.1f})",
                 "yes" if m["significant"] else "no",
@@ -52,7 +52,7 @@ def _frontier(report: Report) -> Rows:
         for p in points:
             rows.append(
                 [
-                    name,
+                    label(name),
                     p["policy"],
                     f"{p['computed_share']:.0%}",
                     f"{p['work_share']:.0%}",
