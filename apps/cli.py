@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from kvshare_mm.apps import chat as chat_app
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.bench.terminal import plain_errors, report_file
 from kvshare_mm.apps.desk.cli import ui
@@ -147,6 +146,7 @@ def generate(
     max_divergence: Divergence = None,
 ) -> None:
     """Answer one prompt and say how much of it was reused."""
+    from kvshare_mm.apps import chat as chat_app
     from kvshare_mm.sampling import SamplingParams
 
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
@@ -179,6 +179,7 @@ def chat(
     Pictures and sound given here belong to the first question; /image FILE and /audio FILE add
     some to the next.
     """
+    from kvshare_mm.apps import chat as chat_app
     from kvshare_mm.sampling import SamplingParams
 
     options = {"store_dir": store_dir, "repair": repair, "max_divergence": max_divergence}

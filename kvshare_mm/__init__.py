@@ -1,6 +1,10 @@
 """KVShare-MM: KV-cache reuse between similar requests, for text and multimodal LLMs."""
 
-from kvshare_mm.config import KVShareConfig
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from kvshare_mm.errors import (
     ConfigError,
     EngineClosedError,
@@ -10,7 +14,6 @@ from kvshare_mm.errors import (
     QueueFullError,
     StoreError,
 )
-from kvshare_mm.llm import KVShare, RequestOptions
 from kvshare_mm.outputs import (
     Provenance,
     RequestMetrics,
@@ -19,7 +22,11 @@ from kvshare_mm.outputs import (
     StreamChunk,
     TokenLogprob,
 )
-from kvshare_mm.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from kvshare_mm.config import KVShareConfig
+    from kvshare_mm.llm import KVShare, RequestOptions
+    from kvshare_mm.sampling import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -42,3 +49,17 @@ __all__ = [
     "StreamChunk",
     "TokenLogprob",
 ]
+
+# torch and transformers take seconds to import; who asks for `--help` does not wait for them.
+_LATE = {
+    "KVShare": "kvshare_mm.llm",
+    "KVShareConfig": "kvshare_mm.config",
+    "RequestOptions": "kvshare_mm.llm",
+    "SamplingParams": "kvshare_mm.sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATE[name]), name)

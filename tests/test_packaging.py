@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import distributions, entry_points, packages_distributions
@@ -13,6 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+
+import kvshare_mm
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_FOLDERS = ("apps", "assets", "kernels", "kvshare_mm", "modalities")
@@ -128,3 +131,20 @@ def test_types_are_shipped() -> None:
 def test_console_script_loads() -> None:
     (script,) = entry_points(group="console_scripts", name="kvshare")
     assert callable(script.load())
+
+
+def test_help_waits_for_no_torch() -> None:
+    code = (
+        "import sys, kvshare_mm.apps.cli;"
+        "print(*{'torch', 'transformers', 'pymilvus'} & set(sys.modules))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert told.stdout.strip() == ""
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(kvshare_mm, name) is not None for name in kvshare_mm.__all__)
+    with pytest.raises(AttributeError, match="nonsense"):
+        kvshare_mm.nonsense  # noqa: B018
