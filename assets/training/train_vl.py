@@ -38,7 +38,7 @@ from kvshare_mm.assets.training.vl_model import build_config, build_processor
 
 logger = logging.getLogger(__name__)
 
-SHARES = {"see": 0.28, "read": 0.36, "join": 0.36}  # of the minutes
+SHARES = {"see": 0.12, "read": 0.13, "join": 0.75}  # of the minutes
 PEAKS = {"see": 2e-3, "read": 2e-3, "join": 1.2e-3}
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--work", type=Path, help="folder of checkpoints; OUT.work when left out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=90, help="budget, one core")
+    parser.add_argument("--minutes", type=float, default=160, help="budget, one core")
     parser.add_argument("--tokens", type=int, default=6000, help="tokens in a batch")
     parser.add_argument("--stage", choices=("see", "read", "join", "all"), default="all")
     parser.add_argument("--threads", type=int, default=1)
