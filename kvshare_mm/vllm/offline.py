@@ -1,0 +1,358 @@
+"""`KVShare(model, engine="vllm")`: vLLM's engine behind the interface of the native one."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from kvshare_mm.chat import TEXT_ONLY, MediaSupport
+from kvshare_mm.config import KVShareConfig
+from kvshare_mm.engine.request import RequestSpec, Sink
+from kvshare_mm.errors import ConfigError, EngineClosedError, InvalidRequestError, ModelLoadError
+from kvshare_mm.models.loader import load_tokenizer
+from kvshare_mm.outputs import (
+    FinishReason,
+    Provenance,
+    RequestMetrics,
+    RequestOutput,
+    StreamChunk,
+    TokenLogprob,
+)
+from kvshare_mm.vllm.arguments import check_installed, engine_arguments
+
+_MAX_SEED = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What is known of the model outside vLLM's processes."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str = "vllm"
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMParts:
+    """A running vLLM engine; the twin of `kvshare_mm.assemble.Parts`."""
+
+    loaded: Named
+    engine: VLLMEngine
+    media: MediaSupport = TEXT_ONLY
+    donors: None = None
+    seen: None = None
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start.
+
+        Returns:
+            ``requests``: as of the native engine; ``queue``: running requests, waiting ones
+            included; ``kvshare``: what the connector counts.
+        """
+        from vllm.v1.metrics.reader import get_metrics_snapshot
+
+        found = [m for m in get_metrics_snapshot() if m.name.startswith("kvshare")]
+        return {
+            "model": self.loaded.name,
+            "engine": "vllm",
+            "requests": dict(self.engine.counters),
+            "queue": {"running": self.engine.num_running},
+            "kvshare": {
+                ",".join([m.name, *(v for k, v in m.labels.items() if k not in _PLACE)]): m.value
+                for m in found
+                if hasattr(m, "value")
+            },
+        }
+
+    def flush(self, timeout_s: float | None) -> bool:
+        raise ConfigError("flush: vLLM stores donors in its own processes and does not tell when")
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+_PLACE = frozenset({"engine", "model_name"})
+
+
+def assemble_vllm(config: KVShareConfig) -> VLLMParts:
+    """Start vLLM with KVShare in it.
+
+    Raises:
+        ConfigError: vLLM is missing, or an option is not for it.
+        ModelLoadError: there is no such model, or vLLM cannot serve it.
+    """
+    check_installed()
+    arguments = engine_arguments(config)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    return VLLMParts(Named(config.model, tokenizer), VLLMEngine(arguments))
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What has come of one request so far."""
+
+    spec: RequestSpec
+    request_id: str
+    submitted: float = field(default_factory=time.perf_counter)
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    def add(self, output: Any) -> StreamChunk:
+        """Take vLLM's next piece (`vllm.CompletionOutput`, of output kind DELTA)."""
+        count = self.spec.params.logprobs or 0
+        logprobs = tuple(
+            _logprob(token, found, count)
+            for token, found in zip(output.token_ids, output.logprobs or (), strict=False)
+        )
+        self.text += output.text
+        self.token_ids.extend(output.token_ids)
+        self.logprobs.extend(logprobs)
+        self.times.extend([time.perf_counter()] * len(output.token_ids))
+        return StreamChunk(output.text, tuple(output.token_ids), logprobs=logprobs)
+
+    def finish(self, reason: FinishReason, last: Any = None) -> RequestOutput:
+        """The whole output.
+
+        Args:
+            last: vLLM's last `RequestOutput`, or None if there was none.
+        """
+        done = time.perf_counter()
+        timed = getattr(last, "metrics", None)
+        num_tokens = len(self.spec.stream)
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt_token_ids=tuple(self.spec.stream.token_ids.tolist()),
+            text=self.text,
+            token_ids=tuple(self.token_ids),
+            finish_reason=reason,
+            provenance=provenance_of(last, num_tokens) if last else Provenance(),
+            metrics=RequestMetrics(
+                queue=max(0.0, timed.scheduled_ts - timed.queued_ts) if timed else 0.0,
+                prefill=max(0.0, timed.first_token_ts - timed.scheduled_ts) if timed else 0.0,
+                ttft=self.times[0] - self.submitted if self.times else 0.0,
+                token_times=tuple(b - a for a, b in itertools.pairwise(self.times)),
+                total=done - self.submitted,
+            ),
+            logprobs=tuple(self.logprobs) if self.spec.params.logprobs is not None else None,
+        )
+
+
+class VLLMEngine:
+    """vLLM's asynchronous engine, with a thread for its event loop.
+
+    Args:
+        arguments: vLLM's `EngineArgs` by name.
+
+    Raises:
+        ConfigError: vLLM knows no such argument.
+        ModelLoadError: vLLM cannot serve the model.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self.counters: Counter[str] = Counter()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="kvshare-vllm", daemon=True
+        )
+        self._thread.start()
+        try:
+            started = asyncio.run_coroutine_threadsafe(_start(arguments), self._loop)
+            self._llm = started.result()
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    def check(self, spec: RequestSpec) -> None:
+        """Raises InvalidRequestError: a prompt that leaves no room in the context."""
+        if (n := len(spec.stream)) >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {n} tokens and the context holds {self.max_model_len}, "
+                "answer included; shorten it or raise max_model_len",
+                "prompt",
+            )
+
+    def submit(self, spec: RequestSpec, sink: Sink) -> str:
+        """Hand a request to vLLM; chunks and at last its output, or an error, go to `sink`.
+
+        Raises:
+            InvalidRequestError: see `check`.
+            EngineClosedError: the engine was closed.
+        """
+        self.check(spec)
+        if self._closed:
+            raise EngineClosedError("the engine is closed")
+        answer = _Answer(spec, uuid.uuid4().hex)
+
+        def begin() -> None:
+            task = self._loop.create_task(self._serve(answer, sink))
+            self._tasks[answer.request_id] = task
+            task.add_done_callback(lambda _: self._tasks.pop(answer.request_id, None))
+
+        self._loop.call_soon_threadsafe(begin)
+        return answer.request_id
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at its next token; an unknown or finished one is not an error."""
+
+        def end() -> None:
+            if task := self._tasks.get(request_id):
+                task.cancel()
+
+        if not self._closed:
+            self._loop.call_soon_threadsafe(end)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus answer, in tokens."""
+        return int(self._llm.model_config.max_model_len)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._tasks)
+
+    def close(self) -> None:
+        """Abort what is in flight, end vLLM's processes."""
+        if self._closed:
+            return
+        self._closed = True
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._stop_loop()
+
+    # -- in the loop's thread ---------------------------------------------------------------
+
+    async def _serve(self, answer: _Answer, sink: Sink) -> None:
+        spec = answer.spec
+        prompt: dict[str, Any] = {"prompt_token_ids": spec.stream.token_ids.tolist()}
+        if spec.cache_salt:
+            prompt["cache_salt"] = spec.namespace  # a hash: vLLM does not take every text
+        last = None
+        try:
+            params = _sampling_params(spec)
+            async for last in self._llm.generate(prompt, params, answer.request_id):
+                chunk = answer.add(last.outputs[0])
+                if not last.finished:
+                    sink(chunk)
+            if last is None:
+                raise EngineClosedError("vLLM ended a request without an output")
+            reason: FinishReason = "length" if last.outputs[0].finish_reason == "length" else "stop"
+            output = answer.finish(reason, last)
+            self._count(output)
+            sink(StreamChunk(chunk.text, chunk.token_ids, output, chunk.logprobs))
+        except asyncio.CancelledError:
+            self.counters["finished_abort"] += 1
+            closed = EngineClosedError("the engine was closed")
+            sink(closed if self._closed else StreamChunk("", output=answer.finish("abort")))
+        except ValueError as error:  # what vLLM refuses
+            self.counters["failed"] += 1
+            sink(InvalidRequestError(f"vLLM refuses this request: {error}"))
+        except Exception as error:
+            self.counters["failed"] += 1
+            sink(EngineClosedError(f"vLLM failed: {error}"))
+
+    def _count(self, output: RequestOutput) -> None:
+        use = output.provenance
+        self.counters["requests"] += 1
+        self.counters[f"finished_{output.finish_reason}"] += 1
+        self.counters["generation_tokens"] += len(output.token_ids)
+        self.counters["prompt_tokens"] += len(output.prompt_token_ids)
+        self.counters["prompt_tokens_exact"] += use.exact
+        self.counters["prompt_tokens_reused"] += use.reused
+        self.counters["prompt_tokens_computed"] += use.recomputed
+        if use.declined:
+            self.counters[f"declined_{use.declined}"] += 1
+
+    async def _end(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._llm.shutdown()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:  # vLLM's own
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def provenance_of(last: Any, num_tokens: int) -> Provenance:
+    """Where a prompt's KV came from, as the connector and vLLM's prefix cache tell it.
+
+    Args:
+        last: vLLM's last `RequestOutput` of a request.
+        num_tokens: length of the prompt.
+    """
+    told = (last.kv_transfer_params or {}).get("kvshare") or {}
+    reused = int(told.get("reused") or 0)
+    exact = told.get("exact")
+    exact = (last.num_cached_tokens or 0) if exact is None else int(exact)
+    donor = told.get("donor")
+    donors = (donor,) if isinstance(donor, str) else tuple(donor or ())
+    return Provenance(
+        exact=exact,
+        reused=reused,
+        recomputed=num_tokens - exact - reused,
+        donors=donors,
+        similarity=(exact + reused) / num_tokens,
+        declined=told.get("declined"),
+        fallback=told.get("fallback"),
+    )
+
+
+async def _start(arguments: Mapping[str, Any]) -> Any:
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    try:
+        args = AsyncEngineArgs(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM does not take these options: {error}") from error
+    try:
+        return AsyncLLM.from_engine_args(args)
+    except Exception as error:  # in any of its processes
+        raise ModelLoadError(f"vLLM could not start with this model: {error}") from error
+
+
+def _sampling_params(spec: RequestSpec) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    asked = spec.params
+    knobs = {"sharing": "similar" if spec.sharing == "on" else spec.sharing, "store": spec.store}
+    if spec.repair is not None:
+        knobs["repair"] = spec.repair
+    return SamplingParams(
+        max_tokens=asked.max_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
+        seed=None if asked.seed is None else asked.seed % _MAX_SEED,
+        stop=list(asked.stop),
+        ignore_eos=asked.ignore_eos,
+        logprobs=asked.logprobs,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args={"kv_transfer_params": {"kvshare": knobs}},
+    )
+
+
+def _logprob(token: int, found: Mapping[int, Any], count: int) -> TokenLogprob:
+    """vLLM's entry of one token: the chosen one and the most likely ones, by token id."""
+    top = sorted((x.rank, i, x.logprob) for i, x in found.items() if x.rank <= count)
+    return TokenLogprob(token, found[token].logprob, tuple((i, value) for _, i, value in top))

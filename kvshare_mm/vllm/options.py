@@ -1,0 +1,113 @@
+"""The connector's options, as they stand in ``kv_connector_extra_config``, and a request's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from kvshare_mm.config import KVShareConfig
+from kvshare_mm.errors import ConfigError, InvalidRequestError
+from kvshare_mm.repair import RepairPolicy, policy_of
+
+SharingLevel = Literal["similar", "exact", "off"]
+
+# What `KVShareConfig` says about reuse and storage; the rest is vLLM's own business.
+SHARED_OPTIONS = frozenset(
+    {
+        "cache_salt",
+        "disk_bytes",
+        "embedder",
+        "host_bytes",
+        "index_token",
+        "index_uri",
+        "max_candidates",
+        "max_divergence",
+        "min_gain_share",
+        "min_gain_tokens",
+        "min_run",
+        "repair",
+        "store_dir",
+    }
+)
+
+
+class ConnectorOptions(BaseModel):
+    """Options of KVShare inside vLLM. Unknown names are an error.
+
+    Beside the fields below, those of `KVShareConfig` that `SHARED_OPTIONS` names are taken; in
+    vLLM, `embedder` is off unless it is named, because it would run beside the model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    sharing: SharingLevel = Field(
+        "similar", description="reuse similar requests' KV, only exact prefixes, or nothing"
+    )
+    lookup_deadline_s: float = Field(
+        0.25, gt=0, description="longest that a request waits for its plan before it does without"
+    )
+    recompute_per_step: int = Field(
+        512, ge=16, description="most tokens that loads compute in one step beside running requests"
+    )
+    min_load_tokens: int = Field(
+        32, ge=1, description="fewest tokens beyond vLLM's own prefix cache worth a load"
+    )
+    core: KVShareConfig = Field(description="what the options of `SHARED_OPTIONS` say")
+
+    @field_validator("sharing", mode="before")
+    @classmethod
+    def _native_word(cls, value: Any) -> Any:
+        return "similar" if value == "on" else value
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | None = None) -> ConnectorOptions:
+        """Validated options. Raises ConfigError naming the option that is wrong."""
+        given = dict(options or {})
+        if "core" in given:
+            raise ConfigError("Invalid options: core: there is no such option")
+        shared = {name: given.pop(name) for name in SHARED_OPTIONS & given.keys()}
+        core = KVShareConfig.of(**{"embedder": None, **shared})
+        try:
+            return cls(core=core, **given)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors()
+            )
+            raise ConfigError(f"Invalid options: {problems}") from error
+
+
+class RequestKnobs(BaseModel):
+    """What one request may set in ``kv_transfer_params["kvshare"]``; None: the engine's setting."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sharing: SharingLevel | None = None
+    repair: str | None = None
+    max_divergence: float | None = Field(None, ge=0)
+    store: bool = True
+
+    @field_validator("sharing", mode="before")
+    @classmethod
+    def _native_word(cls, value: Any) -> Any:
+        return "similar" if value == "on" else value
+
+    @classmethod
+    def of(cls, params: Any) -> RequestKnobs:
+        """Knobs of a request. Raises InvalidRequestError naming the field."""
+        given = params.get("kvshare") if isinstance(params, Mapping) else None
+        try:
+            knobs = cls.model_validate({} if given is None else given)
+            policy_of(knobs.repair, knobs.max_divergence)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, ("kv_transfer_params.kvshare", *first["loc"])))
+            raise InvalidRequestError(f"{name}: {first['msg']}", name) from error
+        except ValueError as error:
+            raise InvalidRequestError(str(error), "kv_transfer_params.kvshare.repair") from error
+        return knobs
+
+    @property
+    def policy(self) -> RepairPolicy | None:
+        return policy_of(self.repair, self.max_divergence)

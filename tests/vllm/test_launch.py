@@ -1,0 +1,68 @@
+"""What is handed to vLLM, before vLLM is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvshare_mm.errors import ConfigError, InvalidRequestError
+from kvshare_mm.repair import MaxDivergence
+from kvshare_mm.vllm import kv_transfer_config
+from kvshare_mm.vllm.options import ConnectorOptions, RequestKnobs
+
+
+def test_config_is_json_and_recomputes_what_cannot_be_loaded() -> None:
+    config = kv_transfer_config({"store_dir": Path("donors"), "max_divergence": 0.1})
+    assert json.loads(json.dumps(config)) == config
+    assert config["kv_load_failure_policy"] == "recompute"
+    options = ConnectorOptions.of(config["kv_connector_extra_config"])
+    assert options.core.store_dir == Path("donors")
+    assert options.core.policy == MaxDivergence(0.1)
+    assert options.core.embedder is None
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sharring": "off"}, "sharring"),
+        ({"sharing": "sometimes"}, "sharing"),
+        ({"lookup_deadline_s": 0}, "lookup_deadline_s"),
+        ({"max_num_seqs": 4}, "max_num_seqs"),
+        ({"host_bytes": 1}, "host_bytes"),
+        ({"core": None}, "core"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        kv_transfer_config(options)
+
+
+def test_both_words_for_similar() -> None:
+    assert ConnectorOptions.of({"sharing": "on"}).sharing == "similar"
+    assert RequestKnobs.of({"kvshare": {"sharing": "on"}}).sharing == "similar"
+
+
+def test_no_knobs() -> None:
+    for params in (None, {}, {"kvshare": None}, {"other": 1}):
+        assert RequestKnobs.of(params) == RequestKnobs()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "named"),
+    [
+        ({"sharing": "all"}, "sharing"),
+        ({"store": "perhaps"}, "store"),
+        ({"max_divergence": -1}, "max_divergence"),
+        ({"repair": "magic"}, "repair"),
+        ({"repair": "none", "max_divergence": 0.1}, "repair"),
+        ({"shoring": "off"}, "shoring"),
+        ([], "kvshare"),
+    ],
+)
+def test_a_wrong_knob_is_named(knobs: Any, named: str) -> None:
+    with pytest.raises(InvalidRequestError, match=named) as caught:
+        RequestKnobs.of({"kvshare": knobs})
+    assert caught.value.field is not None and "kvshare" in caught.value.field
