@@ -1,51 +1,36 @@
 """The pool of donors: finds them for a new request, reads their KV, takes up finished requests.
 
-This is where the DELTA tree, the indexes and the store meet. Nothing in here may fail a request:
-every failure is counted with its reason and the request is computed in full.
+This is where the catalogue, the index of meaning and the store meet. Nothing in here may fail a
+request: every failure is counted with its reason and the request is computed in full.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import xxhash
 
-from kvshare_mm.delta_tree import DeltaTree, Node, Piece
-from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.catalogue import Catalogue, Found
+from kvshare_mm.delta_tree import Node, Piece
 from kvshare_mm.index.base import IndexRecord
-from kvshare_mm.index.lexical import LexicalIndex
-from kvshare_mm.index.prefix import PrefixIndex
 from kvshare_mm.index.semantic import Opened, SemanticIndex
-from kvshare_mm.plan import Donor, PlannerOptions, ReusePlan, make_plan
+from kvshare_mm.plan import PlannerOptions, ReusePlan
 from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.stream import Segment
 
-_MIN_STORED_TOKENS = 16
-_PREFIX_CANDIDATES = 2
+__all__ = ["DonorPool", "Found", "namespace", "owned_rows"]
 
 
 def namespace(fingerprint: str, salt: str) -> str:
     """The namespace of a model's requests under one salt."""
     return f"{fingerprint}-{xxhash.xxh3_128_hexdigest(salt.encode('utf-8', 'surrogatepass'))}"
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A plan with what it took to make it, in seconds."""
-
-    plan: ReusePlan
-    lookup: float
-    planning: float
 
 
 class DonorPool:
@@ -69,12 +54,9 @@ class DonorPool:
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.store = TieredStore(host, disk, self.forget)
-        self.tree = DeltaTree()
+        self.catalogue = Catalogue(self.counters, max_candidates)
+        self.tree = self.catalogue.tree
         self._fingerprint = fingerprint
-        self._max_candidates = max_candidates
-        self._lexical = LexicalIndex()
-        self._prefixes = PrefixIndex()
-        self._lock = threading.RLock()
         known = self._restore()
         if disk is not None and disk.num_corrupt:
             self.counters["damaged_at_start"] = disk.num_corrupt
@@ -103,37 +85,17 @@ class DonorPool:
             similar: ids that a dense search brought in time, if any.
             positions: ``[3, N]`` rotary positions; None: the index.
         """
-        start = time.perf_counter()
-        with self._lock:
-            ids = self._prefixes.longest(ns, keys, _PREFIX_CANDIDATES)
-            if not options.exact_only:
-                hits = [c.node_id for c in self._lexical.search(ns, keys, self._max_candidates)]
-                ids += self._with_chief_owners([*hits, *similar])[: self._max_candidates]
-            donors = self._donors(ids, ns)
-            found = time.perf_counter()
-        plan = make_plan(keys, donors, options, positions)
-        return Found(plan, found - start, time.perf_counter() - found)
+        return self.catalogue.find(keys, ns, options, similar, positions)
 
     def similar(self, text: str, ns: str) -> tuple[str, ...]:
         """Donors that mean something similar; takes as long as embedding a prompt does."""
         if self._semantic is None:
             return ()
-        return self._semantic.search(ns, text, self._max_candidates)
+        return self._semantic.search(ns, text, self.catalogue.max_candidates)
 
     def pieces(self, plan: ReusePlan) -> list[Piece]:
         """Who owns the KV of a plan's kept runs. Raises KVUnavailableError("evicted")."""
-        found: list[Piece] = []
-        with self._lock:
-            for run in plan.runs:
-                parts = (
-                    self.tree.resolve(run.donor, run.start, run.length, run.shift)
-                    if run.donor in self.tree
-                    else []
-                )
-                if sum(p.length for p in parts) != run.length:
-                    raise KVUnavailableError("evicted", f"donor {run.donor} is no longer whole")
-                found.extend(parts)
-        return found
+        return self.catalogue.pieces(plan)
 
     def read(self, node_id: str, ns: str) -> StoredNode:
         """A donor's KV, its namespace checked once more. Raises KVUnavailableError."""
@@ -141,8 +103,7 @@ class DonorPool:
 
     def nodes(self) -> list[Node]:
         """All donors as they are now."""
-        with self._lock:
-            return list(self.tree)
+        return self.catalogue.nodes()
 
     # -- a finished request -----------------------------------------------------------------
 
@@ -174,20 +135,12 @@ class DonorPool:
         Returns:
             The new node's id, or None if there is nothing to gain from storing it.
         """
-        if len(keys) < _MIN_STORED_TOKENS:
+        node = self.catalogue.derive(keys, ns, plan, attention, positions, media)
+        if node is None:
             return None
-        with self._lock:
-            twin = self._twin(keys, ns)
-            if twin:
-                self.counters["capture_known"] += 1
-                return None
-            node = self.tree.derive(
-                uuid.uuid4().hex, ns, keys.copy(), plan, time.time(), attention, positions, media
-            )
-        kv = NodeKV(_owned(k, node), _owned(v, node))
+        kv = NodeKV(owned_rows(k, node), owned_rows(v, node))
         self.store.put(StoredNode(node, kv))
-        with self._lock:
-            self._index(node)
+        self.catalogue.add(node)
         if self.store.resident(node.node_id) is None:
             # It never fitted, and `forget` came before there was anything to forget.
             self.forget(node.node_id)
@@ -200,12 +153,8 @@ class DonorPool:
 
     def forget(self, node_id: str) -> None:
         """The store no longer holds a node: out of the tree and all indexes."""
-        with self._lock:
-            if node_id not in self.tree:
-                return
-            self.tree.drop(node_id)
-            self._lexical.remove([node_id])
-            self._prefixes.remove([node_id])
+        if not self.catalogue.remove(node_id):
+            return
         self.counters["forgotten"] += 1
         if self._semantic is not None:
             self._semantic.remove(node_id)
@@ -230,55 +179,19 @@ class DonorPool:
 
     # -- inside -----------------------------------------------------------------------------
 
-    def _donors(self, ids: list[str], ns: str) -> list[Donor]:
-        """Donors by id, each once, of this namespace only; caller holds the lock."""
-        donors = []
-        for node_id in dict.fromkeys(ids):
-            node = self.tree.get(node_id)
-            if node is not None and node.namespace == ns:
-                donors.append(self.tree.donor(node_id))
-        return donors
-
-    def _with_chief_owners(self, ids: list[str]) -> list[str]:
-        """Each id followed by the node that owns most of its KV; caller holds the lock.
-
-        What a request repaired is no material for others, so a pool of edited requests alone wears
-        out: each new one finds less to keep. The request they came from has it all.
-        """
-        found: dict[str, None] = {}
-        for node_id in ids:
-            found[node_id] = None
-            node = self.tree.get(node_id)
-            if node is not None and (owners := node.owners):
-                found[max(owners, key=lambda owner: owners[owner])] = None
-        return list(found)
-
-    def _twin(self, keys: np.ndarray, ns: str) -> str | None:
-        """A donor that holds these very keys exactly already; caller holds the lock."""
-        for donor in self._donors(self._prefixes.longest(ns, keys), ns):
-            if donor.exact_len >= len(keys) and np.array_equal(donor.keys[: len(keys)], keys):
-                return donor.donor_id
-        return None
-
-    def _index(self, node: Node) -> None:
-        self.tree.insert(node)
-        record = IndexRecord(node.node_id, node.namespace, node.keys)
-        self._lexical.add([record])
-        self._prefixes.add([record])
-
     def _restore(self) -> list[IndexRecord]:
         """Take up what an earlier process left in the store; returns what has a vector."""
         embedded = []
         for node, embedding in self.store.records():
             if node.namespace.startswith(f"{self._fingerprint}-"):
-                self._index(node)
+                self.catalogue.add(node)
                 self.counters["restored"] += 1
                 if embedding is not None:
                     embedded.append(IndexRecord(node.node_id, node.namespace, node.keys, embedding))
         return embedded
 
 
-def _owned(tensor: torch.Tensor, node: Node) -> torch.Tensor:
+def owned_rows(tensor: torch.Tensor, node: Node) -> torch.Tensor:
     """The rows a node owns of ``[layers, heads, >= N, dim]``, copied to the CPU."""
     parts = [tensor[:, :, s.start : s.end] for s in node.own]
     return torch.cat(parts, dim=2).cpu().contiguous()

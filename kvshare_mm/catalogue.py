@@ -1,0 +1,172 @@
+"""What is known of the donors without their KV: the DELTA tree, the indexes, plans from them.
+
+No tensors: a scheduler can have one while the KV lies in other processes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvshare_mm.delta_tree import DeltaTree, Node, Piece
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.index.base import IndexRecord
+from kvshare_mm.index.lexical import LexicalIndex
+from kvshare_mm.index.prefix import PrefixIndex
+from kvshare_mm.plan import Donor, PlannerOptions, ReusePlan, make_plan
+from kvshare_mm.stream import Segment
+
+_MIN_STORED_TOKENS = 16
+_PREFIX_CANDIDATES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A plan with what it took to make it, in seconds."""
+
+    plan: ReusePlan
+    lookup: float
+    planning: float
+
+
+class Catalogue:
+    """Donors of one model, without their KV. Thread-safe.
+
+    Args:
+        counters: events by name are counted here.
+        max_candidates: donors aligned with a target.
+    """
+
+    def __init__(self, counters: Counter[str], max_candidates: int = 4) -> None:
+        self.tree = DeltaTree()
+        self.max_candidates = max_candidates
+        self._counters = counters
+        self._lexical = LexicalIndex()
+        self._prefixes = PrefixIndex()
+        self._lock = threading.RLock()
+
+    def find(
+        self,
+        keys: np.ndarray,
+        ns: str,
+        options: PlannerOptions,
+        similar: tuple[str, ...] = (),
+        positions: np.ndarray | None = None,
+    ) -> Found:
+        """Plan the reuse of stored requests for a prompt.
+
+        Args:
+            keys: ``[N]`` uint64 alignment keys.
+            ns: the request's namespace; donors of others are never looked at.
+            options: when reuse is worth it.
+            similar: ids that a dense search brought in time, if any.
+            positions: ``[3, N]`` rotary positions; None: the index.
+        """
+        start = time.perf_counter()
+        with self._lock:
+            ids = self._prefixes.longest(ns, keys, _PREFIX_CANDIDATES)
+            if not options.exact_only:
+                hits = [c.node_id for c in self._lexical.search(ns, keys, self.max_candidates)]
+                ids += self._with_chief_owners([*hits, *similar])[: self.max_candidates]
+            donors = self._donors(ids, ns)
+            found = time.perf_counter()
+        plan = make_plan(keys, donors, options, positions)
+        return Found(plan, found - start, time.perf_counter() - found)
+
+    def pieces(self, plan: ReusePlan) -> list[Piece]:
+        """Who owns the KV of a plan's kept runs. Raises KVUnavailableError("evicted")."""
+        found: list[Piece] = []
+        with self._lock:
+            for run in plan.runs:
+                parts = (
+                    self.tree.resolve(run.donor, run.start, run.length, run.shift)
+                    if run.donor in self.tree
+                    else []
+                )
+                if sum(p.length for p in parts) != run.length:
+                    raise KVUnavailableError("evicted", f"donor {run.donor} is no longer whole")
+                found.extend(parts)
+        return found
+
+    def derive(
+        self,
+        keys: np.ndarray,
+        ns: str,
+        plan: ReusePlan,
+        attention: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
+        media: tuple[Segment, ...] = (),
+    ) -> Node | None:
+        """The node of a finished request, not yet added; None: nothing is gained by storing it.
+
+        Args: see `DonorPool.capture`.
+        """
+        if len(keys) < _MIN_STORED_TOKENS:
+            return None
+        with self._lock:
+            if self._twin(keys, ns):
+                self._counters["capture_known"] += 1
+                return None
+            return self.tree.derive(
+                uuid.uuid4().hex, ns, keys.copy(), plan, time.time(), attention, positions, media
+            )
+
+    def add(self, node: Node) -> None:
+        """A node's KV is stored: it can be found from now on."""
+        with self._lock:
+            self.tree.insert(node)
+            record = IndexRecord(node.node_id, node.namespace, node.keys)
+            self._lexical.add([record])
+            self._prefixes.add([record])
+
+    def remove(self, node_id: str) -> bool:
+        """A node's KV is gone; False: it was not known."""
+        with self._lock:
+            if node_id not in self.tree:
+                return False
+            self.tree.drop(node_id)
+            self._lexical.remove([node_id])
+            self._prefixes.remove([node_id])
+            return True
+
+    def nodes(self) -> list[Node]:
+        """All donors as they are now."""
+        with self._lock:
+            return list(self.tree)
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _donors(self, ids: list[str], ns: str) -> list[Donor]:
+        """Donors by id, each once, of this namespace only; caller holds the lock."""
+        donors = []
+        for node_id in dict.fromkeys(ids):
+            node = self.tree.get(node_id)
+            if node is not None and node.namespace == ns:
+                donors.append(self.tree.donor(node_id))
+        return donors
+
+    def _with_chief_owners(self, ids: list[str]) -> list[str]:
+        """Each id followed by the node that owns most of its KV; caller holds the lock.
+
+        What a request repaired is no material for others, so a pool of edited requests alone wears
+        out: each new one finds less to keep. The request they came from has it all.
+        """
+        found: dict[str, None] = {}
+        for node_id in ids:
+            found[node_id] = None
+            node = self.tree.get(node_id)
+            if node is not None and (owners := node.owners):
+                found[max(owners, key=lambda owner: owners[owner])] = None
+        return list(found)
+
+    def _twin(self, keys: np.ndarray, ns: str) -> str | None:
+        """A donor that holds these very keys exactly already; caller holds the lock."""
+        for donor in self._donors(self._prefixes.longest(ns, keys), ns):
+            if donor.exact_len >= len(keys) and np.array_equal(donor.keys[: len(keys)], keys):
+                return donor.donor_id
+        return None
