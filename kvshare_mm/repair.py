@@ -15,10 +15,11 @@ from typing import Protocol
 import numpy as np
 
 from kvshare_mm.divergence import TAIL, risk, risk_within
-from kvshare_mm.plan import ReusePlan
+from kvshare_mm.plan import Decline, ReusePlan
 
 # Nats that a reused picture may be worth; it was 0.0002 at the worst token of an answer.
 PICTURE_KL = 0.001
+_MIN_REUSED_SHARE = 0.1
 
 
 class DriftProbe(Protocol):
@@ -145,6 +146,15 @@ class Union:
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
         return np.concatenate([p.positions(plan, probe) for p in self.policies])
+
+
+def repaired_plan(plan: ReusePlan, positions: np.ndarray) -> ReusePlan:
+    """The plan with its repairs. Where nearly all is repaired, the rest is computed as well: it
+    costs little more, the answer is exact, and so is what later requests find here."""
+    repaired = plan.with_repair(positions)
+    if repaired.num_reused < _MIN_REUSED_SHARE * plan.num_reused:
+        return plan.only_exact(Decline.DIVERGENCE)
+    return repaired
 
 
 def _check_not_negative(name: str, value: float) -> None:

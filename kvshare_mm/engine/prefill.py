@@ -21,12 +21,11 @@ from kvshare_mm.engine.runner import ModelRunner, SlotRunner
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.outputs import MediaUse, Provenance, Span
 from kvshare_mm.plan import Decline, PlannerOptions, ReusePlan
-from kvshare_mm.repair import RepairPolicy
+from kvshare_mm.repair import RepairPolicy, repaired_plan
 from kvshare_mm.stream import Modality, SegmentStream
 
 logger = logging.getLogger(__name__)
 
-_MIN_REUSED_SHARE = 0.1
 # Why a donor's KV cannot be had any more.
 _LOST = ("corrupt", "evicted")
 
@@ -189,7 +188,7 @@ class Prefiller:
             self._edit(plan, slot, ns, stream.positions)
 
         probe = _SlotProbe(self._runner, slot, stream.token_ids, plan, media, fill)
-        repaired = _repaired(plan, policy.positions(plan, probe)) if plan.num_reused else plan
+        repaired = repaired_plan(plan, policy.positions(plan, probe)) if plan.num_reused else plan
         if repaired.runs and not probe.filled:
             fill(repaired)
         return repaired
@@ -216,15 +215,6 @@ def _pictures(stream: SegmentStream) -> np.ndarray | None:
     for segment in pictures:
         mask[segment.start : segment.end] = True
     return mask
-
-
-def _repaired(plan: ReusePlan, positions: np.ndarray) -> ReusePlan:
-    """The plan with its repairs. Where nearly all is repaired, the rest is computed as well: it
-    costs little more, the answer is exact, and so is what later requests find here."""
-    repaired = plan.with_repair(positions)
-    if repaired.num_reused < _MIN_REUSED_SHARE * plan.num_reused:
-        return plan.only_exact(Decline.DIVERGENCE)
-    return repaired
 
 
 class _Media:
