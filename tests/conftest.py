@@ -16,6 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # them. Without a GPU there is only the interpreter; on one, TRITON_INTERPRET=0 tests what runs.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Helpers that assert say what differed, as tests do.
+pytest.register_assert_rewrite(f"{__package__}.engine.asking")
+
 # The first call into torch takes longer than any deadline; CI must not fail on a lucky draw.
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

@@ -1,9 +1,11 @@
-"""Tiny random models, and what transformers itself computes with them."""
+"""Tiny random models, what transformers itself computes with them, and an engine to share."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config
 
+from kvshare_mm import KVShare, RequestOptions, RequestOutput
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.models.support import check_support
+
+from .asking import _PROMPTS, params
 
 _SHAPE = {
     "vocab_size": 128,
@@ -110,3 +115,16 @@ def tiny_llama() -> Tiny:
 @pytest.fixture(scope="session", params=sorted(_CONFIGS))
 def tiny(request: pytest.FixtureRequest, tiny_llama: Tiny) -> Tiny:
     return tiny_llama if request.param == "llama" else _build(request.param)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_folder: Path) -> Iterator[KVShare]:
+    """For tests that change nothing about the server; they take a salt of their own."""
+    with KVShare(str(tiny_folder), embedder=None, max_num_seqs=2) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def alone(llm: KVShare) -> list[RequestOutput]:
+    """The answers to `_PROMPTS`, each computed in full with nothing else running."""
+    return [llm.generate(p, params(), RequestOptions(sharing="off")) for p in _PROMPTS]

@@ -1,0 +1,122 @@
+"""Prompts to ask a tiny model, and ways to hold up, watch and wait for its engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvshare_mm import KVShare, RequestOutput, SamplingParams, StreamChunk
+
+OpenLLM = Callable[..., KVShare]
+
+PATIENCE_S = 20
+_PROMPTS = [
+    f"Laboratory report. Patient number {number}. {text}"
+    for number, text in (
+        (48210, "Haemoglobin 148 g/L, sodium 141 mmol/L. Question: what is the value?"),
+        (7, "The quick brown fox jumps over the lazy dog."),
+        (99120, "What is the value of sodium? Answer with the number."),
+        (3, "Zebra, yak and gnu. " * 6),
+        (51, "x"),
+        (802, "Answer with nothing else. " * 3),
+        (6, "brown brown brown " * 9),
+        (1, "the dog, the fox, the number and the value: which is it?"),
+    )
+]
+_ROWS = " ".join(f"Value {i} is {i * 37 % 91} g/L;" for i in range(12))
+_HEAD = "Answer in one line: " + "g/L " * 12  # longer than a block of the prefix index
+_DONOR = f"{_HEAD}Laboratory report. Patient number 48210. {_ROWS} Question: what is value 3?"
+_TARGET = f"{_HEAD}Laboratory report. Patient number 77. {_ROWS} Question: what is value 3?"
+
+
+def params(max_tokens: int | None = 12, **changes: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **changes)
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def idle(llm: KVShare) -> bool:
+    return eventually(lambda: llm.stats()["queue"] == {"waiting": 0, "running": 0})
+
+
+def outcomes(llm: KVShare) -> dict[str, int]:
+    counts: dict[str, int] = llm.stats()["requests"]
+    return counts
+
+
+class Gate:
+    """Holds up one method of a part of a server; lets everything through once opened."""
+
+    def __init__(self, part: Any, name: str) -> None:
+        self.entered = threading.Event()
+        self._open = threading.Event()
+        real = getattr(part, name)
+
+        def held(*args: Any, **kwargs: Any) -> Any:
+            self.entered.set()
+            assert self._open.wait(PATIENCE_S)
+            return real(*args, **kwargs)
+
+        setattr(part, name, held)
+
+    def wait(self) -> None:
+        assert self.entered.wait(PATIENCE_S)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+class Inbox:
+    """A sink, and the request submitted with it."""
+
+    def __init__(self, llm: KVShare, prompt: str, sampling: SamplingParams) -> None:
+        self.chunks: list[StreamChunk] = []
+        self.error: Exception | None = None
+        self._done = threading.Event()
+        spec = llm._prompt(prompt, sampling, None)
+        self.request_id = llm._parts.engine.submit(spec, self)
+
+    def __call__(self, chunk: StreamChunk | Exception) -> None:
+        if isinstance(chunk, Exception):
+            self.error = chunk
+            self._done.set()
+        else:
+            self.chunks.append(chunk)
+            if chunk.output is not None:
+                self._done.set()
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def result(self) -> RequestOutput:
+        assert self._done.wait(PATIENCE_S)
+        if self.error is not None:
+            raise self.error
+        output = self.chunks[-1].output
+        assert output is not None
+        return output
+
+
+def check_provenance(output: RequestOutput) -> None:
+    p = output.provenance
+    n = len(output.prompt_token_ids)
+    assert p.exact + p.reused + p.recomputed == n
+    assert [s.start for s in p.spans] == [0, *(s.end for s in p.spans[:-1])]
+    assert p.spans[-1].end == n
+    assert p.spans[-1].kind == "recomputed"
+    for kind in ("exact", "reused", "recomputed"):
+        assert sum(s.end - s.start for s in p.spans if s.kind == kind) == getattr(p, kind)
+    assert {s.donor for s in p.spans if s.kind != "recomputed"} <= set(p.donors)
+    assert all(s.donor is None for s in p.spans if s.kind == "recomputed")
+    assert 0 <= p.similarity <= 1
+    assert p.fallback is None

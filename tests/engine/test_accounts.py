@@ -1,0 +1,62 @@
+"""What is told of a request: its times, where its KV came from, the counters."""
+
+from __future__ import annotations
+
+from kvshare_mm import KVShare, RequestOptions
+
+from .asking import _DONOR, _PROMPTS, _TARGET, OpenLLM, check_provenance, outcomes, params
+
+
+def test_metrics_are_sane(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=2)
+    outputs = llm.generate([*_PROMPTS, _DONOR], params(5))
+    llm.flush()
+    outputs.append(llm.generate(_TARGET, params(5)))
+    for output in outputs:
+        m = output.metrics
+        parts = (m.queue, m.lookup, m.plan, m.edit, m.prefill)
+        assert all(part >= 0 for part in (*parts, *m.token_times))
+        assert m.prefill > 0
+        assert sum(parts) <= m.ttft <= m.total
+        assert len(m.token_times) == len(output.token_ids) - 1
+        assert m.ttft + sum(m.token_times) <= m.total + 1e-6
+    assert outputs[-1].metrics.lookup > 0
+    assert outputs[-1].metrics.edit > 0
+    assert outputs[-1].to_dict()["metrics"]["total"] == outputs[-1].metrics.total
+
+
+def test_provenance_adds_up(llm: KVShare) -> None:
+    # A random model looks everywhere alike, so the default policy would repair most of it.
+    options = RequestOptions(cache_salt="provenance", repair="window:2")
+    first = llm.generate(_DONOR, params(3), options)
+    llm.flush()
+    similar = llm.generate(_TARGET, params(3), options)
+    llm.flush()
+    again = llm.generate(_TARGET, params(3), options)
+    same = llm.generate(_DONOR, params(3), options)
+    for output in (first, similar, again, same):
+        check_provenance(output)
+    n = len(first.prompt_token_ids)
+    assert (first.provenance.recomputed, first.provenance.declined) == (n, "no_donor")
+    assert first.provenance.donors == ()
+    assert similar.provenance.exact > 0
+    assert similar.provenance.reused > n // 3
+    assert len(similar.provenance.donors) == 1
+    assert (same.provenance.exact, same.provenance.recomputed) == (n - 1, 1)
+    assert same.token_ids == first.token_ids
+    assert similar.provenance.donors == same.provenance.donors
+
+
+def test_counters_follow_provenance(open_llm: OpenLLM) -> None:
+    llm = open_llm()
+    outputs = []
+    for prompt in (_DONOR, _TARGET, _DONOR):
+        outputs.append(llm.generate(prompt, params(3)))
+        llm.flush()
+    counts = outcomes(llm)
+    assert counts["requests"] == 3
+    assert counts["generation_tokens"] == 9
+    assert counts["prompt_tokens"] == sum(len(o.prompt_token_ids) for o in outputs)
+    for counter, kind in (("exact", "exact"), ("reused", "reused"), ("computed", "recomputed")):
+        expected = sum(getattr(o.provenance, kind) for o in outputs)
+        assert counts[f"prompt_tokens_{counter}"] == expected

@@ -1,0 +1,116 @@
+"""Callers who leave: their requests end, and their slots are free again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from kvshare_mm import KVShare, RequestOutput
+
+from .asking import _PROMPTS, Gate, Inbox, OpenLLM, idle, outcomes, params
+
+
+def test_leaving_a_stream_frees_its_slot(open_llm: OpenLLM, alone: list[RequestOutput]) -> None:
+    llm = open_llm(max_num_seqs=1)
+    gate = Gate(llm._parts.runner, "decode")
+    stream = llm.stream(_PROMPTS[0], params(400))
+    next(stream)
+    gate.wait()
+    stream.close()  # type: ignore[attr-defined]
+    gate.open()
+    assert idle(llm)
+    assert outcomes(llm)["finished_abort"] == 1
+    assert outcomes(llm)["generation_tokens"] <= 2
+    assert llm.generate(_PROMPTS[1], params()).token_ids == alone[1].token_ids
+
+
+def test_breaking_out_of_a_for_loop_cancels(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=1)
+    gate = Gate(llm._parts.runner, "decode")
+    for chunk in llm.stream(_PROMPTS[0], params(400)):
+        assert chunk.output is None
+        break
+    gate.open()
+    assert idle(llm)
+    assert outcomes(llm)["finished_abort"] == 1
+
+
+def test_leaving_an_async_stream_frees_its_slot(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=1)
+    gate = Gate(llm._parts.runner, "decode")
+
+    async def leave() -> None:
+        stream = llm.astream(_PROMPTS[0], params(400))
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(leave())
+    gate.open()
+    assert idle(llm)
+    assert outcomes(llm)["finished_abort"] == 1
+
+
+@pytest.mark.parametrize("call", ["agenerate", "achat"])
+def test_cancelling_a_task_cancels_its_request(open_llm: OpenLLM, call: str) -> None:
+    llm = open_llm(max_num_seqs=1)
+    gate = Gate(llm._parts.runner, "decode")
+    prompt: Any = _PROMPTS[0] if call == "agenerate" else [{"role": "user", "content": "Hello"}]
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(getattr(llm, call)(prompt, params(400)))
+        while not gate.entered.is_set():
+            await asyncio.sleep(0.002)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+    gate.open()
+    assert idle(llm)
+    assert outcomes(llm)["finished_abort"] == 1
+    assert outcomes(llm)["generation_tokens"] <= 2
+    assert len(llm.generate(_PROMPTS[1], params(3)).token_ids) == 3
+
+
+def test_a_request_cancelled_while_it_waits_is_never_computed(
+    open_llm: OpenLLM, alone: list[RequestOutput]
+) -> None:
+    llm = open_llm(max_num_seqs=1)
+    gate = Gate(llm._parts.runner, "decode")
+    running = Inbox(llm, _PROMPTS[0], params())
+    gate.wait()
+    waiting = Inbox(llm, _PROMPTS[1], params())
+    last = Inbox(llm, _PROMPTS[2], params())
+    llm.cancel(waiting.request_id)
+    gate.open()
+    aborted = waiting.result()
+    assert aborted.finish_reason == "abort"
+    assert aborted.text == ""
+    assert aborted.token_ids == ()
+    assert aborted.provenance.spans == ()
+    assert aborted.metrics.ttft == 0
+    assert 0 <= aborted.metrics.queue <= aborted.metrics.total
+    assert running.result().token_ids == alone[0].token_ids
+    assert last.result().token_ids == alone[2].token_ids
+    assert outcomes(llm)["requests"] == 2
+
+
+def test_a_cancelled_request_keeps_the_text_it_has(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=1)
+    gate = Gate(llm._parts.runner, "decode")
+    inbox = Inbox(llm, _PROMPTS[0], params(400))
+    gate.wait()
+    llm.cancel(inbox.request_id)
+    gate.open()
+    output = inbox.result()
+    assert output.finish_reason == "abort"
+    assert 1 <= len(output.token_ids) <= 2
+    assert "".join(c.text for c in inbox.chunks) == output.text
+
+
+def test_cancelling_what_is_unknown_or_done_is_no_error(llm: KVShare) -> None:
+    llm.cancel("nobody")
+    llm.cancel(llm.generate(_PROMPTS[4], params(2)).request_id)
+    assert len(llm.generate(_PROMPTS[4], params(2)).token_ids) == 2

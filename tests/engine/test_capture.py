@@ -1,0 +1,115 @@
+"""Donors: captured behind the answer, once, and found by meaning in time."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from kvshare_mm import RequestOptions, RequestOutput, StreamChunk
+
+from .asking import (
+    _DONOR,
+    _PROMPTS,
+    _TARGET,
+    PATIENCE_S,
+    Gate,
+    Inbox,
+    OpenLLM,
+    eventually,
+    outcomes,
+    params,
+)
+
+
+def test_donors_are_captured_behind_the_answer(
+    open_llm: OpenLLM, alone: list[RequestOutput]
+) -> None:
+    llm = open_llm(max_num_seqs=2)
+    assert llm._parts.donors is not None
+    gate = Gate(llm._parts.donors, "capture")
+    llm.generate(_DONOR, params(2))
+    gate.wait()
+    assert llm.stats()["donors"]["nodes"] == 0
+    assert not llm.flush(0.01)
+    # The other slot serves meanwhile.
+    options = RequestOptions(store=False)
+    assert llm.generate(_PROMPTS[0], params(), options).token_ids == alone[0].token_ids
+    gate.open()
+    assert llm.flush()
+    assert llm.stats()["donors"]["nodes"] == 1
+    assert llm.generate(_TARGET, params(2)).provenance.reused > 0
+
+
+def test_a_flush_waits_for_every_answer_that_was_delivered(open_llm: OpenLLM) -> None:
+    llm = open_llm()
+    engine = llm._parts.engine
+    flushed_in_sink: list[bool] = []
+    done = threading.Event()
+
+    def sink(chunk: StreamChunk | Exception) -> None:
+        if isinstance(chunk, StreamChunk) and chunk.output is not None:
+            flushed_in_sink.append(engine.wait_captured(0))
+            done.set()
+
+    engine.submit(llm._prompt(_DONOR, params(2), None), sink)
+    assert done.wait(PATIENCE_S)
+    assert flushed_in_sink == [False]
+    assert llm.flush()
+    assert llm.stats()["donors"]["nodes"] == 1
+
+
+def test_a_capture_that_fails_is_counted_and_frees_its_slot(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=1)
+    assert llm._parts.donors is not None
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no memory for a copy")
+
+    llm._parts.donors.capture = broken  # type: ignore[method-assign]
+    for _ in range(3):
+        assert len(llm.generate(_DONOR, params(2)).token_ids) == 2
+    assert llm.flush()
+    assert outcomes(llm)["capture_failed"] == 3
+    assert llm.stats()["donors"]["nodes"] == 0
+
+
+def test_a_known_request_is_not_stored_twice(open_llm: OpenLLM) -> None:
+    llm = open_llm()
+    for _ in range(3):
+        llm.generate(_DONOR, params(2))
+        llm.flush()
+    donors = llm.stats()["donors"]
+    assert donors["nodes"] == 1
+    assert donors["events"]["capture_known"] == 2
+
+
+def test_donors_found_by_meaning_are_used_if_they_come_in_time(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=1)
+    donors = llm._parts.donors
+    assert donors is not None
+    asked: list[str] = []
+    given: list[tuple[str, ...]] = []
+    searched = threading.Event()
+    find = donors.find
+
+    def similar(text: str, ns: str) -> tuple[str, ...]:
+        asked.append(text)
+        searched.set()
+        return ("nobody-knows-it",)
+
+    def recorded(keys: Any, ns: str, options: Any, similar: tuple[str, ...], *rest: Any) -> Any:
+        given.append(similar)
+        return find(keys, ns, options, similar, *rest)
+
+    donors.similar, donors.find = similar, recorded  # type: ignore[method-assign]
+    gate = Gate(llm._parts.runner, "decode")
+    first = Inbox(llm, _PROMPTS[0], params(2))
+    gate.wait()
+    second = Inbox(llm, _PROMPTS[1], params(2))
+    assert searched.wait(PATIENCE_S)
+    assert eventually(lambda: bool(llm._parts.engine._waiting[0].similar))
+    gate.open()
+    first.result()
+    second.result()
+    assert asked == [_PROMPTS[1]]  # the first did not wait: it was not held up by a search
+    assert given == [(), ("nobody-knows-it",)]

@@ -1,0 +1,74 @@
+"""Closing an engine: what is in flight ends, and nobody waits for it in vain."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from kvshare_mm import EngineClosedError
+
+from .asking import _DONOR, _PROMPTS, PATIENCE_S, Gate, Inbox, OpenLLM, eventually, params
+
+
+def test_close_ends_what_is_in_flight_and_refuses_what_comes_later(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=1)
+    gate = Gate(llm._parts.runner, "decode")
+    running = Inbox(llm, _PROMPTS[0], params(400))
+    gate.wait()
+    waiting = Inbox(llm, _PROMPTS[1], params())
+    closing = threading.Thread(target=llm.close)
+    closing.start()
+    assert eventually(lambda: llm._parts.engine._closing)
+    with pytest.raises(EngineClosedError):
+        llm.generate(_PROMPTS[2])
+    gate.open()
+    for inbox in (running, waiting):
+        with pytest.raises(EngineClosedError, match="closed"):
+            inbox.result()
+    closing.join(PATIENCE_S)
+    assert not closing.is_alive()
+    with pytest.raises(EngineClosedError):
+        llm.generate(_PROMPTS[2])
+    with pytest.raises(EngineClosedError):
+        next(llm.stream(_PROMPTS[2]))
+    with pytest.raises(EngineClosedError):
+        asyncio.run(llm.achat([{"role": "user", "content": "Hello"}]))
+    llm.close()
+
+
+def test_close_reaches_the_callers(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=1)
+    gate = Gate(llm._parts.runner, "decode")
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            llm.generate(_PROMPTS[0], params(400))
+        except EngineClosedError as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    gate.wait()
+    closing = threading.Thread(target=llm.close)
+    closing.start()
+    assert eventually(lambda: llm._parts.engine._closing)
+    gate.open()
+    asking.join(PATIENCE_S)
+    closing.join(PATIENCE_S)
+    assert len(errors) == 1
+
+
+def test_close_captures_what_is_finished(open_llm: OpenLLM) -> None:
+    llm = open_llm()
+    assert llm._parts.donors is not None
+    gate = Gate(llm._parts.donors, "capture")
+    llm.generate(_DONOR, params(2))
+    gate.wait()
+    closing = threading.Thread(target=llm.close)
+    closing.start()
+    gate.open()
+    closing.join(PATIENCE_S)
+    assert llm.stats()["donors"]["nodes"] == 1

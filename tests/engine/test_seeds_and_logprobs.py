@@ -1,0 +1,56 @@
+"""Seeds that repeat an answer, and log-probabilities that are those of the model."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvshare_mm import KVShare, RequestOptions, RequestOutput
+
+from .asking import _PROMPTS, Inbox, params
+
+
+def test_a_seed_repeats_an_answer_in_any_company(llm: KVShare) -> None:
+    options = RequestOptions(sharing="off")
+    seeded = params(20, temperature=1.0, seed=11)
+    one = llm.generate(_PROMPTS[0], seeded, options)
+    company = [Inbox(llm, p, params(20, temperature=1.0)) for p in _PROMPTS[1:4]]
+    again = llm.generate(_PROMPTS[0], seeded, options)
+    other = llm.generate(_PROMPTS[0], params(20, temperature=1.0, seed=12), options)
+    assert one.token_ids == again.token_ids
+    assert one.token_ids != other.token_ids
+    assert all(len(inbox.result().token_ids) == 20 for inbox in company)
+
+
+def test_without_a_seed_answers_differ(llm: KVShare) -> None:
+    answers = {llm.generate(_PROMPTS[0], params(20, temperature=1.5)).token_ids for _ in range(3)}
+    assert len(answers) > 1
+
+
+def test_logprobs(llm: KVShare, alone: list[RequestOutput], tiny_folder: Path) -> None:
+    output = llm.generate(_PROMPTS[0], params(logprobs=5), RequestOptions(sharing="off"))
+    assert output.token_ids == alone[0].token_ids
+    assert alone[0].logprobs is None
+    assert output.logprobs is not None
+    assert [entry.token_id for entry in output.logprobs] == list(output.token_ids)
+    for entry in output.logprobs:
+        assert len(entry.top) == 5
+        assert entry.top[0] == (entry.token_id, entry.logprob)  # greedy
+        assert all(a[1] >= b[1] for a, b in itertools.pairwise(entry.top))
+        assert entry.logprob <= 0
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    ids = torch.tensor([[*output.prompt_token_ids, *output.token_ids[:-1]]])
+    with torch.inference_mode():
+        expected = model(ids).logits[0, len(output.prompt_token_ids) - 1 :].log_softmax(-1)
+    for entry, row in zip(output.logprobs, expected, strict=True):
+        assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+
+
+def test_logprobs_of_the_chosen_token_only(llm: KVShare) -> None:
+    output = llm.generate(_PROMPTS[0], params(4, logprobs=0, temperature=1.0, seed=1))
+    assert output.logprobs is not None
+    assert [(e.token_id, e.top) for e in output.logprobs] == [(t, ()) for t in output.token_ids]

@@ -1,0 +1,52 @@
+"""The model's cores, beside the threads that embed."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from kvshare_mm.index.base import IndexUnavailableError
+
+from .asking import _PROMPTS, OpenLLM, eventually, params
+
+
+def test_the_model_keeps_its_cores_beside_the_threads_that_embed(
+    open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, int] = {}
+
+    def open_index() -> Any:
+        seen["embedding"] = torch.get_num_threads()
+        raise IndexUnavailableError("none here")
+
+    monkeypatch.setattr("kvshare_mm.assemble._dense", lambda *_: open_index)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        llm = open_llm(embedder="any", max_num_seqs=1)
+        prefill = llm._parts.runner.prefill
+
+        def recorded(*args: Any) -> torch.Tensor:
+            seen["model"] = torch.get_num_threads()
+            return prefill(*args)
+
+        def similar(*args: Any) -> tuple[str, ...]:
+            seen["search"] = torch.get_num_threads()
+            return ()
+
+        llm._parts.runner.prefill = recorded  # type: ignore[method-assign]
+        assert llm._parts.donors is not None
+        llm._parts.donors.similar = similar  # type: ignore[method-assign]
+        llm.generate(_PROMPTS[:3], params(3))
+        llm.flush()
+        assert eventually(lambda: "search" in seen)
+        assert seen == {"embedding": 1, "model": 2, "search": 1}
+        later = threading.Thread(target=lambda: seen.update(later=torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert (torch.get_num_threads(), seen["later"]) == (2, 2)
+    finally:
+        torch.set_num_threads(before)
