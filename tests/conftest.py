@@ -17,7 +17,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Helpers that assert say what differed, as tests do.
-pytest.register_assert_rewrite(f"{__package__}.engine.asking")
+pytest.register_assert_rewrite(
+    *(f"{__package__}.engine.{name}" for name in ("asking", "donor_server"))
+)
 
 # The first call into torch takes longer than any deadline; CI must not fail on a lucky draw.
 settings.register_profile("dev", deadline=None)

@@ -1,4 +1,4 @@
-"""Tiny random models, what transformers itself computes with them, and an engine to share."""
+"""Tiny random models, what transformers itself computes with them, and what serves them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.models.support import check_support
 
 from .asking import _PROMPTS, params
+from .donor_server import Server
 
 _SHAPE = {
     "vocab_size": 128,
@@ -128,3 +129,10 @@ def llm(tiny_folder: Path) -> Iterator[KVShare]:
 def alone(llm: KVShare) -> list[RequestOutput]:
     """The answers to `_PROMPTS`, each computed in full with nothing else running."""
     return [llm.generate(p, params(), RequestOptions(sharing="off")) for p in _PROMPTS]
+
+
+@pytest.fixture
+def server(tiny_llama: Any) -> Iterator[Server]:
+    server = Server(tiny_llama)
+    yield server
+    server.pool.close()
