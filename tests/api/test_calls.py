@@ -1,0 +1,144 @@
+"""What the Python API takes: prompts, chats, streams, their async twins, options."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from kvshare_mm import (
+    EngineClosedError,
+    KVShare,
+    KVShareConfig,
+    RequestOptions,
+    RequestOutput,
+    SamplingParams,
+    StreamChunk,
+)
+
+from .prompts import _CHAT, _DONOR, _PARAMS, _TARGET, OpenLLM
+
+
+def test_prompts_as_text_and_as_token_ids(llm: KVShare) -> None:
+    ids = llm.tokenizer(_DONOR)["input_ids"]
+    text = llm.generate(_DONOR, _PARAMS)
+    assert isinstance(text, RequestOutput)
+    assert text.prompt_token_ids == tuple(ids)
+    for prompt in (ids, tuple(ids)):
+        assert llm.generate(prompt, _PARAMS).token_ids == text.token_ids
+
+
+def test_lists_of_prompts(llm: KVShare) -> None:
+    prompts = ["The fox.", "The lazy dog.", "The number."]
+    outputs = llm.generate(prompts, _PARAMS)
+    assert isinstance(outputs, list)
+    ids = [llm.tokenizer(p)["input_ids"] for p in prompts]
+    assert [o.prompt_token_ids for o in outputs] == [tuple(i) for i in ids]
+    assert [o.token_ids for o in llm.generate(ids, _PARAMS)] == [o.token_ids for o in outputs]
+    assert [llm.generate(p, _PARAMS).token_ids for p in prompts] == [o.token_ids for o in outputs]
+    assert llm.generate([], _PARAMS) == []
+    [single] = llm.generate(prompts[:1], _PARAMS)
+    assert single.token_ids == outputs[0].token_ids
+
+
+def test_chat_goes_through_the_template(llm: KVShare) -> None:
+    output = llm.chat(_CHAT, _PARAMS)
+    text = (
+        "<|im_start|>system\nAnswer with the number.<|im_end|>\n"
+        "<|im_start|>user\nWhat is the value?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert llm.tokenizer.decode(output.prompt_token_ids) == text
+    assert output.token_ids == llm.generate(text, _PARAMS).token_ids
+
+
+def test_chat_takes_content_as_parts(llm: KVShare) -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "the value?"}]
+    output = llm.chat([_CHAT[0], {"role": "user", "content": parts}], _PARAMS)
+    assert output.prompt_token_ids == llm.chat(_CHAT, _PARAMS).prompt_token_ids
+
+
+def test_streams_of_prompts_and_chats(llm: KVShare) -> None:
+    ids = llm.tokenizer(_DONOR)["input_ids"]
+    for prompt, output in (
+        (_DONOR, llm.generate(_DONOR, _PARAMS)),
+        (ids, llm.generate(_DONOR, _PARAMS)),
+        (_CHAT, llm.chat(_CHAT, _PARAMS)),
+    ):
+        chunks = list(llm.stream(prompt, _PARAMS))
+        assert "".join(c.text for c in chunks) == output.text
+        assert chunks[-1].output is not None
+        assert chunks[-1].output.token_ids == output.token_ids
+
+
+def test_async_twins(llm: KVShare) -> None:
+    async def ask() -> tuple[RequestOutput, RequestOutput, list[StreamChunk], list[StreamChunk]]:
+        return (
+            await llm.agenerate(_DONOR, _PARAMS),
+            await llm.achat(_CHAT, _PARAMS),
+            [c async for c in llm.astream(_DONOR, _PARAMS)],
+            [c async for c in llm.astream(_CHAT, _PARAMS)],
+        )
+
+    generated, chatted, chunks, chat_chunks = asyncio.run(ask())
+    assert generated.token_ids == llm.generate(_DONOR, _PARAMS).token_ids
+    assert chatted.token_ids == llm.chat(_CHAT, _PARAMS).token_ids
+    assert "".join(c.text for c in chunks) == generated.text
+    assert "".join(c.text for c in chat_chunks) == chatted.text
+
+
+def test_outputs_and_stats_are_json(open_llm: OpenLLM, tmp_path: Path) -> None:
+    llm = open_llm(store_dir=tmp_path / "store")
+    llm.generate(_DONOR, _PARAMS)
+    assert llm.flush()
+    output = llm.generate(_TARGET, SamplingParams(max_tokens=6, logprobs=2))
+    assert llm.flush()
+    told = json.loads(json.dumps(output.to_dict()))
+    assert told["provenance"]["reused"] == output.provenance.reused > 0
+    assert len(told["logprobs"]) == len(told["token_ids"]) == 6
+    stats = json.loads(json.dumps(llm.stats()))
+    assert set(stats) == {"model", "dtype", "unsupported", "requests", "queue", "donors"}
+    assert stats["dtype"] == "float32"
+    assert stats["unsupported"] is None
+    assert stats["queue"] == {"waiting": 0, "running": 0}
+    assert stats["requests"]["requests"] == 2
+    assert set(stats["donors"]) == {"nodes", "tokens_owned", "tokens_whole", "bytes", "events"}
+    assert stats["donors"]["nodes"] == 2
+    assert 0 < stats["donors"]["tokens_owned"] < stats["donors"]["tokens_whole"]
+    assert set(stats["donors"]["bytes"]) == {"host", "disk"}
+    assert all(n > 0 for n in stats["donors"]["bytes"].values())
+    assert stats["donors"]["events"]["captured"] == 2
+
+
+def test_the_context_manager_closes(tiny_folder: Path) -> None:
+    with KVShare(str(tiny_folder), embedder=None) as llm:
+        llm.generate("The fox.", _PARAMS)
+    with pytest.raises(EngineClosedError):
+        llm.generate("The fox.", _PARAMS)
+    assert llm.stats()["requests"]["requests"] == 1
+    assert llm.flush(1)
+    with (
+        pytest.raises(ZeroDivisionError),
+        KVShare(str(tiny_folder), embedder=None) as other,
+    ):
+        raise ZeroDivisionError
+    with pytest.raises(EngineClosedError):
+        other.generate("The fox.", _PARAMS)
+
+
+def test_a_store_in_the_home_folder() -> None:
+    assert KVShareConfig.of(store_dir="~/donors").store_dir == Path.home() / "donors"
+
+
+def test_a_request_says_how_far_it_may_diverge(open_llm: OpenLLM) -> None:
+    llm = open_llm(repair="none")
+    llm.generate(_DONOR, _PARAMS)
+    assert llm.flush(30)
+    loose, strict = (
+        llm.generate(_TARGET, _PARAMS, RequestOptions(max_divergence=kl, store=False)).provenance
+        for kl in (1e6, 0.0)
+    )
+    assert loose.reused > 0
+    assert strict.reused == 0
+    assert strict.declined == "divergence"

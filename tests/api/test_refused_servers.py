@@ -1,0 +1,87 @@
+"""Servers that cannot be made: refused before a model is loaded, and nothing is left."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvshare_mm import ConfigError, KVShare, ModelLoadError, StoreError
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speculative": True}, "speculative"),
+        ({"Sharing": "on"}, "Sharing"),
+        ({"sharing": "yes"}, "sharing"),
+        ({"repair": "magic:3"}, "repair.*magic"),
+        ({"repair": "window:x"}, "repair"),
+        ({"max_divergence": -1}, "max_divergence"),
+        ({"max_divergence": 0.1, "repair": "window:3"}, "one of the two"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"max_num_seqs": "many"}, "max_num_seqs"),
+        ({"max_queue": 0}, "max_queue"),
+        ({"max_model_len": 3}, "max_model_len"),
+        ({"min_gain_share": 1.5}, "min_gain_share"),
+        ({"host_bytes": -1}, "host_bytes"),
+        ({"dtype": "int3"}, "dtype"),
+        ({"engine": "warp"}, "engine"),
+        ({"cache_salt": 7}, "cache_salt"),
+        ({"index_uri": "milvus.txt"}, "index_uri"),
+        ({"max_queue": 0, "min_run": 0}, "max_queue.*min_run"),
+    ],
+    ids=str,
+)
+def test_options_that_are_refused_before_a_model_is_loaded(
+    tiny_folder: Path,
+    options: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvshare_mm.assemble.load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=message):
+        KVShare(str(tiny_folder), **{"embedder": None, **options})
+
+
+@pytest.mark.parametrize("below", ["file", "proc"])
+def test_a_store_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    tiny_folder: Path, tmp_path: Path, below: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    folder = tmp_path / "file" / "store" if below == "file" else Path("/proc/kvshare")
+    monkeypatch.setattr("kvshare_mm.assemble.load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(StoreError, match=str(folder)):
+        KVShare(str(tiny_folder), embedder=None, store_dir=folder)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    for name, message in (
+        (str(tmp_path / "nowhere"), "no model folder"),
+        ("./nowhere", "no model folder"),
+        (str(tmp_path / "nowhere.gguf"), "no GGUF file"),
+        ("no-such-model-anywhere", "neither a folder nor an embedded model"),
+        (str(tmp_path), "Could not load"),  # a folder, but empty
+    ):
+        with pytest.raises(ModelLoadError, match=message):
+            KVShare(name, embedder=None)
+    with pytest.raises(ConfigError, match="model"):
+        KVShare(7)  # type: ignore[arg-type]
+
+
+def test_devices_and_lengths_that_do_not_exist(tiny_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="abacus"):
+        KVShare(str(tiny_folder), embedder=None, device="abacus")
+    with pytest.raises(ConfigError, match=r"max_model_len=513.*512"):
+        KVShare(str(tiny_folder), embedder=None, max_model_len=513)
+
+
+def test_a_failed_start_leaves_no_threads(tiny_folder: Path, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(ConfigError):
+        KVShare(str(tiny_folder), embedder=None, store_dir=tmp_path, max_model_len=513)
+    with pytest.raises(ModelLoadError):
+        KVShare(str(tmp_path / "nowhere"), store_dir=tmp_path)
+    assert set(threading.enumerate()) == before
