@@ -75,7 +75,7 @@ def check_support(model: Any, attention: str = ATTENTION_NAME) -> Support:
         attention: PartialAttention's name on a backend, see `attention.attention_name`. The proof
             runs on that backend.
     """
-    reason = _declared(model.config)
+    reason = declared_obstacle(model.config)
     if reason:
         return Support(reason)
     inv_freq = _inv_freq(model)
@@ -100,7 +100,7 @@ def check_support(model: Any, attention: str = ATTENTION_NAME) -> Support:
     return support
 
 
-def _declared(config: Any) -> str | None:
+def declared_obstacle(config: Any) -> str | None:
     """The reason that the configuration itself gives against reuse, if any."""
     rope = getattr(config, "rope_parameters", None) or {}
     if any(isinstance(v, dict) for v in rope.values()):

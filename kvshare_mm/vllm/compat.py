@@ -6,11 +6,16 @@ if it were not there.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import logging
 import weakref
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from kvshare_mm.vllm.launch import CONNECTOR, MODULE
 
@@ -62,3 +67,85 @@ def model() -> Any:
     """The model of this process' worker, or None. vLLM 0.32 gives connectors no way to it."""
     worker = _workers[0]() if _workers else None
     return None if worker is None else worker.get_model()
+
+
+def fingerprint(vllm_config: Any) -> str:
+    """128 bits that name weights, dtype, rotation and tokenizer, as far as a scheduler can tell.
+
+    It has no weights to look at: of a folder it takes the files' names, sizes and times, of a hub's
+    model the revision.
+    """
+    config = vllm_config.model_config
+    digest = xxhash.xxh3_128()
+    names: dict[str, Any] = {
+        "model": config.model,
+        "revision": config.revision,
+        "tokenizer": config.tokenizer,
+        "tokenizer_revision": config.tokenizer_revision,
+        "dtype": str(config.dtype),
+        "quantization": config.quantization,
+        "cache_dtype": vllm_config.cache_config.cache_dtype,
+        "config": config.hf_config.to_dict(),
+    }
+    folder = Path(config.model)
+    if folder.is_dir():
+        names["files"] = [
+            (f.name, f.stat().st_size, f.stat().st_mtime_ns)
+            for f in sorted(folder.iterdir())
+            if f.is_file()
+        ]
+    digest.update(json.dumps(names, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+class SetApart:
+    """Keeps a request's blocks from `first` on out of the prefix cache that others look into.
+
+    A block's hash covers the one before it, so one hash that nobody else can compute sets all later
+    blocks apart, those of the answer included. The request itself finds them after a preemption.
+
+    Args:
+        request: vLLM's, before its blocks are cached.
+        first: first block that holds something approximate; it need not be full yet.
+    """
+
+    def __init__(self, request: Any, first: int) -> None:
+        self._hasher = request._block_hasher
+        self._hashes = list(request.block_hashes)
+        if self._hasher is None:
+            return  # prefix caching is off
+        del request.block_hashes[first:]
+        secret = hashlib.sha256(b"kvshare\0" + request.request_id.encode())
+        for block_hash in request.block_hashes[-1:]:
+            secret.update(bytes(block_hash))
+        own = secret.digest()
+
+        def hasher(asked: Any) -> list[Any]:
+            if len(asked.block_hashes) > first:
+                return list(self._hasher(asked))
+            before: list[Any] = []
+            for block_hash in self._hasher(asked):
+                if len(asked.block_hashes) + len(before) == first:
+                    asked.block_hashes.extend([*before, own])
+                    behind = list(self._hasher(asked))
+                    del asked.block_hashes[len(asked.block_hashes) - len(before) - 1 :]
+                    return [*before, own, *behind]
+                before.append(block_hash)
+            return before
+
+        request._block_hasher = hasher
+        request.update_block_hashes()
+
+    def undo(self, request: Any) -> None:
+        """All of the request is exact after all."""
+        if self._hasher is None:
+            return
+        request._block_hasher = self._hasher
+        request.block_hashes[:] = self._hashes
+        request.update_block_hashes()
+
+
+def count_cached(request: Any, local: int, external: int) -> None:
+    """Make vLLM's own accounts (``usage``, metrics) count what is really reused."""
+    if request.prefill_stats is not None:
+        request.prefill_stats.set(request.num_prompt_tokens, local, external)

@@ -1,0 +1,95 @@
+"""Builds the two sides from vLLM's configuration."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvshare_mm.editor import KVEditor
+from kvshare_mm.store.disk import DiskTier
+from kvshare_mm.store.host import HostTier
+from kvshare_mm.store.tiered import TieredStore
+from kvshare_mm.vllm import compat
+from kvshare_mm.vllm.forward import PartialForward
+from kvshare_mm.vllm.gate import deployment_obstacle
+from kvshare_mm.vllm.options import ConnectorOptions
+from kvshare_mm.vllm.pages import PageLayout
+from kvshare_mm.vllm.rotation import rotary_spec
+from kvshare_mm.vllm.runner import Runner
+from kvshare_mm.vllm.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+def build_scheduler(vllm_config: Any, kv_cache_config: Any, options: ConnectorOptions) -> Scheduler:
+    """The scheduler side."""
+    scheduler = Scheduler(
+        options,
+        compat.fingerprint(vllm_config),
+        int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size),
+        int(vllm_config.parallel_config.world_size),
+    )
+    scheduler.obstacle = deployment_obstacle(vllm_config, kv_cache_config)
+    if scheduler.obstacle is not None:
+        logger.warning("KVShare is off: %s", scheduler.obstacle)
+    return scheduler
+
+
+def build_runner(
+    vllm_config: Any, kv_cache_config: Any, kv_caches: dict[str, Any], options: ConnectorOptions
+) -> Runner:
+    """The worker side of this rank.
+
+    Raises:
+        ValueError: this model, or its attention backend, cannot be served so.
+        StoreError: the store folder cannot be used.
+    """
+    if (reason := deployment_obstacle(vllm_config, kv_cache_config)) is not None:
+        raise ValueError(reason)
+    model = compat.model()
+    if model is None:
+        raise ValueError("the worker's model was not found; is the plugin `kvshare` disabled?")
+    known = vllm_config.compilation_config.static_forward_context
+    group = kv_cache_config.kv_cache_groups[0]
+    layers = {name: known[name] for name in group.layer_names if name in kv_caches}
+    model_config = vllm_config.model_config
+    forward = PartialForward(
+        vllm_config, model, layers, group.kv_cache_spec, bool(model_config.uses_mrope)
+    )
+    parallel = vllm_config.parallel_config
+    ranks = int(parallel.world_size)
+    disk = None
+    if options.core.store_dir is not None:
+        name = f"vllm-{compat.fingerprint(vllm_config)[:16]}-{parallel.rank}of{ranks}"
+        disk = DiskTier(options.core.store_dir / name, options.core.disk_bytes // ranks)
+    gone: deque[str] = deque()
+    store = TieredStore(HostTier(options.core.host_bytes // ranks), disk, gone.append)
+    return Runner(
+        layers,
+        PageLayout(next(iter(layers.values()))),
+        forward,
+        KVEditor(rotary_spec(model)),
+        store,
+        gone,
+        _agreement(ranks),
+        options.recompute_per_step,
+    )
+
+
+def _agreement(ranks: int) -> Callable[[bool], bool]:
+    if ranks == 1:
+        return bool
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group().cpu_group
+
+    def agree(yes: bool) -> bool:
+        vote = torch.tensor([int(yes)])
+        torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN, group=group)
+        return bool(vote.item())
+
+    return agree

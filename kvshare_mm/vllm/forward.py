@@ -1,0 +1,179 @@
+"""PartialAttention over vLLM's own model and pages.
+
+Each contiguous run of positions to compute is a row of its own in the batch, over the same block
+table, with the run's end as its sequence length. To the attention backend these are requests that
+continue; so every position sees all earlier ones, kept or computed, and no later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from kvshare_mm.attention import TailAttention
+from kvshare_mm.delta_tree import Span
+
+
+class PartialForward:
+    """Runs a model on chosen positions of one request.
+
+    Args:
+        vllm_config: the engine's.
+        model: vLLM's model, or the language part of one.
+        layers: its attention layers by name, in order, caches bound.
+        spec: the KV cache spec of their group.
+        three_axes: its rotary positions are ``[3, n]``.
+    """
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        model: Any,
+        layers: dict[str, Any],
+        spec: Any,
+        three_axes: bool = False,
+    ) -> None:
+        self._config = vllm_config
+        self._model = model
+        self._layers = layers
+        self._three_axes = three_axes
+        first = next(iter(layers.values()))
+        self._device = first.kv_cache.device
+        self._block_size = int(spec.block_size)
+        # Kernels may address finer blocks than the scheduler does.
+        self._split = self._block_size // int(first.kv_cache.shape[2])
+        # The runner's builder holds the batch of the step that is under way.
+        self._builder = first.attn_backend.get_builder_cls()(
+            spec, list(layers), vllm_config, self._device
+        )
+        self._own_forward = False
+
+    @property
+    def running(self) -> bool:
+        """Whether a forward of ours, not one of vLLM's, is calling the connector's hooks."""
+        return self._own_forward
+
+    def slots(self, spans: Sequence[Span], block_ids: Sequence[int]) -> torch.Tensor:
+        """``[n]`` int64 slots of positions, in order."""
+        position = _positions(spans)
+        table = np.asarray(block_ids, np.int64)
+        slots = table[position // self._block_size] * self._block_size
+        return torch.from_numpy(slots + position % self._block_size).to(self._device)
+
+    def run(
+        self,
+        spans: Sequence[Span],
+        token_ids: np.ndarray,
+        positions: np.ndarray | None,
+        block_ids: Sequence[int],
+        keep: bool = True,
+    ) -> None:
+        """Compute the KV of `spans`, which all that is before them must have already.
+
+        Args:
+            spans: ascending and disjoint.
+            token_ids: ``[N]`` of the request.
+            positions: ``[3, N]`` rotary positions; None: the index.
+            block_ids: the request's blocks.
+            keep: whether what is computed goes into them; else it is lost, and what is there seen.
+        """
+        # Some backends want single tokens, which are decodes to them, before longer runs.
+        rows = sorted(spans, key=lambda s: s.length)
+        index = _positions(rows)
+        lengths = torch.tensor([s.length for s in rows], dtype=torch.int32)
+        starts = torch.zeros(len(rows) + 1, dtype=torch.int32)
+        starts[1:] = lengths.cumsum(0)
+        ends = torch.tensor([s.end for s in rows], dtype=torch.int32)
+        slots = self.slots(rows, block_ids)
+        if not keep:
+            slots = torch.zeros_like(slots)  # vLLM's null block, which nobody reads
+        table = torch.tensor(block_ids, dtype=torch.int32)
+        if self._split > 1:
+            table = (table[:, None] * self._split + torch.arange(self._split)).flatten().int()
+        where = index if positions is None else positions[:, index]
+        if self._three_axes and where.ndim == 1:
+            where = np.tile(where, (3, 1))
+        places = torch.from_numpy(np.ascontiguousarray(where)).to(self._device)
+        common = CommonAttentionMetadata(
+            query_start_loc=starts.to(self._device),
+            query_start_loc_cpu=starts,
+            seq_lens=ends.to(self._device),
+            num_reqs=len(rows),
+            num_actual_tokens=len(index),
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(ends.max()),
+            block_table_tensor=table.to(self._device)[None].repeat(len(rows), 1).contiguous(),
+            slot_mapping=slots,
+            causal=True,
+            positions=torch.from_numpy(index).to(self._device),
+            seq_lens_cpu_upper_bound=ends,
+        )
+        metadata = self._builder.build(0, common)
+        ids = torch.from_numpy(token_ids[index]).to(self._device)
+        self._own_forward = True
+        try:
+            with (
+                torch.inference_mode(),
+                set_forward_context(
+                    dict.fromkeys(self._layers, metadata),
+                    self._config,
+                    num_tokens=len(index),
+                    slot_mapping=dict.fromkeys(self._layers, slots),
+                    skip_compiled=True,
+                ),
+            ):
+                self._model(input_ids=ids, positions=places)
+        finally:
+            self._own_forward = False
+
+    def looked_at(
+        self,
+        last: int,
+        token_id: int,
+        place: np.ndarray | None,
+        block_ids: Sequence[int],
+        keys: Sequence[torch.Tensor],
+    ) -> np.ndarray:
+        """What position `last` attends to: ``[last + 1]`` float32, mean over heads and layers.
+
+        Costs a forward of one token.
+
+        Args:
+            place: ``[3]`` its rotary position; None: the index.
+            keys: ``[num_kv_heads, >= last + 1, head_dim]`` of each layer.
+        """
+        tail = TailAttention()
+        hooks = []
+        for layer, key in zip(self._layers.values(), keys, strict=True):
+
+            def record(
+                module: Any, args: tuple[Any, ...], k: torch.Tensor = key[:, : last + 1]
+            ) -> None:
+                tail.add(args[0].view(-1, k.shape[-1]), k, module.impl.scale)
+
+            hooks.append(layer.register_forward_pre_hook(record))
+        ids = np.zeros(last + 1, np.int64)
+        ids[last] = token_id
+        where = None
+        if place is not None:
+            where = np.zeros((3, last + 1), np.int64)
+            where[:, last] = place
+        try:
+            with torch.inference_mode():
+                self.run([Span(last, last + 1)], ids, where, block_ids, keep=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        mass = tail.mass
+        if mass is None:
+            raise RuntimeError("the model did not call its attention layers")
+        return mass
+
+
+def _positions(spans: Sequence[Span]) -> np.ndarray:
+    return np.concatenate([np.arange(s.start, s.end) for s in spans])

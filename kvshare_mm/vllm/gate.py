@@ -1,0 +1,58 @@
+"""What KVShare declines inside vLLM: a deployment at its start, or a request, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvshare_mm.models.support import declared_obstacle
+
+# Drafters that keep no KV of their own.
+_FREE_DRAFTERS = frozenset({"ngram", "ngram_gpu", "suffix"})
+
+
+def deployment_obstacle(vllm_config: Any, kv_cache_config: Any) -> str | None:
+    """Why KV cannot be shared in this deployment, or None."""
+    parallel = vllm_config.parallel_config
+    for name, words in (
+        ("pipeline_parallel_size", "pipeline parallelism"),
+        ("decode_context_parallel_size", "decode context parallelism"),
+        ("prefill_context_parallel_size", "prefill context parallelism"),
+    ):
+        if int(getattr(parallel, name, 1) or 1) > 1:
+            return f"{words} is not supported"
+    if parallel.data_parallel_size > 1 and getattr(parallel, "is_moe_model", False):
+        return "data parallelism of a mixture of experts is not supported"
+    model = vllm_config.model_config
+    if model.runner_type != "generate" or model.is_encoder_decoder:
+        return "only decoders that generate text are supported"
+    if (reason := declared_obstacle(model.hf_text_config)) is not None:
+        return reason
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return "its layers have different kinds of KV cache (sliding window, hybrid)"
+    spec = groups[0].kv_cache_spec
+    if type(spec).__name__ != "FullAttentionSpec":
+        return f"its KV cache is a {type(spec).__name__}, not full attention's"
+    if spec.sliding_window or spec.attention_chunk_size or spec.non_causal:
+        return "its attention is windowed, chunked or not causal"
+    if vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+        return f"KV of dtype {vllm_config.cache_config.cache_dtype} is not supported"
+    drafter = vllm_config.speculative_config
+    if drafter is not None and drafter.method not in _FREE_DRAFTERS:
+        return f"speculative decoding by {drafter.method} keeps KV of its own"
+    return None
+
+
+def request_obstacle(request: Any) -> str | None:
+    """Why a request takes no part in sharing, neither as target nor as donor, or None."""
+    if request.lora_request is not None:
+        return "lora"
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        return "prompt_embeds"
+    if request.pooling_params is not None:
+        return "pooling"
+    if request.mm_features:
+        return "media"
+    if request.skip_reading_prefix_cache:
+        return "prompt_logprobs"
+    return None

@@ -1,0 +1,112 @@
+"""What the scheduler side tells the workers each step, and what they report back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from kvshare_mm.delta_tree import Node, Piece, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Fill positions ``[start, end)`` of a request.
+
+    Attributes:
+        namespace: its donors', checked again when they are read.
+        pieces: who owns the KV of what is kept, ascending; some may lie before `start`.
+        kept: spans inside ``[start, end)`` whose KV is written from donors.
+        compute: spans inside ``[start, end)`` that the model runs on; with `kept` they tile it.
+        token_ids: ``[end]`` int64.
+        positions: ``[3, end]`` rotary positions; None: the index.
+        block_ids: its blocks, from position 0 on.
+    """
+
+    request_id: str
+    namespace: str
+    pieces: tuple[Piece, ...]
+    kept: tuple[Span, ...]
+    compute: tuple[Span, ...]
+    token_ids: np.ndarray
+    positions: np.ndarray | None
+    block_ids: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Take up a finished request as a donor.
+
+    Attributes:
+        node: what it becomes; its rows are read out of the blocks.
+        block_ids: its blocks, held until the save is reported.
+        last_token: token at `last`, the prompt's last position: what it looked at is recorded.
+    """
+
+    request_id: str
+    node: Node
+    block_ids: tuple[int, ...]
+    last: int
+    last_token: int
+
+
+@dataclass
+class Orders(KVConnectorMetadata):  # type: ignore[misc]
+    """One step's orders, the same for all ranks and carried out in this order."""
+
+    loads: list[Load] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+
+
+@dataclass
+class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What happened in a step, of one rank or of all together.
+
+    Attributes:
+        ranks: how many reports were merged.
+        stored: ranks that hold a node, by its id.
+        attention: sum over ranks of what the node's last prompt position looked at.
+        gone: nodes that a rank holds no longer, or could not store.
+        restored: nodes found on disk at the start, as each rank has them.
+        failed: why loads failed, by request.
+        obstacle: why a rank cannot take part at all, or None.
+    """
+
+    ranks: int = 1
+    stored: dict[str, int] = field(default_factory=dict)
+    attention: dict[str, np.ndarray] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    restored: list[Node] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    obstacle: str | None = None
+
+    def aggregate(self, other: Any) -> Report:
+        """Both reports as one."""
+        stored = dict(self.stored)
+        for node_id, ranks in other.stored.items():
+            stored[node_id] = stored.get(node_id, 0) + ranks
+        attention = dict(self.attention)
+        for node_id, mass in other.attention.items():
+            attention[node_id] = attention[node_id] + mass if node_id in attention else mass
+        return Report(
+            self.ranks + other.ranks,
+            stored,
+            attention,
+            self.gone | other.gone,
+            [*self.restored, *other.restored],
+            {**self.failed, **other.failed},
+            self.obstacle or other.obstacle,
+        )
+
+    @property
+    def empty(self) -> bool:
+        return not (self.stored or self.gone or self.restored or self.failed or self.obstacle)

@@ -1,0 +1,214 @@
+"""The worker side: carries out loads and saves of one rank, between vLLM's forwards.
+
+All ranks get the same orders and must run the same forwards, or they would wait for each other for
+ever. So what can go wrong on one rank alone, reading donors, is over before the first forward, and
+the ranks agree on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from kvshare_mm.delta_tree import Span
+from kvshare_mm.editor import KVEditor
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.store.base import NodeKV, StoredNode
+from kvshare_mm.store.tiered import TieredStore
+from kvshare_mm.vllm.forward import PartialForward
+from kvshare_mm.vllm.meta import Load, Orders, Report, Save
+from kvshare_mm.vllm.pages import PageLayout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Running:
+    """A load that is under way: its donors' KV is in the pages, `todo` is left to compute."""
+
+    load: Load
+    todo: deque[Span] = field(default_factory=deque)
+
+
+class Runner:
+    """Loads and saves of one rank.
+
+    Args:
+        layers: the model's attention layers in order, caches bound.
+        pages: where K and V are in their pages.
+        forward: runs the model.
+        editor: re-rotates donors' keys.
+        store: this rank's share of the donors' KV.
+        gone: what the store dropped; it is appended to from any thread.
+        agree: whether all ranks say yes.
+        budget: most tokens that loads compute in one step.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, Any],
+        pages: PageLayout,
+        forward: PartialForward,
+        editor: KVEditor,
+        store: TieredStore,
+        gone: deque[str],
+        agree: Callable[[bool], bool],
+        budget: int,
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self._layers = layers
+        self._pages = pages
+        self._forward = forward
+        self._editor = editor
+        self._store = store
+        self._gone = gone
+        self._agree = agree
+        self._budget = budget
+        self._loads: deque[_Running] = deque()
+        self._waiting: deque[Load] = deque()
+        self._received: set[str] = set()
+        self._sent: set[str] = set()
+        self._report = Report()
+        for node, _ in store.records():
+            self._report.restored.append(node)
+
+    def step(self, orders: Orders) -> None:
+        """Carry out a step's orders, as far as the budget goes; saves always."""
+        self._waiting.extend(orders.loads)
+        start = time.perf_counter()
+        left = self._budget
+        while left > 0 and (self._loads or self._waiting):
+            if not self._loads:
+                self._begin(self._waiting.popleft())
+                continue
+            left -= self._advance(self._loads[0], left)
+            if not self._loads[0].todo:
+                self._received.add(self._loads.popleft().load.request_id)
+        if left < self._budget:
+            self.counters["load_microseconds"] += round((time.perf_counter() - start) * 1e6)
+        for save in orders.saves:
+            self._save(save)
+
+    def finished(self) -> tuple[set[str], set[str], set[str]]:
+        """Requests saved, requests loaded, and those of the latter whose load failed."""
+        sent, received = self._sent, self._received
+        self._sent, self._received = set(), set()
+        return sent, received, received & self._report.failed.keys()
+
+    def report(self) -> Report | None:
+        """What happened since the last report."""
+        while self._gone:
+            self._report.gone.add(self._gone.popleft())
+        report, self._report = self._report, Report()
+        return None if report.empty else report
+
+    def close(self) -> None:
+        self._store.close()
+
+    # -- loads ------------------------------------------------------------------------------
+
+    def _begin(self, load: Load) -> None:
+        """Put the donors' KV of a load into its pages."""
+        reason = None
+        staged = None
+        try:
+            staged = self._staged(load)
+        except KVUnavailableError as error:
+            logger.info("computing %s in full: %s", load.request_id, error)
+            reason = error.reason
+        except Exception:
+            # A cache problem is never a request's problem.
+            logger.exception("loading %s failed; computing it in full", load.request_id)
+            reason = "edit_error"
+        if not self._agree(reason is None) or staged is None:
+            self._report.failed[load.request_id] = reason or "other_rank"
+            self._received.add(load.request_id)
+            return
+        keys, values = staged
+        slots = self._forward.slots(load.kept, load.block_ids)
+        for layer, k, v in zip(self._layers.values(), keys, values, strict=True):
+            layer.impl.do_kv_cache_update(layer, k, v, layer.kv_cache, slots)
+        self._loads.append(_Running(load, deque(load.compute)))
+
+    def _staged(self, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
+        """Donors' KV of the kept spans, edited: two ``[layers, n, heads, head_dim]``."""
+        first = next(iter(self._layers.values()))
+        heads, dim = first.kv_cache.shape[1], first.kv_cache.shape[3] // 2
+        shape = (len(self._layers), heads, load.end, dim)
+        like = first.kv_cache
+        keys, values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+
+        def read(node_id: str) -> StoredNode:
+            stored = self._store.get(node_id, load.namespace)
+            if stored.kv.k.shape[:2] != shape[:2] or stored.kv.k.shape[3] != dim:
+                raise KVUnavailableError("corrupt", f"node {node_id} is not of this model")
+            return stored
+
+        with torch.inference_mode():
+            self._editor.edit(load.pieces, read, keys, values, load.positions)
+            k, v = (
+                torch.cat([x[:, :, s.start : s.end] for s in load.kept], dim=2)
+                .transpose(1, 2)
+                .contiguous()
+                for x in (keys, values)
+            )
+        return k, v
+
+    def _advance(self, running: _Running, budget: int) -> int:
+        """Compute as much of a load as the budget allows; returns what it used."""
+        load = running.load
+        spans: list[Span] = []
+        used = 0
+        while running.todo and used < budget:
+            span = running.todo.popleft()
+            if span.length > budget - used:
+                cut = span.start + budget - used
+                running.todo.appendleft(Span(cut, span.end))
+                span = Span(span.start, cut)
+            spans.append(span)
+            used += span.length
+        if spans:
+            self._forward.run(spans, load.token_ids, load.positions, load.block_ids)
+        self.counters["recomputed_tokens"] += used
+        return used
+
+    # -- saves ------------------------------------------------------------------------------
+
+    def _save(self, save: Save) -> None:
+        """Take up a request; whatever happens, its blocks are given back."""
+        self._sent.add(save.request_id)
+        node = save.node
+        try:
+            attention = self._store_node(save)
+        except Exception:
+            logger.exception("storing %s failed", save.request_id)
+            self._report.gone.add(node.node_id)
+            return
+        if self._store.resident(node.node_id) is None:
+            self._report.gone.add(node.node_id)
+            return
+        self._report.stored[node.node_id] = 1
+        if attention is not None:
+            self._report.attention[node.node_id] = attention
+
+    def _store_node(self, save: Save) -> Any:
+        node, length = save.node, save.last + 1
+        whole = [Span(0, max(length, node.own[-1].end if node.own else 0))]
+        slots = self._forward.slots(whole, save.block_ids)
+        kv = [self._pages.read(layer.kv_cache, slots) for layer in self._layers.values()]
+        place = None if node.positions is None else node.positions[:, save.last]
+        attention = self._forward.looked_at(
+            save.last, save.last_token, place, save.block_ids, [k for k, _ in kv]
+        )
+        rows = torch.cat([torch.arange(s.start, s.end) for s in node.own] or [torch.arange(0)])
+        rows = rows.to(slots.device)
+        k, v = (torch.stack([each[i][:, rows] for each in kv]).cpu() for i in range(2))
+        stored = StoredNode(replace(node, attention=attention), NodeKV(k, v))
+        self._store.put(stored)
+        return attention

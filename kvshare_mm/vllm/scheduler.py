@@ -1,0 +1,377 @@
+"""The scheduler side: looks donors up, decides what is loaded, keeps what is approximate apart.
+
+Lives in vLLM's scheduler loop, so nothing here waits: plans are made in a thread, and a request
+whose plan is late is computed in full.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from kvshare_mm.catalogue import Catalogue
+from kvshare_mm.delta_tree import Node, Piece
+from kvshare_mm.donors import namespace
+from kvshare_mm.errors import InvalidRequestError, KVUnavailableError
+from kvshare_mm.plan import Decline, ReusePlan
+from kvshare_mm.repair import RepairPolicy, repaired_plan
+from kvshare_mm.vllm import compat
+from kvshare_mm.vllm.gate import request_obstacle
+from kvshare_mm.vllm.meta import Load, Orders, Report, Save
+from kvshare_mm.vllm.options import ConnectorOptions, RequestKnobs
+from kvshare_mm.vllm.spans import loadable_end, spans_of
+from kvshare_mm.vllm.stats import Provenance
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Lookup:
+    """A request on its way to its plan and, perhaps, its load.
+
+    Attributes:
+        plan: what may be reused; None while it is looked up.
+        declined: why nothing (more) is loaded, or None.
+        apart: how its blocks are kept from exact requests; None: they need not be.
+        asked: tokens of vLLM's own prefix cache when it was last asked about.
+        local: the same when it first got blocks; None: it has had none.
+        used: the plan that was loaded; None: none was.
+    """
+
+    keys: np.ndarray
+    namespace: str
+    knobs: RequestKnobs
+    deadline: float
+    future: Future[ReusePlan] | None = None
+    plan: ReusePlan | None = None
+    declined: str | None = None
+    loading: bool = False
+    apart: compat.SetApart | None = None
+    asked: int = 0
+    local: int | None = None
+    used: ReusePlan | None = None
+    provenance: Provenance = field(default_factory=Provenance)
+
+
+class Scheduler:
+    """KVShare's part of vLLM's scheduler.
+
+    Args:
+        options: the connector's.
+        fingerprint: names the model: the first part of every namespace.
+        block_size: tokens of a block.
+        num_ranks: workers that must hold a donor before it is one.
+        dense: finds donors by meaning, or None.
+    """
+
+    def __init__(
+        self,
+        options: ConnectorOptions,
+        fingerprint: str,
+        block_size: int,
+        num_ranks: int,
+        dense: Any = None,
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self.obstacle: str | None = None
+        self.catalogue = Catalogue(self.counters, options.core.max_candidates)
+        self._options = options
+        self._fingerprint = fingerprint
+        self._block_size = block_size
+        self._num_ranks = num_ranks
+        self._dense = dense
+        self._planner = options.core.planner
+        self._lookups: dict[str, _Lookup] = {}
+        self._saving: dict[str, Node] = {}
+        self._loads: list[Load] = []
+        self._saves: list[Save] = []
+        self._restored: dict[str, list[Node]] = {}
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="kvshare-lookup")
+
+    # -- a new request ----------------------------------------------------------------------
+
+    def add(self, request: Any) -> None:
+        """Begin looking for donors."""
+        salt = f"{self._options.core.cache_salt}\0{request.cache_salt or ''}"
+        lookup = _Lookup(
+            keys=np.empty(0, np.uint64),
+            namespace=namespace(self._fingerprint, salt),
+            knobs=RequestKnobs(),
+            deadline=time.monotonic() + self._options.lookup_deadline_s,
+        )
+        self._lookups[request.request_id] = lookup
+        lookup.declined = "unsupported" if self.obstacle else request_obstacle(request)
+        if lookup.declined is not None:
+            return
+        lookup.keys = np.asarray(request.prompt_token_ids, np.uint64)
+        try:
+            lookup.knobs = RequestKnobs.of(request.kv_transfer_params)
+        except InvalidRequestError as error:
+            logger.warning("%s is served without KVShare: %s", request.request_id, error)
+            lookup.declined = "invalid_options"
+            return
+        sharing = lookup.knobs.sharing or self._options.sharing
+        if sharing == "off":
+            lookup.declined = Decline.SHARING_OFF
+            return
+        policy = lookup.knobs.policy or self._options.core.policy
+        lookup.future = self._threads.submit(self._plan, lookup, policy, sharing == "exact")
+
+    def _plan(self, lookup: _Lookup, policy: RepairPolicy, exact: bool) -> ReusePlan:
+        """In a thread of its own."""
+        options = self._planner.but_exact_only() if exact else self._planner
+        found = self.catalogue.find(lookup.keys, lookup.namespace, options)
+        plan = found.plan
+        if not exact and self._dense is not None and not plan.num_reused:
+            similar = self._dense.search(lookup.keys, lookup.namespace)
+            if similar:
+                plan = self.catalogue.find(lookup.keys, lookup.namespace, options, similar).plan
+        self.counters["lookup_microseconds"] += round((found.lookup + found.planning) * 1e6)
+        if plan.num_reused:
+            plan = repaired_plan(plan, policy.positions(plan, _NoProbe()))
+        return plan
+
+    def matched(self, request: Any, local: int) -> tuple[int | None, bool]:
+        """How many tokens behind vLLM's own `local` ones a load gives; None: ask again."""
+        lookup = self._lookups.get(request.request_id)
+        if lookup is None:
+            return 0, False
+        lookup.asked = local
+        if lookup.future is not None and not self._arrived(lookup):
+            return None, False
+        plan = lookup.plan
+        if plan is None:
+            return 0, False
+        end = loadable_end(plan)
+        kept = _kept(plan)[local:end]
+        if not kept.any() or kept.sum() < self._options.min_load_tokens:
+            lookup.declined = plan.declined or ("prefix_cache" if plan.runs else None)
+            return 0, False
+        try:
+            self.catalogue.pieces(plan)
+        except KVUnavailableError as error:
+            lookup.declined, lookup.plan = error.reason, None
+            return 0, False
+        return end - local, True
+
+    def _arrived(self, lookup: _Lookup) -> bool:
+        """Take up a plan that is ready, or do without one that is late."""
+        assert lookup.future is not None
+        if not lookup.future.done():
+            if time.monotonic() < lookup.deadline:
+                return False
+            lookup.declined = "lookup_late"
+        else:
+            try:
+                lookup.plan = lookup.future.result()
+                lookup.declined = lookup.plan.declined
+            except Exception:
+                # A cache problem is never a request's problem.
+                logger.exception("donor lookup failed; computing in full")
+                lookup.declined = Decline.LOOKUP_ERROR
+        lookup.future = None
+        return True
+
+    def allocated(self, request: Any, block_ids: list[int], external: int) -> None:
+        """vLLM gave a request its blocks; `external` tokens of them are ours to fill."""
+        lookup = self._lookups.get(request.request_id)
+        if lookup is None:
+            return
+        local = lookup.asked
+        if external == 0:
+            if lookup.local is None:
+                lookup.local = local
+                lookup.provenance = replace(lookup.provenance, exact=local)
+            return
+        plan = lookup.plan
+        assert plan is not None
+        end = local + external
+        kept = _kept(plan)[:end]
+        kept[:local] = False
+        compute = ~kept
+        compute[:local] = False
+        load = Load(
+            request_id=request.request_id,
+            namespace=lookup.namespace,
+            pieces=tuple(_behind(self.catalogue.pieces(plan), local, end)),
+            kept=spans_of(kept),
+            compute=spans_of(compute),
+            token_ids=np.asarray(request.all_token_ids[:end], np.int64),
+            positions=None,
+            block_ids=tuple(block_ids),
+        )
+        self._loads.append(load)
+        approximate = plan.approximate[:end] & kept
+        if approximate.any() and lookup.apart is None:
+            first = int(np.flatnonzero(approximate)[0]) // self._block_size
+            lookup.apart = compat.SetApart(request, first)
+        lookup.loading = True
+        lookup.local = local
+        lookup.used = plan
+        recomputed = int(compute.sum())
+        lookup.provenance = Provenance(
+            exact=local + int((kept & ~plan.approximate[:end]).sum()),
+            reused=int(approximate.sum()),
+            recomputed=recomputed,
+            donor=plan.donors[0] if plan.donors else None,
+        )
+        compat.count_cached(request, local, external - recomputed)
+
+    # -- a step -----------------------------------------------------------------------------
+
+    def orders(self) -> Orders:
+        """What the workers shall do in this step."""
+        orders = Orders(self._loads, self._saves)
+        self._loads, self._saves = [], []
+        return orders
+
+    @property
+    def busy(self) -> bool:
+        """Whether workers have something to do even if no request runs."""
+        return bool(self._loads or self._saves or self._saving)
+
+    def reported(self, report: Report, requests: Any) -> None:
+        """Take up what the workers did.
+
+        Args:
+            requests: finds vLLM's request by its id; None if it is over.
+        """
+        if report.obstacle is not None and self.obstacle is None:
+            self.obstacle = report.obstacle
+            logger.warning("KVShare is off: %s", report.obstacle)
+        for node in report.restored:
+            held = self._restored.setdefault(node.node_id, [])
+            held.append(node)
+            if len(held) == self._num_ranks:
+                self._add(node)
+                self.counters["restored"] += 1
+        for node_id, ranks in report.stored.items():
+            saved = self._saving.pop(node_id, None)
+            if saved is None or node_id in report.gone:
+                continue
+            if ranks == self._num_ranks:
+                mass = report.attention.get(node_id)
+                attention = None if mass is None else (mass / ranks).astype(np.float32)
+                self._add(replace(saved, attention=attention))
+                self.counters["captured"] += 1
+        for node_id in report.gone:
+            if self._saving.pop(node_id, None) is not None:
+                self.counters["capture_failed"] += 1
+            if self.catalogue.remove(node_id):
+                self.counters["forgotten"] += 1
+            if self._dense is not None:
+                self._dense.remove(node_id)
+        for request_id, reason in report.failed.items():
+            self._failed(request_id, reason, requests(request_id))
+
+    def _failed(self, request_id: str, reason: str, request: Any) -> None:
+        lookup = self._lookups.get(request_id)
+        if lookup is None:
+            return
+        self.counters[f"fallback_{reason}"] += 1
+        lookup.declined = reason
+        lookup.plan = None
+        lookup.used = None
+        lookup.provenance = Provenance()
+        lookup.local = None
+        if request is not None and lookup.apart is not None:
+            lookup.apart.undo(request)
+        lookup.apart = None
+
+    def loaded(self, request_id: str) -> None:
+        """A load is over, well or not."""
+        if (lookup := self._lookups.get(request_id)) is not None:
+            lookup.loading = False
+
+    def finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any]]:
+        """A request is over: whether its blocks are held until it is stored, and what it was."""
+        lookup = self._lookups.pop(request.request_id, None)
+        if lookup is None:
+            return False, {}
+        if lookup.future is not None:
+            lookup.future.cancel()
+        told = self._told(request, lookup)
+        return self._keep(request, lookup, block_ids), {"kvshare": told}
+
+    def _told(self, request: Any, lookup: _Lookup) -> dict[str, Any]:
+        total = request.num_prompt_tokens
+        p = lookup.provenance
+        if lookup.loading or lookup.local is None:
+            p = Provenance()  # it ended before anything was computed
+        p = replace(p, declined=lookup.declined and str(lookup.declined))
+        told = p.told(total)
+        for name in ("exact", "reused", "recomputed", "computed"):
+            self.counters[f"prompt_tokens_{name}"] += told[name]
+        self.counters["requests"] += 1
+        if p.declined is not None:
+            self.counters[f"declined_{p.declined}"] += 1
+        return told
+
+    def _keep(self, request: Any, lookup: _Lookup, block_ids: list[int]) -> bool:
+        """Order a finished request's KV to be stored, if it is worth it."""
+        if (
+            lookup.loading
+            or not lookup.knobs.store
+            or not len(lookup.keys)
+            or self.obstacle is not None
+            or self._options.sharing == "off"
+        ):
+            return False
+        # The last token's KV is not computed any more.
+        length = min(request.num_computed_tokens, request.num_tokens - 1)
+        last = request.num_prompt_tokens - 1
+        if length <= last or length > len(block_ids) * self._block_size:
+            return False
+        keys = np.asarray(request.all_token_ids[:length], np.uint64)
+        plan = lookup.used
+        if plan is None:
+            plan = lookup.plan or ReusePlan(len(lookup.keys))
+            plan = ReusePlan(plan.num_tokens, tuple(r for r in plan.runs if r.exact))
+        node = self.catalogue.derive(keys, lookup.namespace, plan)
+        if node is None:
+            return False
+        token = int(request.all_token_ids[last])
+        self._saves.append(Save(request.request_id, node, tuple(block_ids), last, token))
+        self._saving[node.node_id] = node
+        return True
+
+    def _add(self, node: Node) -> None:
+        self.catalogue.add(node)
+        if self._dense is not None:
+            self._dense.add(node)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._dense is not None:
+            self._dense.close()
+
+
+class _NoProbe:
+    """Policies that measure drift need a forward before the plan is made; vLLM has none to give."""
+
+    def deviation(self, layer: int) -> np.ndarray:
+        raise InvalidRequestError("this repair policy measures drift, which vLLM cannot", "repair")
+
+
+def _kept(plan: ReusePlan) -> np.ndarray:
+    """``[num_tokens]`` bool: positions that take their KV from donors in the end."""
+    kept = plan.kept
+    kept[plan.repair] = False
+    return kept
+
+
+def _behind(pieces: list[Piece], start: int, end: int) -> list[Piece]:
+    """What of `pieces` lies in ``[start, end)``."""
+    found = []
+    for piece in pieces:
+        low, high = max(piece.start, start), min(piece.end, end)
+        if low < high:
+            moved = low - piece.start
+            found.append(Piece(piece.owner, piece.owner_start + moved, low, high - low))
+    return found
