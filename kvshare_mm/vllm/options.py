@@ -85,7 +85,7 @@ class RequestKnobs(BaseModel):
 
     sharing: SharingLevel | None = None
     repair: str | None = None
-    max_divergence: float | None = Field(None, ge=0)
+    max_divergence: float | None = Field(default=None, ge=0)
     store: bool = True
 
     @field_validator("sharing", mode="before")

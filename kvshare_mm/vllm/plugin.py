@@ -5,6 +5,6 @@ from __future__ import annotations
 
 def register() -> None:
     """Make the connector known by name. Called in every process, possibly more than once."""
-    from kvshare_mm.vllm import compat
+    from kvshare_mm.vllm.compat import install
 
-    compat.install()
+    install()

@@ -46,7 +46,7 @@ class KVShareStats(KVConnectorStats):  # type: ignore[misc]
     """Counters since the last report."""
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: dict[str, int] = {}
 
     def aggregate(self, other: Any) -> KVShareStats:
         self.data = dict(Counter(self.data) + Counter(other.data))
