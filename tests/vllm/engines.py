@@ -1,0 +1,124 @@
+"""vLLM engines for tests: one with KVShare in this process, one without it in a process beside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+from kvshare_mm.vllm import kv_transfer_config
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """An engine with KVShare whose scheduler and worker can be looked into."""
+
+    llm: Any
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def vllm_scheduler(self) -> Any:
+        return self.core.scheduler
+
+    @property
+    def scheduler(self) -> Any:
+        return self.vllm_scheduler.connector._scheduler
+
+    @property
+    def runner(self) -> Any:
+        return get_kv_transfer_group()._runner
+
+    @property
+    def num_free(self) -> int:
+        return int(self.vllm_scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def add(self, name: str, ids: Sequence[int], max_tokens: int = 4, **knobs: Any) -> None:
+        params = SamplingParams(
+            max_tokens=max_tokens, extra_args={"kv_transfer_params": {"kvshare": knobs}}, **GREEDY
+        )
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": list(ids)}, params)
+
+    def step(self) -> list[Any]:
+        return [o for o in self.llm.llm_engine.step() if o.finished]
+
+    def run(self) -> dict[str, Any]:
+        """All outputs of what was added; afterwards nothing is under way, donors are stored."""
+        done: dict[str, Any] = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            done.update({o.request_id: o for o in self.step()})
+        self.settle()
+        return done
+
+    def settle(self) -> None:
+        """Let the scheduler hear of what the workers did last."""
+        while self.vllm_scheduler.has_requests():
+            self.core.step_fn()
+
+    def serve(self, ids: Sequence[int], max_tokens: int = 4, **knobs: Any) -> Any:
+        self.add("one", ids, max_tokens, **knobs)
+        return self.run()["one"]
+
+    def forget(self) -> None:
+        """As if just started: no donors, nothing in the prefix cache."""
+        self.settle()
+        for node in self.scheduler.catalogue.nodes():
+            self.runner._store.delete(node.node_id)
+            self.scheduler.catalogue.remove(node.node_id)
+        self.runner._gone.clear()
+        assert self.llm.reset_prefix_cache()
+
+
+def told(output: Any) -> dict[str, Any]:
+    """What the response says about reuse."""
+    return dict(output.kv_transfer_params["kvshare"])
+
+
+def tokens(output: Any) -> list[int]:
+    return list(output.outputs[0].token_ids)
+
+
+@contextmanager
+def shared_engine(model: Path | str, options: dict[str, Any], **more: Any) -> Iterator[Shared]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    llm = _llm(model, kv_transfer_config=kv_transfer_config(options), **more)
+    try:
+        yield Shared(llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def stock_engine(model: Path | str, **more: Any) -> Iterator[Any]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    llm = _llm(model, **more)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def stock_tokens(llm: Any, ids: Sequence[int], max_tokens: int = 4) -> list[int]:
+    params = SamplingParams(max_tokens=max_tokens, **GREEDY)
+    (output,) = llm.generate([{"prompt_token_ids": list(ids)}], params, use_tqdm=False)
+    return tokens(output)
+
+
+def _llm(model: Path | str, **more: Any) -> Any:
+    return LLM(
+        str(model),
+        dtype="float32",
+        enforce_eager=True,
+        block_size=32,
+        **more,
+    )
