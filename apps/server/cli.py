@@ -20,9 +20,18 @@ _OPERATION = "operation"
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="hub name, folder, .gguf file, or the embedded smollm2")
     ] = "smollm2",
+    vllm_options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- VLLM_OPTIONS]...", help="vLLM's own, with --engine vllm"),
+    ] = None,
+    engine: Annotated[
+        Literal["native", "vllm"],
+        typer.Option(help="what runs the model", rich_help_panel=_ENGINE),
+    ] = "native",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000,
     served_model_name: Annotated[
@@ -134,6 +143,12 @@ def serve(
 ) -> None:
     """Serve a model with OpenAI's API; requests that are alike share KV cache."""
     with plain_errors():
+        if engine == "vllm":
+            from kvshare_mm.apps.server import vllm_server
+
+            vllm_server.replace_process(_named(context), vllm_options or [])
+        if vllm_options:
+            raise typer.BadParameter("only --engine vllm takes options after MODEL")
         _check_installed()
         from kvshare_mm.apps.server import admin_key, logs, run
         from kvshare_mm.apps.server.options import ServerOptions
@@ -202,6 +217,16 @@ def add(
 
     with plain_errors():
         console.print(add_key(file, tenant, admin), markup=False, highlight=False, soft_wrap=True)
+
+
+def _named(context: typer.Context) -> dict[str, Any]:
+    """The options that stand in the command line."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"
+        and name not in {"engine", "vllm_options"}
+    }
 
 
 def _load(config: Any) -> Any:

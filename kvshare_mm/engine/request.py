@@ -43,6 +43,7 @@ class RequestSpec:
         sharing: what may be reused for it.
         policy: repairs for it; None: the engine's.
         store: whether it becomes a donor.
+        cache_salt, repair: what `namespace` and `policy` were made from, in the user's words.
     """
 
     stream: SegmentStream
@@ -52,6 +53,8 @@ class RequestSpec:
     sharing: Sharing = "on"
     policy: RepairPolicy | None = None
     store: bool = True
+    cache_salt: str = ""
+    repair: str | None = None
 
 
 @dataclass(eq=False, slots=True)

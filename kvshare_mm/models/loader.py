@@ -104,7 +104,7 @@ def load_model(
         backend = resolve(attention_backend, where)
     except BackendError as error:
         raise ConfigError(str(error)) from error
-    source = _locate(name)
+    source = locate(name)
     hf_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -158,11 +158,27 @@ def load_model(
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model alone. Raises ModelLoadError."""
     try:
-        return AutoTokenizer.from_pretrained(_locate(name), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
     except ModelLoadError:
         raise
     except Exception as error:
         raise ModelLoadError(f"Could not load the tokenizer of {name!r}. {error}") from error
+
+
+def measured_dtype(source: str, device: str = "auto", *, trust_remote_code: bool = False) -> str:
+    """What dtype "auto" means for a model on this machine, e.g. "float32".
+
+    Args:
+        source: a folder or hub name, see `locate`.
+
+    Raises:
+        ModelLoadError: the model's configuration cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of transformers, the hub, or code from the hub
+        raise ModelLoadError(f"Could not read the model {source!r}. {error}") from error
+    return str(_dtype("auto", config, _device(device))).removeprefix("torch.")
 
 
 def is_installed(name: str) -> bool:
@@ -174,7 +190,12 @@ def is_installed(name: str) -> bool:
     return name in SHIPPED
 
 
-def _locate(name: str) -> str:
+def locate(name: str) -> str:
+    """The folder of a model that is here, converting it first if need be, or its hub name.
+
+    Raises:
+        ModelLoadError: there is no such folder or file, or it cannot be converted.
+    """
     if name in EMBEDDED:
         return str(converted(embedded_gguf(name)))
     if name in SHIPPED:

@@ -170,10 +170,11 @@ class VLLMEngine:
         self._thread.start()
         try:
             started = asyncio.run_coroutine_threadsafe(_start(arguments), self._loop)
-            self._llm = started.result()
+            self._llm: Any = started.result()
         except BaseException:
             self._stop_loop()
             raise
+        self.max_model_len = int(self._llm.model_config.max_model_len)
 
     def check(self, spec: RequestSpec) -> None:
         """Raises InvalidRequestError: a prompt that leaves no room in the context."""
@@ -213,11 +214,6 @@ class VLLMEngine:
 
         if not self._closed:
             self._loop.call_soon_threadsafe(end)
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt plus answer, in tokens."""
-        return int(self._llm.model_config.max_model_len)
 
     @property
     def num_running(self) -> int:
@@ -280,6 +276,7 @@ class VLLMEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._llm.shutdown()
+        self._llm = None  # its end, when the interpreter's has come, would fail
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         for task in rest:  # vLLM's own
             task.cancel()

@@ -1,0 +1,79 @@
+"""`kvshare serve --engine vllm`: vLLM's own server, with KVShare in it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from kvshare_mm.config import KVShareConfig
+from kvshare_mm.errors import ConfigError
+from kvshare_mm.vllm.arguments import check_installed, command_line, engine_arguments
+
+# Options of `kvshare serve` with what they are called in KVShareConfig ...
+_CONFIG: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "reuse": ("sharing", str),
+    "host_gib": ("host_bytes", lambda gib: int(gib * 2**30)),
+    "disk_gib": ("disk_bytes", lambda gib: int(gib * 2**30)),
+    "embedder": ("embedder", lambda name: None if name == "none" else name),
+    **{
+        name: (name, lambda value: value)
+        for name in (
+            *("model", "dtype", "max_model_len", "max_num_seqs"),
+            *("store_dir", "index_uri", "repair", "max_divergence"),
+        )
+    },
+}
+# ... and in `vllm serve`.
+_VLLM: Mapping[str, str] = {
+    "host": "host",
+    "port": "port",
+    "served_model_name": "served_model_name",
+    "otlp_traces": "otlp_traces_endpoint",
+}
+_DEFAULTS = {"model": "smollm2", "host": "127.0.0.1", "port": 8000}
+
+
+def command(named: Mapping[str, Any], own: Sequence[str]) -> list[str]:
+    """The command line that serves a model.
+
+    Args:
+        named: options of `kvshare serve` as far as they were given, by name.
+        own: vLLM's options, as they are; they come last.
+
+    Raises:
+        ConfigError: an option that vLLM's server has no use for, or one that is not to be changed.
+        ModelLoadError: there is no such model.
+    """
+    given = {**_DEFAULTS, **named}
+    if str(given["model"]).startswith("-"):  # what follows `--` is MODEL, if MODEL is not named
+        own = [str(given["model"]), *own]
+        given["model"] = _DEFAULTS["model"]
+    if foreign := sorted(given.keys() - _CONFIG.keys() - _VLLM.keys()):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+        raise ConfigError(f"{flags}: not with --engine vllm; see `vllm serve --help`")
+    if any(word.partition("=")[0] == "--kv-transfer-config" for word in own):
+        raise ConfigError(
+            "--kv-transfer-config is what --engine vllm sets; KVShare's options are its own"
+        )
+    config = {
+        _CONFIG[name][0]: _CONFIG[name][1](value)
+        for name, value in given.items()
+        if name in _CONFIG
+    }
+    arguments: dict[str, Any] = {
+        **engine_arguments(KVShareConfig.of(engine="vllm", **config)),
+        "served_model_name": given["model"],
+        "enable_prompt_tokens_details": True,
+        **{_VLLM[name]: value for name, value in given.items() if name in _VLLM},
+    }
+    program = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    return [*program, *command_line(arguments), *own]
+
+
+def replace_process(named: Mapping[str, Any], own: Sequence[str]) -> NoReturn:
+    """Become vLLM's server: signals reach it as they reach any server."""
+    check_installed()
+    words = command(named, own)
+    os.execv(words[0], words)
