@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
-from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, get_kv_transfer_group
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from kvshare_mm.vllm import kv_transfer_config
 
@@ -96,6 +97,8 @@ def shared_engine(model: Path | str, options: dict[str, Any], **more: Any) -> It
         yield Shared(llm)
     finally:
         llm.llm_engine.engine_core.shutdown()
+        ensure_kv_transfer_shutdown()
+        cleanup_dist_env_and_memory()
 
 
 @contextmanager

@@ -1,0 +1,91 @@
+"""Inside vLLM a request reuses what it would in the native engine, and gets the same answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm import SamplingParams as VLLMParams
+
+from kvshare_mm import KVShare, SamplingParams, assets
+from kvshare_mm.models.loader import load_tokenizer, locate
+
+from .engines import Shared, shared_engine, tokens, told
+
+pytestmark = pytest.mark.vllm
+
+Pairs = list[tuple[list[int], list[int]]]
+
+
+def _random_pairs() -> Pairs:
+    rng = np.random.default_rng(0)
+    pairs = []
+    for length in (90, 200, 350):
+        donor = rng.integers(3, 250, length).tolist()
+        new = rng.integers(3, 250, 9).tolist()
+        target = [*donor[:30], *new[:3], *donor[30:60], *donor[64:], *new[3:]]
+        pairs.append((donor, target))
+    return pairs
+
+
+def _real_pairs(model: str) -> Pairs:
+    lines = (assets.folder("") / "pairs-demo.jsonl").read_text("utf-8").splitlines()
+    tokenizer = load_tokenizer(model)
+    pairs = []
+    for line in lines[:6]:
+        pair = json.loads(line)
+        texts = [pair[side] for side in ("donor", "target")]
+        pairs.append(tuple(list(tokenizer(text)["input_ids"])[:600] for text in texts))
+    return pairs  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "smollm2"])
+def case(
+    request: pytest.FixtureRequest, random_model: Callable[[str], Path]
+) -> Iterator[tuple[Shared, KVShare, Pairs]]:
+    real = request.param == "smollm2"
+    folder = locate("smollm2") if real else str(random_model(request.param))
+    pairs = _real_pairs(folder) if real else _random_pairs()
+    options = {"lookup_deadline_s": 30, "min_load_tokens": 1}
+    with (
+        KVShare(folder, dtype="float32", embedder=None) as native,
+        shared_engine(folder, options, max_model_len=None if not real else 2048) as shared,
+    ):
+        yield shared, native, pairs
+
+
+def test_the_same_reuse_and_the_same_first_token(case: tuple[Shared, KVShare, Pairs]) -> None:
+    shared, native, pairs = case
+    reused = 0
+    for donor, target in pairs:
+        shared.forget()
+        assert native.cache is not None
+        native.cache.clear()
+        first = native.generate(donor, SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+        assert tokens(shared.serve(donor)) == list(first.token_ids)
+        native.flush()
+        expected = native.generate(
+            target, SamplingParams(max_tokens=1, temperature=0, logprobs=10, ignore_eos=True)
+        )
+        output = _with_logprobs(shared, target)
+        p, use = expected.provenance, told(output)
+        assert (use["exact"], use["reused"]) == (p.exact, p.reused)
+        assert use["recomputed"] + use["computed"] == p.recomputed
+        assert use["declined"] == p.declined
+        reused += p.reused
+        assert expected.logprobs is not None
+        theirs = output.outputs[0].logprobs[0]
+        for token, logprob in expected.logprobs[0].top:
+            assert theirs[token].logprob == pytest.approx(logprob, abs=2e-3)
+    assert reused
+
+
+def _with_logprobs(shared: Shared, ids: list[int]) -> Any:
+    params = VLLMParams(max_tokens=1, temperature=0, logprobs=20, ignore_eos=True)
+    (output,) = shared.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+    shared.settle()
+    return output
