@@ -10,6 +10,7 @@ import typer
 
 from kvshare_mm.apps.bench import cli_fidelity, cli_hitrate, cli_kernels, cli_media, cli_serve
 from kvshare_mm.apps.bench.terminal import (
+    Engine,
     Model,
     Out,
     console,
@@ -109,6 +110,7 @@ def memory(
 @bench.command()
 def template(
     model: Model = "smollm2",
+    engine: Engine = "native",
     reports: Annotated[int, typer.Option(min=1, help="lab reports in the prompt")] = 1,
     values: Annotated[int, typer.Option(min=1, help="numbers that differ")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="measurements")] = 9,
@@ -117,8 +119,16 @@ def template(
     """One template, other numbers: full, KVShare, the ideal, and an identical repeat."""
     from kvshare_mm.apps.bench import template as bench_template
 
-    with plain_errors(), opened_rig(model) as rig:
-        report = bench_template.run(rig, reports=reports, values=values, repeats=repeats)
+    with plain_errors():
+        if engine == "vllm":
+            from kvshare_mm.apps.bench import vllm_engines
+
+            pair = bench_template.pair(reports=reports, values=values)
+            cases = vllm_engines.cases_of(model, [pair])
+            report = vllm_engines.run(model, cases, repeats=repeats, max_new_tokens=16)
+        else:
+            with opened_rig(model) as rig:
+                report = bench_template.run(rig, reports=reports, values=values, repeats=repeats)
         show(report)
         write_report(report, json_file)
 

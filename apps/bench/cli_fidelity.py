@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kvshare_mm.apps.bench.terminal import (
+    Engine,
     Limit,
     Model,
     Out,
@@ -36,8 +37,9 @@ def _options(repair: str | None) -> dict[str, Any]:
 def reuse(
     pairs: Pairs,
     model: Model = "smollm2",
+    engine: Engine = "native",
     methods: Annotated[
-        str, typer.Option(help=_METHODS)
+        str, typer.Option(help=_METHODS + "; not with --engine vllm")
     ] = "full,prefix,placeholders,cacheblend,epic,kvshare",
     repair: Repair = None,
     held_out: HeldOut = False,
@@ -57,8 +59,21 @@ def reuse(
     from kvshare_mm.apps.bench.prompts import read_pairs
 
     with plain_errors():
-        chosen = bench_reuse.with_full(pick(methods))
         rows = read_pairs(pairs, limit, held_out=held_out)
+        if engine == "vllm":
+            from kvshare_mm.apps.bench import vllm_engines
+
+            report = vllm_engines.run(
+                model,
+                vllm_engines.cases_of(model, rows),
+                repeats=repeats,
+                max_new_tokens=max_new_tokens,
+                repair=repair,
+            )
+            show(report)
+            write_report(report, json_file)
+            return
+        chosen = bench_reuse.with_full(pick(methods))
         with opened_rig(model, len(chosen), **_options(repair)) as rig:
             settings = [*rig.settings, "reuse", chosen, max_new_tokens, repeats, layers]
             journal = Journal.beside(json_file, settings)

@@ -58,6 +58,13 @@ def run(rig: Rig, *, reports: int, values: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def pair(*, reports: int, values: int) -> dict[str, str]:
+    """The two prompts as a pair of `kvshare bench reuse`."""
+    donor, target = _prompts(reports, values, random.Random(0))
+    name = f"{reports} reports, {values} numbers differ"
+    return {"id": name, "donor": donor, "target": target}
+
+
 def _prompts(reports: int, values: int, rng: random.Random) -> tuple[str, str]:
     """Lab reports with a question behind them; again with `values` other numbers, evenly spread."""
     before = [random_values(rng) for _ in range(reports)]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -25,6 +25,10 @@ console = Console()
 Model = Annotated[str, typer.Option(help="hub name, folder, .gguf file, or the embedded smollm2")]
 Repair = Annotated[
     str | None, typer.Option(help="repair policy of the method kvshare; default: the project's")
+]
+Engine = Annotated[
+    Literal["native", "vllm"],
+    typer.Option(help="vllm: vLLM with KVShare in it beside vLLM as it comes"),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="use the first N pairs")]
 

@@ -1,0 +1,199 @@
+"""`kvshare bench reuse|template --engine vllm`: vLLM as it comes beside vLLM with KVShare in it.
+
+Both are real engines with processes of their own, started alike and with prefix caching on. They
+take turns, so that a noisy machine is noisy for both, and each measurement has a cache salt of its
+own: what an engine knows when the target comes is the donor, and nothing of earlier rounds.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from kvshare_mm.apps.bench.rig import machine
+from kvshare_mm.chat import chat_stream, prompt_stream
+from kvshare_mm.config import KVShareConfig
+from kvshare_mm.donors import namespace
+from kvshare_mm.engine.request import RequestSpec
+from kvshare_mm.models.loader import load_tokenizer
+from kvshare_mm.outputs import RequestOutput, StreamChunk
+from kvshare_mm.sampling import SamplingParams
+from kvshare_mm.stream import SegmentStream, text_stream
+from kvshare_mm.vllm.arguments import check_installed, engine_arguments
+from kvshare_mm.vllm.offline import VLLMEngine
+
+# Donors are stored behind the answer; the next request shall neither miss one nor pay for it.
+_SETTLE_S = 0.5
+_KV_BYTES = 1 << 30
+_WAYS = ("stock", "kvshare")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A prompt to measure and the similar one that came before it."""
+
+    name: str
+    donor: SegmentStream
+    target: SegmentStream
+
+
+def cases_of(model: str, pairs: Sequence[dict[str, Any]]) -> list[Case]:
+    """Pairs of texts or chats, as the model is asked them.
+
+    Raises:
+        InvalidRequestError: a text is empty, or messages hold media.
+    """
+    tokenizer = load_tokenizer(model)
+    return [
+        Case(str(p["id"]), _encode(p["donor"], tokenizer), _encode(p["target"], tokenizer))
+        for p in pairs
+    ]
+
+
+def run(
+    model: str,
+    cases: Sequence[Case],
+    *,
+    repeats: int,
+    max_new_tokens: int,
+    repair: str | None = None,
+) -> dict[str, Any]:
+    """Measure every case, with its donor known and (the miss) with an unrelated one known.
+
+    Returns:
+        Medians in seconds and tokens by origin for each case, JSON-ready.
+
+    Raises:
+        ConfigError: vLLM is not installed.
+        ModelLoadError: vLLM cannot serve the model.
+        InvalidRequestError: a prompt is longer than the model's context.
+    """
+    check_installed()
+    import vllm
+
+    longest = max(len(s) for case in cases for s in (case.donor, case.target)) + max_new_tokens
+    with _engines(model, longest + 1, repair) as engines:
+        _round(engines, cases[0], "warm", max_new_tokens)
+        _round(engines, cases[0], "warm again", max_new_tokens)
+        rows = [_case(engines, case, repeats, max_new_tokens) for case in cases]
+    sooner = [row["times_sooner"] for row in rows]
+    return {
+        "kind": "vllm",
+        "machine": machine(),
+        "model": model,
+        "vllm": vllm.__version__,
+        "eager": True,
+        "repeats": repeats,
+        "max_new_tokens": max_new_tokens,
+        "times_sooner": {"median": statistics.median(sooner), "least": min(sooner)},
+        "miss_overhead": statistics.median(row["miss_overhead"] for row in rows),
+        "answers_same": statistics.mean(row["answer_same"] for row in rows),
+        "cases": rows,
+    }
+
+
+@contextmanager
+def _engines(model: str, max_model_len: int, repair: str | None) -> Iterator[dict[str, VLLMEngine]]:
+    options: dict[str, Any] = {"repair": repair} if repair else {}
+    own = {"enforce_eager": True, "disable_log_stats": True, "kv_cache_memory_bytes": _KV_BYTES}
+    config = KVShareConfig.of(
+        model=model, engine="vllm", max_model_len=max_model_len, engine_options=own, **options
+    )
+    arguments = engine_arguments(config)
+    plain = {name: value for name, value in arguments.items() if name != "kv_transfer_config"}
+    with ExitStack() as stack:
+        engines = {}
+        for way, given in (("stock", plain), ("kvshare", arguments)):
+            engines[way] = VLLMEngine(given)
+            stack.callback(engines[way].close)
+        yield engines
+
+
+def _case(
+    engines: dict[str, VLLMEngine], case: Case, repeats: int, max_new_tokens: int
+) -> dict[str, Any]:
+    stranger = Case(case.name, _shuffled(case.donor), case.target)
+    hits, misses = [], []
+    for i in range(repeats):
+        hits.append(_round(engines, case, f"{case.name} {i}", max_new_tokens, turn=i))
+        misses.append(_round(engines, stranger, f"{case.name} {i} miss", max_new_tokens, turn=i))
+    last = hits[-1]
+    hit, miss = _medians(hits), _medians(misses)
+    use = last["kvshare"].provenance
+    return {
+        "name": case.name,
+        "tokens": len(case.target),
+        "ttft_s": hit,
+        "times_sooner": hit["stock"] / hit["kvshare"],
+        "stock_cached": last["stock"].provenance.exact,
+        "exact": use.exact,
+        "reused": use.reused,
+        "computed": use.recomputed,
+        "declined": use.declined,
+        "answer_same": last["stock"].token_ids == last["kvshare"].token_ids,
+        "miss_ttft_s": miss,
+        "miss_reused": misses[-1]["kvshare"].provenance.reused,
+        # Of neighbours in time: what slows a round down slows both.
+        "miss_overhead": statistics.median(
+            r["kvshare"].metrics.ttft / r["stock"].metrics.ttft - 1 for r in misses
+        ),
+    }
+
+
+def _round(
+    engines: dict[str, VLLMEngine], case: Case, salt: str, max_new_tokens: int, turn: int = 0
+) -> dict[str, RequestOutput]:
+    """The donor to both engines, then the target to both; who is first takes turns."""
+    order = _WAYS if turn % 2 == 0 else _WAYS[::-1]
+    for way in order:
+        _serve(engines[way], case.donor, salt, 1)
+    time.sleep(_SETTLE_S)
+    found = {}
+    for way in order:
+        found[way] = _serve(engines[way], case.target, salt, max_new_tokens)
+        time.sleep(_SETTLE_S)
+    return found
+
+
+def _serve(
+    engine: VLLMEngine, stream: SegmentStream, salt: str, max_new_tokens: int
+) -> RequestOutput:
+    answer: Future[RequestOutput] = Future()
+
+    def sink(chunk: StreamChunk | Exception) -> None:
+        if isinstance(chunk, Exception):
+            answer.set_exception(chunk)
+        elif chunk.output is not None:
+            answer.set_result(chunk.output)
+
+    params = SamplingParams(max_tokens=max_new_tokens)
+    spec = RequestSpec(stream, "", params, namespace("bench", salt), cache_salt=salt)
+    engine.submit(spec, sink)
+    return answer.result()
+
+
+def _medians(rounds: Sequence[dict[str, RequestOutput]]) -> dict[str, float]:
+    return {way: statistics.median(r[way].metrics.ttft for r in rounds) for way in _WAYS}
+
+
+def _shuffled(stream: SegmentStream) -> SegmentStream:
+    """The same tokens in an order that has nothing to do with the prompt's."""
+    ids = stream.token_ids.tolist()
+    random.Random(0).shuffle(ids)
+    return text_stream(ids)
+
+
+def _encode(text: Any, tokenizer: PreTrainedTokenizerBase) -> SegmentStream:
+    if isinstance(text, str):
+        if not tokenizer.chat_template:
+            return prompt_stream(text, tokenizer)[0]
+        text = [{"role": "user", "content": text}]
+    return chat_stream(text, tokenizer)[0]
