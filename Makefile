@@ -50,9 +50,11 @@ PAIRS := $(if $(DATA),$(DATA)/pairs.jsonl,assets/pairs-demo.jsonl)
 # Constants were chosen on 60% of the pairs: methods are compared on the others.
 HELD_OUT := $(if $(DATA),--held-out)
 OTHERS = $(DATA)/chat_stream_sharegpt.jsonl
+MEASURED = $(patsubst %,$(RESULTS)/%$(OF_MODEL),$(if $(DATA),$(FROM_DATA),$(SHIPPED))) \
+	$(RESULTS)/vision.json $(RESULTS)/pictures-tiny-vl.json
 QUALITY = $(KVBENCH) quality --model "$(MODEL)" --limit $(ITEMS) --json "$@"
 
-report: $(patsubst %,$(RESULTS)/%$(OF_MODEL),$(if $(DATA),$(FROM_DATA),$(SHIPPED))) ## measure all of it, write RESULTS/report.html
+report: $(MEASURED) ## measure all of it, write RESULTS/report.html
 	$(KVBENCH) report --in "$(RESULTS)" --out "$(RESULTS)/report.html" \
 		$(if $(FIGURES),--figures "$(FIGURES)") $(addprefix --readme ,$(README))
 
@@ -70,6 +72,12 @@ $(RESULTS)/template-2x16$(OF_MODEL): | $(SETUP_DONE)
 
 $(RESULTS)/memory$(OF_MODEL): | $(SETUP_DONE)
 	$(KVBENCH) memory --model "$(MODEL)" --json "$@"
+
+$(RESULTS)/vision.json: | $(SETUP_DONE)
+	$(KVBENCH) vision --json "$@"
+
+$(RESULTS)/pictures-tiny-vl.json: | $(SETUP_DONE)
+	$(KVBENCH) pictures --json "$@"
 
 $(RESULTS)/overhead$(OF_MODEL): | $(SETUP_DONE)
 	$(KVBENCH) overhead --model "$(MODEL)" --prompts "$(OTHERS)" --json "$@"

@@ -7,18 +7,17 @@ from kvshare_mm.apps.bench.tables.base import Kind, Report, Rows, ms
 
 
 def _vision(report: Report) -> Rows:
-    rows = [["picture", "prompt", "method", "read", "tower", "text", "first token", "times sooner",
+    rows = [["picture", "method", "read", "tower", "text", "first token", "times sooner",
              "computed", "tower runs"]]  # fmt: skip
     for name, layout in report["layouts"].items():
         for method, found in layout["methods"].items():
             rows.append(
                 [
                     name.replace("_", " "),
-                    f"{layout['tokens']} tokens, {layout['image_tokens']} the picture",
                     label(method),
                     *(ms(found[part]) for part in ("read_s", "tower_s", "text_s", "ttft_s")),
                     f"{found['times_sooner']:.1f}",
-                    str(found["computed_tokens"]),
+                    f"{found['computed_tokens']} of {layout['tokens']}",
                     str(found["tower_runs"]),
                 ]
             )
