@@ -146,13 +146,13 @@ def _donors(config: KVShareConfig, loaded: LoadedModel, disk: DiskTier | None) -
         loaded.fingerprint,
         HostTier(config.host_bytes),
         disk,
-        _dense(config, loaded.fingerprint) if config.embedder else None,
+        open_dense(config, loaded.fingerprint) if config.embedder else None,
         config.max_candidates,
     )
 
 
-def _dense(config: KVShareConfig, fingerprint: str) -> Callable[[], Opened]:
-    """Opens the dense index; heavy imports and connections happen when it is called."""
+def open_dense(config: KVShareConfig, fingerprint: str) -> Callable[[], Opened]:
+    """Opens the index of meaning; heavy imports and connections happen when it is called."""
 
     def open_index() -> Opened:
         from kvshare_mm.index.milvus import MilvusIndex

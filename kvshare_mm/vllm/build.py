@@ -14,6 +14,7 @@ from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.vllm import compat
+from kvshare_mm.vllm.dense import Dense
 from kvshare_mm.vllm.forward import PartialForward
 from kvshare_mm.vllm.gate import deployment_obstacle
 from kvshare_mm.vllm.options import ConnectorOptions
@@ -36,7 +37,22 @@ def build_scheduler(vllm_config: Any, kv_cache_config: Any, options: ConnectorOp
     scheduler.obstacle = deployment_obstacle(vllm_config, kv_cache_config)
     if scheduler.obstacle is not None:
         logger.warning("KVShare is off: %s", scheduler.obstacle)
+    elif options.core.embedder and not vllm_config.model_config.skip_tokenizer_init:
+        scheduler.dense = _dense(vllm_config, options, scheduler)
     return scheduler
+
+
+def _dense(vllm_config: Any, options: ConnectorOptions, scheduler: Scheduler) -> Dense:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    from kvshare_mm.assemble import open_dense
+
+    return Dense(
+        open_dense(options.core, compat.fingerprint(vllm_config)),
+        cached_tokenizer_from_config(vllm_config.model_config),
+        options.core.max_candidates,
+        scheduler.counters,
+    )
 
 
 def build_runner(

@@ -75,6 +75,7 @@ class Runner:
         self._received: set[str] = set()
         self._sent: set[str] = set()
         self._report = Report()
+        self._greeted = False
         for node, _ in store.records():
             self._report.restored.append(node)
 
@@ -102,11 +103,12 @@ class Runner:
         return sent, received, received & self._report.failed.keys()
 
     def report(self) -> Report | None:
-        """What happened since the last report."""
+        """What happened since the last report; None: nothing, but for the first."""
         while self._gone:
             self._report.gone.add(self._gone.popleft())
         report, self._report = self._report, Report()
-        return None if report.empty else report
+        first, self._greeted = not self._greeted, True
+        return report if first or not report.empty else None
 
     def close(self) -> None:
         self._store.close()

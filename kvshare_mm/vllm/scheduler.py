@@ -7,6 +7,7 @@ whose plan is late is computed in full.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from kvshare_mm.errors import InvalidRequestError, KVUnavailableError
 from kvshare_mm.plan import Decline, ReusePlan
 from kvshare_mm.repair import RepairPolicy, repaired_plan
 from kvshare_mm.vllm import compat
+from kvshare_mm.vllm.dense import Dense
 from kvshare_mm.vllm.gate import request_obstacle
 from kvshare_mm.vllm.meta import Load, Orders, Report, Save
 from kvshare_mm.vllm.options import ConnectorOptions, RequestKnobs
@@ -67,7 +69,12 @@ class Scheduler:
         fingerprint: names the model: the first part of every namespace.
         block_size: tokens of a block.
         num_ranks: workers that must hold a donor before it is one.
-        dense: finds donors by meaning, or None.
+
+    Attributes:
+        counters: events since they were last told to vLLM.
+        obstacle: why nothing is shared in this deployment, or None.
+        catalogue: the donors.
+        dense: finds donors by meaning; None: none is used.
     """
 
     def __init__(
@@ -76,7 +83,6 @@ class Scheduler:
         fingerprint: str,
         block_size: int,
         num_ranks: int,
-        dense: Any = None,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.obstacle: str | None = None
@@ -85,13 +91,14 @@ class Scheduler:
         self._fingerprint = fingerprint
         self._block_size = block_size
         self._num_ranks = num_ranks
-        self._dense = dense
+        self.dense: Dense | None = None
         self._planner = options.core.planner
         self._lookups: dict[str, _Lookup] = {}
         self._saving: dict[str, Node] = {}
         self._loads: list[Load] = []
         self._saves: list[Save] = []
         self._restored: dict[str, list[Node]] = {}
+        self._heard = threading.Event()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="kvshare-lookup")
 
     # -- a new request ----------------------------------------------------------------------
@@ -125,11 +132,13 @@ class Scheduler:
 
     def _plan(self, lookup: _Lookup, policy: RepairPolicy, exact: bool) -> ReusePlan:
         """In a thread of its own."""
+        # What the workers found on disk comes with their first report.
+        self._heard.wait(self._options.lookup_deadline_s)
         options = self._planner.but_exact_only() if exact else self._planner
         found = self.catalogue.find(lookup.keys, lookup.namespace, options)
         plan = found.plan
-        if not exact and self._dense is not None and not plan.num_reused:
-            similar = self._dense.search(lookup.keys, lookup.namespace)
+        if not exact and self.dense is not None and not plan.num_reused:
+            similar = self.dense.search(lookup.keys, lookup.namespace)
             if similar:
                 plan = self.catalogue.find(lookup.keys, lookup.namespace, options, similar).plan
         self.counters["lookup_microseconds"] += round((found.lookup + found.planning) * 1e6)
@@ -265,10 +274,11 @@ class Scheduler:
                 self.counters["capture_failed"] += 1
             if self.catalogue.remove(node_id):
                 self.counters["forgotten"] += 1
-            if self._dense is not None:
-                self._dense.remove(node_id)
+            if self.dense is not None:
+                self.dense.remove(node_id)
         for request_id, reason in report.failed.items():
             self._failed(request_id, reason, requests(request_id))
+        self._heard.set()
 
     def _failed(self, request_id: str, reason: str, request: Any) -> None:
         lookup = self._lookups.get(request_id)
@@ -343,13 +353,14 @@ class Scheduler:
 
     def _add(self, node: Node) -> None:
         self.catalogue.add(node)
-        if self._dense is not None:
-            self._dense.add(node)
+        if self.dense is not None:
+            self.dense.add(node)
 
     def close(self) -> None:
+        self._heard.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        if self._dense is not None:
-            self._dense.close()
+        if self.dense is not None:
+            self.dense.close()
 
 
 class _NoProbe:

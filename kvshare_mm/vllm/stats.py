@@ -61,11 +61,9 @@ class KVShareStats(KVConnectorStats):  # type: ignore[misc]
 
 def drained(counters: Counter[str]) -> KVShareStats | None:
     """What was counted since the last call, or None."""
-    if not counters:
-        return None
-    stats = KVShareStats(data=dict(counters))
-    counters.clear()
-    return stats
+    counted = {name: count for name, count in list(counters.items()) if count}
+    counters.subtract(counted)  # other threads may have counted on
+    return KVShareStats(data=counted) if counted else None
 
 
 # Counter by prefix of what is counted: metric, label, help. The first that fits is taken.

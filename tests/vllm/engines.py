@@ -64,7 +64,7 @@ class Shared:
     def settle(self) -> None:
         """Let the scheduler hear of what the workers did last."""
         while self.vllm_scheduler.has_requests():
-            self.core.step_fn()
+            self.llm.llm_engine.step()
 
     def serve(self, ids: Sequence[int], max_tokens: int = 4, **knobs: Any) -> Any:
         self.add("one", ids, max_tokens, **knobs)
