@@ -55,4 +55,6 @@ def request_obstacle(request: Any) -> str | None:
         return "media"
     if request.skip_reading_prefix_cache:
         return "prompt_logprobs"
+    if request.resumable:
+        return "streaming_input"
     return None
