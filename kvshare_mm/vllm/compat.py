@@ -64,9 +64,12 @@ def install() -> None:
 
 
 def model() -> Any:
-    """The model of this process' worker, or None. vLLM 0.32 gives connectors no way to it."""
+    """The language model of this process' worker, or None. vLLM gives connectors no way to it."""
     worker = _workers[0]() if _workers else None
-    return None if worker is None else worker.get_model()
+    if worker is None:
+        return None
+    whole = worker.get_model()
+    return whole.get_language_model() if hasattr(whole, "get_language_model") else whole
 
 
 def fingerprint(vllm_config: Any) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from prometheus_client import REGISTRY
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.chat import TEXT_ONLY, MediaSupport
@@ -30,6 +31,8 @@ from kvshare_mm.outputs import (
 from kvshare_mm.vllm.arguments import check_installed, engine_arguments
 
 _MAX_SEED = 1 << 63
+# Donors on their way to the disk are written in this time.
+_SHUTDOWN_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +61,19 @@ class VLLMParts:
             ``requests``: as of the native engine; ``queue``: running requests, waiting ones
             included; ``kvshare``: what the connector counts.
         """
-        from vllm.v1.metrics.reader import get_metrics_snapshot
-
-        found = [m for m in get_metrics_snapshot() if m.name.startswith("kvshare")]
         return {
             "model": self.loaded.name,
             "engine": "vllm",
             "requests": dict(self.engine.counters),
             "queue": {"running": self.engine.num_running},
             "kvshare": {
-                ",".join([m.name, *(v for k, v in m.labels.items() if k not in _PLACE)]): m.value
-                for m in found
-                if hasattr(m, "value")
+                ",".join(
+                    [sample.name, *(v for k, v in sample.labels.items() if k not in _PLACE)]
+                ): sample.value
+                for family in REGISTRY.collect()
+                if family.name.startswith("kvshare:")
+                for sample in family.samples
+                if sample.name.endswith("_total")
             },
         }
 
@@ -275,7 +279,7 @@ class VLLMEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._llm.shutdown()
+        self._llm.shutdown(timeout=_SHUTDOWN_S)
         self._llm = None  # its end, when the interpreter's has come, would fail
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         for task in rest:  # vLLM's own
