@@ -14,10 +14,14 @@ The product is a position's *risk*. Drifts of different positions point in diffe
 and KL grows with the square of a small error: so risks add up as squares, and many small ones do
 little harm.
 
-The prompt's end is an exception to all of this. Its last positions have *read* the prompt for the
+There are two exceptions to all of this, and `MaxDivergence` always repairs both. The first tokens
+behind an edit remember what stood before them: that is how a model copies a number later, long
+after its first token. Stale, they make it drop or change the last digits; of 60 letters with other
+order numbers, SmolLM2-135M answered 3 otherwise than by full recompute, and with these repaired 2.
+The prompt's end is the other. Its last positions have *read* the prompt for the
 question they ask: in the donor's KV they hold the donor's answer, whatever the attention to them.
 On exams with other answers, repairing the last 16 positions and nothing else takes the first
-token's KL from 1.1 to 0.01 nats. `MaxDivergence` always repairs them.
+token's KL from 1.1 to 0.01 nats.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from kvshare_mm.plan import ReusePlan
 
 # Positions at the prompt's end that have read the question.
 TAIL = 16
+# Positions behind an edit that remember the token before them. One is enough on SmolLM2-135M.
+FRONT = 2
 _DISTANCE_POWER = -0.5
 _CHANGED_POWER = 1.4
 

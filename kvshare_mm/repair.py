@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvshare_mm.divergence import TAIL, risk, risk_within
+from kvshare_mm.divergence import FRONT, TAIL, risk, risk_within
 from kvshare_mm.plan import Decline, ReusePlan
 
 # Nats that a reused picture may be worth; it was 0.0002 at the worst token of an answer.
@@ -111,8 +111,9 @@ class TopDeviation:
 class MaxDivergence:
     """As few repairs as keep the first token's divergence from full recompute below a target.
 
-    The prompt's end, then the riskiest positions (see `divergence`) until what is left is worth
-    `kl` nats at most, for 95% of requests. Costs no forward pass.
+    The prompt's end and the first positions behind every edit, then the riskiest ones (see
+    `divergence`) until what is left is worth `kl` nats at most, for 95% of requests. Costs no
+    forward pass.
 
     Pictures are trusted as they are, unless the target is below `PICTURE_KL`. On a Qwen2.5-VL of 3
     million weights, 160 similar requests whose picture had moved, all harm came from the text:
@@ -126,16 +127,18 @@ class MaxDivergence:
         _check_not_negative("kl", self.kl)
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
-        tail = Tail(TAIL).positions(plan, probe)
+        front = BoundaryWindow(FRONT).positions(plan, probe)
         danger = risk(plan)
-        danger[tail] = 0
         if plan.pictures is not None and self.kl >= PICTURE_KL:
+            front = front[~plan.pictures[front]]
             danger[plan.pictures] = 0
+        always = np.concatenate((Tail(TAIL).positions(plan, probe), front))
+        danger[always] = 0
         order = np.argsort(-danger, kind="stable")
         # What is left if this position and all that are less risky are reused.
         left = np.sqrt(np.cumsum(np.square(danger[order][::-1]))[::-1])
         chosen = order[(left > risk_within(self.kl)) & (danger[order] > 0)]
-        return np.concatenate((chosen, tail))
+        return np.concatenate((chosen, always))
 
 
 @dataclass(frozen=True, slots=True)

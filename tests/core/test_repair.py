@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm.divergence import TAIL, divergence_bound, risk, risk_within
+from kvshare_mm.divergence import FRONT, TAIL, divergence_bound, risk, risk_within
 from kvshare_mm.plan import KeptRun, ReusePlan
 from kvshare_mm.repair import (
     PICTURE_KL,
@@ -160,8 +160,10 @@ def test_top_deviation_by_hand():
     assert sorted(policy.positions(PLAN, FakeProbe(drift)).tolist()) == [12, 33]
 
 
-def _tail(plan: ReusePlan) -> np.ndarray:
-    return np.arange(max(0, plan.num_tokens - TAIL), plan.num_tokens)
+def _always(plan: ReusePlan) -> np.ndarray:
+    tail = np.arange(max(0, plan.num_tokens - TAIL), plan.num_tokens)
+    fronts = [np.arange(r.start, min(r.end, r.start + FRONT)) for r in plan.runs if not r.exact]
+    return np.unique(np.concatenate([tail, *fronts]))
 
 
 @given(plans(), st.floats(0, 1e308, allow_nan=False), st.integers(0, 2**32 - 1))
@@ -169,10 +171,10 @@ def test_max_divergence_repairs_the_riskiest_and_no_more_than_it_must(plan, kl, 
     attention = np.random.default_rng(seed).dirichlet(np.ones(plan.num_tokens)).astype(np.float32)
     plan = replace(plan, attention=attention)
     danger = risk(plan)
-    danger[_tail(plan)] = 0
+    danger[_always(plan)] = 0
     picked = MaxDivergence(kl).positions(plan, NoProbe())
     left = np.delete(danger, picked)
-    chosen = np.setdiff1d(picked, _tail(plan))
+    chosen = np.setdiff1d(picked, _always(plan))
     assert math.hypot(*left) <= risk_within(kl) * (1 + 1e-6) + 1e-12
     if len(chosen):
         assert danger[chosen].min() >= left.max(initial=0)
@@ -186,19 +188,30 @@ def test_what_the_end_looks_at_is_repaired_first():
     plan = replace(plan, attention=attention)
     target = divergence_bound(0.9 * risk(plan)[[19, 43]].min())
     picked = MaxDivergence(target).positions(plan, NoProbe())
-    assert sorted(set(picked.tolist()) - set(_tail(plan).tolist())) == [19, 43]
+    assert sorted(set(picked.tolist()) - set(_always(plan).tolist())) == [19, 43]
 
 
 @pytest.mark.parametrize("kl", [0.0, 1.0, 1e6])
-def test_the_end_of_the_prompt_is_always_repaired(kl):
-    plan = ReusePlan(100, (KeptRun("a", 9, 8, 91, False),))
-    assert set(range(84, 100)) <= set(MaxDivergence(kl).positions(plan, NoProbe()).tolist())
+def test_the_end_of_the_prompt_and_what_follows_an_edit_are_always_repaired(kl):
+    plan = ReusePlan(100, (KeptRun("a", 9, 8, 41, False), KeptRun("b", 50, 50, 49, False)))
+    picked = set(MaxDivergence(kl).positions(plan, NoProbe()).tolist())
+    assert {*range(8, 8 + FRONT), *range(50, 50 + FRONT), *range(84, 100)} <= picked
+
+
+def test_a_picture_behind_an_edit_is_trusted():
+    pictures = np.zeros(100, dtype=bool)
+    pictures[8:30] = True
+    plan = replace(ReusePlan(100, (KeptRun("a", 9, 8, 91, False),)), pictures=pictures)
+    loose, strict = (set(MaxDivergence(kl).positions(plan, NoProbe())) for kl in (1e6, 0.0))
+    assert not loose & set(range(8, 30))
+    assert set(range(8, 30)) <= strict
 
 
 def test_no_target_repairs_everything_and_a_loose_one_the_end_alone():
     plan = ReusePlan(100, (KeptRun("a", 0, 0, 4, True), KeptRun("a", 9, 8, 80, False)))
     assert set(plan.approximate.nonzero()[0]) <= set(MaxDivergence(0.0).positions(plan, NoProbe()))
-    assert MaxDivergence(1e6).positions(plan, NoProbe()).tolist() == list(range(84, 100))
+    loose = sorted(set(MaxDivergence(1e6).positions(plan, NoProbe()).tolist()))
+    assert loose == [*range(8, 8 + FRONT), *range(84, 100)]
 
 
 @given(plans())
