@@ -65,6 +65,13 @@ class PartialForward:
         slots = table[position // self._block_size] * self._block_size
         return torch.from_numpy(slots + position % self._block_size).to(self._device)
 
+    def table(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """``[n]`` int32 blocks as the layers' caches count them."""
+        table = torch.tensor(block_ids, dtype=torch.int32)
+        if self._split > 1:
+            table = (table[:, None] * self._split + torch.arange(self._split)).flatten().int()
+        return table.to(self._device)
+
     def run(
         self,
         spans: Sequence[Span],
@@ -92,9 +99,7 @@ class PartialForward:
         slots = self.slots(rows, block_ids)
         if not keep:
             slots = torch.zeros_like(slots)  # vLLM's null block, which nobody reads
-        table = torch.tensor(block_ids, dtype=torch.int32)
-        if self._split > 1:
-            table = (table[:, None] * self._split + torch.arange(self._split)).flatten().int()
+        table = self.table(block_ids)
         where = index if positions is None else positions[:, index]
         if self._three_axes and where.ndim == 1:
             where = np.tile(where, (3, 1))
@@ -107,7 +112,7 @@ class PartialForward:
             num_actual_tokens=len(index),
             max_query_len=int(lengths.max()),
             max_seq_len=int(ends.max()),
-            block_table_tensor=table.to(self._device)[None].repeat(len(rows), 1).contiguous(),
+            block_table_tensor=table[None].repeat(len(rows), 1).contiguous(),
             slot_mapping=slots,
             causal=True,
             positions=torch.from_numpy(index).to(self._device),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from kvshare_mm.delta_tree import Span
+from kvshare_mm.donors import owned_rows
 from kvshare_mm.editor import KVEditor
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.store.base import NodeKV, StoredNode
@@ -200,17 +201,16 @@ class Runner:
             self._report.attention[node.node_id] = attention
 
     def _store_node(self, save: Save) -> Any:
-        node, length = save.node, save.last + 1
-        whole = [Span(0, max(length, node.own[-1].end if node.own else 0))]
-        slots = self._forward.slots(whole, save.block_ids)
-        kv = [self._pages.read(layer.kv_cache, slots) for layer in self._layers.values()]
+        node = save.node
+        length = max(save.last + 1, node.own[-1].end if node.own else 0)
+        caches = [layer.kv_cache for layer in self._layers.values()]
+        blocks = self._forward.table(save.block_ids)[: -(-length // caches[0].shape[2])]
+        kv = [self._pages.read(cache, blocks, length) for cache in caches]
         place = None if node.positions is None else node.positions[:, save.last]
         attention = self._forward.looked_at(
             save.last, save.last_token, place, save.block_ids, [k for k, _ in kv]
         )
-        rows = torch.cat([torch.arange(s.start, s.end) for s in node.own] or [torch.arange(0)])
-        rows = rows.to(slots.device)
-        k, v = (torch.stack([each[i][:, rows] for each in kv]).cpu() for i in range(2))
+        k, v = (owned_rows(torch.stack([each[i] for each in kv]), node) for i in range(2))
         stored = StoredNode(replace(node, attention=attention), NodeKV(k, v))
         self._store.put(stored)
         return attention
