@@ -133,35 +133,33 @@ class Runner:
             self._report.failed[load.request_id] = reason or "other_rank"
             self._received.add(load.request_id)
             return
-        keys, values = staged
         slots = self._forward.slots(load.kept, load.block_ids)
-        for layer, k, v in zip(self._layers.values(), keys, values, strict=True):
-            layer.impl.do_kv_cache_update(layer, k, v, layer.kv_cache, slots)
+        kept = torch.cat([torch.arange(s.start, s.end) for s in load.kept]).to(slots.device)
+        with torch.inference_mode():
+            for layer, *kv in zip(self._layers.values(), *staged, strict=True):
+                k, v = (x[kept] for x in kv)
+                layer.impl.do_kv_cache_update(layer, k, v, layer.kv_cache, slots)
         self._loads.append(_Running(load, deque(load.compute)))
 
     def _staged(self, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
-        """Donors' KV of the kept spans, edited: two ``[layers, n, heads, head_dim]``."""
+        """Donors' KV, edited: two ``[layers, end, heads, head_dim]``, filled where it is kept."""
         first = next(iter(self._layers.values()))
         heads, dim = first.kv_cache.shape[1], first.kv_cache.shape[3] // 2
-        shape = (len(self._layers), heads, load.end, dim)
+        shape = (len(self._layers), load.end, heads, dim)
         like = first.kv_cache
         keys, values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
 
         def read(node_id: str) -> StoredNode:
             stored = self._store.get(node_id, load.namespace)
-            if stored.kv.k.shape[:2] != shape[:2] or stored.kv.k.shape[3] != dim:
+            layers, held, _, width = stored.kv.k.shape
+            if (layers, held, width) != (len(self._layers), heads, dim):
                 raise KVUnavailableError("corrupt", f"node {node_id} is not of this model")
             return stored
 
+        slot = keys.transpose(1, 2), values.transpose(1, 2)
         with torch.inference_mode():
-            self._editor.edit(load.pieces, read, keys, values, load.positions)
-            k, v = (
-                torch.cat([x[:, :, s.start : s.end] for s in load.kept], dim=2)
-                .transpose(1, 2)
-                .contiguous()
-                for x in (keys, values)
-            )
-        return k, v
+            self._editor.edit(load.pieces, read, *slot, load.positions)
+        return keys, values
 
     def _advance(self, running: _Running, budget: int) -> int:
         """Compute as much of a load as the budget allows; returns what it used."""
