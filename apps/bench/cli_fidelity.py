@@ -59,6 +59,7 @@ def reuse(
     from kvshare_mm.apps.bench.prompts import read_pairs
 
     with plain_errors():
+        chosen = bench_reuse.with_full(pick(methods))
         rows = read_pairs(pairs, limit, held_out=held_out)
         if engine == "vllm":
             from kvshare_mm.apps.bench import vllm_engines
@@ -73,7 +74,6 @@ def reuse(
             show(report)
             write_report(report, json_file)
             return
-        chosen = bench_reuse.with_full(pick(methods))
         with opened_rig(model, len(chosen), **_options(repair)) as rig:
             settings = [*rig.settings, "reuse", chosen, max_new_tokens, repeats, layers]
             journal = Journal.beside(json_file, settings)

@@ -22,7 +22,7 @@ def test_the_model_keeps_its_cores_beside_the_threads_that_embed(
         seen["embedding"] = torch.get_num_threads()
         raise IndexUnavailableError("none here")
 
-    monkeypatch.setattr("kvshare_mm.assemble._dense", lambda *_: open_index)
+    monkeypatch.setattr("kvshare_mm.assemble.open_dense", lambda *_: open_index)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
