@@ -159,7 +159,7 @@ def test_the_demo_writes_its_report(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text(encoding="utf-8"))
-    assert set(report) - {"pictures"} == {"machine", "model", "stories"}
+    assert set(report) - {"pictures"} == {"command", "kind", "machine", "model", "stories"}
     assert report["model"] == "smollm2"
     assert [story["name"] for story in report["stories"]] == _NAMES
     for story in report["stories"]:
