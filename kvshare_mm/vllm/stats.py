@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
@@ -79,6 +80,14 @@ _SECONDS = {
 }
 
 
+def _unregister_former() -> None:
+    """Take the counters of a former engine of this process away, as vLLM does with its own."""
+    names = {name for _, name, *_ in _FAMILIES} | {name for name, _ in _SECONDS.values()}
+    for collector in list(REGISTRY._collector_to_names):
+        if getattr(collector, "_name", None) in names:
+            REGISTRY.unregister(collector)
+
+
 class KVShareProm(KVConnectorPromMetrics):  # type: ignore[misc]
     """KVShare's counters beside vLLM's own."""
 
@@ -90,6 +99,7 @@ class KVShareProm(KVConnectorPromMetrics):  # type: ignore[misc]
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        _unregister_former()
         self._families = [
             (
                 prefix,
