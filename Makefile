@@ -41,9 +41,9 @@ ITEMS ?= 20
 KVBENCH := $(BIN)/kvshare bench
 OF_MODEL := -$(basename $(notdir $(MODEL))).json
 COST := demo template-8 template-16 template-2x16 memory
-SHIPPED := $(COST) reuse frontier reports exams hitrate-banking77-sample
-FROM_DATA := $(COST) overhead lookup calibrate reuse frontier reports exams translation summaries \
-	multidoc hitrate-banking77 hitrate-chat_stream_sharegpt
+SHIPPED := $(COST) reuse frontier reports exams letters hitrate-banking77-sample
+FROM_DATA := $(COST) overhead lookup calibrate reuse frontier reports exams letters translation \
+	summaries multidoc hitrate-banking77 hitrate-chat_stream_sharegpt
 SHIPPED_SIZES := 100,250,500
 FROM_DATA_SIZES := 250,1000,4000
 PAIRS := $(if $(DATA),$(DATA)/pairs.jsonl,assets/pairs-demo.jsonl)
@@ -96,7 +96,7 @@ $(RESULTS)/frontier$(OF_MODEL): | $(SETUP_DONE)
 	$(KVBENCH) frontier --pairs "$(PAIRS)" --model "$(MODEL)" --limit $(ITEMS) $(HELD_OUT) \
 		--json "$@"
 
-$(RESULTS)/reports$(OF_MODEL) $(RESULTS)/exams$(OF_MODEL): $(RESULTS)/%$(OF_MODEL): | $(SETUP_DONE)
+$(addprefix $(RESULTS)/,$(addsuffix $(OF_MODEL),reports exams letters)): $(RESULTS)/%$(OF_MODEL): | $(SETUP_DONE)
 	$(QUALITY) --task $*
 
 $(RESULTS)/translation$(OF_MODEL): | $(SETUP_DONE)

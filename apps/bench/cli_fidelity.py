@@ -92,9 +92,11 @@ def reuse(
 
 
 def quality(
-    task: Annotated[str, typer.Option(help="translation, summaries, multidoc, reports, or exams")],
+    task: Annotated[
+        str, typer.Option(help="translation, summaries, multidoc, reports, exams, or letters")
+    ],
     data: Annotated[
-        Path | None, typer.Option(help="the task's data file; reports and exams need none")
+        Path | None, typer.Option(help="the task's data file; reports, exams and letters need none")
     ] = None,
     model: Model = "smollm2",
     methods: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvshare_mm.apps.bench.tasks.base import Item, Task
 from kvshare_mm.apps.bench.tasks.exams import Exams
+from kvshare_mm.apps.bench.tasks.letters import Letters
 from kvshare_mm.apps.bench.tasks.multidoc import MultiDocument
 from kvshare_mm.apps.bench.tasks.reports import Reports
 from kvshare_mm.apps.bench.tasks.summaries import Summaries
@@ -13,7 +14,7 @@ from kvshare_mm.errors import ConfigError
 __all__ = ["TASKS", "Item", "Task", "task_named"]
 
 TASKS: dict[str, Task] = {
-    t.name: t for t in (Translation(), Summaries(), MultiDocument(), Reports(), Exams())
+    t.name: t for t in (Translation(), Summaries(), MultiDocument(), Reports(), Exams(), Letters())
 }
 
 
