@@ -31,6 +31,7 @@ bench.command()(cli_kernels.kernels)
 bench.command()(cli_media.vision)
 bench.command()(cli_media.pictures)
 bench.command()(cli_serve.serve)
+bench.command()(cli_serve.server_overhead)
 
 
 @bench.command()

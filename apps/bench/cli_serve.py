@@ -1,15 +1,23 @@
-"""`kvshare bench serve`."""
+"""`kvshare bench serve` and `kvshare bench server-overhead`."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from kvshare_mm.apps.bench.terminal import Out, console, plain_errors, table, write_report
+from kvshare_mm.apps.bench.terminal import (
+    Model,
+    Out,
+    console,
+    plain_errors,
+    show,
+    write_report,
+)
 
 
 def serve(
@@ -37,11 +45,19 @@ def serve(
     json_file: Out = None,
 ) -> None:
     """Load a running server and report what its clients feel."""
-    from kvshare_mm.apps.bench.serve import Load, Sample, read_requests, run_load, summary
+    from kvshare_mm.apps.bench.serve import (
+        Load,
+        Sample,
+        first_model,
+        read_requests,
+        run_load,
+        summary,
+    )
 
     with plain_errors():
         bodies = read_requests(requests, limit) * repeat
         load = Load(concurrency, rate, max_tokens, ignore_eos, seed=seed)
+        model = model or asyncio.run(first_model(url, key))
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("requests", total=len(bodies))
@@ -50,29 +66,49 @@ def serve(
                 progress.advance(task)
 
             samples, seconds = asyncio.run(run_load(url, bodies, load, model, key, done))
-        report = summary(samples, seconds)
-        _print(report)
-        write_report({"url": url, "concurrency": concurrency, "rate": rate, **report}, json_file)
+        found = summary(samples, seconds)
+        report = {
+            "kind": "serve",
+            "model": model,
+            "url": url,
+            "concurrency": concurrency,
+            "rate": rate,
+            **found,
+        }
+        show(report)
+        for error, count in report["errors"].items():
+            console.print(f"[red]{count} failed:[/] {error}")
+        write_report(report, json_file)
         if report["errors"]:
             raise typer.Exit(1)
 
 
-def _print(report: dict[str, Any]) -> None:
-    shown = table("what clients felt, ms", "", "mean", "p50", "p90", "p95", "p99", "max")
-    for name, title in (
-        ("ttft_s", "first token"),
-        ("inter_token_s", "between tokens"),
-        ("e2e_s", "whole answer"),
-    ):
-        spread = report[name]
-        if spread:
-            shown.add_row(title, *(f"{1000 * value:.1f}" for value in spread.values()))
-    console.print(shown)
-    console.print(
-        f"{report['completed']} of {report['requests']} requests in {report['seconds']:.1f} s: "
-        f"{report['requests_per_s']:.2f} requests and {report['completion_tokens_per_s']:.1f} "
-        f"tokens a second; {report['cached_tokens']} of {report['prompt_tokens']} prompt tokens "
-        f"({report['cached_share']:.0%}) were cached"
-    )
-    for error, count in report["errors"].items():
-        console.print(f"[red]{count} failed:[/] {error}")
+def server_overhead(
+    model: Model = "smollm2",
+    url: Annotated[
+        str | None, typer.Option(help="a server of the same model; default: one is started")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="KVSHARE_API_KEY", help="API key of that server")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="prompts, asked of both in turns")] = 15,
+    words: Annotated[int, typer.Option(min=4, help="in each prompt")] = 16,
+    json_file: Out = None,
+) -> None:
+    """What the server adds to the first token over the Python API, one request at a time."""
+    from kvshare_mm.apps.bench import server_overhead as bench_overhead
+    from kvshare_mm.llm import KVShare
+    from kvshare_mm.models.loader import locate, measured_dtype
+
+    with plain_errors(), ExitStack() as opened:
+        dtype = measured_dtype(locate(model))  # once: both must compute in the same
+        process = None
+        if url is None:
+            console.print("Starting a server ...")
+            url, process = opened.enter_context(bench_overhead.started(model, dtype))
+        llm = opened.enter_context(KVShare(model, dtype=dtype, embedder=None))
+        report = bench_overhead.run(
+            llm, url, process=process, key=key, repeats=repeats, words=words
+        )
+        show(report)
+        write_report(report, json_file)

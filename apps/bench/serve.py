@@ -57,6 +57,8 @@ class Sample:
         gaps: between pieces of text.
         total: until the end.
         prompt_tokens, completion_tokens, cached_tokens: as the server counts them.
+        engine_ttft: of `ttft`, from the engine's queue to its first token; None: the server is
+            not this project's.
         error: what went wrong, or None.
         text: the answer.
     """
@@ -67,6 +69,7 @@ class Sample:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    engine_ttft: float | None = None
     error: str | None = None
     text: str = ""
 
@@ -86,6 +89,36 @@ def read_requests(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
         else:
             raise ConfigError(f"request {i} of {path} has neither text nor messages")
     return bodies
+
+
+def client_of(
+    url: str, key: str | None = None, timeout_s: float = 60.0, **options: Any
+) -> httpx2.AsyncClient:
+    """A client of a server's API; paths are relative to ``/v1``.
+
+    Args:
+        url: of the server, with or without ``/v1``.
+        key: API key, or None.
+        timeout_s: for one request.
+        options: of the client.
+    """
+    return httpx2.AsyncClient(
+        base_url=url.rstrip("/").removesuffix("/v1") + "/v1",
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=timeout_s,
+        **options,
+    )
+
+
+async def first_model(url: str, key: str | None = None) -> str:
+    """What a server calls its first model. Raises ConfigError: it does not say."""
+    try:
+        async with client_of(url, key) as client:
+            reply = await client.get("models")
+        reply.raise_for_status()
+        return str(reply.json()["data"][0]["id"])
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, IndexError) as error:
+        raise ConfigError(f"{url} does not say which model it has: {error}") from error
 
 
 async def run_load(
@@ -108,18 +141,16 @@ async def run_load(
     Raises:
         ConfigError: the server does not answer.
     """
-    base = url.rstrip("/").removesuffix("/v1") + "/v1"
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    model = model or await first_model(url, key)
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=load.concurrency)
-    async with httpx2.AsyncClient(headers=headers, timeout=load.timeout_s, limits=limits) as client:
-        model = model or await _first_model(client, base)
+    async with client_of(url, key, load.timeout_s, limits=limits) as client:
         start = time.perf_counter()
 
         async def one(body: dict[str, Any]) -> Sample:
             whole = {"max_tokens": load.max_tokens, "temperature": 0, **body, "model": model}
             if load.ignore_eos:
                 whole["ignore_eos"] = True
-            sample = await _ask(client, f"{base}/chat/completions", whole)
+            sample = await ask(client, whole)
             on_done(sample)
             return sample
 
@@ -157,13 +188,14 @@ def summary(samples: Sequence[Sample], seconds: float) -> dict[str, Any]:
     }
 
 
-async def _ask(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> Sample:
+async def ask(client: httpx2.AsyncClient, body: dict[str, Any]) -> Sample:
+    """Stream the answer to a chat; what goes wrong is in the sample."""
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     sample = Sample()
     start = last = time.perf_counter()
     finished = False
     try:
-        async with client.stream("POST", url, json=body) as reply:
+        async with client.stream("POST", "chat/completions", json=body) as reply:
             if reply.status_code != 200:
                 await reply.aread()
                 sample.error = f"status {reply.status_code}"
@@ -180,6 +212,8 @@ async def _ask(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> Sa
                     sample.error = str(event["error"].get("type", "error"))
                     return sample
                 _count(sample, event.get("usage"))
+                if "kvshare" in event:
+                    sample.engine_ttft = event["kvshare"]["seconds"]["ttft"]
                 for choice in event["choices"]:
                     text = choice["delta"].get("content")
                     if text:
@@ -233,15 +267,6 @@ async def _by_concurrency(
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
     return [samples[i] for i in range(len(bodies))]
-
-
-async def _first_model(client: httpx2.AsyncClient, base: str) -> str:
-    try:
-        reply = await client.get(f"{base}/models")
-        reply.raise_for_status()
-        return str(reply.json()["data"][0]["id"])
-    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, IndexError) as error:
-        raise ConfigError(f"{base} does not say which model it has: {error}") from error
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:

@@ -89,7 +89,7 @@ def write_report(report: dict[str, Any], out: Path | None) -> None:
 
 def _command(argv: list[str]) -> str:
     """As somebody else would type it: no folders of this machine, and no name of the report."""
-    words = ["kvshare", *(word.rpartition("/")[2] for word in argv[1:])]
+    words = ["kvshare", *(w if "://" in w else w.rpartition("/")[2] for w in argv[1:])]
     if "--json" in words:
         at = words.index("--json")
         del words[at : at + 2]

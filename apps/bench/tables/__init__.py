@@ -6,8 +6,9 @@ from kvshare_mm.apps.bench.tables.base import Kind, Rows
 from kvshare_mm.apps.bench.tables.cost import COST
 from kvshare_mm.apps.bench.tables.fidelity import FIDELITY
 from kvshare_mm.apps.bench.tables.media import MEDIA
+from kvshare_mm.apps.bench.tables.serving import SERVING
 from kvshare_mm.apps.bench.tables.vllm import VLLM
 
 __all__ = ["TABLES", "Kind", "Rows"]
 
-TABLES: dict[str, Kind] = {**FIDELITY, **COST, **MEDIA, **VLLM}
+TABLES: dict[str, Kind] = {**FIDELITY, **COST, **MEDIA, **SERVING, **VLLM}

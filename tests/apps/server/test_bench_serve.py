@@ -64,8 +64,10 @@ def test_the_command(shared: Running, tmp_path: Path, monkeypatch: pytest.Monkey
          "--repeat", "2", "--max-tokens", "4", "--ignore-eos", "--json", str(out)],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "4 of 4 requests" in result.output and "first token" in result.output
-    assert json.loads(out.read_text())["completion_tokens"] == 2 * (4 + 2)
+    assert "What clients feel, tiny" in result.output and "4 of 4" in result.output
+    report = json.loads(out.read_text())
+    assert (report["kind"], report["model"]) == ("serve", "tiny")
+    assert report["completion_tokens"] == 2 * (4 + 2)
 
 
 def test_what_cannot_be_sent_is_said(tmp_path: Path) -> None:

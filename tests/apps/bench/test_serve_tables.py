@@ -1,0 +1,98 @@
+"""What is measured of servers, as tables of the report and of Markdown pages."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvshare_mm.apps.bench.readme import filled
+from kvshare_mm.apps.bench.report import page, read_results, sections
+from kvshare_mm.apps.bench.serve import Sample, summary
+from kvshare_mm.apps.bench.server_overhead import prompts
+from kvshare_mm.apps.bench.terminal import write_report
+
+
+def serve(concurrency: int, rate: float | None = None, silent: bool = False) -> dict[str, Any]:
+    """As the command writes it, of one request in a hundred that failed."""
+    good = Sample(
+        ttft=None if silent else 0.12, gaps=[] if silent else [0.02, 0.04], total=1.5,
+        prompt_tokens=200, completion_tokens=3, cached_tokens=50,
+    )  # fmt: skip
+    found = summary([good] * 99 + [Sample(error="status 429")], 20.0)
+    return {"kind": "serve", "model": "shop", "url": "http://127.0.0.1:8000",
+            "concurrency": concurrency, "rate": rate, **found}  # fmt: skip
+
+
+OVERHEAD = {
+    "kind": "server-overhead", "model": "smollm2", "tokens": 71, "repeats": 15, "same_answers": 14,
+    "ttft_s": {"server": 0.2042, "api": 0.2001},
+    "outside_engine_s": {"server": 0.0049, "api": 0.0008},
+    "difference_s": {"median": 0.0043, "p90": 0.0091, "all": [0.0043] * 15},
+    "command": "kvshare bench server-overhead",
+}  # fmt: skip
+
+
+def row(results: dict[str, dict[str, Any]], *names: str) -> list[str]:
+    """Rows of the table that a Markdown page gets, without its headings."""
+    text, missing = filled(f"<!-- results: {' '.join(names)} -->\n<!-- /results -->", results)
+    assert missing == []
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1
+    return rows[2:]
+
+
+def test_loads_stand_below_each_other() -> None:
+    results = {
+        "one": serve(1),
+        "many": serve(8),
+        "rate": serve(8, 2.5),
+        "silent": serve(2, 0.5, True),
+    }
+    rows = row(results, *results)
+    assert rows[0] == (
+        "| 1 client | 99 of 100 | 120 / 120 / 120 ms | 30 / 40 / 40 ms | 1500 / 1500 / 1500 ms | "
+        "4.95 | 14.8 | 25% |"
+    )
+    assert rows[1].startswith("| 8 clients | 99 of 100 |")
+    assert rows[2].startswith("| 2.5 requests a second |")
+    assert rows[3].startswith("| 0.5 requests a second | 99 of 100 | - | - | 1500 ")
+
+
+def test_the_servers_cost() -> None:
+    assert row({"o": OVERHEAD}, "o") == [
+        "| Python API | 71 tokens | 200.1 ms | 0.8 ms |  |  |  |",
+        "| server | 71 tokens | 204.2 ms | 4.9 ms | 4.3 ms | 9.1 ms | 14 of 15 |",
+    ]
+
+
+def test_both_are_in_the_report(tmp_path: Path) -> None:
+    for name, report in (("load", serve(8)), ("overhead", OVERHEAD)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    html = page(sections(read_results(tmp_path)))
+    for text in ("What clients feel, shop", "99 of 100", "4.95",
+                 "The server beside the Python API, smollm2", "204.2 ms"):  # fmt: skip
+        assert text in html, text
+
+
+def test_a_report_of_a_server_tells_its_whole_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["kvshare", "bench", "serve", "--requests", "/x/r.jsonl", "--url", "http://h:8000/v1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    write_report({"kind": "serve"}, tmp_path / "r.json")
+    said = json.loads((tmp_path / "r.json").read_text())["command"]
+    assert said == "kvshare bench serve --requests r.jsonl --url http://h:8000/v1"
+
+
+@given(st.integers(1, 30), st.integers(4, 20))
+def test_prompts_differ_and_are_as_long(count: int, words: int) -> None:
+    made = prompts(count, words, len)
+    assert len(set(map(len, made))) == 1
+    assert len(set(made)) == len(made) == count
+    assert {len(text.split()) for text in made} == {words}
