@@ -118,6 +118,17 @@ class SegmentStream:
         return tuple(s for s in self.segments if s.modality is not Modality.TEXT)
 
     @property
+    def pictures(self) -> np.ndarray | None:
+        """``[N]`` bool: positions that are pictures; None: none are."""
+        pictures = [s for s in self.segments if s.modality is Modality.IMAGE]
+        if not pictures:
+            return None
+        mask = np.zeros(len(self), dtype=bool)
+        for segment in pictures:
+            mask[segment.start : segment.end] = True
+        return mask
+
+    @property
     def lead(self) -> int:
         """Rotary position minus index of whatever is written behind this stream."""
         return 0 if self.positions is None else int(self.positions.max()) + 1 - len(self)

@@ -22,7 +22,7 @@ from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.outputs import MediaUse, Provenance, Span
 from kvshare_mm.plan import Decline, PlannerOptions, ReusePlan
 from kvshare_mm.repair import RepairPolicy, repaired_plan
-from kvshare_mm.stream import Modality, SegmentStream
+from kvshare_mm.stream import SegmentStream
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Prefiller:
             self._donors.counters["lookup_error"] += 1
             logger.exception("donor lookup failed; computing in full")
             return ReusePlan(n, declined=Decline.LOOKUP_ERROR), "lookup_error", 0.0, 0.0
-        plan = replace(found.plan, pictures=_pictures(stream))
+        plan = replace(found.plan, pictures=stream.pictures)
         return plan, None, found.lookup, found.planning
 
     def _edited(
@@ -205,16 +205,6 @@ class Prefiller:
                 values,
                 positions,
             )
-
-
-def _pictures(stream: SegmentStream) -> np.ndarray | None:
-    pictures = [s for s in stream.media if s.modality is Modality.IMAGE]
-    if not pictures:
-        return None
-    mask = np.zeros(len(stream), dtype=bool)
-    for segment in pictures:
-        mask[segment.start : segment.end] = True
-    return mask
 
 
 class _Media:

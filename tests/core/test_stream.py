@@ -172,13 +172,16 @@ def test_positions_of_a_picture():
         [0, 1, 2, 3, 4, 2, 3, 4, 5],
     ]
     assert stream.lead == 6 - 9
+    assert stream.pictures.tolist() == [False, False, *[True] * 6, False]
     assert stream.positions_to(11)[:, 9:].tolist() == [[6, 7]] * 3
     assert stream.positions_to(9).tolist() == stream.positions.tolist()
 
 
 def test_sound_alone_needs_no_axes():
     clip = _item(Modality.AUDIO, length=4)
-    assert media_stream([1, 902], [clip], PLACES, mrope=True).positions is None
+    alone = media_stream([1, 902], [clip], PLACES, mrope=True)
+    assert alone.positions is None
+    assert alone.pictures is None
     both = media_stream([902, 901], [_item(grid=(1, 2)), clip], PLACES, mrope=True)
     assert both.positions.tolist() == [
         [0, 1, 2, 3, 4, 4],
