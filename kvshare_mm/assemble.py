@@ -27,6 +27,7 @@ from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.models.loader import LoadedModel, load_model
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
+from kvshare_mm.words import joining_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ def _donors(config: KVShareConfig, loaded: LoadedModel, disk: DiskTier | None) -
         disk,
         open_dense(config, loaded.fingerprint) if config.embedder else None,
         config.max_candidates,
+        joining_tokens(loaded.tokenizer),
     )
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from kvshare_mm.index.lexical import LexicalIndex
 from kvshare_mm.index.prefix import PrefixIndex
 from kvshare_mm.plan import Donor, PlannerOptions, ReusePlan, make_plan
 from kvshare_mm.stream import Segment
+from kvshare_mm.words import joined_positions
 
 _MIN_STORED_TOKENS = 16
 _PREFIX_CANDIDATES = 2
@@ -40,11 +41,15 @@ class Catalogue:
     Args:
         counters: events by name are counted here.
         max_candidates: donors aligned with a target.
+
+    Attributes:
+        joining: tokens that go on with the word before them (see `words`); None: plans do not tell.
     """
 
     def __init__(self, counters: Counter[str], max_candidates: int = 4) -> None:
         self.tree = DeltaTree()
         self.max_candidates = max_candidates
+        self.joining: np.ndarray | None = None
         self._counters = counters
         self._lexical = LexicalIndex()
         self._prefixes = PrefixIndex()
@@ -76,6 +81,8 @@ class Catalogue:
             donors = self._donors(ids, ns)
             found = time.perf_counter()
         plan = make_plan(keys, donors, options, positions)
+        if self.joining is not None:
+            plan = replace(plan, joined=joined_positions(keys, self.joining))
         return Found(plan, found - start, time.perf_counter() - found)
 
     def pieces(self, plan: ReusePlan) -> list[Piece]:

@@ -42,6 +42,7 @@ class DonorPool:
         disk: disk tier, or None.
         open_dense: opens the index of meaning and its embedder, or None: none is used.
         max_candidates: donors aligned with a target.
+        joining: tokens that go on with the word before them (see `words`); None: unknown.
     """
 
     def __init__(
@@ -51,10 +52,12 @@ class DonorPool:
         disk: DiskTier | None = None,
         open_dense: Callable[[], Opened] | None = None,
         max_candidates: int = 4,
+        joining: np.ndarray | None = None,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.store = TieredStore(host, disk, self.forget)
         self.catalogue = Catalogue(self.counters, max_candidates)
+        self.catalogue.joining = joining
         self.tree = self.catalogue.tree
         self._fingerprint = fingerprint
         known = self._restore()

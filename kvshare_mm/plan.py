@@ -90,6 +90,8 @@ class ReusePlan:
             kept position takes its KV from, a guess of how much this prompt's will; the average
             where that is unknown. None if nothing is reused approximately.
         pictures: ``[num_tokens]`` bool: positions that are pictures; None: none are.
+        joined: ``[num_tokens]`` bool: positions whose token goes on with the word before it; None:
+            unknown.
     """
 
     num_tokens: int
@@ -98,6 +100,7 @@ class ReusePlan:
     declined: Decline | None = None
     attention: np.ndarray | None = field(default=None, repr=False)
     pictures: np.ndarray | None = field(default=None, repr=False)
+    joined: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         end = exact_end = 0

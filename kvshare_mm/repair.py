@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvshare_mm.divergence import FRONT, TAIL, risk, risk_within
+from kvshare_mm.divergence import FRONT, TAIL, WORD, risk, risk_within
 from kvshare_mm.plan import Decline, ReusePlan
 
 # Nats that a reused picture may be worth; it was 0.0002 at the worst token of an answer.
@@ -111,9 +111,9 @@ class TopDeviation:
 class MaxDivergence:
     """As few repairs as keep the first token's divergence from full recompute below a target.
 
-    The prompt's end and the first positions behind every edit, then the riskiest ones (see
-    `divergence`) until what is left is worth `kl` nats at most, for 95% of requests. Costs no
-    forward pass.
+    The prompt's end, the first positions behind every edit and the rest of an edited word, then the
+    riskiest ones (see `divergence`) until what is left is worth `kl` nats at most, for 95% of
+    requests. Costs no forward pass.
 
     Pictures are trusted as they are, unless the target is below `PICTURE_KL`. On a Qwen2.5-VL of 3
     million weights, 160 similar requests whose picture had moved, all harm came from the text:
@@ -127,7 +127,7 @@ class MaxDivergence:
         _check_not_negative("kl", self.kl)
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
-        front = BoundaryWindow(FRONT).positions(plan, probe)
+        front = _fronts(plan)
         danger = risk(plan)
         if plan.pictures is not None and self.kl >= PICTURE_KL:
             front = front[~plan.pictures[front]]
@@ -139,6 +139,20 @@ class MaxDivergence:
         left = np.sqrt(np.cumsum(np.square(danger[order][::-1]))[::-1])
         chosen = order[(left > risk_within(self.kl)) & (danger[order] > 0)]
         return np.concatenate((chosen, always))
+
+
+def _fronts(plan: ReusePlan) -> np.ndarray:
+    """The first positions of every approximate run: `FRONT`, and on to the end of a cut word."""
+    fronts = []
+    for run in plan.runs:
+        if run.exact:
+            continue
+        width = FRONT
+        if plan.joined is not None:
+            word = plan.joined[run.start : min(run.end, run.start + WORD)]
+            width = max(width, int(np.argmin(np.append(word, False))))
+        fronts.append(np.arange(run.start, min(run.start + width, run.end)))
+    return np.concatenate(fronts) if fronts else np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)

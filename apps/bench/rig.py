@@ -30,6 +30,7 @@ from kvshare_mm.models.loader import LoadedModel, load_model
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.stream import SegmentStream
+from kvshare_mm.words import joining_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class Rig:
             HostTier(config.host_bytes),
             disk,
             max_candidates=config.max_candidates,
+            joining=joining_tokens(self.loaded.tokenizer),
         )
         self.media = media_support(self.loaded, config)
         self.encoder = MediaEncoder(self.loaded, self.donors.store) if self.loaded.family else None

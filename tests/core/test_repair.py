@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm.divergence import FRONT, TAIL, divergence_bound, risk, risk_within
+from kvshare_mm.divergence import FRONT, TAIL, WORD, divergence_bound, risk, risk_within
 from kvshare_mm.plan import KeptRun, ReusePlan
 from kvshare_mm.repair import (
     PICTURE_KL,
@@ -196,6 +196,22 @@ def test_the_end_of_the_prompt_and_what_follows_an_edit_are_always_repaired(kl):
     plan = ReusePlan(100, (KeptRun("a", 9, 8, 41, False), KeptRun("b", 50, 50, 49, False)))
     picked = set(MaxDivergence(kl).positions(plan, NoProbe()).tolist())
     assert {*range(8, 8 + FRONT), *range(50, 50 + FRONT), *range(84, 100)} <= picked
+
+
+def test_an_edited_word_is_repaired_to_its_end_as_far_as_that_is_near():
+    joined = np.zeros(100, dtype=bool)
+    joined[[8, 9, 10, 11, 13]] = True
+    joined[40:80] = True
+    runs = (KeptRun("a", 9, 8, 31, False), KeptRun("b", 50, 40, 20, False))
+    plan = replace(ReusePlan(100, runs), joined=joined)
+    picked = sorted(set(MaxDivergence(1e6).positions(plan, NoProbe()).tolist()))
+    assert picked == [*range(8, 12), *range(40, 40 + WORD), *range(84, 100)]
+    cut = replace(ReusePlan(100, (KeptRun("a", 9, 8, 3, False),)), joined=joined)
+    assert cut.with_repair(MaxDivergence(1e6).positions(cut, NoProbe())).repair.tolist() == [
+        8,
+        9,
+        10,
+    ]
 
 
 def test_a_picture_behind_an_edit_is_trusted():
