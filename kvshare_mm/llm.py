@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import queue
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard, get_args, overload
 
 from transformers import PreTrainedTokenizerBase
 
+from kvshare_mm.answers import achunks, answer, answers, chunks
 from kvshare_mm.assemble import Parts, assemble
 from kvshare_mm.cache import CacheAdmin
 from kvshare_mm.chat import Message, Prompt, chat_stream, prompt_stream
@@ -30,8 +27,6 @@ from kvshare_mm.stream import Modality, SegmentStream
 
 if TYPE_CHECKING:
     from kvshare_mm.vllm.offline import VLLMParts
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +132,10 @@ class KVShare:
             QueueFullError: more prompts than the queue takes.
         """
         if isinstance(prompts, str) or _are_token_ids(prompts):
-            return self._answers([self._prompt(prompts, params, options)])[0]
+            return answers(self._parts.engine, [self._prompt(prompts, params, options)])[0]
         if not isinstance(prompts, Sequence):
             raise InvalidRequestError("prompts are text, token ids, or a list of them", "prompt")
-        return self._answers([self._prompt(p, params, options) for p in prompts])  # type: ignore[arg-type]
+        return answers(self._parts.engine, [self._prompt(p, params, options) for p in prompts])  # type: ignore[arg-type]
 
     def chat(
         self,
@@ -159,7 +154,7 @@ class KVShare:
             InvalidRequestError: messages or media that cannot be read; `field` names the part.
             QueueFullError: too many requests wait.
         """
-        return self._answers([self._chat(messages, params, options)])[0]
+        return answers(self._parts.engine, [self._chat(messages, params, options)])[0]
 
     def stream(
         self,
@@ -171,7 +166,7 @@ class KVShare:
 
         Leaving the iterator early cancels the request; it is submitted with the first step.
         """
-        return self._chunks(self._any(prompt, params, options))
+        return chunks(self._parts.engine, self._any(prompt, params, options))
 
     # -- async twins ------------------------------------------------------------------------
 
@@ -182,7 +177,7 @@ class KVShare:
         options: RequestOptions | None = None,
     ) -> RequestOutput:
         """`generate` for one prompt; cancelling the task cancels the request."""
-        return await self._await(self._prompt(prompt, params, options))
+        return await answer(self._parts.engine, self._prompt(prompt, params, options))
 
     async def achat(
         self,
@@ -192,7 +187,8 @@ class KVShare:
     ) -> RequestOutput:
         """`chat`; cancelling the task cancels the request."""
         # Pictures and sound take time to decode; the loop has others to serve meanwhile.
-        return await self._await(await asyncio.to_thread(self._chat, messages, params, options))
+        spec = await asyncio.to_thread(self._chat, messages, params, options)
+        return await answer(self._parts.engine, spec)
 
     def astream(
         self,
@@ -204,7 +200,7 @@ class KVShare:
 
         The prompt is read at the call: messages with media are best given from another thread.
         """
-        return self._achunks(self._any(prompt, params, options))
+        return achunks(self._parts.engine, self._any(prompt, params, options))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -385,71 +381,6 @@ class KVShare:
         )
         self._parts.engine.check(spec)
         return spec
-
-    def _answers(self, specs: Sequence[RequestSpec]) -> list[RequestOutput]:
-        submitted: list[tuple[str, Future[RequestOutput]]] = []
-        try:
-            for spec in specs:
-                submitted.append(self._submit(spec))
-            return [future.result() for _, future in submitted]
-        except BaseException:
-            # Nobody will see their answers; those that are done do not mind.
-            for request_id, _ in submitted:
-                self.cancel(request_id)
-            raise
-
-    def _submit(self, spec: RequestSpec) -> tuple[str, Future[RequestOutput]]:
-        future: Future[RequestOutput] = Future()
-
-        def sink(chunk: StreamChunk | Exception) -> None:
-            if isinstance(chunk, Exception):
-                future.set_exception(chunk)
-            elif chunk.output is not None:
-                future.set_result(chunk.output)
-
-        return self._parts.engine.submit(spec, sink), future
-
-    def _chunks(self, spec: RequestSpec) -> Iterator[StreamChunk]:
-        chunks: queue.SimpleQueue[StreamChunk | Exception] = queue.SimpleQueue()
-        request_id = self._parts.engine.submit(spec, chunks.put)
-        try:
-            while True:
-                chunk = chunks.get()
-                if isinstance(chunk, Exception):
-                    raise chunk
-                yield chunk
-                if chunk.output is not None:
-                    return
-        finally:
-            self.cancel(request_id)
-
-    async def _await(self, spec: RequestSpec) -> RequestOutput:
-        async with aclosing(self._achunks(spec)) as chunks:
-            async for chunk in chunks:
-                if chunk.output is not None:
-                    return chunk.output
-        raise RuntimeError("the engine ended a request without an output")
-
-    async def _achunks(self, spec: RequestSpec) -> AsyncGenerator[StreamChunk]:
-        loop = asyncio.get_running_loop()
-        chunks: asyncio.Queue[StreamChunk | Exception] = asyncio.Queue()
-
-        def sink(chunk: StreamChunk | Exception) -> None:
-            # The loop may be closed by the time a cancelled request ends.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
-
-        request_id = self._parts.engine.submit(spec, sink)
-        try:
-            while True:
-                chunk = await chunks.get()
-                if isinstance(chunk, Exception):
-                    raise chunk
-                yield chunk
-                if chunk.output is not None:
-                    return
-        finally:
-            self.cancel(request_id)
 
 
 def _assemble(config: KVShareConfig) -> Parts | VLLMParts:
