@@ -121,9 +121,12 @@ def demo(
     from kvshare_mm.apps.stories import picture_stories
     from kvshare_mm.models.loader import is_installed
 
+    # It knows the drawings and their words, and nothing else.
+    sees = model == "tiny-vl"
     with serving(model, embedder=None) as llm:
-        report = showcase.run(llm, console, repeats, max_tokens, picture)
-    if is_installed("tiny-vl"):
+        stories = picture_stories() if sees else None
+        report = showcase.run(llm, console, repeats, max_tokens, picture, stories)
+    if not sees and is_installed("tiny-vl"):
         with serving("tiny-vl", embedder=None) as llm:
             stories = picture_stories()
             report["pictures"] = showcase.run(llm, console, repeats, max_tokens, None, stories)

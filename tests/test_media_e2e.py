@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from kvshare_mm import KVShare, SamplingParams, assets
 from kvshare_mm.apps.bench import pictures
 from kvshare_mm.apps.bench.methods import METHODS
 from kvshare_mm.apps.bench.rig import Rig
+from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.showcase import tell
 from kvshare_mm.apps.stories import picture_stories
 from kvshare_mm.config import KVShareConfig
@@ -93,3 +95,15 @@ def test_reuse_costs_no_right_answers_and_leaks_nothing() -> None:
         report["methods"]["kvshare"]["computed_share"]
         < report["methods"]["prefix"]["computed_share"]
     )
+
+
+def test_the_demo_of_the_model_that_sees_tells_of_pictures(tmp_path: Path) -> None:
+    out = tmp_path / "demo.json"
+    result = CliRunner().invoke(
+        app, ["demo", "--model", "tiny-vl", "--repeats", "1", "--json", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert [s["name"] for s in report["stories"]] == [s.name for s in picture_stories()]
+    assert "pictures" not in report
+    assert all(story["same_answer"] for story in report["stories"])
