@@ -19,7 +19,8 @@ from kvshare_mm.apps.bench.methods import METHODS, Method
 from kvshare_mm.apps.bench.prompts import encode
 from kvshare_mm.apps.bench.reuse import with_full
 from kvshare_mm.apps.bench.rig import Rig, Served, machine
-from kvshare_mm.assets.training.dialogues import BOTH_TOPICS, PICTURE_TOPICS, TOPICS, Request
+from kvshare_mm.assets.training.dialogues import Request
+from kvshare_mm.assets.training.phrases import BOTH_TOPICS, PICTURE_TOPICS, TOPICS
 from kvshare_mm.assets.training.similar import WAYS, similar_pairs
 from kvshare_mm.stream import SegmentStream
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare_mm.assets.training.dialogues import TEXT_TOPICS, Question, Request, random_question
+from kvshare_mm.assets.training.dialogues import Question, Request, random_question
 from kvshare_mm.assets.training.packing import Branch, Packed, Row, pack
+from kvshare_mm.assets.training.phrases import TEXT_TOPICS
 from kvshare_mm.assets.training.pictures import Photo
 from kvshare_mm.assets.training.similar import random_request
 from kvshare_mm.assets.training.tower import CELLS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from kvshare_mm.assets.training.dialogues import NUMBERS
+from kvshare_mm.assets.training.phrases import NUMBERS
 from kvshare_mm.assets.training.pictures import Photo
 
 _SHORT = (

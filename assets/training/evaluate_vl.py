@@ -20,14 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from kvshare_mm.assets.training.dialogues import (
-    BOTH_TOPICS,
-    PICTURE_TOPICS,
-    POLICY_TOPICS,
-    TOPICS,
-    Request,
-)
+from kvshare_mm.assets.training.dialogues import Request
 from kvshare_mm.assets.training.figures import by_topic, table, write
+from kvshare_mm.assets.training.phrases import BOTH_TOPICS, PICTURE_TOPICS, POLICY_TOPICS, TOPICS
 from kvshare_mm.assets.training.pictures import random_photo
 from kvshare_mm.assets.training.similar import held_out_requests
 

@@ -8,9 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from kvshare_mm.assets.training.dialogues import (
-    PHRASINGS,
-    PICTURE_TOPICS,
-    TOPICS,
     Request,
     random_customer,
     random_desk,
@@ -18,6 +15,7 @@ from kvshare_mm.assets.training.dialogues import (
     random_question,
     random_wording,
 )
+from kvshare_mm.assets.training.phrases import PHRASINGS, PICTURE_TOPICS, TOPICS
 from kvshare_mm.assets.training.pictures import random_photo
 
 WAYS = ("rephrased", "other_filler", "other_facts", "other_picture")

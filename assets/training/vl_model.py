@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from kvshare_mm.assets.training.dialogues import TOPICS
+from kvshare_mm.assets.training.phrases import TOPICS
 from kvshare_mm.assets.training.pictures import SIZE
 from kvshare_mm.assets.training.similar import random_request
 

@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.assets.training.dialogues import (
+from kvshare_mm.assets.training.dialogues import Question, Request
+from kvshare_mm.assets.training.phrases import (
     PHRASINGS,
     PICTURE_TOPICS,
     POLICY_TOPICS,
     TEXT_TOPICS,
     TOPICS,
-    Question,
-    Request,
 )
 from kvshare_mm.assets.training.pictures import (
     HELD_OUT_SEED,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvshare_mm.assets import folder
-from kvshare_mm.assets.training.dialogues import PICTURE_TOPICS, POLICY_TOPICS, TOPICS
+from kvshare_mm.assets.training.phrases import PICTURE_TOPICS, POLICY_TOPICS, TOPICS
 from kvshare_mm.assets.training.pictures import (
     COLOURS,
     KINDS,
