@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from kvshare_mm.stream import Modality
 
 STYLE = Path(__file__).with_name("style.css")
 PICTURES = Path(__file__).with_name("pictures")
+_LOADING_POLL_S = 0.5
 _MODES: dict[str, Sharing] = {"off": "off", "exact prefix": "exact", "KVShare": "on"}
 
 
@@ -45,7 +47,7 @@ def build(get_llm: Callable[[], KVShare]) -> gr.Blocks:
         gr.HTML(views.legend())
         with gr.Row():
             columns = [_column(i, name, order) for i, (name, order) in enumerate(CUSTOMERS)]
-        with gr.Accordion("DELTA tree: which request was edited from which", open=True):
+        with gr.Accordion("DELTA tree of the stored requests", open=True):
             tree = gr.HTML(tree_svg.draw([]), elem_id="desk-tree")
         with gr.Accordion("All requests", open=True):
             log = gr.HTML("", elem_id="desk-log")
@@ -81,8 +83,8 @@ def build(get_llm: Callable[[], KVShare]) -> gr.Blocks:
             for part in (column["photo"], column["voice"], *column["examples"])
         ]
         page.load(
-            partial(_fitted, get_llm), None, fitted, show_progress="hidden",
-            api_visibility="private",
+            partial(_fitted, get_llm), None, fitted, concurrency_limit=None,
+            show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         shown = [part for column in columns for part in (column["answer"], column["report"])]
         restart.click(
@@ -99,8 +101,8 @@ def _column(index: int, name: str, order: str) -> dict[str, Any]:
             made["name"] = gr.Textbox(name, label="Customer", min_width=100, max_length=40)
             made["order"] = gr.Textbox(order, label="Order number", min_width=100, max_length=20)
         made["photo"] = gr.Image(
-            type="filepath", label="Product photo", height=190, visible=False,
-            sources=["upload", "clipboard"],
+            type="filepath", label="Product photo", height=210, visible=False,
+            sources=["upload", "clipboard"], elem_classes="desk-photo",
         )  # fmt: skip
         made["voice"] = gr.Audio(
             type="filepath", label="Voice message", visible=False,
@@ -113,7 +115,7 @@ def _column(index: int, name: str, order: str) -> dict[str, Any]:
         made["send"] = gr.Button("Ask", variant="primary")
         with gr.Row(elem_classes="desk-examples"):
             made["examples"] = [
-                gr.Button(example.label, size="sm", variant="secondary")
+                gr.Button(example.label, size="sm", variant="secondary", interactive=False)
                 for example in TEXT_EXAMPLES
             ]
         made["answer"] = gr.HTML(views.answer(None))
@@ -162,12 +164,18 @@ def _examples(llm: KVShare) -> tuple[Example, ...]:
     return PHOTO_EXAMPLES if Modality.IMAGE in llm.modalities else TEXT_EXAMPLES
 
 
-def _fitted(get_llm: Callable[[], KVShare]) -> list[Any]:
-    """The two columns' inputs as the model takes them."""
-    try:
-        llm = get_llm()
-    except KVShareError:
-        return [gr.skip()] * (2 * (2 + len(TEXT_EXAMPLES)))  # still loading: text is always taken
+async def _fitted(get_llm: Callable[[], KVShare]) -> list[Any]:
+    """The two columns' inputs as the model takes them, as soon as it is loaded.
+
+    Examples can only be clicked then: before, it is not known which fit.
+    """
+    while True:
+        try:
+            llm = get_llm()
+        except KVShareError:
+            await asyncio.sleep(_LOADING_POLL_S)
+        else:
+            break
     # One update a component: Gradio changes those it has sent.
     return [
         update
@@ -175,7 +183,7 @@ def _fitted(get_llm: Callable[[], KVShare]) -> list[Any]:
         for update in (
             gr.update(visible=Modality.IMAGE in llm.modalities),
             gr.update(visible=Modality.AUDIO in llm.modalities),
-            *(gr.update(value=example.label) for example in _examples(llm)),
+            *(gr.update(value=example.label, interactive=True) for example in _examples(llm)),
         )
     ]
 

@@ -1,20 +1,27 @@
 """The picture of the desk in the README.
 
-Run ``kvshare ui``, then ``python -m kvshare_mm.apps.desk.screenshot URL FILE.png``; needs Chromium.
+Run ``kvshare ui tiny-vl``, then ``python -m kvshare_mm.apps.desk.screenshot URL FILE.png``; needs
+Chromium.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 _WAIT_MS = 120_000
 
 
-def take(url: str, file: Path, width: int, dark: bool, chromium: str, example: int) -> None:
-    """Let both customers ask the same example, one after the other, and save the page."""
+def take(
+    url: str, file: Path, width: int, dark: bool, chromium: str, examples: Sequence[int]
+) -> None:
+    """Let each customer ask an example, one after the other, and save the page."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -24,14 +31,18 @@ def take(url: str, file: Path, width: int, dark: bool, chromium: str, example: i
         )
         page.set_default_timeout(_WAIT_MS)
         page.goto(url)
-        for customer in ("#desk-customer-1", "#desk-customer-2"):
+        for number, example in enumerate(examples, 1):
+            customer = f"#desk-customer-{number}"
             page.locator(f"{customer} .desk-examples button").nth(example).click()
             cost = page.locator(f"{customer} .desk-times span")
             cost.filter(has_text=re.compile("was computed|everything: [0-9]")).wait_for()
         page.mouse.move(0, 0)
         page.wait_for_timeout(500)  # the tree and the log are drawn, and nothing blinks
-        page.screenshot(path=file, full_page=True)
+        shown = page.screenshot(full_page=True)
         browser.close()
+    # The page has few colours: a palette makes it a third as large.
+    with Image.open(io.BytesIO(shown)) as picture:
+        picture.convert("RGB").quantize(dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def main() -> None:
@@ -40,10 +51,12 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="PNG to write")
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--dark", action="store_true")
-    parser.add_argument("--example", type=int, default=1, help="which button, from 0")
+    parser.add_argument(
+        "--examples", type=int, nargs=2, default=(1, 0), help="button of each customer, from 0"
+    )
     parser.add_argument("--chromium", default=shutil.which("chromium") or "chromium")
     given = parser.parse_args()
-    take(given.url, given.file, given.width, given.dark, given.chromium, given.example)
+    take(given.url, given.file, given.width, given.dark, given.chromium, given.examples)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from kvshare_mm.apps.desk.shop import PHOTO_EXAMPLES
+
 pytestmark = [pytest.mark.e2e, pytest.mark.ui]
 
 _TIMEOUT_MS = 120_000
@@ -166,6 +168,37 @@ def test_the_second_customer_is_answered_sooner(
     dark = desk.page.evaluate("getComputedStyle(document.body).backgroundColor")
     light = sum(map(int, re.findall(r"\d+", dark)[:3])) > 380
     assert light == (scheme == "light")
+
+
+@pytest.fixture(scope="module")
+def photo_site(site: Callable[[str], str]) -> str:
+    url = site("tiny-vl")
+    _wait_until_loaded(url)
+    return url
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_two_customers_ask_about_one_photo(
+    opened: Callable[..., Desk], photo_site: str, width: int, scheme: str
+) -> None:
+    """The photo shows a red kettle with a crack."""
+    desk = opened(photo_site, width, scheme)
+    for number in (1, 2):
+        for example in PHOTO_EXAMPLES:
+            expect(desk.customer(number).get_by_role("button", name=example.label)).to_be_visible()
+    assert desk.fits()
+    for number, label in ((1, "Which colour?"), (2, "Is it damaged?")):
+        desk.customer(number).get_by_role("button", name=label).click()
+        desk.done(number)
+        expect(desk.customer(number).locator("img").first).to_be_visible()
+    expect(desk.customer(1).locator(".desk-answer")).to_have_text("#1It is red.")
+    expect(desk.customer(2).locator(".desk-answer")).to_have_text("#2Yes, it is cracked.")
+    assert desk.counts(1)["recomputed"] > 100 and desk.counts(1)["reused"] == 0
+    second = desk.counts(2)
+    assert second["reused"] > 0 and second["exact"] + second["reused"] > second["recomputed"]
+    expect(desk.customer(2)).to_contain_text("request #1 (same picture or sound)")
+    expect(desk.customer(2).locator(".desk-prompt")).to_contain_text("[image:")
+    assert desk.fits()
 
 
 def test_the_toggle_and_starting_over(opened: Callable[..., Desk], text_site: str) -> None:

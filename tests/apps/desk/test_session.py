@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from kvshare_mm import InvalidRequestError, KVShare
+from kvshare_mm.apps.desk import page
 from kvshare_mm.apps.desk.page import _ask, _filled, _fitted, _restarted, build
 from kvshare_mm.apps.desk.session import Session, Turn
 from kvshare_mm.apps.desk.shop import PHOTO_EXAMPLES, TEXT_EXAMPLES, Letter
@@ -134,16 +135,30 @@ def test_the_page_says_what_is_wrong(llm: KVShare) -> None:
     assert "desk-bar" in good[-1][1] and "<svg" in good[-1][2] and "desk-log" in good[-1][3]
 
 
-def test_the_page_fits_the_model(llm: KVShare, media_folder: Callable[[str], Path]) -> None:
-    def loading() -> KVShare:
-        raise KVShareError("the model is loading")
+def test_the_page_fits_the_model(
+    llm: KVShare, media_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "_LOADING_POLL_S", 0)
+    asked: list[int] = []
 
-    build(loading)  # a page can be made before there is a model
+    def loading_for_a_while() -> KVShare:
+        asked.append(1)
+        if len(asked) < 4:
+            raise KVShareError("the model is loading")
+        return llm
+
+    build(loading_for_a_while)  # a page can be made before there is a model
     assert len(TEXT_EXAMPLES) == len(PHOTO_EXAMPLES)
-    assert len(_fitted(loading)) == len(_fitted(lambda: llm)) == 2 * (2 + len(TEXT_EXAMPLES))
+    updates = asyncio.run(_fitted(loading_for_a_while))
+    assert len(asked) == 4 and len(updates) == 2 * (2 + len(TEXT_EXAMPLES))
+    assert not updates[0]["visible"] and not updates[1]["visible"]
+    assert [u["value"] for u in updates[2:6]] == [e.label for e in TEXT_EXAMPLES]
+    assert all(u["interactive"] for u in updates[2:6])
     assert _filled(lambda: llm, 0) == (TEXT_EXAMPLES[0].question, None, None)
     with KVShare(str(media_folder("qwen2_5_vl")), embedder=None) as seeing:
-        assert _fitted(lambda: seeing)[0]["visible"] and not _fitted(lambda: llm)[0]["visible"]
+        updates = asyncio.run(_fitted(lambda: seeing))
+        assert updates[0]["visible"]
+        assert [u["value"] for u in updates[2:6]] == [e.label for e in PHOTO_EXAMPLES]
         question, photo, _ = _filled(lambda: seeing, 0)
         assert question == PHOTO_EXAMPLES[0].question
         assert Image.open(photo).size[0] > 0
