@@ -40,7 +40,7 @@ MODEL ?= smollm2
 ITEMS ?= 20
 KVBENCH := $(BIN)/kvshare bench
 OF_MODEL := -$(basename $(notdir $(MODEL))).json
-COST := demo template-8 template-16 template-2x16 memory
+COST := demo template-8 template-16 template-2x16 memory server-overhead
 SHIPPED := $(COST) reuse frontier reports exams letters hitrate-banking77-sample
 FROM_DATA := $(COST) overhead lookup calibrate reuse frontier reports exams letters translation \
 	summaries multidoc hitrate-banking77 hitrate-chat_stream_sharegpt
@@ -72,6 +72,9 @@ $(RESULTS)/template-2x16$(OF_MODEL): | $(SETUP_DONE)
 
 $(RESULTS)/memory$(OF_MODEL): | $(SETUP_DONE)
 	$(KVBENCH) memory --model "$(MODEL)" --json "$@"
+
+$(RESULTS)/server-overhead$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) server-overhead --model "$(MODEL)" --json "$@"
 
 $(RESULTS)/vision.json: | $(SETUP_DONE)
 	$(KVBENCH) vision --json "$@"
