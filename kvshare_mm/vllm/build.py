@@ -16,40 +16,50 @@ from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.dense import Dense
 from kvshare_mm.vllm.forward import PartialForward
-from kvshare_mm.vllm.gate import deployment_obstacle
+from kvshare_mm.vllm.gate import deployment_obstacle, picture_merge
 from kvshare_mm.vllm.options import ConnectorOptions
 from kvshare_mm.vllm.pages import PageLayout
 from kvshare_mm.vllm.rotation import rotary_spec
 from kvshare_mm.vllm.runner import Runner
 from kvshare_mm.vllm.scheduler import Scheduler
+from kvshare_mm.words import joining_tokens
 
 logger = logging.getLogger(__name__)
 
 
 def build_scheduler(vllm_config: Any, kv_cache_config: Any, options: ConnectorOptions) -> Scheduler:
     """The scheduler side."""
+    merge = picture_merge(vllm_config)
     scheduler = Scheduler(
         options,
         compat.fingerprint(vllm_config),
         int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size),
         int(vllm_config.parallel_config.world_size),
+        merge,
     )
+    if merge is not None:
+        compat.keep_media(vllm_config)
     scheduler.obstacle = deployment_obstacle(vllm_config, kv_cache_config)
     if scheduler.obstacle is not None:
         logger.warning("KVShare is off: %s", scheduler.obstacle)
-    elif options.core.embedder and not vllm_config.model_config.skip_tokenizer_init:
-        scheduler.dense = _dense(vllm_config, options, scheduler)
+    elif not vllm_config.model_config.skip_tokenizer_init:
+        from vllm.tokenizers import cached_tokenizer_from_config
+
+        tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+        scheduler.catalogue.joining = joining_tokens(tokenizer)
+        if options.core.embedder:
+            scheduler.dense = _dense(vllm_config, options, scheduler, tokenizer)
     return scheduler
 
 
-def _dense(vllm_config: Any, options: ConnectorOptions, scheduler: Scheduler) -> Dense:
-    from vllm.tokenizers import cached_tokenizer_from_config
-
+def _dense(
+    vllm_config: Any, options: ConnectorOptions, scheduler: Scheduler, tokenizer: Any
+) -> Dense:
     from kvshare_mm.assemble import open_dense
 
     return Dense(
         open_dense(options.core, compat.fingerprint(vllm_config)),
-        cached_tokenizer_from_config(vllm_config.model_config),
+        tokenizer,
         options.core.max_candidates,
         scheduler.counters,
     )

@@ -72,6 +72,23 @@ def model() -> Any:
     return whole.get_language_model() if hasattr(whole, "get_language_model") else whole
 
 
+def keep_media(vllm_config: Any) -> None:
+    """Let workers have the content of a picture whose KV is cached already, too.
+
+    vLLM leaves it out when a request is first scheduled. Its older runner never gets it again: a
+    request that is preempted, and whose blocks are gone when it resumes, would end the engine. With
+    loads that would happen whenever the donor is gone as well.
+    """
+    if vllm_config.use_v2_model_runner:
+        return
+    from vllm.v1.core.sched import output
+
+    def whole(mm_features: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        return mm_features
+
+    output.strip_covered_mm_data = whole
+
+
 def fingerprint(vllm_config: Any) -> str:
     """128 bits that name weights, dtype, rotation and tokenizer, as far as a scheduler can tell.
 
@@ -90,6 +107,8 @@ def fingerprint(vllm_config: Any) -> str:
         "cache_dtype": vllm_config.cache_config.cache_dtype,
         "config": config.hf_config.to_dict(),
     }
+    if config.multimodal_config is not None and config.multimodal_config.mm_processor_kwargs:
+        names["mm_processor_kwargs"] = dict(config.multimodal_config.mm_processor_kwargs)
     folder = Path(config.model)
     if folder.is_dir():
         names["files"] = [

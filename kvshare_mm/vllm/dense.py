@@ -12,6 +12,9 @@ from kvshare_mm.delta_tree import Node
 from kvshare_mm.index.base import IndexRecord
 from kvshare_mm.index.semantic import Opened, SemanticIndex
 
+# Keys from here on are of pictures, not tokens.
+_MEDIA_KEYS = 1 << 63
+
 
 class Dense:
     """The index of meaning, asked where shared words find nothing. Never fails a request.
@@ -45,4 +48,5 @@ class Dense:
         self._index.close()
 
     def _text(self, keys: np.ndarray) -> str:
-        return str(self._tokenizer.decode(keys.astype(np.int64).tolist(), skip_special_tokens=True))
+        words = keys[keys < _MEDIA_KEYS].astype(np.int64).tolist()
+        return str(self._tokenizer.decode(words, skip_special_tokens=True))

@@ -6,6 +6,8 @@ from typing import Any
 
 from kvshare_mm.models.support import declared_obstacle
 
+# Models whose pictures' places are known.
+_SEEING = frozenset({"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"})
 # Drafters that keep no KV of their own.
 _FREE_DRAFTERS = frozenset({"ngram", "ngram_gpu", "suffix"})
 
@@ -43,16 +45,31 @@ def deployment_obstacle(vllm_config: Any, kv_cache_config: Any) -> str | None:
     return None
 
 
+def picture_merge(vllm_config: Any) -> int | None:
+    """Patches, along each side of a picture, that become one position; None: requests with media
+    are declined.
+
+    Only where pictures and their positions are known to be what `media.request_stream` makes of
+    them: others lay pictures out otherwise, or add to them in every layer (DeepStack).
+    """
+    model = vllm_config.model_config
+    media = model.multimodal_config
+    if model.architecture not in _SEEING or not model.uses_mrope or media is None:
+        return None
+    if media.is_multimodal_pruning_enabled():
+        return None
+    return int(model.hf_config.vision_config.spatial_merge_size)
+
+
 def request_obstacle(request: Any) -> str | None:
-    """Why a request takes no part in sharing, neither as target nor as donor, or None."""
+    """Why a request takes no part in sharing, neither as target nor as donor, or None; media are
+    judged where they are read."""
     if request.lora_request is not None:
         return "lora"
     if request.prompt_embeds is not None or request.prompt_token_ids is None:
         return "prompt_embeds"
     if request.pooling_params is not None:
         return "pooling"
-    if request.mm_features:
-        return "media"
     if request.skip_reading_prefix_cache:
         return "prompt_logprobs"
     if request.resumable:

@@ -205,9 +205,11 @@ class Runner:
         blocks = self._forward.table(save.block_ids)[: -(-length // caches[0].shape[2])]
         kv = [self._pages.read(cache, blocks, length) for cache in caches]
         place = None if node.positions is None else node.positions[:, save.last]
-        attention = self._forward.looked_at(
-            save.last, save.last_token, place, save.block_ids, [k for k, _ in kv]
-        )
+        attention = None
+        if not any(m.start <= save.last < m.end for m in node.media):  # its token says nothing
+            attention = self._forward.looked_at(
+                save.last, save.last_token, place, save.block_ids, [k for k, _ in kv]
+            )
         k, v = (owned_rows(torch.stack([each[i] for each in kv]), node) for i in range(2))
         stored = StoredNode(replace(node, attention=attention), NodeKV(k, v))
         self._store.put(stored)

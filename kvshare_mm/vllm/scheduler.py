@@ -16,18 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from kvshare_mm.catalogue import Catalogue
-from kvshare_mm.delta_tree import Node, Piece
+from kvshare_mm.catalogue import Catalogue, Found
+from kvshare_mm.delta_tree import Node
 from kvshare_mm.donors import namespace
 from kvshare_mm.errors import InvalidRequestError, KVUnavailableError
 from kvshare_mm.plan import Decline, ReusePlan
 from kvshare_mm.repair import RepairPolicy, repaired_plan
+from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.dense import Dense
 from kvshare_mm.vllm.gate import request_obstacle
+from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.meta import Load, Orders, Report, Save
 from kvshare_mm.vllm.options import ConnectorOptions, RequestKnobs
-from kvshare_mm.vllm.spans import loadable_end, spans_of
+from kvshare_mm.vllm.spans import behind, cut, kept_in_the_end, loadable_end, spans_of
 from kvshare_mm.vllm.stats import Provenance
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class _Lookup:
     """A request on its way to its plan and, perhaps, its load.
 
     Attributes:
+        stream: its prompt; None if it takes no part.
         plan: what may be reused; None while it is looked up.
         declined: why nothing (more) is loaded, or None.
         apart: how its blocks are kept from exact requests; None: they need not be.
@@ -46,10 +49,10 @@ class _Lookup:
         used: the plan that was loaded; None: none was.
     """
 
-    keys: np.ndarray
     namespace: str
     knobs: RequestKnobs
     deadline: float
+    stream: SegmentStream | None = None
     future: Future[ReusePlan] | None = None
     plan: ReusePlan | None = None
     declined: str | None = None
@@ -69,6 +72,8 @@ class Scheduler:
         fingerprint: names the model: the first part of every namespace.
         block_size: tokens of a block.
         num_ranks: workers that must hold a donor before it is one.
+        merge: how pictures become positions, see `media.request_stream`; None: requests with media
+            are declined.
 
     Attributes:
         counters: events since they were last told to vLLM.
@@ -83,6 +88,7 @@ class Scheduler:
         fingerprint: str,
         block_size: int,
         num_ranks: int,
+        merge: int | None = None,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.obstacle: str | None = None
@@ -91,6 +97,7 @@ class Scheduler:
         self._fingerprint = fingerprint
         self._block_size = block_size
         self._num_ranks = num_ranks
+        self._merge = merge
         self.dense: Dense | None = None
         self._planner = options.core.planner
         self._lookups: dict[str, _Lookup] = {}
@@ -107,7 +114,6 @@ class Scheduler:
         """Begin looking for donors."""
         salt = f"{self._options.core.cache_salt}\0{request.cache_salt or ''}"
         lookup = _Lookup(
-            keys=np.empty(0, np.uint64),
             namespace=namespace(self._fingerprint, salt),
             knobs=RequestKnobs(),
             deadline=time.monotonic() + self._options.lookup_deadline_s,
@@ -116,7 +122,10 @@ class Scheduler:
         lookup.declined = "unsupported" if self.obstacle else request_obstacle(request)
         if lookup.declined is not None:
             return
-        lookup.keys = np.asarray(request.prompt_token_ids, np.uint64)
+        lookup.stream = request_stream(request.prompt_token_ids, request.mm_features, self._merge)
+        if lookup.stream is None:
+            lookup.declined = "media"
+            return
         try:
             lookup.knobs = RequestKnobs.of(request.kv_transfer_params)
         except InvalidRequestError as error:
@@ -128,19 +137,25 @@ class Scheduler:
             lookup.declined = Decline.SHARING_OFF
             return
         policy = lookup.knobs.policy or self._options.core.policy
-        lookup.future = self._threads.submit(self._plan, lookup, policy, sharing == "exact")
+        asked = lookup.stream, lookup.namespace, policy, sharing == "exact"
+        lookup.future = self._threads.submit(self._plan, *asked)
 
-    def _plan(self, lookup: _Lookup, policy: RepairPolicy, exact: bool) -> ReusePlan:
+    def _plan(self, stream: SegmentStream, ns: str, policy: RepairPolicy, exact: bool) -> ReusePlan:
         """In a thread of its own."""
         # What the workers found on disk comes with their first report.
         self._heard.wait(self._options.lookup_deadline_s)
         options = self._planner.but_exact_only() if exact else self._planner
-        found = self.catalogue.find(lookup.keys, lookup.namespace, options)
+
+        def find(similar: tuple[str, ...] = ()) -> Found:
+            return self.catalogue.find(stream.keys, ns, options, similar, stream.positions)
+
+        found = find()
         plan = found.plan
         if not exact and self.dense is not None and not plan.num_reused:
-            similar = self.dense.search(lookup.keys, lookup.namespace)
+            similar = self.dense.search(stream.keys, ns)
             if similar:
-                plan = self.catalogue.find(lookup.keys, lookup.namespace, options, similar).plan
+                plan = find(similar).plan
+        plan = replace(plan, pictures=stream.pictures)
         self.counters["lookup_microseconds"] += round((found.lookup + found.planning) * 1e6)
         if plan.num_reused:
             plan = repaired_plan(plan, policy.positions(plan, _NoProbe()))
@@ -154,16 +169,18 @@ class Scheduler:
         lookup.asked = local
         if lookup.future is not None and not self._arrived(lookup):
             return None, False
-        plan = lookup.plan
-        if plan is None:
+        plan, stream = lookup.plan, lookup.stream
+        if plan is None or stream is None:
             return 0, False
-        end = loadable_end(plan)
-        kept = _kept(plan)[local:end]
+        end = loadable_end(plan, local, stream.media)
+        stopped = end < loadable_end(plan, local)
+        lookup.declined = "new_picture" if stopped else plan.declined
+        kept = kept_in_the_end(plan)[local:end]
         if not kept.any() or kept.sum() < self._options.min_load_tokens:
-            lookup.declined = plan.declined or ("prefix_cache" if plan.runs else None)
+            lookup.declined = lookup.declined or ("prefix_cache" if plan.runs else None)
             return 0, False
         try:
-            self.catalogue.pieces(plan)
+            self.catalogue.pieces(cut(plan, end))
         except KVUnavailableError as error:
             lookup.declined, lookup.plan = error.reason, None
             return 0, False
@@ -198,21 +215,22 @@ class Scheduler:
                 lookup.local = local
                 lookup.provenance = replace(lookup.provenance, exact=local)
             return
-        plan = lookup.plan
-        assert plan is not None
+        assert lookup.plan is not None and lookup.stream is not None
         end = local + external
-        kept = _kept(plan)[:end]
+        plan = cut(lookup.plan, end)
+        positions = lookup.stream.positions
+        kept = kept_in_the_end(plan)[:end]
         kept[:local] = False
         compute = ~kept
         compute[:local] = False
         load = Load(
             request_id=request.request_id,
             namespace=lookup.namespace,
-            pieces=tuple(_behind(self.catalogue.pieces(plan), local, end)),
+            pieces=tuple(behind(self.catalogue.pieces(plan), local, end)),
             kept=spans_of(kept),
             compute=spans_of(compute),
             token_ids=np.asarray(request.all_token_ids[:end], np.int64),
-            positions=None,
+            positions=None if positions is None else positions[:, :end],
             block_ids=tuple(block_ids),
         )
         self._loads.append(load)
@@ -328,7 +346,7 @@ class Scheduler:
         if (
             lookup.loading
             or not lookup.knobs.store
-            or not len(lookup.keys)
+            or lookup.stream is None
             or self.obstacle is not None
             or self._options.sharing == "off"
         ):
@@ -338,12 +356,19 @@ class Scheduler:
         last = request.num_prompt_tokens - 1
         if length <= last or length > len(block_ids) * self._block_size:
             return False
-        keys = np.asarray(request.all_token_ids[:length], np.uint64)
+        stream = lookup.stream
+        answer = np.asarray(request.all_token_ids[len(stream) : length], np.uint64)
         plan = lookup.used
         if plan is None:
-            plan = lookup.plan or ReusePlan(len(lookup.keys))
+            plan = lookup.plan or ReusePlan(len(stream))
             plan = ReusePlan(plan.num_tokens, tuple(r for r in plan.runs if r.exact))
-        node = self.catalogue.derive(keys, lookup.namespace, plan)
+        node = self.catalogue.derive(
+            np.concatenate((stream.keys, answer)),
+            lookup.namespace,
+            plan,
+            positions=stream.positions_to(length),
+            media=stream.media,
+        )
         if node is None:
             return False
         token = int(request.all_token_ids[last])
@@ -368,21 +393,3 @@ class _NoProbe:
 
     def deviation(self, layer: int) -> np.ndarray:
         raise InvalidRequestError("this repair policy measures drift, which vLLM cannot", "repair")
-
-
-def _kept(plan: ReusePlan) -> np.ndarray:
-    """``[num_tokens]`` bool: positions that take their KV from donors in the end."""
-    kept = plan.kept
-    kept[plan.repair] = False
-    return kept
-
-
-def _behind(pieces: list[Piece], start: int, end: int) -> list[Piece]:
-    """What of `pieces` lies in ``[start, end)``."""
-    found = []
-    for piece in pieces:
-        low, high = max(piece.start, start), min(piece.end, end)
-        if low < high:
-            moved = low - piece.start
-            found.append(Piece(piece.owner, piece.owner_start + moved, low, high - low))
-    return found

@@ -15,6 +15,9 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from kvshare_mm.vllm import kv_transfer_config
 
+# Token ids, or a prompt with pictures as vLLM takes it.
+Prompt = Sequence[int] | dict[str, Any]
+
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
@@ -44,11 +47,11 @@ class Shared:
     def num_free(self) -> int:
         return int(self.vllm_scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
-    def add(self, name: str, ids: Sequence[int], max_tokens: int = 4, **knobs: Any) -> None:
+    def add(self, name: str, prompt: Prompt, max_tokens: int = 4, **knobs: Any) -> None:
         params = SamplingParams(
             max_tokens=max_tokens, extra_args={"kv_transfer_params": {"kvshare": knobs}}, **GREEDY
         )
-        self.llm.llm_engine.add_request(name, {"prompt_token_ids": list(ids)}, params)
+        self.llm.llm_engine.add_request(name, _asked(prompt), params)
 
     def step(self) -> list[Any]:
         return [o for o in self.llm.llm_engine.step() if o.finished]
@@ -66,8 +69,8 @@ class Shared:
         while self.vllm_scheduler.has_requests():
             self.llm.llm_engine.step()
 
-    def serve(self, ids: Sequence[int], max_tokens: int = 4, **knobs: Any) -> Any:
-        self.add("one", ids, max_tokens, **knobs)
+    def serve(self, prompt: Prompt, max_tokens: int = 4, **knobs: Any) -> Any:
+        self.add("one", prompt, max_tokens, **knobs)
         return self.run()["one"]
 
     def forget(self) -> None:
@@ -111,10 +114,14 @@ def stock_engine(model: Path | str, **more: Any) -> Iterator[Any]:
         llm.llm_engine.engine_core.shutdown()
 
 
-def stock_tokens(llm: Any, ids: Sequence[int], max_tokens: int = 4) -> list[int]:
+def stock_tokens(llm: Any, prompt: Prompt, max_tokens: int = 4) -> list[int]:
     params = SamplingParams(max_tokens=max_tokens, **GREEDY)
-    (output,) = llm.generate([{"prompt_token_ids": list(ids)}], params, use_tqdm=False)
+    (output,) = llm.generate([_asked(prompt)], params, use_tqdm=False)
     return tokens(output)
+
+
+def _asked(prompt: Prompt) -> dict[str, Any]:
+    return prompt if isinstance(prompt, dict) else {"prompt_token_ids": list(prompt)}
 
 
 def _llm(model: Path | str, **more: Any) -> Any:

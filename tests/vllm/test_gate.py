@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import SamplingParams
-from vllm.config import KVTransferConfig
+from vllm.config import KVTransferConfig, MultiModalConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -20,7 +20,7 @@ from vllm.v1.request import Request
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.vllm import compat, kv_transfer_config
 from kvshare_mm.vllm.connector import KVShareConnector
-from kvshare_mm.vllm.gate import deployment_obstacle, request_obstacle
+from kvshare_mm.vllm.gate import deployment_obstacle, picture_merge, request_obstacle
 from kvshare_mm.vllm.meta import Orders
 
 pytestmark = pytest.mark.vllm
@@ -95,7 +95,6 @@ def test_caches_declined(config: Any, groups: list[Any], named: str) -> None:
         ({"lora_request": object()}, "lora"),
         ({"prompt_embeds": object()}, "prompt_embeds"),
         ({"pooling_params": object()}, "pooling"),
-        ({"mm_features": [object()]}, "media"),
         ({"skip_reading_prefix_cache": True}, "prompt_logprobs"),
         ({"resumable": True}, "streaming_input"),
     ],
@@ -105,6 +104,29 @@ def test_requests_declined(change: dict[str, Any], reason: str | None) -> None:
     for name, value in change.items():
         setattr(request, name, value)
     assert request_obstacle(request) == reason
+
+
+@pytest.mark.parametrize(
+    ("change", "merge"),
+    [
+        ({}, 2),
+        ({"architecture": "Qwen2VLForConditionalGeneration"}, 2),
+        ({"architecture": "Qwen3VLForConditionalGeneration"}, None),
+        ({"architecture": "TransformersMultiModalForCausalLM"}, None),
+        ({"architecture": "LlamaForCausalLM", "multimodal_config": None}, None),
+        ({"multimodal_config": MultiModalConfig(video_pruning_rate=0.5)}, None),
+        ({"uses_mrope": False}, None),
+    ],
+)
+def test_whose_pictures_are_known(change: dict[str, Any], merge: int | None) -> None:
+    known = {
+        "architecture": "Qwen2_5_VLForConditionalGeneration",
+        "multimodal_config": MultiModalConfig(),
+        "uses_mrope": True,
+        "hf_config": SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2)),
+    }
+    model = SimpleNamespace(**{**known, **change})
+    assert picture_merge(SimpleNamespace(model_config=model)) == merge
 
 
 def test_another_vllm_is_left_alone(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,167 @@
+"""What a scheduler makes of pictures: keys, positions, and loads that need no encoder."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvshare_mm.plan import KeptRun, ReusePlan
+from kvshare_mm.stream import Modality, Segment
+from kvshare_mm.vllm.media import request_stream
+from kvshare_mm.vllm.spans import cut, kept_in_the_end, loadable_end
+
+PLACE = 9
+
+
+def feature(offset: int, rows: int = 2, columns: int = 2, name: str = "a", **other: Any) -> Any:
+    """As vLLM describes a picture; two patches a side become one position."""
+    length = rows * columns
+    made = {
+        "modality": "image",
+        "identifier": name,
+        "data": {"image_grid_thw": SimpleNamespace(data=[1, 2 * rows, 2 * columns])},
+        "mm_position": SimpleNamespace(offset=offset, length=length, get_num_embeds=lambda: length),
+    }
+    return SimpleNamespace(**{**made, **other})
+
+
+def test_text_is_its_token_ids() -> None:
+    stream = request_stream([5, PLACE, 7], [], None)
+    assert stream is not None
+    assert stream.keys.tolist() == [5, PLACE, 7]
+    assert stream.positions is None
+
+
+def test_a_picture_has_keys_of_its_own() -> None:
+    ids = [5, PLACE, PLACE, PLACE, PLACE, 7]
+    a, again, b = (request_stream(ids, [feature(1, name=n)], 2) for n in "aab")
+    assert a is not None and again is not None and b is not None
+    assert a.keys.tolist() == again.keys.tolist()
+    assert a.keys[[0, 5]].tolist() == [5, 7]
+    assert (a.keys[1:5] >= 1 << 63).all()
+    assert len({*a.keys.tolist(), *b.keys.tolist()}) == 2 + 4 + 4
+    assert [(s.start, s.end) for s in a.media] == [(1, 5)]
+    assert a.positions is not None
+    assert a.positions[:, 5].tolist() == [3, 3, 3]
+
+
+def test_a_name_that_is_used_for_another_grid_is_another_picture() -> None:
+    """Names may be the sender's own."""
+    ids = [PLACE] * 4 + [7]
+    square = request_stream(ids, [feature(0)], 2)
+    flat = request_stream(ids, [feature(0, 1, 4)], 2)
+    assert square is not None and flat is not None
+    assert set(square.keys.tolist()) & set(flat.keys.tolist()) == {7}
+
+
+def test_the_order_of_features_does_not_matter() -> None:
+    ids = [PLACE] * 4 + [5] + [PLACE] * 2
+    features = [feature(5, 1, 2, "b"), feature(0, name="a")]
+    stream = request_stream(ids, features, 2)
+    assert stream is not None
+    assert [(s.start, s.end) for s in stream.media] == [(0, 4), (5, 7)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"modality": "video"},
+        {"modality": "audio"},
+        {"modality": "prompt_embeds"},
+        {"data": None},
+        {"data": {"address": 1}},
+        {"data": {"image_grid_thw": SimpleNamespace(data=None)}},
+        {"data": {"image_grid_thw": SimpleNamespace(data=[2, 4, 4])}},
+        {"data": {"image_grid_thw": SimpleNamespace(data=[1, 4, 6])}},
+        {"mm_position": SimpleNamespace(offset=0, length=4, get_num_embeds=lambda: 3)},
+    ],
+)
+def test_what_is_not_known_is_declined(other: dict[str, Any]) -> None:
+    ids = [PLACE] * 4 + [7]
+    assert request_stream(ids, [feature(0)], 2) is not None
+    assert request_stream(ids, [feature(0, **other)], 2) is None
+
+
+def test_media_of_other_models_are_declined() -> None:
+    assert request_stream([PLACE] * 4, [feature(0)], None) is None
+
+
+def plan_of(kept: list[bool], repair: list[int]) -> ReusePlan:
+    """An approximate plan that keeps what is true."""
+    edges = np.flatnonzero(np.diff([0, *map(int, kept), 0])).reshape(-1, 2)
+    runs = tuple(KeptRun("d", int(a) + 1, int(a), int(b - a), exact=False) for a, b in edges)
+    return ReusePlan(len(kept), runs).with_repair(np.array(repair, dtype=np.int64))
+
+
+def picture(start: int, end: int) -> Segment:
+    return Segment(Modality.IMAGE, start, end, 1)
+
+
+def test_a_load_goes_on_over_a_kept_picture() -> None:
+    plan = plan_of([True, False, True, True, True, False, True, False], [])
+    assert loadable_end(plan, 0, [picture(2, 5)]) == 7
+
+
+def test_a_load_ends_before_a_new_picture() -> None:
+    plan = plan_of([True, True, False, False, True, True, False], [])
+    assert loadable_end(plan, 0, [picture(2, 4)]) == 2
+    # What vLLM has already need not be kept.
+    assert loadable_end(plan, 4, [picture(2, 4)]) == 6
+    assert loadable_end(plan, 3, [picture(2, 4)]) == 2
+    assert loadable_end(plan) == 6
+
+
+def test_a_picture_with_repairs_is_vllms() -> None:
+    plan = plan_of([True, True, True, True, True, False], [3])
+    assert loadable_end(plan, 0, [picture(2, 4)]) == 2
+    assert loadable_end(plan, 0, [picture(0, 2)]) == 5
+
+
+def test_a_plan_is_cut() -> None:
+    plan = plan_of([True] * 3 + [False] + [True] * 4 + [False], [1, 6])
+    short = cut(plan, 5)
+    assert [(r.start, r.end) for r in short.runs] == [(0, 3), (4, 5)]
+    assert short.repair.tolist() == [1]
+    assert cut(plan, 4).runs == plan.runs[:1]
+    assert cut(plan, 0).runs == ()
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> tuple[ReusePlan, list[Segment], int]:
+    kept: list[bool] = []
+    media = []
+    for _ in range(draw(st.integers(1, 6))):
+        part = draw(st.lists(st.booleans(), min_size=1, max_size=5))
+        if draw(st.booleans()):
+            part = draw(st.sampled_from([part, [True] * len(part)]))
+            media.append(picture(len(kept), len(kept) + len(part)))
+        kept += part
+    kept.append(False)
+    repair = draw(st.lists(st.integers(0, len(kept) - 1), max_size=3))
+    return plan_of(kept, repair), media, draw(st.integers(0, len(kept) - 1))
+
+
+@given(prompts())
+def test_what_a_load_computes_is_text(drawn: tuple[ReusePlan, list[Segment], int]) -> None:
+    plan, media, local = drawn
+    end = loadable_end(plan, local, media)
+    kept = kept_in_the_end(plan)
+    assert end == 0 or kept[end - 1]
+    if end <= local:
+        return
+    computed = np.flatnonzero(~kept[:end])
+    computed = computed[computed >= local]
+    for segment in media:
+        inside = (segment.start <= computed) & (computed < segment.end)
+        assert not inside.any()
+        assert not segment.start < end < segment.end
+    assert np.array_equal(kept_in_the_end(cut(plan, end)), kept & (np.arange(len(kept)) < end))
+    # No more is given up than must be.
+    known = kept | (np.arange(len(kept)) < local)
+    new = [s.start for s in media if not known[s.start : s.end].all()]
+    assert end == loadable_end(plan, local) or min(new) < loadable_end(plan, local)
