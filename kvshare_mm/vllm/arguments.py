@@ -12,10 +12,12 @@ from kvshare_mm.models.loader import locate, measured_dtype
 from kvshare_mm.vllm.launch import kv_transfer_config
 from kvshare_mm.vllm.options import SHARED_OPTIONS
 
-# Fields of KVShareConfig that vLLM has a word for; `engine_options` are vLLM's own words.
+# Fields of KVShareConfig that vLLM has a word for, or that are about reading messages;
+# `engine_options` are vLLM's own words.
 _MEANT = frozenset(
     {"model", "engine", "engine_options", "dtype", "trust_remote_code", "sharing"}
     | {"max_model_len", "max_num_seqs"}
+    | {"local_media", "max_image_pixels", "max_media_bytes"}
 )
 # What KVShare decides when vLLM runs the model.
 _OURS = frozenset({"model", "dtype", "max_model_len", "max_num_seqs", "trust_remote_code"})

@@ -28,7 +28,10 @@ from kvshare_mm.outputs import (
     StreamChunk,
     TokenLogprob,
 )
+from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm.arguments import check_installed, engine_arguments
+from kvshare_mm.vllm.options import RequestKnobs
+from kvshare_mm.vllm.pictures import picture_support, prompt_of, uses_of
 
 _MAX_SEED = 1 << 63
 # Donors on their way to the disk are written in this time.
@@ -97,7 +100,8 @@ def assemble_vllm(config: KVShareConfig) -> VLLMParts:
     check_installed()
     arguments = engine_arguments(config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    return VLLMParts(Named(config.model, tokenizer), VLLMEngine(arguments))
+    media = picture_support(config, str(arguments["model"]), tokenizer)
+    return VLLMParts(Named(config.model, tokenizer), VLLMEngine(arguments), media)
 
 
 @dataclass(slots=True)
@@ -133,14 +137,13 @@ class _Answer:
         """
         done = time.perf_counter()
         timed = getattr(last, "metrics", None)
-        num_tokens = len(self.spec.stream)
         return RequestOutput(
             request_id=self.request_id,
             prompt_token_ids=tuple(self.spec.stream.token_ids.tolist()),
             text=self.text,
             token_ids=tuple(self.token_ids),
             finish_reason=reason,
-            provenance=provenance_of(last, num_tokens) if last else Provenance(),
+            provenance=provenance_of(last, self.spec.stream) if last else Provenance(),
             metrics=RequestMetrics(
                 queue=max(0.0, timed.scheduled_ts - timed.queued_ts) if timed else 0.0,
                 prefill=max(0.0, timed.first_token_ts - timed.scheduled_ts) if timed else 0.0,
@@ -181,7 +184,9 @@ class VLLMEngine:
         self.max_model_len = int(self._llm.model_config.max_model_len)
 
     def check(self, spec: RequestSpec) -> None:
-        """Raises InvalidRequestError: a prompt that leaves no room in the context."""
+        """Raises InvalidRequestError: a prompt that leaves no room in the context, or repairs that
+        vLLM has no way to choose."""
+        RequestKnobs.of({"kvshare": _knobs(spec)})
         if (n := len(spec.stream)) >= self.max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {n} tokens and the context holds {self.max_model_len}, "
@@ -235,11 +240,12 @@ class VLLMEngine:
 
     async def _serve(self, answer: _Answer, sink: Sink) -> None:
         spec = answer.spec
-        prompt: dict[str, Any] = {"prompt_token_ids": spec.stream.token_ids.tolist()}
-        if spec.cache_salt:
-            prompt["cache_salt"] = spec.namespace  # a hash: vLLM does not take every text
         last = None
         try:
+            # Pictures take time to decode; the loop has others to serve meanwhile.
+            prompt = await asyncio.to_thread(prompt_of, spec.stream)
+            if spec.cache_salt:
+                prompt["cache_salt"] = spec.namespace  # a hash: vLLM does not take every text
             params = _sampling_params(spec)
             async for last in self._llm.generate(prompt, params, answer.request_id):
                 chunk = answer.add(last.outputs[0])
@@ -292,13 +298,14 @@ class VLLMEngine:
         self._loop.close()
 
 
-def provenance_of(last: Any, num_tokens: int) -> Provenance:
+def provenance_of(last: Any, stream: SegmentStream) -> Provenance:
     """Where a prompt's KV came from, as the connector and vLLM's prefix cache tell it.
 
     Args:
         last: vLLM's last `RequestOutput` of a request.
-        num_tokens: length of the prompt.
+        stream: its prompt.
     """
+    num_tokens = len(stream)
     told = (last.kv_transfer_params or {}).get("kvshare") or {}
     reused = int(told.get("reused") or 0)
     exact = told.get("exact")
@@ -313,6 +320,7 @@ def provenance_of(last: Any, num_tokens: int) -> Provenance:
         similarity=(exact + reused) / num_tokens,
         declined=told.get("declined"),
         fallback=told.get("fallback"),
+        media=uses_of(stream, num_tokens - int(told.get("computed", num_tokens - exact))),
     )
 
 
@@ -330,14 +338,19 @@ async def _start(arguments: Mapping[str, Any]) -> Any:
         raise ModelLoadError(f"vLLM could not start with this model: {error}") from error
 
 
+def _knobs(spec: RequestSpec) -> dict[str, Any]:
+    """As `RequestKnobs` takes them."""
+    knobs = {"sharing": "similar" if spec.sharing == "on" else spec.sharing, "store": spec.store}
+    if spec.repair is not None:
+        knobs["repair"] = spec.repair
+    return knobs
+
+
 def _sampling_params(spec: RequestSpec) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     asked = spec.params
-    knobs = {"sharing": "similar" if spec.sharing == "on" else spec.sharing, "store": spec.store}
-    if spec.repair is not None:
-        knobs["repair"] = spec.repair
     return SamplingParams(
         max_tokens=asked.max_tokens,
         temperature=asked.temperature,
@@ -349,7 +362,7 @@ def _sampling_params(spec: RequestSpec) -> Any:
         ignore_eos=asked.ignore_eos,
         logprobs=asked.logprobs,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={"kv_transfer_params": {"kvshare": knobs}},
+        extra_args={"kv_transfer_params": {"kvshare": _knobs(spec)}},
     )
 
 
