@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,21 +16,15 @@ from kvshare_mm.apps.bench.template import pair
 from kvshare_mm.models.loader import locate
 from kvshare_mm.vllm import kv_transfer_config
 
+from .servers import SMALL, server
+
 pytestmark = pytest.mark.vllm
-
-_OWN = ["--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _by_kvshare(port: int) -> list[str]:
     command = [sys.executable, "-m", "kvshare_mm.apps.cli", "serve", "smollm2"]
     options = ["--engine", "vllm", "--port", str(port), "--max-model-len", "1024"]
-    return [*command, *options, "--", *_OWN]
+    return [*command, *options, "--", *SMALL]
 
 
 def _by_vllm(port: int) -> list[str]:
@@ -43,36 +33,13 @@ def _by_vllm(port: int) -> list[str]:
     options = ["--served-model-name", "smollm2", "--port", str(port), "--max-model-len", "1024"]
     connector = ["--kv-transfer-config", json.dumps(kv_transfer_config())]
     command += ["--model", locate("smollm2")]
-    return [*command, *options, "--enable-prompt-tokens-details", *connector, *_OWN]
+    return [*command, *options, "--enable-prompt-tokens-details", *connector, *SMALL]
 
 
 @pytest.fixture(params=[_by_kvshare, _by_vllm], ids=["kvshare serve", "vllm serve"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    port = _free_port()
-    log = tmp_path / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            request.param(port), stdout=out, stderr=subprocess.STDOUT, env={**os.environ}
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()[-4000:]
-            try:
-                if httpx2.get(f"{address}/health", timeout=5).status_code == 200:
-                    break
-            except httpx2.HTTPError:
-                pass
-            time.sleep(0.5)
-        else:
-            pytest.fail(f"the server did not start: {log.read_text()[-4000:]}")
+    with server(request.param, tmp_path / "log") as address:
         yield address
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) in {0, -signal.SIGTERM}, log.read_text()[-4000:]
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 def _ask(url: str, content: str, **extra: Any) -> dict[str, Any]:
