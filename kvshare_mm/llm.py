@@ -77,8 +77,8 @@ class KVShare:
     ...     print(llm.chat([{"role": "user", "content": "What is KV cache?"}]).text)
 
     With ``engine="vllm"``, vLLM runs the model in processes of its own and KVShare works inside it
-    (`kvshare_mm.vllm`). Requests hold text only then, and the donors live in vLLM's processes:
-    `cache` is None, `lookup` and `flush` raise ConfigError.
+    (`kvshare_mm.vllm`). Requests hold text and pictures only then, and the donors live in vLLM's
+    processes: `cache` is None, `lookup` and `flush` raise ConfigError.
 
     Args:
         model: hub name, folder, ``.gguf`` file, or an embedded one: ``smollm2``, ``tiny-vl`` (sees
