@@ -15,7 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams as VLLMParams
-from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as Qwen25VL
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.multimodal.inputs import PlaceholderRange
 
 from kvshare_mm import KVShare, SamplingParams
@@ -346,13 +347,18 @@ def test_the_native_engine_reuses_the_same(engine: Shared) -> None:
                 assert theirs[token].logprob == pytest.approx(logprob, abs=2e-3)
 
 
+@pytest.mark.parametrize(
+    "architecture", [Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration]
+)
 @given(
     layout=st.lists(
         st.tuples(st.integers(0, 5), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4
     ),
     end=st.integers(1, 6),
 )
-def test_positions_are_vllms(layout: list[tuple[int, int, int]], end: int) -> None:
+def test_positions_are_vllms(
+    architecture: Any, layout: list[tuple[int, int, int]], end: int
+) -> None:
     ids: list[int] = []
     features = []
     for number, (text, rows, columns) in enumerate(layout):
@@ -372,7 +378,7 @@ def test_positions_are_vllms(layout: list[tuple[int, int, int]], end: int) -> No
     assert stream is not None and stream.positions is not None
     config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
     model: Any = SimpleNamespace(config=config)
-    model.iter_mm_grid_thw = lambda found: Qwen25VL.iter_mm_grid_thw(model, found)
-    expected, delta = Qwen25VL.get_mrope_input_positions(model, ids, features)
+    model.iter_mm_grid_thw = lambda found: architecture.iter_mm_grid_thw(model, found)
+    expected, delta = architecture.get_mrope_input_positions(model, ids, features)
     assert np.array_equal(stream.positions, expected.numpy())
     assert stream.lead == delta

@@ -1,0 +1,119 @@
+"""A random Qwen2-VL, whose answers mean nothing but depend on everything: vLLM reuses what the
+native engine would, and the first token's distribution is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from vllm import SamplingParams as VLLMParams
+
+from kvshare_mm import KVShare, RequestOptions, SamplingParams
+from kvshare_mm.chat import chat_stream
+from kvshare_mm.config import KVShareConfig
+from kvshare_mm.models.loader import load_tokenizer
+from kvshare_mm.stream import SegmentStream
+from kvshare_mm.vllm.pictures import picture_support, prompt_of
+
+from .. import media_models
+from .engines import Shared, shared_engine, tokens, told
+
+pytestmark = pytest.mark.vllm
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+# It looks everywhere alike, so the default would repair nearly all.
+REPAIR = "tail:16"
+WORDS = "Sort this parcel by its sender, then say to which of our two warehouses it goes. "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vLLM's attention on CPUs wants heads of 32 and more."""
+    made = tmp_path_factory.mktemp("qwen2-vl")
+    media_models.build("qwen2_vl", made)  # its processor is kept
+    config = Qwen2VLConfig.from_pretrained(made).to_dict()
+    config["text_config"].update(hidden_size=128, rope_parameters=media_models._MROPE)
+    config["text_config"]["rope_parameters"] = {**media_models._MROPE, "mrope_section": [4, 6, 6]}
+    config["vision_config"]["hidden_size"] = 128
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def engines(folder: Path) -> Iterator[tuple[Shared, KVShare]]:
+    options = {"lookup_deadline_s": 30, "min_load_tokens": 1}
+    with (
+        KVShare(str(folder), dtype="float32", embedder=None) as native,
+        shared_engine(folder, options, max_model_len=1024) as shared,
+    ):
+        yield shared, native
+
+
+def picture(seed: int, width: int, height: int) -> dict[str, Any]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return {"type": "image", "image": Image.fromarray(pixels)}
+
+
+def message(*parts: str | dict[str, Any]) -> list[dict[str, Any]]:
+    content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
+    return [{"role": "user", "content": content}]
+
+
+def stream_of(folder: Path, messages: list[dict[str, Any]]) -> SegmentStream:
+    tokenizer = load_tokenizer(str(folder))
+    config = KVShareConfig(model=str(folder))
+    return chat_stream(messages, tokenizer, picture_support(config, str(folder), tokenizer))[0]
+
+
+A, B = picture(1, 84, 112), picture(2, 140, 56)
+CASES = {
+    "moved": (message("Tom: ", A, WORDS), message("From Alexandra: ", A, WORDS)),
+    "two moved": (message("1", A, "and", B, WORDS), message("No. 11", A, "and ", B, WORDS)),
+    "one taken out": (message(WORDS, A, "and", B, WORDS), message(WORDS, B, WORDS)),
+    "text of a picture's request": (message(A, WORDS * 2), message(WORDS * 2)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_native_engine_reuses_the_same(
+    engines: tuple[Shared, KVShare], folder: Path, name: str
+) -> None:
+    shared, native = engines
+    donor, target = CASES[name]
+    shared.forget()
+    assert native.cache is not None
+    native.cache.clear()
+    first = native.chat(donor, SamplingParams(max_tokens=4, **GREEDY))
+    assert tokens(shared.serve(prompt_of(stream_of(folder, donor)))) == list(first.token_ids)
+    native.flush()
+    expected = native.chat(
+        target,
+        SamplingParams(max_tokens=1, logprobs=10, **GREEDY),
+        RequestOptions(repair=REPAIR),
+    )
+    prompt = prompt_of(stream_of(folder, target))
+    knobs = {"kv_transfer_params": {"kvshare": {"repair": REPAIR}}}
+    params = VLLMParams(max_tokens=1, logprobs=20, extra_args=knobs, **GREEDY)
+    (output,) = shared.llm.generate([prompt], params, use_tqdm=False)
+    shared.settle()
+    p, use = expected.provenance, told(output)
+    assert p.reused > 40
+    assert {m.source for m in p.media} <= {"kv"}
+    assert (use["exact"], use["reused"]) == (p.exact, p.reused)
+    assert use["recomputed"] + use["computed"] == p.recomputed
+    assert expected.logprobs is not None
+    theirs = output.outputs[0].logprobs[0]
+    for token, logprob in expected.logprobs[0].top:
+        assert theirs[token].logprob == pytest.approx(logprob, abs=2e-3)
