@@ -214,8 +214,10 @@ def _load(name: str, device: str | None, trust_remote_code: bool) -> Any:
             f"dense search needs sentence-transformers, which cannot be imported ({error}): "
             "pip install sentence-transformers, or turn the embedder off"
         ) from error
+    from transformers.utils import logging as hf_logging
 
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    hf_logging.disable_progress_bar()  # it would stand between the lines of a server's log
     try:
         if folder.is_dir():
             return SentenceTransformer(str(folder), local_files_only=True, **options)
@@ -233,6 +235,8 @@ def _load(name: str, device: str | None, trust_remote_code: bool) -> Any:
     except Exception as error:
         hint = "" if trust_remote_code else "; a model with code of its own needs trust_remote_code"
         raise ModelLoadError(f"cannot load the embedder {name!r}: {error}{hint}") from error
+    finally:
+        hf_logging.enable_progress_bar()
 
 
 def _packaged() -> Path:

@@ -25,6 +25,9 @@ from kvshare_mm.index.lazy_client import LazyClient
 
 logger = logging.getLogger(__name__)
 
+# A server in this process need not be asked whether it lives, and complains of being asked often.
+_NO_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
+
 _BATCH = 500
 
 _EF = 1024
@@ -262,12 +265,19 @@ def _open(uri: str, path: str | None, token: str, timeout: float) -> Any:
     # Here, because importing it takes half a second.
     from pymilvus import MilvusClient
 
+    # It brings handlers of its own; its messages belong where all others go.
+    for name in ("pymilvus", "pymilvus.milvus_client"):
+        theirs = logging.getLogger(name)
+        theirs.handlers.clear()
+        theirs.propagate = True
+        theirs.setLevel(logging.WARNING)
     if path is None:
         # Dedicated: the shared connection of pymilvus outlives its clients.
         return MilvusClient(uri, token=token, timeout=timeout, dedicated=True)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("pymilvus.client.iterator").setLevel(logging.ERROR)  # no AllocTimestamp
     with _lite_lock:
-        client = MilvusClient(path, timeout=_PATIENCE, dedicated=True)
+        client = MilvusClient(path, timeout=_PATIENCE, dedicated=True, grpc_options=_NO_PINGS)
         _lite_users[path] += 1
     return client
 
