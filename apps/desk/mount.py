@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import gradio as gr
 from fastapi import FastAPI, Response
+from starlette.routing import Mount
 
 from kvshare_mm.apps.desk.page import PICTURES, STYLE, build
 from kvshare_mm.apps.server.errors import ApiError
@@ -25,10 +28,14 @@ def theme() -> gr.themes.Base:
     return gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"])
 
 
-def mount(app: FastAPI, service: Service, path: str) -> FastAPI:
-    """The application with the desk under `path`.
+def mount(app: FastAPI, service: Service, path: str) -> Callable[[], None]:
+    """Put the desk under `path` of an application.
 
     Where keys are asked for, the desk asks for one too: a tenant's name and a key of it.
+
+    Returns:
+        What lets go of the pages that are open in browsers: each holds a stream that would keep a
+        server from ending.
     """
 
     def llm() -> KVShare:
@@ -46,7 +53,7 @@ def mount(app: FastAPI, service: Service, path: str) -> FastAPI:
         """Browsers ask for it at the server's root, wherever the page is."""
         return Response(_ICON, media_type="image/svg+xml")
 
-    mounted: FastAPI = gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         build(llm),
         path,
@@ -61,4 +68,5 @@ def mount(app: FastAPI, service: Service, path: str) -> FastAPI:
         ssr_mode=False,
         enable_monitoring=False,
     )
-    return mounted
+    [desk] = [r.app for r in app.routes if isinstance(r, Mount) and r.path == path]
+    return desk.stop_event.set  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -31,8 +32,11 @@ def create_app(
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         async def load() -> None:
+            started = time.perf_counter()
             try:
                 await service.load()
+                taken = time.perf_counter() - started
+                logger.info("%s is ready after %.1f s", service.options.model_name, taken)
             except Exception as error:
                 logger.error("the model cannot be loaded: %s", error)
                 on_failure()

@@ -90,7 +90,7 @@ class Gate:
         finally:
             if state.get("client_gone"):
                 status = _CLIENT_GONE
-            self._tell(scope, status or 500, started)
+            self._tell(scope, status or 500, started, state.get("caller"))
             request_id.reset(token)
 
     def _admit(
@@ -114,11 +114,12 @@ class Gate:
         ui = self._ui_path
         return ui is not None and (path == ui or path.startswith(f"{ui}/"))
 
-    def _tell(self, scope: Scope, status: int, started: float) -> None:
+    def _tell(self, scope: Scope, status: int, started: float, caller: Caller | None) -> None:
         route = getattr(scope.get("route"), "path", None) or "other"
         self._requests.labels(route, str(status)).inc()
         seconds = time.perf_counter() - started
-        quiet = route in {"/health", "/ping", "/metrics"} and status < 400
+        # While a model is loading, it is asked every second whether it is ready.
+        quiet = route in {"/health", "/ping", "/metrics"} and (status < 400 or status == 503)
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
             "%s %s %d in %.3f s",
@@ -126,7 +127,14 @@ class Gate:
             scope["path"].encode("ascii", "backslashreplace").decode()[:200],
             status,
             seconds,
-            extra={"fields": {"status": status, "seconds": round(seconds, 6), "route": route}},
+            extra={
+                "fields": {
+                    "status": status,
+                    "seconds": round(seconds, 6),
+                    "route": route,
+                    **({"tenant": caller.tenant} if caller and caller.tenant else {}),
+                }
+            },
         )
 
 

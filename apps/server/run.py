@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -24,6 +25,30 @@ logger = logging.getLogger(__name__)
 UI_PATH = "/ui"
 
 _SWITCH_INTERVAL_S = 0.0005
+
+
+class _Server(uvicorn.Server):
+    """Says that it ends, which may take as long as the requests in flight.
+
+    Args:
+        config: of the server.
+        on_stop: called first when it ends.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stop()
+        await asyncio.sleep(0)  # what was let go ends
+        logger.info(
+            "stopping; %d requests in flight have %d s to end",
+            len(self.server_state.tasks),
+            self.config.timeout_graceful_shutdown or 0,
+        )
+        await super().shutdown(sockets)
+        logger.info("stopped")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -70,10 +95,11 @@ def serve(
         holder[0].should_exit = True
 
     app = create_app(service, give_up, UI_PATH if ui else None)
+    on_stop: Callable[[], None] = lambda: None  # noqa: E731
     if ui:
         from kvshare_mm.apps.desk.mount import mount
 
-        app = mount(app, service, UI_PATH)
+        on_stop = mount(app, service, UI_PATH)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -88,7 +114,7 @@ def serve(
     logger.info("%s", in_words(options.sharing))
     if ui:
         logger.info("desk on http://%s:%d%s", shown, port, UI_PATH)
-    holder.append(uvicorn.Server(config))
+    holder.append(_Server(config, on_stop))
     # The engine's thread computes without a pause; a token should not wait 5 ms for its turn.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     # uvicorn sends itself the signal again once it has ended, which would leave no time to tidy up.

@@ -23,7 +23,9 @@ def application(keys: Path | None = None) -> FastAPI:
         raise AssertionError("no model is needed to open the page")
 
     service = Service(never, ServerOptions("tiny", keys_file=keys))
-    return mount(create_app(service, ui_path="/ui"), service, "/ui")
+    app = create_app(service, ui_path="/ui")
+    mount(app, service, "/ui")
+    return app
 
 
 def talk(app: FastAPI, use: Callable[[httpx2.AsyncClient], Any]) -> Any:
@@ -35,6 +37,21 @@ def talk(app: FastAPI, use: Callable[[httpx2.AsyncClient], Any]) -> Any:
             return await use(client)
 
     return asyncio.run(run())
+
+
+def test_an_open_page_lets_the_server_end() -> None:
+    service = Service(KVShare, ServerOptions("tiny"))
+    app = create_app(service, ui_path="/ui")
+    let_go = mount(app, service, "/ui")
+
+    async def use(client: httpx2.AsyncClient) -> None:
+        beating = asyncio.create_task(client.get("/ui/gradio_api/heartbeat/somebody"))
+        done, _ = await asyncio.wait({beating}, timeout=0.5)
+        assert not done  # it lasts as long as the page is open
+        let_go()
+        assert "ALIVE" in (await asyncio.wait_for(beating, 60)).text
+
+    talk(app, use)
 
 
 def test_without_keys_everybody_sees_it() -> None:

@@ -36,11 +36,12 @@ _GREEDY: dict[str, Any] = {
 
 @dataclass
 class Process:
-    """A server process."""
+    """A server process; `log` grows while it runs."""
 
     url: str
     popen: subprocess.Popen[str]
     state: Path
+    log: list[str]
 
     def stop(self) -> int:
         self.popen.send_signal(signal.SIGTERM)
@@ -54,12 +55,13 @@ def start(state: Path, *options: str) -> Process:
         stderr=subprocess.PIPE, text=True, env={**os.environ, "XDG_STATE_HOME": str(state)},
     )  # fmt: skip
     assert popen.stderr is not None
+    log: list[str] = []
     for line in popen.stderr:
         assert json.loads(line)["level"] in {"info", "warning"}
         found = re.search(r"listening on (http://[\w.:]+)", line)
         if found:
-            threading.Thread(target=popen.stderr.read, daemon=True).start()
-            return Process(found[1], popen, state)
+            threading.Thread(target=log.extend, args=[popen.stderr], daemon=True).start()
+            return Process(found[1], popen, state, log)
     pytest.fail(f"the server ended with {popen.wait()}")
 
 
@@ -169,6 +171,24 @@ def test_it_ends_in_order(tmp_path: Path) -> None:
     asking.join()
     assert replies[0].json()["usage"]["completion_tokens"] == 30
     assert list((tmp_path / "store").rglob("*.kvnode"))
+
+
+def test_every_line_of_the_log_is_json(tmp_path: Path) -> None:
+    """Also what the libraries behind dense search have to say."""
+    made = start(tmp_path, "--embedder", "all-MiniLM-L6-v2")
+    wait_ready(made.url)
+    reply = httpx2.post(f"{made.url}/v1/chat/completions", json=_GREEDY, timeout=300)
+    assert reply.status_code == 200
+    key = next((tmp_path / "kvshare").glob("*.key")).read_text()
+    headers = {"Authorization": f"Bearer {key}"}
+    while httpx2.get(f"{made.url}/v1/cache/donors", headers=headers).json()["total"] == 0:
+        time.sleep(0.1)
+    assert made.stop() == 0  # what was answered has been embedded and written by then
+    entries = [json.loads(line) for line in made.log]
+    messages = [entry["message"] for entry in entries]
+    assert any("smollm2 is ready after" in message for message in messages)
+    assert messages[-1] == "stopped"
+    assert {entry["level"] for entry in entries} == {"info"}
 
 
 def test_a_model_that_is_not_there_ends_the_process(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from kvshare_mm.apps.server.keys import Caller, KeyRing, add_key, digest
 from kvshare_mm.apps.server.sharing import in_words, scope
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 
-from .conftest import ADMIN, Running, Start
+from .conftest import ADMIN, Running, Start, until
 
 _TEXT = "Laboratory report. Patient number 48210. Haemoglobin 148 g/L, sodium 141 mmol/L. Value?"
 
@@ -62,6 +63,24 @@ def test_tenants_never_share(serve: Start, ring: tuple[Path, dict[str, str]]) ->
     assert cached(running, keys["b"], cache_salt="own") == 0
     assert cached(running, keys["a"], cache_salt="own") > 0
     assert timing_classes(running) == {"none": 4, "exact": 4, "similar": 0}
+
+
+def test_the_log_says_whose_request_it_was(
+    serve: Start, ring: tuple[Path, dict[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    file, keys = ring
+    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    assert "tiny is ready after" in caplog.text
+    assert running.chat("x", keys["b"]).status_code == 200
+    assert running.chat("x").status_code == 401
+
+    def told() -> list[Any]:
+        gate = (r for r in caplog.records if r.name == "kvshare_mm.apps.server.gate")
+        return [r.fields for r in gate if "completions" in r.getMessage()]  # type: ignore[attr-defined]
+
+    until(lambda: len(told()) == 2)  # a line is written behind its answer
+    assert [fields.get("tenant") for fields in told()] == ["shop-b", None]
 
 
 def test_a_tenant_cannot_spell_its_way_to_another(
