@@ -122,7 +122,14 @@ class Scheduler:
         lookup.declined = "unsupported" if self.obstacle else request_obstacle(request)
         if lookup.declined is not None:
             return
-        lookup.stream = request_stream(request.prompt_token_ids, request.mm_features, self._merge)
+        try:
+            prompt = request.prompt_token_ids, request.mm_features
+            lookup.stream = request_stream(*prompt, self._merge)
+        except Exception:
+            # A cache problem is never a request's problem.
+            logger.exception("a prompt could not be read; computing in full")
+            lookup.declined = Decline.LOOKUP_ERROR
+            return
         if lookup.stream is None:
             lookup.declined = "media"
             return

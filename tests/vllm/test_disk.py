@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from kvshare_mm.assets.training.pictures import draw, random_photo
+from kvshare_mm.models.loader import load_tokenizer, locate
 
 from .engines import Shared, shared_engine, tokens, told
 
@@ -27,6 +31,30 @@ def edited(prompt: list[int]) -> list[int]:
 @pytest.fixture(scope="module")
 def store_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("donors")
+
+
+def test_pictures_on_disk_outlive_the_engine(tmp_path: Path) -> None:
+    picture = draw(random_photo(random.Random(0)))
+    tokenizer = load_tokenizer("tiny-vl")
+
+    def prompt(name: str) -> dict[str, Any]:
+        text = f"{name}: <|vision_start|><|image_pad|><|vision_end|>{'Which way did it come? ' * 8}"
+        ids = tokenizer(text)["input_ids"]
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": [picture]}}
+
+    options = {**BASE, "store_dir": tmp_path}
+    with shared_engine(locate("tiny-vl"), options, max_model_len=512) as engine:
+        engine.serve(prompt("Tom"))
+        before = engine.serve(prompt("Alexandra 17"), store=False, repair="tail:16")
+        assert engine.runner._store.flush(60)
+        (node,) = engine.scheduler.catalogue.nodes()
+    with shared_engine(locate("tiny-vl"), options, max_model_len=512) as engine:
+        after = engine.serve(prompt("Alexandra 17"), store=False, repair="tail:16")
+        (found,) = engine.scheduler.catalogue.nodes()
+    assert found.media == node.media and len(node.media) == 1
+    assert np.array_equal(found.positions, node.positions)
+    assert told(after)["reused"] == told(before)["reused"] > 16
+    assert tokens(after) == tokens(before)
 
 
 def test_donors_on_disk_outlive_the_engine_and_damage(

@@ -271,6 +271,20 @@ def test_a_preempted_request_whose_kept_photo_is_gone(
     on_its_own(engine, stock, target, tokens(output))
 
 
+def test_a_prompt_that_cannot_be_read_is_a_miss(
+    engine: Shared, stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("a grid of two numbers")
+
+    monkeypatch.setattr("kvshare_mm.vllm.scheduler.request_stream", fail)
+    stream = stream_of(inquiry(0))
+    output = serve(engine, stream)
+    assert told(output)["declined"] == "lookup_error"
+    assert tokens(output) == stock_tokens(stock, prompt_of(stream), LENGTH)
+    assert not engine.scheduler.catalogue.nodes()
+
+
 REQUESTS = [
     each
     for seed in (1, 2)
