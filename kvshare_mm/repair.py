@@ -19,6 +19,8 @@ from kvshare_mm.plan import Decline, ReusePlan
 
 # Nats that a reused picture may be worth; it was 0.0002 at the worst token of an answer.
 PICTURE_KL = 0.001
+# A picture with fewer positions behind it has no question there: it may have read one before it.
+_QUESTION = 8
 _MIN_REUSED_SHARE = 0.1
 
 
@@ -118,7 +120,8 @@ class MaxDivergence:
     Pictures are trusted as they are, unless the target is below `PICTURE_KL`. On a Qwen2.5-VL of 3
     million weights, 160 similar requests whose picture had moved, all harm came from the text:
     without repairs in the picture the answer's tokens diverge by 0.00002 nats, and recomputing the
-    whole picture makes no difference.
+    whole picture makes no difference. Where the question must stand in front of the picture, the
+    prompt's end is repaired even in it.
     """
 
     kl: float = 0.01
@@ -127,12 +130,14 @@ class MaxDivergence:
         _check_not_negative("kl", self.kl)
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
-        front = _fronts(plan)
+        tail, fronts = Tail(TAIL).positions(plan, probe), _fronts(plan)
         danger = risk(plan)
         if plan.pictures is not None and self.kl >= PICTURE_KL:
-            front = front[~plan.pictures[front]]
+            fronts = fronts[~plan.pictures[fronts]]
             danger[plan.pictures] = 0
-        always = np.concatenate((Tail(TAIL).positions(plan, probe), front))
+            if not plan.pictures[-_QUESTION:].any():
+                tail = tail[~plan.pictures[tail]]
+        always = np.concatenate((tail, fronts))
         danger[always] = 0
         order = np.argsort(-danger, kind="stable")
         # What is left if this position and all that are less risky are reused.

@@ -214,13 +214,15 @@ def test_an_edited_word_is_repaired_to_its_end_as_far_as_that_is_near():
     ]
 
 
-def test_a_picture_behind_an_edit_is_trusted():
+def test_a_picture_behind_an_edit_or_at_the_end_is_trusted():
     pictures = np.zeros(100, dtype=bool)
     pictures[8:30] = True
+    pictures[80:92] = True
     plan = replace(ReusePlan(100, (KeptRun("a", 9, 8, 91, False),)), pictures=pictures)
     loose, strict = (set(MaxDivergence(kl).positions(plan, NoProbe())) for kl in (1e6, 0.0))
-    assert not loose & set(range(8, 30))
-    assert set(range(8, 30)) <= strict
+    assert not loose & {*range(8, 30), *range(80, 92)}
+    assert {*range(92, 100)} <= loose
+    assert {*range(8, 30), *range(80, 92)} <= strict
 
 
 def test_no_target_repairs_everything_and_a_loose_one_the_end_alone():
@@ -331,8 +333,9 @@ def test_pictures_are_trusted_unless_the_target_is_too_tight():
     assert text[loose].sum() <= text[MaxDivergence(0.01).positions(plan, NoProbe())].sum()
 
 
-def test_the_prompts_end_is_repaired_even_in_a_picture():
-    plan = replace(edited_plan(), pictures=np.ones(100, dtype=bool))
+@pytest.mark.parametrize("behind", [0, 7])
+def test_the_prompts_end_is_repaired_even_in_a_picture_behind_the_question(behind):
+    plan = replace(edited_plan(), pictures=np.arange(100) < 100 - behind)
     assert MaxDivergence(0.01).positions(plan, NoProbe()).tolist() == list(range(84, 100))
 
 
