@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import gradio as gr
 from fastapi import FastAPI, Response
+from gradio.routes import App
 from starlette.routing import Mount
 
 from kvshare_mm.apps.desk.page import PICTURES, STYLE, build
@@ -68,5 +69,6 @@ def mount(app: FastAPI, service: Service, path: str) -> Callable[[], None]:
         ssr_mode=False,
         enable_monitoring=False,
     )
-    [desk] = [r.app for r in app.routes if isinstance(r, Mount) and r.path == path]
-    return desk.stop_event.set  # type: ignore[no-any-return]
+    [desk] = [r.app for r in app.routes if isinstance(r, Mount) and isinstance(r.app, App)]
+    stop: Callable[[], None] = desk.stop_event.set
+    return stop
