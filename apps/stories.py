@@ -115,7 +115,7 @@ _EXAM_QUESTIONS = (
     "Which river flows through Vienna and Budapest?",
     "Which island country has Reykjavik as its capital?",
 )
-_EXAM_TASK = "Which answer did the student give to question 7?"
+_EXAM_TASK = "Write down the student's answer to question 7."
 _RIGHT = ("Paris", "Nile", "Pacific Ocean", "Everest", "Canberra", "Sahara", "Tokyo", "Brazil",
           "Danube", "Iceland")  # fmt: skip
 
