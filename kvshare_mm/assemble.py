@@ -6,7 +6,7 @@ import atexit
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.models.loader import LoadedModel, load_model
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
+from kvshare_mm.stream import Modality
 from kvshare_mm.words import joining_tokens
 
 logger = logging.getLogger(__name__)
@@ -137,9 +138,22 @@ def media_support(loaded: LoadedModel, config: KVShareConfig) -> MediaSupport:
     family = loaded.family
     if family is None:
         return TEXT_ONLY
+    return media_of(config, loaded.processor, family.placeholders, family.mrope)
+
+
+def media_of(
+    config: KVShareConfig, processor: Any, placeholders: Mapping[Modality, int], mrope: bool
+) -> MediaSupport:
+    """What a multimodal model can take beside text.
+
+    Args:
+        processor: transformers' processor of the model.
+        placeholders: the token that stands for a medium, by modality.
+        mrope: whether its positions have three axes.
+    """
     sources = MediaSources(config.max_media_bytes, config.local_media)
-    adapters = adapters_for(loaded.processor, family.placeholders, sources, config.max_image_pixels)
-    return MediaSupport(adapters, family.placeholders, family.mrope)
+    adapters = adapters_for(processor, placeholders, sources, config.max_image_pixels)
+    return MediaSupport(adapters, placeholders, mrope)
 
 
 def _donors(config: KVShareConfig, loaded: LoadedModel, disk: DiskTier | None) -> DonorPool:

@@ -14,9 +14,8 @@ from kvshare_mm.donors import DonorPool, Found
 from kvshare_mm.modalities.seen import SeenMedia
 from kvshare_mm.plan import PlannerOptions
 from kvshare_mm.store.media import media_ids
-from kvshare_mm.stream import SegmentStream
+from kvshare_mm.stream import MEDIA_BIT, SegmentStream
 
-_MEDIA_BIT = 1 << 63
 _FOREVER_S = 10 * 365 * 86400.0
 
 
@@ -96,7 +95,7 @@ class CacheAdmin:
         ids: list[int] = []
         in_media = False
         for key in (int(k) for k in node.keys):
-            if key & _MEDIA_BIT:
+            if key & MEDIA_BIT:
                 if not in_media:
                     parts += [str(self._tokenizer.decode(ids)), "[media]"]
                     ids = []

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from kvshare_mm.stream import MediaItem, Segment
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -44,6 +47,21 @@ class MediaUse:
     label: str
     source: Literal["kv", "features", "encoder"]
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, segment: Segment, item: MediaItem, source: Literal["kv", "features", "encoder"]
+    ) -> MediaUse:
+        """What became of an `item` that stands at `segment`."""
+        return cls(
+            segment.modality.value,
+            segment.start,
+            segment.end,
+            item.digest[:16],
+            item.label,
+            source,
+            item.notes,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,10 +62,7 @@ class BoundaryWindow:
         _check_not_negative("width", self.width)
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
-        windows = [
-            np.arange(r.start, min(r.start + self.width, r.end)) for r in plan.runs if not r.exact
-        ]
-        return np.concatenate(windows) if windows else np.empty(0, np.int64)
+        return _fronts(plan, self.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +127,7 @@ class MaxDivergence:
         _check_not_negative("kl", self.kl)
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
-        tail, fronts = Tail(TAIL).positions(plan, probe), _fronts(plan)
+        tail, fronts = Tail(TAIL).positions(plan, probe), _fronts(plan, FRONT, plan.joined)
         danger = risk(plan)
         if plan.pictures is not None and self.kl >= PICTURE_KL:
             fronts = fronts[~plan.pictures[fronts]]
@@ -146,18 +143,18 @@ class MaxDivergence:
         return np.concatenate((chosen, always))
 
 
-def _fronts(plan: ReusePlan) -> np.ndarray:
-    """The first positions of every approximate run: `FRONT`, and on to the end of a cut word."""
-    fronts = []
+def _fronts(plan: ReusePlan, width: int, joined: np.ndarray | None = None) -> np.ndarray:
+    """The first `width` positions of every approximate run, and on to the end of a cut word."""
+    fronts = [np.empty(0, np.int64)]
     for run in plan.runs:
         if run.exact:
             continue
-        width = FRONT
-        if plan.joined is not None:
-            word = plan.joined[run.start : min(run.end, run.start + WORD)]
-            width = max(width, int(np.argmin(np.append(word, False))))
-        fronts.append(np.arange(run.start, min(run.start + width, run.end)))
-    return np.concatenate(fronts) if fronts else np.empty(0, np.int64)
+        reach = width
+        if joined is not None:
+            word = joined[run.start : min(run.end, run.start + WORD)]
+            reach = max(reach, int(np.argmin(np.append(word, False))))
+        fronts.append(np.arange(run.start, min(run.start + reach, run.end)))
+    return np.concatenate(fronts)
 
 
 @dataclass(frozen=True, slots=True)

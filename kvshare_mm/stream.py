@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-_MEDIA_BIT = 1 << 63
+# Keys of pictures and sound have it, those of tokens never.
+MEDIA_BIT = 1 << 63
 
 
 class Modality(StrEnum):
@@ -231,7 +232,7 @@ def media_keys(content_hash: int, length: int) -> np.ndarray:
     prefix = content_hash.to_bytes(8, "little")
     return np.array(
         [
-            xxhash.xxh3_64_intdigest(prefix + i.to_bytes(4, "little")) | _MEDIA_BIT
+            xxhash.xxh3_64_intdigest(prefix + i.to_bytes(4, "little")) | MEDIA_BIT
             for i in range(length)
         ],
         dtype=np.uint64,

@@ -251,14 +251,8 @@ class _Media:
         for segment, item in zip(self._stream.media, self._stream.items, strict=True):
             _, ran = self._made.get(segment.start, (None, None))
             uses.append(
-                MediaUse(
-                    segment.modality.value,
-                    segment.start,
-                    segment.end,
-                    item.digest[:16],
-                    item.label,
-                    "kv" if ran is None else "encoder" if ran else "features",
-                    item.notes,
+                MediaUse.of(
+                    segment, item, "kv" if ran is None else "encoder" if ran else "features"
                 )
             )
         return tuple(uses)

@@ -11,9 +11,7 @@ import numpy as np
 from kvshare_mm.delta_tree import Node
 from kvshare_mm.index.base import IndexRecord
 from kvshare_mm.index.semantic import Opened, SemanticIndex
-
-# Keys from here on are of pictures, not tokens.
-_MEDIA_KEYS = 1 << 63
+from kvshare_mm.stream import MEDIA_BIT
 
 
 class Dense:
@@ -48,5 +46,5 @@ class Dense:
         self._index.close()
 
     def _text(self, keys: np.ndarray) -> str:
-        words = keys[keys < _MEDIA_KEYS].astype(np.int64).tolist()
+        words = keys[keys < MEDIA_BIT].astype(np.int64).tolist()
         return str(self._tokenizer.decode(words, skip_special_tokens=True))

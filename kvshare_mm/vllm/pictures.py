@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 
+from kvshare_mm.assemble import media_of
 from kvshare_mm.chat import TEXT_ONLY, MediaSupport
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import ModelLoadError
-from kvshare_mm.modalities.registry import adapters_for
-from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.outputs import MediaUse
 from kvshare_mm.stream import Modality, SegmentStream
 
@@ -40,9 +39,7 @@ def picture_support(
         raise ModelLoadError(f"Could not load the processor of {source!r}. {error}") from error
     tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
     placeholders = {Modality.IMAGE: int(model.image_token_id)}
-    sources = MediaSources(config.max_media_bytes, config.local_media)
-    adapters = adapters_for(processor, placeholders, sources, config.max_image_pixels)
-    return MediaSupport(adapters, placeholders, mrope=True)
+    return media_of(config, processor, placeholders, mrope=True)
 
 
 def prompt_of(stream: SegmentStream) -> dict[str, Any]:
@@ -64,14 +61,6 @@ def uses_of(stream: SegmentStream, computed_from: int) -> tuple[MediaUse, ...]:
             knew, is not told apart.
     """
     return tuple(
-        MediaUse(
-            segment.modality.value,
-            segment.start,
-            segment.end,
-            item.digest[:16],
-            item.label,
-            "kv" if segment.end <= computed_from else "encoder",
-            item.notes,
-        )
+        MediaUse.of(segment, item, "kv" if segment.end <= computed_from else "encoder")
         for segment, item in zip(stream.media, stream.items, strict=True)
     )
