@@ -144,7 +144,9 @@ class CacheAdmin:
 
     def lookup(self, stream: SegmentStream, namespace: str, options: PlannerOptions) -> Found:
         """What would be planned for a prompt now. Repairs are chosen later, by the model."""
-        return self._donors.find(stream.keys, namespace, options, positions=stream.positions)
+        return self._donors.find(
+            stream.keys, namespace, options, positions=stream.positions, pictures=stream.pictures
+        )
 
     def _pinned(self) -> dict[str, float]:
         now = time.monotonic()
@@ -164,7 +166,7 @@ class CacheAdmin:
             tier=self._donors.store.resident(node.node_id),
             created_s=node.created_s,
             pinned_s=pinned_s,
-            num_media_tokens=int((node.keys >> 63).sum()),
+            num_media_tokens=int((node.alignment_keys >> 63).sum()),
         )
 
 

@@ -62,6 +62,7 @@ class Catalogue:
         options: PlannerOptions,
         similar: tuple[str, ...] = (),
         positions: np.ndarray | None = None,
+        pictures: np.ndarray | None = None,
     ) -> Found:
         """Plan the reuse of stored requests for a prompt.
 
@@ -71,6 +72,7 @@ class Catalogue:
             options: when reuse is worth it.
             similar: ids that a dense search brought in time, if any.
             positions: ``[3, N]`` rotary positions; None: the index.
+            pictures: ``[N]`` bool: positions that are pictures; None: none are.
         """
         start = time.perf_counter()
         with self._lock:
@@ -80,7 +82,7 @@ class Catalogue:
                 ids += self._with_chief_owners([*hits, *similar])[: self.max_candidates]
             donors = self._donors(ids, ns)
             found = time.perf_counter()
-        plan = make_plan(keys, donors, options, positions)
+        plan = make_plan(keys, donors, options, positions, pictures)
         if self.joining is not None:
             plan = replace(plan, joined=joined_positions(keys, self.joining))
         return Found(plan, found - start, time.perf_counter() - found)
@@ -109,25 +111,34 @@ class Catalogue:
         positions: np.ndarray | None = None,
         media: tuple[Segment, ...] = (),
     ) -> Node | None:
-        """The node of a finished request, not yet added; None: nothing is gained by storing it.
+        """The node of a finished request, not yet added; None: it is too short to be one.
 
         Args: see `DonorPool.capture`.
         """
         if len(keys) < _MIN_STORED_TOKENS:
             return None
         with self._lock:
-            if self._twin(keys, ns):
-                self._counters["capture_known"] += 1
-                return None
             return self.tree.derive(
                 uuid.uuid4().hex, ns, keys.copy(), plan, time.time(), attention, positions, media
             )
+
+    def twin(self, node: Node) -> str | None:
+        """A donor that gives all that `node` would, as exactly; None: there is none."""
+        keys = node.alignment_keys
+        with self._lock:
+            for donor in self._donors(self._prefixes.longest(node.namespace, keys), node.namespace):
+                whole = donor.readable >= len(keys) and np.array_equal(
+                    donor.keys[: len(keys)], keys
+                )
+                if whole and _approximation(donor.drift, len(keys)) <= _approximation(node.drift):
+                    return donor.donor_id
+        return None
 
     def add(self, node: Node) -> None:
         """A node's KV is stored: it can be found from now on."""
         with self._lock:
             self.tree.insert(node)
-            record = IndexRecord(node.node_id, node.namespace, node.keys)
+            record = IndexRecord(node.node_id, node.namespace, node.alignment_keys)
             self._lexical.add([record])
             self._prefixes.add([record])
 
@@ -171,9 +182,7 @@ class Catalogue:
                 found[max(owners, key=lambda owner: owners[owner])] = None
         return list(found)
 
-    def _twin(self, keys: np.ndarray, ns: str) -> str | None:
-        """A donor that holds these very keys exactly already; caller holds the lock."""
-        for donor in self._donors(self._prefixes.longest(ns, keys), ns):
-            if donor.exact_len >= len(keys) and np.array_equal(donor.keys[: len(keys)], keys):
-                return donor.donor_id
-        return None
+
+def _approximation(drift: np.ndarray | None, length: int | None = None) -> float:
+    """How approximate the first `length` positions are, all told."""
+    return 0.0 if drift is None else float(np.linalg.norm(drift[:length].astype(np.float64)))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvshare_mm.divergence import passed_on
 from kvshare_mm.plan import Donor, ReusePlan
 from kvshare_mm.stream import Segment
 
@@ -56,15 +57,18 @@ class Node:
     Attributes:
         node_id: unique id.
         namespace: everything that must be equal before KV may be shared.
-        keys: ``[N]`` uint64 alignment keys of the request.
+        keys: ``[N]`` alignment keys of the request, kept as uint32 if they are tokens only, else as
+            uint64.
         own: spans whose KV this node owns, ascending and disjoint.
         pieces: spans whose KV other nodes own, ascending, disjoint, and disjoint from `own`.
         exact_len: positions ``[0, exact_len)`` equal what a full prefill gives.
-        attention: ``[P]`` float32, P <= N: how much the prompt's last position looked at each, mean
+        attention: ``[P]`` float16, P <= N: how much the prompt's last position looked at each, mean
             over heads and layers; None if it was not recorded.
+        drift: ``[P]`` float16, P <= N: how far the KV of each is from what its context gives (see
+            `divergence.passed_on`), 0 behind P; None: nowhere.
         parent: id of the donor this request was edited from (lineage, for people), or None.
         created_s: seconds since the epoch.
-        positions: ``[3, N]`` rotary positions; None: the index.
+        positions: ``[3, N]`` int32 rotary positions; None: the index.
         media: where its pictures and clips are.
     """
 
@@ -79,8 +83,16 @@ class Node:
     created_s: float = 0.0
     positions: np.ndarray | None = field(default=None, repr=False)
     media: tuple[Segment, ...] = ()
+    drift: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        # Nodes are many, and all in RAM wherever their KV is.
+        if self.keys.dtype == np.uint64 and not (self.keys >> 32).any():
+            object.__setattr__(self, "keys", self.keys.astype(np.uint32))
+        compact = {"attention": np.float16, "drift": np.float16, "positions": np.int32}
+        for name, dtype in compact.items():
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, values.astype(dtype, copy=False))
         spans = sorted([*self.own, *(Span(p.start, p.end) for p in self.pieces)])
         end = 0
         for span in spans:
@@ -89,8 +101,9 @@ class Node:
             end = span.end
         if end > len(self.keys) or not 0 <= self.exact_len <= len(self.keys):
             raise ValueError(f"node {self.node_id}: spans or exact_len go beyond the keys")
-        if self.attention is not None and len(self.attention) > len(self.keys):
-            raise ValueError(f"node {self.node_id}: more attention than keys")
+        for name in ("attention", "drift"):
+            if (values := getattr(self, name)) is not None and len(values) > len(self.keys):
+                raise ValueError(f"node {self.node_id}: more {name} than keys")
         if self.positions is not None and self.positions.shape != (3, len(self.keys)):
             raise ValueError(f"node {self.node_id}: positions are not [3, {len(self.keys)}]")
         if any(m.end > len(self.keys) for m in self.media):
@@ -102,6 +115,11 @@ class Node:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def alignment_keys(self) -> np.ndarray:
+        """``[N]`` uint64, as prompts and indexes have them."""
+        return self.keys.astype(np.uint64)
 
     @property
     def num_owned(self) -> int:
@@ -196,7 +214,7 @@ class DeltaTree:
             borrowed[piece.owner] = borrowed.get(piece.owner, 0) + piece.length
         owners = set(sorted(borrowed, key=lambda o: -borrowed[o])[: self.max_owners])
         pieces = sorted((p for p in pieces if p.owner in owners), key=lambda p: p.start)
-        approximate = [r.start for r in plan.runs if not r.exact]
+        drift = passed_on(plan)
         owned = np.ones(len(keys), dtype=bool)
         for piece in pieces:
             owned[piece.start : piece.end] = False
@@ -206,12 +224,14 @@ class DeltaTree:
             keys=keys,
             own=tuple(_spans(owned)),
             pieces=tuple(pieces),
-            exact_len=approximate[0] if approximate else len(keys),
+            # What was computed before anything approximate is what a full prefill gives.
+            exact_len=len(keys) if drift is None else int(np.argmax(plan.reused)),
             attention=attention,
             parent=plan.donors[0] if plan.donors and plan.donors[0] in self._nodes else None,
             created_s=created_s,
             positions=positions,
             media=media,
+            drift=drift,
         )
 
     def insert(self, node: Node) -> None:
@@ -307,7 +327,19 @@ class DeltaTree:
         holes = np.flatnonzero(~readable)
         prefix = int(holes[0]) if len(holes) else len(node)
         exact = min(prefix, node.exact_len)
-        return Donor(node_id, node.keys, material, prefix, exact, node.attention, node.positions)
+        drift = _widened(node.drift)
+        if drift is None and node.exact_len < len(node):
+            drift = np.where(np.arange(len(node)) < node.exact_len, 0, np.float32(np.inf))
+        return Donor(
+            node_id,
+            node.alignment_keys,
+            material,
+            prefix,
+            exact,
+            _widened(node.attention),
+            node.positions,
+            drift,
+        )
 
     def relatives(self, node_id: str) -> list[str]:
         """Parent, children and siblings: they may fit a target better than the node found."""
@@ -337,6 +369,10 @@ class DeltaTree:
         return sum(
             n.num_owned + sum(p.length for p in n.pieces if p.owner in self._nodes) for n in self
         )
+
+
+def _widened(values: np.ndarray | None) -> np.ndarray | None:
+    return None if values is None else values.astype(np.float32)
 
 
 def _spans(mask: np.ndarray, offset: int = 0) -> list[Span]:

@@ -23,13 +23,23 @@ last positions have *read* the prompt for the question they ask: in the donor's 
 donor's answer, whatever the attention to them.
 On exams with other answers, repairing the last 16 positions and nothing else takes the first
 token's KL from 1.1 to 0.01 nats.
+
+What is reused so becomes a donor itself, and its KV is as far off as it was made. Every node
+therefore keeps the *drift* of its positions, and whoever takes KV from it starts from there: what
+it inherits is added to what its own edits do. A request that continues an approximate one token for
+token goes as far as the risk fits its own bound; what it edits, it repairs until the sum does.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from kvshare_mm.plan import ReusePlan
+if TYPE_CHECKING:
+    from kvshare_mm.plan import KeptRun, ReusePlan
 
 # Positions at the prompt's end that have read the question.
 TAIL = 16
@@ -46,28 +56,138 @@ _CHANGED_POWER = 1.4
 BOUND_SCALE = 139.0
 BOUND_POWER = 0.93
 
+# Drift is stored as float16: nothing approximate may be rounded to exact.
+_LEAST_DRIFT = np.finfo(np.float16).smallest_subnormal
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How approximate KV may be that a request takes over from another one.
+
+    Attributes:
+        risk: largest residual risk of it.
+        pictures: whether reused pictures count as exact.
+    """
+
+    risk: float = math.inf
+    pictures: bool = True
+
+
+def drift(plan: ReusePlan) -> np.ndarray:
+    """How far the KV of each position will be from full recompute's if it is reused as it is.
+
+    Returns:
+        ``[num_tokens]`` float64, at least 0: what it inherits from its donor, and what the edits
+        between donor and target add; 0 outside approximate runs.
+    """
+    found = np.zeros(plan.num_tokens)
+    inherited = plan.inherited
+    changed = end = shift = others = 0
+    continued = None
+    for run in plan.runs:
+        # Tokens put in, taken out or replaced since the run before.
+        if not _goes_on(plan, end, run):
+            changed += max(run.start - end, abs(run.shift - shift))
+        end, shift = run.end, run.shift
+        if run.exact:
+            continue
+        if run.continued:
+            # What it computed itself stands in no donor that it was edited from.
+            others = 0 if inherited is None else int((inherited[run.start : run.end] == 0).sum())
+            continued = run.donor
+        else:
+            edits = changed + (others if run.donor != continued else 0)
+            share = np.minimum(1.0, edits / (np.arange(run.start, run.end) + 1))
+            fading = (1.0 + np.arange(run.length)) ** _DISTANCE_POWER
+            found[run.start : run.end] = share**_CHANGED_POWER * fading
+        if inherited is not None:
+            found[run.start : run.end] += inherited[run.start : run.end]
+    return found
+
+
+def _goes_on(plan: ReusePlan, end: int, run: KeptRun) -> bool:
+    """Whether between `end`, of the run before, and `run` there is no edit."""
+    return run.continued or bool(
+        plan.unedited is not None and run.start > end and plan.unedited[end : run.start].all()
+    )
+
+
+def looked_at(drift: np.ndarray, attention: np.ndarray) -> np.ndarray:
+    """Risk: drift times attention, both ``[N]``. What is not trusted at all (infinite drift) stays
+    so though nothing looks at it."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isinf(drift), drift, drift * attention)
+
 
 def risk(plan: ReusePlan) -> np.ndarray:
     """What each position adds to the divergence if it is reused as it is.
 
     Returns:
-        ``[num_tokens]`` float64, at least 0; 0 outside approximate runs and in runs whose context
-        is that of their donor token for token.
+        ``[num_tokens]`` float64, at least 0; 0 outside approximate runs and for KV whose context
+        is that of its donor token for token and was exact there.
     """
-    found = np.zeros(plan.num_tokens)
     attention = plan.attention
-    changed = end = shift = 0
+    if attention is None:
+        attention = np.full(plan.num_tokens, 1 / plan.num_tokens)
+    return looked_at(drift(plan), attention)
+
+
+def fronts(plan: ReusePlan, width: int, to_word_end: bool = False) -> np.ndarray:
+    """The first `width` positions behind every edit, int64, and on to the end of a cut word."""
+    found = [np.empty(0, np.int64)]
+    end = 0
     for run in plan.runs:
-        # Tokens put in, taken out or replaced since the run before.
-        changed += max(run.start - end, abs(run.shift - shift))
-        end, shift = run.end, run.shift
-        if run.exact:
+        goes_on, end = _goes_on(plan, end, run), run.end
+        if run.exact or goes_on:
             continue
-        share = np.minimum(1.0, changed / (np.arange(run.start, run.end) + 1))
-        drift = share**_CHANGED_POWER * (1.0 + np.arange(run.length)) ** _DISTANCE_POWER
-        looked = 1 / plan.num_tokens if attention is None else attention[run.start : run.end]
-        found[run.start : run.end] = drift * looked
-    return found
+        reach = width
+        if to_word_end and plan.joined is not None:
+            word = plan.joined[run.start : min(run.end, run.start + WORD)]
+            reach = max(reach, int(np.argmin(np.append(word, False))))
+        found.append(np.arange(run.start, min(run.start + reach, run.end)))
+    return np.concatenate(found)
+
+
+def passed_on(plan: ReusePlan) -> np.ndarray | None:
+    """The drift of a request served with `plan`, as those inherit it who take KV from it.
+
+    What is always to be repaired (behind edits, at the prompt's end) and was not is not trusted by
+    anybody who did not ask for that: its drift is infinite.
+
+    Returns:
+        ``[num_tokens]`` float16, 0 where KV was computed or is exact; None: it is everywhere.
+    """
+    reused = plan.reused
+    if not reused.any():
+        return None
+    edited = reused & ~plan.continued
+    found = drift(plan)
+    found[edited] = np.maximum(found[edited], _LEAST_DRIFT)
+    stale = np.zeros(plan.num_tokens, dtype=bool)
+    stale[fronts(plan, FRONT, to_word_end=True)] = True
+    stale[-TAIL:] = True
+    found[edited & stale] = np.inf
+    found[~reused] = 0
+    return found.astype(np.float16)
+
+
+def riskiest(danger: np.ndarray, limit: float, fixed: np.ndarray) -> np.ndarray:
+    """As few positions as leave a residual risk of at most `limit` in the others.
+
+    Args:
+        danger: ``[num_tokens]`` risk of each position, at least 0.
+        fixed: ``[num_tokens]`` bool: positions that cannot be chosen; their risk counts.
+
+    Returns:
+        int64 positions, the riskiest first.
+    """
+    if math.isfinite(limit):
+        limit = math.sqrt(max(0.0, limit * limit - float(np.square(danger[fixed]).sum())))
+    danger = np.where(fixed, 0, danger)
+    order = np.argsort(-danger, kind="stable")
+    # What is left if this position and all that are less risky are reused.
+    left = np.sqrt(np.cumsum(np.square(danger[order][::-1]))[::-1])
+    return order[(left > limit) & (danger[order] > 0)]
 
 
 def residual_risk(plan: ReusePlan) -> float:

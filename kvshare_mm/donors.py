@@ -78,6 +78,7 @@ class DonorPool:
         options: PlannerOptions,
         similar: tuple[str, ...] = (),
         positions: np.ndarray | None = None,
+        pictures: np.ndarray | None = None,
     ) -> Found:
         """Plan the reuse of stored requests for a prompt.
 
@@ -87,8 +88,9 @@ class DonorPool:
             options: when reuse is worth it.
             similar: ids that a dense search brought in time, if any.
             positions: ``[3, N]`` rotary positions; None: the index.
+            pictures: ``[N]`` bool: positions that are pictures; None: none are.
         """
-        return self.catalogue.find(keys, ns, options, similar, positions)
+        return self.catalogue.find(keys, ns, options, similar, positions, pictures)
 
     def similar(self, text: str, ns: str) -> tuple[str, ...]:
         """Donors that mean something similar; takes as long as embedding a prompt does."""
@@ -141,6 +143,11 @@ class DonorPool:
         node = self.catalogue.derive(keys, ns, plan, attention, positions, media)
         if node is None:
             return None
+        if (twin := self.catalogue.twin(node)) is not None:
+            # Stored again with each repetition, it would push others out.
+            self.store.touch(twin)
+            self.counters["capture_known"] += 1
+            return None
         kv = NodeKV(owned_rows(k, node), owned_rows(v, node))
         self.store.put(StoredNode(node, kv))
         self.catalogue.add(node)
@@ -151,7 +158,7 @@ class DonorPool:
             return None
         self.counters["captured"] += 1
         if self._semantic is not None:
-            self._semantic.add(IndexRecord(node.node_id, ns, node.keys), text)
+            self._semantic.add(IndexRecord(node.node_id, ns, node.alignment_keys), text)
         return node.node_id
 
     def forget(self, node_id: str) -> None:
@@ -190,7 +197,9 @@ class DonorPool:
                 self.catalogue.add(node)
                 self.counters["restored"] += 1
                 if embedding is not None:
-                    embedded.append(IndexRecord(node.node_id, node.namespace, node.keys, embedding))
+                    embedded.append(
+                        IndexRecord(node.node_id, node.namespace, node.alignment_keys, embedding)
+                    )
         return embedded
 
 

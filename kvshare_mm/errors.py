@@ -37,6 +37,10 @@ class EngineClosedError(KVShareError):
     """The engine was closed, or its worker died, before the request was done."""
 
 
+class ModelOutputError(KVShareError):
+    """The model's output is not a number; the request was ended and nothing of it is kept."""
+
+
 class StoreError(KVShareError):
     """The store folder cannot be used (not writable, not a folder)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard, get_args, overload
 
@@ -242,7 +242,8 @@ class KVShare:
             raise ConfigError("lookup: the donors are in vLLM's processes; see a request's answer")
         if self._cache is None or spec.sharing == "off":
             return None
-        planner = self.config.planner
+        policy = spec.policy or self.config.policy
+        planner = replace(self.config.planner, tolerance=policy.tolerance)
         if spec.sharing == "exact":
             planner = planner.but_exact_only()
         return self._cache.lookup(spec.stream, spec.namespace, planner)
@@ -261,6 +262,12 @@ class KVShare:
     def cancel(self, request_id: str) -> None:
         """End a request at its next token."""
         self._parts.engine.cancel(request_id)
+
+    @property
+    def healthy(self) -> bool:
+        """False once the engine has ended, or the model fails for one request after the other and
+        when it is tried alone."""
+        return self._parts.engine.healthy
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start and sizes now; see `kvshare_mm.assemble.Parts.stats`."""

@@ -10,7 +10,8 @@ Planning is arithmetic on keys: no tensors, no store, no text. The order of trus
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvshare_mm.align import Match, align, common_prefix, maximal_matches
+from kvshare_mm.divergence import Tolerance, looked_at
 from kvshare_mm.index.ngrams import ngram_hashes
 
 
@@ -47,6 +49,8 @@ class Donor:
         attention: ``[P]`` float32, P <= M: how much its prompt's last position looked at each; None
             if unknown.
         positions: ``[3, M]`` rotary positions; None: the index.
+        drift: ``[P]`` float32, P <= M: how far the KV of each position is from what its own context
+            gives (see `divergence.passed_on`), 0 behind P; None: nothing is approximate.
     """
 
     donor_id: str
@@ -56,16 +60,24 @@ class Donor:
     exact_len: int
     attention: np.ndarray | None = field(default=None, repr=False)
     positions: np.ndarray | None = field(default=None, repr=False)
+    drift: np.ndarray | None = field(default=None, repr=False)
 
 
 class KeptRun(NamedTuple):
-    """Target ``[start, start + length)`` takes the KV of `donor` from `donor_start`."""
+    """Target ``[start, start + length)`` takes the KV of `donor` from `donor_start`.
+
+    Attributes:
+        exact: what a full prefill gives.
+        continued: approximate, and yet in the very context that it was computed in: the target
+            begins with the donor's tokens, up to the end of the run.
+    """
 
     donor: str
     donor_start: int
     start: int
     length: int
     exact: bool
+    continued: bool = False
 
     @property
     def end(self) -> int:
@@ -89,6 +101,10 @@ class ReusePlan:
         attention: ``[num_tokens]`` float32: how much the donors' last position looked at what each
             kept position takes its KV from, a guess of how much this prompt's will; the average
             where that is unknown. None if nothing is reused approximately.
+        inherited: ``[num_tokens]`` float32: how far off what each kept position is taken from was
+            made, in its donor already (`Donor.drift`); None: not at all.
+        unedited: ``[num_tokens]`` bool: placeholders that stand between two runs of a donor as they
+            stand in the donor, whose KV there is not to be had; None: there are none.
         pictures: ``[num_tokens]`` bool: positions that are pictures; None: none are.
         joined: ``[num_tokens]`` bool: positions whose token goes on with the word before it; None:
             unknown.
@@ -99,6 +115,8 @@ class ReusePlan:
     repair: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
     declined: Decline | None = None
     attention: np.ndarray | None = field(default=None, repr=False)
+    inherited: np.ndarray | None = field(default=None, repr=False)
+    unedited: np.ndarray | None = field(default=None, repr=False)
     pictures: np.ndarray | None = field(default=None, repr=False)
     joined: np.ndarray | None = field(default=None, repr=False)
 
@@ -111,6 +129,8 @@ class ReusePlan:
                 raise ValueError(f"a kept run starts before its donor: {run}")
             if run.exact and (run.shift or run.start != exact_end):
                 raise ValueError(f"an exact run must continue the exact prefix unshifted: {run}")
+            if run.continued and (run.exact or run.shift or run.start != exact_end):
+                raise ValueError(f"only behind the exact prefix can a donor be continued: {run}")
             end = run.end
             exact_end = end if run.exact else exact_end
         if self.num_tokens < 1 or end > self.num_tokens - 1:
@@ -119,10 +139,7 @@ class ReusePlan:
     @property
     def kept(self) -> np.ndarray:
         """``[num_tokens]`` bool: positions inside a kept run, repaired or not."""
-        kept = np.zeros(self.num_tokens, dtype=bool)
-        for run in self.runs:
-            kept[run.start : run.end] = True
-        return kept
+        return self._inside(self.runs)
 
     @property
     def placeholders(self) -> np.ndarray:
@@ -165,19 +182,34 @@ class ReusePlan:
         """The same plan with `positions` (any order, duplicates allowed) computed as well.
 
         Only positions inside approximate runs count: exact ones have nothing to repair and the
-        others are computed already.
+        others are computed already. A donor that is continued is taken as it is: what it computed
+        behind a position has read that one unrepaired.
         """
         wanted = np.zeros(self.num_tokens, dtype=bool)
         wanted[positions] = True
-        return replace(self, repair=np.flatnonzero(wanted & self.approximate))
+        return replace(self, repair=np.flatnonzero(wanted & self.approximate & ~self.continued))
 
     @property
     def approximate(self) -> np.ndarray:
         """``[num_tokens]`` bool: positions inside an approximate run."""
+        return self._inside(r for r in self.runs if not r.exact)
+
+    @property
+    def reused(self) -> np.ndarray:
+        """``[num_tokens]`` bool: approximate positions that are reused as they are."""
+        mask = self.approximate
+        mask[self.repair] = False
+        return mask
+
+    @property
+    def continued(self) -> np.ndarray:
+        """``[num_tokens]`` bool: positions inside an approximate run that continues its donor."""
+        return self._inside(r for r in self.runs if r.continued)
+
+    def _inside(self, runs: Iterable[KeptRun]) -> np.ndarray:
         mask = np.zeros(self.num_tokens, dtype=bool)
-        for run in self.runs:
-            if not run.exact:
-                mask[run.start : run.end] = True
+        for run in runs:
+            mask[run.start : run.end] = True
         return mask
 
 
@@ -191,12 +223,14 @@ class PlannerOptions:
         min_gain_share: the least share of the positions behind the exact prefix that must be kept;
             below it the edits outweigh what is known and the answer would drift.
         exact_only: never reuse approximately.
+        tolerance: how approximate a donor may be that the target continues.
     """
 
     min_run: int = 4
     min_gain_tokens: int = 16
     min_gain_share: float = 0.3
     exact_only: bool = False
+    tolerance: Tolerance = field(default_factory=Tolerance)
 
     def but_exact_only(self) -> PlannerOptions:
         return replace(self, exact_only=True)
@@ -228,6 +262,7 @@ def make_plan(
     donors: Sequence[Donor],
     options: PlannerOptions,
     positions: np.ndarray | None = None,
+    pictures: np.ndarray | None = None,
 ) -> ReusePlan:
     """Plan the reuse of `donors` for a target.
 
@@ -239,39 +274,100 @@ def make_plan(
         donors: the better candidates first.
         options: when reuse is worth it.
         positions: ``[3, N]`` rotary positions of the target; None: the index.
+        pictures: ``[N]`` bool: positions that are pictures; None: none are.
     """
     n = len(target)
-    runs = _prefix_runs(target, donors, options.min_run, positions)
-    if options.exact_only:
-        runs = tuple(r for r in runs if r.exact)
+    runs, too_loose = _prefix_runs(target, donors, options, positions, pictures)
     prefix = runs[-1].end if runs else 0
-    if prefix >= n - 1:
-        return ReusePlan(n, runs)
+    rest: list[KeptRun] = []
+    declined: Decline | None = None
     if options.exact_only:
-        return ReusePlan(n, runs, declined=Decline.EXACT_ONLY)
-    rest = _approximate_runs(target, prefix, donors, options, positions)
-    if not rest:
-        reason = Decline.BELOW_MIN_GAIN if donors else Decline.NO_DONOR
-        return ReusePlan(n, runs, declined=None if runs else reason)
-    kept = sum(r.length for r in rest)
-    if kept < max(options.min_gain_tokens, options.min_gain_share * (n - prefix)):
-        return ReusePlan(n, runs, declined=Decline.BELOW_MIN_GAIN)
-    runs = (*runs, *rest)
-    return ReusePlan(n, runs, attention=_attention(n, runs, donors))
+        declined = None if prefix >= n - 1 else Decline.EXACT_ONLY
+    elif prefix < n - 1:
+        rest = _approximate_runs(target, prefix, donors, options, positions)
+        if not rest and not runs:
+            declined = Decline.BELOW_MIN_GAIN if donors else Decline.NO_DONOR
+        if sum(r.length for r in rest) < max(
+            options.min_gain_tokens, options.min_gain_share * (n - prefix)
+        ):
+            declined = Decline.BELOW_MIN_GAIN if rest else declined
+            declined = Decline.DIVERGENCE if too_loose else declined
+            rest = []
+    return _made(target, (*runs, *rest), donors, declined, pictures)
+
+
+def _made(
+    target: np.ndarray,
+    runs: tuple[KeptRun, ...],
+    donors: Sequence[Donor],
+    declined: Decline | None,
+    pictures: np.ndarray | None,
+) -> ReusePlan:
+    """The plan of these runs, with what is known of what they are taken from."""
+    n = len(target)
+    attention = inherited = unedited = None
+    if not all(run.exact for run in runs):
+        attention = np.full(n, 1 / n, np.float32)
+        _carry(attention, runs, {d.donor_id: d.attention for d in donors})
+        if any(d.drift is not None for d in donors):
+            inherited = np.zeros(n, np.float32)
+            _carry(inherited, runs, {d.donor_id: d.drift for d in donors})
+            unedited = _unedited(target, runs, {d.donor_id: d.keys for d in donors})
+    return ReusePlan(
+        n,
+        runs,
+        declined=declined,
+        attention=attention,
+        inherited=inherited,
+        unedited=unedited,
+        pictures=pictures,
+    )
+
+
+def _carry(
+    into: np.ndarray, runs: Iterable[KeptRun], known: Mapping[str, np.ndarray | None]
+) -> None:
+    """Put what is known of donors' positions where approximate runs take their KV to."""
+    for run in runs:
+        values = known[run.donor]
+        if values is not None and not run.exact:
+            part = values[run.donor_start : run.donor_start + run.length]
+            into[run.start : run.start + len(part)] = part
+
+
+def _unedited(
+    target: np.ndarray, runs: Sequence[KeptRun], keys: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    same = np.zeros(len(target), dtype=bool)
+    for before, run in itertools.pairwise(runs):
+        if (before.donor, before.shift) == (run.donor, run.shift):
+            gap = slice(before.end, run.start)
+            there = keys[run.donor][before.end - run.shift : run.donor_start]
+            same[gap] = np.array_equal(target[gap], there)
+    return same
 
 
 def _prefix_runs(
-    target: np.ndarray, donors: Sequence[Donor], min_run: int, positions: np.ndarray | None
-) -> tuple[KeptRun, ...]:
+    target: np.ndarray,
+    donors: Sequence[Donor],
+    options: PlannerOptions,
+    positions: np.ndarray | None,
+    pictures: np.ndarray | None,
+) -> tuple[tuple[KeptRun, ...], bool]:
     """The exact prefix, and the approximate one that continues it token for token.
 
     A request that repeats or extends an approximate one sees the very context that its KV was
-    computed in, so nothing is compounded: it gets the answer that one got. Less than `min_run`
-    positions are not worth it that all behind them are approximate too.
+    computed in, so nothing is compounded: it gets the answer that one got. That is as far from full
+    recompute as the other was, so it is continued only as far as this one tolerates it. Less than
+    `min_run` positions are not worth it that all behind them are approximate too.
+
+    Returns:
+        The runs, and whether a donor could have been continued further by a more tolerant request.
     """
     limit = len(target) - 1
     exact: KeptRun | None = None
     longest: KeptRun | None = None
+    could = 0
     for donor in donors:
         shared = min(common_prefix(donor.keys, target), donor.readable, limit)
         if shared and one_turn(positions, 0, donor.positions, 0, shared) != 0:
@@ -279,13 +375,36 @@ def _prefix_runs(
         sure = min(shared, donor.exact_len)
         if sure > (exact.length if exact else 0):
             exact = KeptRun(donor.donor_id, 0, 0, sure, exact=True)
-        if shared > (longest.length if longest else 0):
-            longest = KeptRun(donor.donor_id, 0, 0, shared, exact=False)
+        if options.exact_only:
+            continue
+        could = max(could, shared)
+        reach = _reach_within(donor, shared, len(target), options.tolerance, pictures)
+        if reach > (longest.length if longest else 0):
+            longest = KeptRun(donor.donor_id, 0, 0, reach, exact=False)
     sure = exact.length if exact else 0
     runs = [exact] if exact else []
-    if longest and longest.length - sure >= min_run:
-        runs.append(KeptRun(longest.donor, sure, sure, longest.length - sure, exact=False))
-    return tuple(runs)
+    end = sure
+    if longest and longest.length - sure >= options.min_run:
+        end = longest.length
+        runs.append(KeptRun(longest.donor, sure, sure, end - sure, exact=False, continued=True))
+    return tuple(runs), could - end >= options.min_run
+
+
+def _reach_within(
+    donor: Donor, shared: int, n: int, tolerance: Tolerance, pictures: np.ndarray | None
+) -> int:
+    """How much of a donor's first `shared` positions a target of `n` tokens may continue."""
+    if donor.drift is None:
+        return shared
+    drift = donor.drift[:shared]
+    looked = np.full(len(drift), 1 / n, np.float32)
+    if donor.attention is not None:
+        looked[: len(donor.attention)] = donor.attention[: len(drift)]
+    danger = looked_at(drift, looked)
+    if tolerance.pictures and pictures is not None:
+        danger[pictures[: len(danger)]] = 0
+    beyond = np.flatnonzero(np.sqrt(np.cumsum(np.square(danger))) > tolerance.risk)
+    return int(beyond[0]) if len(beyond) else shared
 
 
 def _approximate_runs(
@@ -330,17 +449,6 @@ def _reach(donor: Donor, target: np.ndarray, min_run: int) -> int:
         return 0
     shared = np.isin(ngram_hashes(target, min_run), ngram_hashes(donor.keys, min_run))
     return int(np.convolve(shared, np.ones(min_run, dtype=np.int64)).astype(bool).sum())
-
-
-def _attention(n: int, runs: Iterable[KeptRun], donors: Iterable[Donor]) -> np.ndarray:
-    """``[n]`` what the donors' ends looked at, in target positions."""
-    found = np.full(n, 1 / n, np.float32)
-    known = {d.donor_id: d.attention for d in donors if d.attention is not None}
-    for run in runs:
-        if run.donor in known:
-            part = known[run.donor][run.donor_start : run.donor_start + run.length]
-            found[run.start : run.start + len(part)] = part
-    return found
 
 
 def _usable(

@@ -10,11 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
-from kvshare_mm.divergence import FRONT, TAIL, WORD, risk, risk_within
+from kvshare_mm.divergence import (
+    FRONT,
+    TAIL,
+    Tolerance,
+    fronts,
+    looked_at,
+    risk,
+    risk_within,
+    riskiest,
+)
 from kvshare_mm.plan import Decline, ReusePlan
 
 # Nats that a reused picture may be worth; it was 0.0002 at the worst token of an answer.
@@ -22,6 +31,8 @@ PICTURE_KL = 0.001
 # A picture with fewer positions behind it has no question there: it may have read one before it.
 _QUESTION = 8
 _MIN_REUSED_SHARE = 0.1
+# Nats that the default policy keeps to, and that others take over from approximate donors.
+_DEFAULT_KL = 0.01
 
 
 class DriftProbe(Protocol):
@@ -37,13 +48,19 @@ class DriftProbe(Protocol):
 class RepairPolicy(Protocol):
     """Chooses repair positions for a plan."""
 
+    @property
+    def tolerance(self) -> Tolerance:
+        """How approximate the KV of a donor may be that a request with this policy takes over."""
+
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
         """Positions to compute, any order; those outside approximate runs are ignored."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoRepair:
-    """Placeholders only: the paper's method (arXiv 2503.16525 v1)."""
+    """Placeholders only: the paper's method (arXiv 2503.16525 v1). Takes whatever there is."""
+
+    tolerance: ClassVar[Tolerance] = Tolerance()
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
         return np.empty(0, np.int64)
@@ -57,12 +74,13 @@ class BoundaryWindow:
     """
 
     width: int = 8
+    tolerance: ClassVar[Tolerance] = Tolerance(risk_within(_DEFAULT_KL))
 
     def __post_init__(self) -> None:
         _check_not_negative("width", self.width)
 
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
-        return _fronts(plan, self.width)
+        return fronts(plan, self.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +88,7 @@ class Tail:
     """The last `width` positions of the prompt: those that the first token attends with."""
 
     width: int = 16
+    tolerance: ClassVar[Tolerance] = Tolerance(risk_within(_DEFAULT_KL))
 
     def __post_init__(self) -> None:
         _check_not_negative("width", self.width)
@@ -89,6 +108,7 @@ class TopDeviation:
     share: float = 0.15
     layer: int = 1
     tail: int = 8
+    tolerance: ClassVar[Tolerance] = Tolerance(risk_within(_DEFAULT_KL))
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
@@ -121,40 +141,27 @@ class MaxDivergence:
     prompt's end is repaired even in it.
     """
 
-    kl: float = 0.01
+    kl: float = _DEFAULT_KL
 
     def __post_init__(self) -> None:
         _check_not_negative("kl", self.kl)
 
+    @property
+    def tolerance(self) -> Tolerance:
+        return Tolerance(risk_within(self.kl), pictures=self.kl >= PICTURE_KL)
+
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
-        tail, fronts = Tail(TAIL).positions(plan, probe), _fronts(plan, FRONT, plan.joined)
+        tail, behind = Tail(TAIL).positions(plan, probe), fronts(plan, FRONT, to_word_end=True)
         danger = risk(plan)
-        if plan.pictures is not None and self.kl >= PICTURE_KL:
-            fronts = fronts[~plan.pictures[fronts]]
+        if plan.pictures is not None and self.tolerance.pictures:
+            behind = behind[~plan.pictures[behind]]
             danger[plan.pictures] = 0
             if not plan.pictures[-_QUESTION:].any():
                 tail = tail[~plan.pictures[tail]]
-        always = np.concatenate((tail, fronts))
+        always = np.concatenate((tail, behind))
+        always = always[~plan.continued[always]]
         danger[always] = 0
-        order = np.argsort(-danger, kind="stable")
-        # What is left if this position and all that are less risky are reused.
-        left = np.sqrt(np.cumsum(np.square(danger[order][::-1]))[::-1])
-        chosen = order[(left > risk_within(self.kl)) & (danger[order] > 0)]
-        return np.concatenate((chosen, always))
-
-
-def _fronts(plan: ReusePlan, width: int, joined: np.ndarray | None = None) -> np.ndarray:
-    """The first `width` positions of every approximate run, and on to the end of a cut word."""
-    fronts = [np.empty(0, np.int64)]
-    for run in plan.runs:
-        if run.exact:
-            continue
-        reach = width
-        if joined is not None:
-            word = joined[run.start : min(run.end, run.start + WORD)]
-            reach = max(reach, int(np.argmin(np.append(word, False))))
-        fronts.append(np.arange(run.start, min(run.start + reach, run.end)))
-    return np.concatenate(fronts)
+        return np.concatenate((riskiest(danger, self.tolerance.risk, plan.continued), always))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +170,36 @@ class Union:
 
     policies: tuple[RepairPolicy, ...]
 
+    @property
+    def tolerance(self) -> Tolerance:
+        each = [p.tolerance for p in self.policies]
+        return Tolerance(min(t.risk for t in each), all(t.pictures for t in each))
+
     def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
         return np.concatenate([p.positions(plan, probe) for p in self.policies])
 
 
-def repaired_plan(plan: ReusePlan, positions: np.ndarray) -> ReusePlan:
+def repaired_plan(plan: ReusePlan, policy: RepairPolicy, probe: DriftProbe) -> ReusePlan:
     """The plan with its repairs. Where nearly all is repaired, the rest is computed as well: it
     costs little more, the answer is exact, and so is what later requests find here."""
-    repaired = plan.with_repair(positions)
+    if not plan.num_reused:
+        return plan
+    wanted = policy.positions(plan, probe)
+    repaired = plan.with_repair(np.concatenate((wanted, _not_tolerated(plan, wanted, policy))))
     if repaired.num_reused < _MIN_REUSED_SHARE * plan.num_reused:
         return plan.only_exact(Decline.DIVERGENCE)
     return repaired
+
+
+def _not_tolerated(plan: ReusePlan, repaired: np.ndarray, policy: RepairPolicy) -> np.ndarray:
+    """What has to be repaired of what donors were approximate in already, beside `repaired`."""
+    if plan.inherited is None or plan.attention is None:
+        return np.empty(0, np.int64)
+    danger = looked_at(plan.inherited, plan.attention)
+    danger[repaired] = 0
+    if plan.pictures is not None and policy.tolerance.pictures:
+        danger[plan.pictures] = 0
+    return riskiest(danger, policy.tolerance.risk, plan.continued)
 
 
 def _check_not_negative(name: str, value: float) -> None:
@@ -192,7 +218,7 @@ _POLICIES: dict[str, Callable[[str], RepairPolicy]] = {
     "window": lambda a: BoundaryWindow(int(a or 8)),
     "tail": lambda a: Tail(int(a or 16)),
     "deviation": lambda a: TopDeviation(float(a or 0.15)),
-    "auto": lambda a: MaxDivergence(float(a or 0.01)),
+    "auto": lambda a: MaxDivergence(float(a or _DEFAULT_KL)),
 }
 
 

@@ -58,9 +58,7 @@ def kv_deviation(
     Returns:
         The deviation, or None if nothing was reused approximately.
     """
-    reused = plan.approximate
-    reused[plan.repair] = False
-    index = torch.from_numpy(np.flatnonzero(reused))
+    index = torch.from_numpy(np.flatnonzero(plan.reused))
     if not len(index):
         return None
     key, value = (tuple(_relative(a, b, index).tolist()) for a, b in zip(full, other, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -57,7 +58,7 @@ class PlannedPool:
         max_candidates: int = 4,
     ) -> None:
         self._donors = DonorPool("plan-only", HostTier(_PLENTY), max_candidates=max_candidates)
-        self._options = options
+        self._options = replace(options, tolerance=policy.tolerance)
         self._policy = policy
         self._whole = whole
         self._window = _Window(self._donors, size)

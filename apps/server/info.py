@@ -45,8 +45,9 @@ def router(service: Service) -> APIRouter:
     @routes.get("/ping", include_in_schema=False)
     @routes.post("/ping", include_in_schema=False)
     async def health() -> dict[str, str]:
-        """Status 200 once requests can be answered, 503 before."""
-        _ = service.llm
+        """Status 200 while requests can be answered, 503 before, and once the engine fails."""
+        if not service.llm.healthy:
+            raise ApiError(503, "the engine does not answer requests any more", code="unhealthy")
         return {"status": "ok"}
 
     @routes.get("/version")

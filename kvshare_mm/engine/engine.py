@@ -1,7 +1,8 @@
 """The engine's loop: one prefill at a time, decode batched over all active requests.
 
 One thread runs the model. A second one captures finished requests as donors; their slots are free
-again once their KV has been copied, and the next request does not wait for it if another slot is.
+again once their KV has been copied. A request that is submitted after an answer was returned finds
+it as a donor: it waits for the capture, those of other namespaces and those that run do not.
 """
 
 from __future__ import annotations
@@ -19,12 +20,23 @@ from kvshare_mm.donors import DonorPool
 from kvshare_mm.engine.prefill import Prefiller
 from kvshare_mm.engine.request import Request, RequestSpec, Sink
 from kvshare_mm.engine.runner import ModelRunner, SlotRunner
-from kvshare_mm.errors import EngineClosedError, InvalidRequestError, QueueFullError
+from kvshare_mm.errors import (
+    EngineClosedError,
+    InvalidRequestError,
+    ModelOutputError,
+    QueueFullError,
+)
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.one_core import start_on_one_core
 from kvshare_mm.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
+
+# Longest that a request waits for a donor that is being captured before it does without, seconds.
+_MAX_HOLD_S = 0.5
+# So many requests have to fail one after the other, the model too when it is tried alone, before
+# the engine calls itself unhealthy.
+_MAX_FAILURES = 3
 
 
 class NativeEngine:
@@ -62,7 +74,11 @@ class NativeEngine:
         self._known: dict[str, Request] = {}
         self._closing = False
         self._captures: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._capturing = 0
+        # Captures are numbered as they are ordered and done in that order. The last of each
+        # namespace that may not be done yet:
+        self._ordered = self._captured = 0
+        self._last_capture: dict[str, int] = {}
+        self._failures = 0
         self._lookups: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
         self._capturer = threading.Thread(target=self._capture, name="kvshare-capture", daemon=True)
@@ -102,6 +118,8 @@ class NativeEngine:
                 raise QueueFullError(
                     f"{len(self._waiting)} requests are waiting already; try again later"
                 )
+            if spec.sharing != "off":
+                request.after = self._last_capture.get(spec.namespace, 0)
             must_wait = bool(self._waiting) or not self._free
             self._waiting.append(request)
             self._known[request.request_id] = request
@@ -121,12 +139,17 @@ class NativeEngine:
     def wait_captured(self, timeout_s: float | None = None) -> bool:
         """Wait until every finished request has become a donor; False if time ran out."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._capturing == 0, timeout_s)
+            return self._changed.wait_for(lambda: self._captured == self._ordered, timeout_s)
 
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus answer, in tokens."""
         return self._max_model_len
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests can be expected to be answered."""
+        return not self._closing and self._failures < _MAX_FAILURES
 
     @property
     def num_waiting(self) -> int:
@@ -169,22 +192,17 @@ class NativeEngine:
     def _step(self) -> bool:
         """One prefill and one decode step; waits if there is nothing to do."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._closing
-                    or self._active
-                    or (self._waiting and self._free)
-                    or any(r.cancelled for r in self._waiting)
-                )
-            )
+            while not (self._closing or self._active or self._next() or self._gone()):
+                held = self._waiting and self._free
+                self._changed.wait(_MAX_HOLD_S if held else None)
             if self._closing:
                 return False
-            gone = [r for r in self._waiting if r.cancelled]
+            gone = self._gone()
             for dropped in gone:
                 self._waiting.remove(dropped)
-            request: Request | None = None
-            if self._waiting and self._free:
-                request = self._waiting.popleft()
+            request = self._next()
+            if request is not None:
+                self._waiting.remove(request)
                 slot = self._free.pop()
         for dropped in gone:
             self._finish(dropped, "abort")
@@ -193,6 +211,18 @@ class NativeEngine:
         if self._active:
             self._decode()
         return True
+
+    def _next(self) -> Request | None:
+        """The longest waiting request that can start. Lock held."""
+        if not self._free:
+            return None
+        latest = time.perf_counter() - _MAX_HOLD_S
+        ready = (r for r in self._waiting if r.after <= self._captured or r.submitted <= latest)
+        return next(ready, None)
+
+    def _gone(self) -> list[Request]:
+        """Waiting requests that nobody waits for any more. Lock held."""
+        return [r for r in self._waiting if r.cancelled]
 
     def _start(self, request: Request, slot: int) -> None:
         spec = request.spec
@@ -220,14 +250,37 @@ class NativeEngine:
         if not self._active:
             return
         batch = list(self._active)
-        logits = self._runner.decode(
+        try:
+            rows = list(self._decoded(batch))
+        except Exception as failure:
+            logger.warning("decoding %d requests failed; one by one now: %s", len(batch), failure)
+            self._decode_alone(batch)
+            return
+        for request, row in zip(batch, rows, strict=True):
+            self._accept(request, row)
+
+    def _decode_alone(self, batch: list[Request]) -> None:
+        """The step of a batch that failed, request by request: the culprit fails alone."""
+        if self._loaded.device.type == "cuda":
+            torch.cuda.empty_cache()  # what failed may have been short of memory
+        for request in batch:
+            try:
+                row = self._decoded([request])[0]
+            except Exception as failure:
+                self._active.remove(request)
+                self._fail(request, failure)
+            else:
+                self._accept(request, row)
+
+    def _decoded(self, batch: list[Request]) -> torch.Tensor:
+        """``[len(batch), vocab_size]`` logits of the next token. A step can be repeated: it writes
+        the same KV to the same places."""
+        return self._runner.decode(
             [r.slot for r in batch],
             [r.token_ids[-1] for r in batch],
             [r.num_cached for r in batch],
             [r.prefill.lead if r.prefill else 0 for r in batch],
         )
-        for request, row in zip(batch, logits, strict=True):
-            self._accept(request, row)
 
     def _accept(self, request: Request, logits: torch.Tensor) -> None:
         left = self._max_model_len - len(request.spec.stream)
@@ -244,23 +297,41 @@ class NativeEngine:
         """One request that the model cannot take must not end the others."""
         logger.error("request %s failed", request.request_id, exc_info=failure)
         self.counters["failed"] += 1
+        if request.slot >= 0 and not isinstance(failure, ModelOutputError):
+            self._failures = 0 if self._works(request.slot) else self._failures + 1
         self._release(request)
         request.emit(failure)
+
+    def _works(self, slot: int) -> bool:
+        """Whether the model still answers anybody: one token's prefill and decode, in a slot whose
+        request is over."""
+        try:
+            self._runner.release(slot)
+            self._runner.prefill(slot, np.zeros(1, np.int64), np.zeros(1, np.int64))
+            self._runner.decode([slot], [0], [1])
+        except Exception as failure:
+            logger.error("the model does not answer: %s", failure)
+            return False
+        return True
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request in self._active:
             self._active.remove(request)
+        if reason != "abort":
+            self._failures = 0
         self.counters[f"finished_{reason}"] += 1
         self.counters["generation_tokens"] += len(request.token_ids)
         wanted = self._donors is not None and request.spec.store and request.prefill is not None
         if wanted and request.spec.sharing != "off" and isinstance(self._runner, SlotRunner):
             with self._changed:
-                # Before the caller hears of the end: a flush must wait for it.
-                self._capturing += 1
+                # Before the caller hears of the end: a flush must wait for it, and what the caller
+                # asks next.
+                self._ordered += 1
+                self._last_capture[request.spec.namespace] = self._ordered
+            self._captures.put(request)
             request.finish(reason)
             with self._changed:
                 self._known.pop(request.request_id, None)
-            self._captures.put(request)
         else:
             request.finish(reason)
             self._release(request)
@@ -313,7 +384,9 @@ class NativeEngine:
                 self.counters["capture_us"] += int(1e6 * (time.perf_counter() - start))
                 self._release(request)
                 with self._changed:
-                    self._capturing -= 1
+                    self._captured += 1
+                    if self._last_capture.get(request.spec.namespace) == self._captured:
+                        del self._last_capture[request.spec.namespace]
                     self._changed.notify_all()
 
     def _capture_one(self, request: Request) -> None:

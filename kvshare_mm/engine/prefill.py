@@ -109,8 +109,8 @@ class Prefiller:
             similar: donors that a dense search found.
             store: keep what the encoders of its media make.
         """
-        plan, fallback, lookup, planning = self._plan(stream, ns, sharing, similar)
         policy = policy or self._policy
+        plan, fallback, lookup, planning = self._plan(stream, ns, sharing, similar, policy)
         start = time.perf_counter()
         media = _Media(self._encoder, stream, ns, sharing != "off", store)
         for attempt in range(2):
@@ -124,7 +124,7 @@ class Prefiller:
                 fallback = error.reason
                 if attempt == 0 and fallback in _LOST:
                     # The pool has forgotten it by now; the others may do.
-                    plan = self._plan(stream, ns, sharing, similar)[0]
+                    plan = self._plan(stream, ns, sharing, similar, policy)[0]
                     continue
             except Exception:
                 # A cache problem is never a request's problem; the slot is computed whole.
@@ -153,23 +153,31 @@ class Prefiller:
         )
 
     def _plan(
-        self, stream: SegmentStream, ns: str, sharing: Sharing, similar: tuple[str, ...]
+        self,
+        stream: SegmentStream,
+        ns: str,
+        sharing: Sharing,
+        similar: tuple[str, ...],
+        policy: RepairPolicy,
     ) -> tuple[ReusePlan, str | None, float, float]:
         n = len(stream)
         if not isinstance(self._runner, SlotRunner):
             return ReusePlan(n, declined=Decline.UNSUPPORTED_MODEL), None, 0.0, 0.0
         if self._donors is None or sharing == "off":
             return ReusePlan(n, declined=Decline.SHARING_OFF), None, 0.0, 0.0
-        options = self._options.but_exact_only() if sharing == "exact" else self._options
+        options = replace(self._options, tolerance=policy.tolerance)
+        if sharing == "exact":
+            options = options.but_exact_only()
         try:
-            found = self._donors.find(stream.keys, ns, options, similar, stream.positions)
+            found = self._donors.find(
+                stream.keys, ns, options, similar, stream.positions, stream.pictures
+            )
         except Exception:
             # A cache problem is never a request's problem.
             self._donors.counters["lookup_error"] += 1
             logger.exception("donor lookup failed; computing in full")
             return ReusePlan(n, declined=Decline.LOOKUP_ERROR), "lookup_error", 0.0, 0.0
-        plan = replace(found.plan, pictures=stream.pictures)
-        return plan, None, found.lookup, found.planning
+        return found.plan, None, found.lookup, found.planning
 
     def _edited(
         self,
@@ -188,7 +196,7 @@ class Prefiller:
             self._edit(plan, slot, ns, stream.positions)
 
         probe = _SlotProbe(self._runner, slot, stream.token_ids, plan, media, fill)
-        repaired = repaired_plan(plan, policy.positions(plan, probe)) if plan.num_reused else plan
+        repaired = repaired_plan(plan, policy, probe)
         if repaired.runs and not probe.filled:
             fill(repaired)
         return repaired

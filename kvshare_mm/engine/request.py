@@ -59,12 +59,18 @@ class RequestSpec:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A request's state. Only the engine's thread touches it, except for `cancelled`."""
+    """A request's state. Only the engine's thread touches it, except for `cancelled`.
+
+    Attributes:
+        after: number of the capture that has to be done before it starts, so that it finds what was
+            answered before it was asked.
+    """
 
     spec: RequestSpec
     sink: Sink
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     submitted: float = field(default_factory=time.perf_counter)
+    after: int = 0
     similar: tuple[str, ...] = ()
     cancelled: bool = False
     slot: int = -1

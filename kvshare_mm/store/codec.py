@@ -1,8 +1,8 @@
 """File format of one stored node: a safetensors file that checks itself.
 
-Tensors: ``keys`` (uint64 ``[N]``), ``own`` (int64 ``[n, 2]``), ``k``, ``v`` and, where there are
-any, ``positions`` (int64 ``[3, N]``), ``attention`` (float32 ``[P]``) and ``embedding`` (float32
-``[dim]``). The string metadata
+Tensors: ``keys`` (uint64 or uint32 ``[N]``), ``own`` (int64 ``[n, 2]``), ``k``, ``v`` and, where
+there are any, ``positions`` (int32 ``[3, N]``), ``attention`` and ``drift`` (float32 ``[P]``) and
+``embedding`` (float32 ``[dim]``). The string metadata
 holds the rest of the node as JSON and two xxh3-128 checksums: one over the record (all but K and
 V), so that a tree can be rebuilt without reading gigabytes of KV, and one over K and V.
 
@@ -34,12 +34,14 @@ from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.stream import Modality, Segment
 
 FORMAT = "kvshare_mm.node"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 TEMP_SUFFIX = ".tmp"
 
 _KV_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _KV_DTYPE_NAMES = {dtype: name for name, dtype in _KV_DTYPES.items()}
-_RECORD_TENSORS = ("keys", "own", "positions", "attention", "embedding")
+_RECORD_TENSORS = ("keys", "own", "positions", "attention", "drift", "embedding")
+_ARRAY_DTYPES = {"U64": "<u8", "U32": "<u4", "I64": "<i8", "I32": "<i4", "F32": "<f4"}
+_ARRAY_DTYPE_NAMES = {dtype: name for name, dtype in _ARRAY_DTYPES.items()}
 
 _Layout = dict[str, dict[str, Any]]  # tensor name -> its entry in a safetensors header
 
@@ -126,19 +128,23 @@ def _check_kv(stored: StoredNode) -> None:
 def _encode(stored: StoredNode) -> list[bytes | memoryview]:
     """Return the pieces of the file, in order; K and V are not copied."""
     node, kv, embedding = stored.node, stored.kv, stored.embedding
-    keys = np.ascontiguousarray(node.keys, dtype="<u8")
-    own = np.array(node.own, dtype="<i8").reshape(-1, 2)
-    # 8-byte elements first, and K and V last, keep every tensor aligned and the record together.
-    contents: dict[str, bytes | memoryview] = {"keys": keys.tobytes(), "own": own.tobytes()}
-    types: dict[str, tuple[str, Sequence[int]]]
-    types = {"keys": ("U64", keys.shape), "own": ("I64", own.shape)}
-    if node.positions is not None:
-        positions = np.ascontiguousarray(node.positions, dtype="<i8")
-        contents["positions"], types["positions"] = positions.tobytes(), ("I64", positions.shape)
-    for name, floats in (("attention", node.attention), ("embedding", embedding)):
-        if floats is not None:
-            vector = np.ascontiguousarray(floats, dtype="<f4")
-            contents[name], types[name] = vector.tobytes(), ("F32", vector.shape)
+    # Larger elements first, none of two bytes, and K and V last: so every tensor is aligned and the
+    # record together.
+    arrays = {
+        "own": np.array(node.own, dtype="<i8").reshape(-1, 2),
+        "keys": node.keys,
+        "positions": node.positions,
+        "attention": _float32(node.attention),
+        "drift": _float32(node.drift),
+        "embedding": _float32(embedding),
+    }
+    contents: dict[str, bytes | memoryview] = {}
+    types: dict[str, tuple[str, Sequence[int]]] = {}
+    for name, array in arrays.items():
+        if array is not None:
+            dtype = np.dtype(array.dtype).newbyteorder("<")
+            contents[name] = np.ascontiguousarray(array, dtype=dtype).tobytes()
+            types[name] = _ARRAY_DTYPE_NAMES[dtype.str], array.shape
     for name, tensor in (("k", kv.k), ("v", kv.v)):
         contents[name] = _tensor_bytes(tensor)
         types[name] = _KV_DTYPE_NAMES[tensor.dtype], tensor.shape
@@ -169,6 +175,10 @@ def _encode(stored: StoredNode) -> list[bytes | memoryview]:
     header = json.dumps({"__metadata__": metadata, **tensors}).encode()
     header += b" " * (-len(header) % 8)
     return [len(header).to_bytes(8, "little"), header, *contents.values()]
+
+
+def _float32(values: np.ndarray | None) -> np.ndarray | None:
+    return None if values is None else values.astype(np.float32)
 
 
 def _replace_file(path: Path, chunks: list[bytes | memoryview], durable: bool) -> int:
@@ -243,29 +253,28 @@ def _read_record(file: BufferedReader) -> _Record:
         raise ValueError("the checksum of the record does not match")
 
     fields = json.loads(metadata["record"])
-    own = np.frombuffer(contents["own"], dtype="<i8").reshape(-1, 2)
-    # Copied below because arrays over bytes are read-only, which torch warns about.
-    attention, embedding = (
-        np.frombuffer(contents[name], dtype="<f4").copy() if name in contents else None
-        for name in ("attention", "embedding")
-    )
-    positions = None
-    if "positions" in contents:
-        positions = np.frombuffer(contents["positions"], dtype="<i8").copy().reshape(3, -1)
+    arrays = {
+        # Copied because arrays over bytes are read-only, which torch warns about.
+        name: np.frombuffer(content, dtype=_ARRAY_DTYPES[tensors[name]["dtype"]])
+        .reshape(tensors[name]["shape"])
+        .copy()
+        for name, content in contents.items()
+    }
     node = Node(
         node_id=fields["node_id"],
         namespace=fields["namespace"],
-        keys=np.frombuffer(contents["keys"], dtype="<u8").copy(),
-        own=tuple(Span(int(start), int(end)) for start, end in own),
+        keys=arrays["keys"],
+        own=tuple(Span(int(start), int(end)) for start, end in arrays["own"]),
         pieces=tuple(Piece(*piece) for piece in fields["pieces"]),
         exact_len=fields["exact_len"],
-        attention=attention,
+        attention=arrays.get("attention"),
         parent=fields["parent"],
         created_s=fields["created_s"],
-        positions=positions,
+        positions=arrays.get("positions"),
         media=tuple(Segment(Modality(m), *rest) for m, *rest in fields.get("media", ())),
+        drift=arrays.get("drift"),
     )
-    return _Record(node, embedding, tensors, data_start, kv_checksum)
+    return _Record(node, arrays.get("embedding"), tensors, data_start, kv_checksum)
 
 
 def _read_tensor(file: BufferedReader, record: _Record, name: str) -> torch.Tensor:

@@ -59,6 +59,11 @@ class HostTier:
             raise KVUnavailableError("evicted", f"node {node_id} is not in host RAM")
         return stored
 
+    def touch(self, node_id: str) -> None:
+        """Mark a node as just used; an unknown id is ignored."""
+        with self._lock:
+            self._ledger.touch(node_id)
+
     def peek(self, node_id: str) -> StoredNode | None:
         """Return the node, or None, without marking it used."""
         with self._lock:

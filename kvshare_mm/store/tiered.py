@@ -158,6 +158,12 @@ class TieredStore:
         """Yield node and embedding of every node on disk, to rebuild tree and index at start."""
         return iter(()) if self._disk is None else self._disk.records()
 
+    def touch(self, node_id: str) -> None:
+        """Mark a node as just used, in every tier; an unknown id is ignored."""
+        self._host.touch(node_id)
+        if self._disk is not None:
+            self._disk.touch(node_id)
+
     def pin(self, node_id: str, ttl_s: float) -> None:
         """Keep a node from eviction, in every tier, until unpinned or for `ttl_s` seconds."""
         self._host.pin(node_id, ttl_s)

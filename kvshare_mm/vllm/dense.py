@@ -36,7 +36,7 @@ class Dense:
         return self._index.search(ns, self._text(keys), self._limit)
 
     def add(self, node: Node) -> None:
-        record = IndexRecord(node.node_id, node.namespace, node.keys)
+        record = IndexRecord(node.node_id, node.namespace, node.alignment_keys)
         self._index.add(record, self._text(node.keys))
 
     def remove(self, node_id: str) -> None:

@@ -225,6 +225,11 @@ class VLLMEngine:
             self._loop.call_soon_threadsafe(end)
 
     @property
+    def healthy(self) -> bool:
+        """Whether requests can be expected to be answered."""
+        return not self._closed and not self._llm.errored
+
+    @property
     def num_running(self) -> int:
         return len(self._tasks)
 

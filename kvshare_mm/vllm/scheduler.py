@@ -151,10 +151,14 @@ class Scheduler:
         """In a thread of its own."""
         # What the workers found on disk comes with their first report.
         self._heard.wait(self._options.lookup_deadline_s)
-        options = self._planner.but_exact_only() if exact else self._planner
+        options = replace(self._planner, tolerance=policy.tolerance)
+        if exact:
+            options = options.but_exact_only()
 
         def find(similar: tuple[str, ...] = ()) -> Found:
-            return self.catalogue.find(stream.keys, ns, options, similar, stream.positions)
+            return self.catalogue.find(
+                stream.keys, ns, options, similar, stream.positions, stream.pictures
+            )
 
         found = find()
         plan = found.plan
@@ -162,11 +166,8 @@ class Scheduler:
             similar = self.dense.search(stream.keys, ns)
             if similar:
                 plan = find(similar).plan
-        plan = replace(plan, pictures=stream.pictures)
         self.counters["lookup_microseconds"] += round((found.lookup + found.planning) * 1e6)
-        if plan.num_reused:
-            plan = repaired_plan(plan, policy.positions(plan, _NoProbe()))
-        return plan
+        return repaired_plan(plan, policy, _NoProbe())
 
     def matched(self, request: Any, local: int) -> tuple[int | None, bool]:
         """How many tokens behind vLLM's own `local` ones a load gives; None: ask again."""

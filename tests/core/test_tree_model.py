@@ -38,6 +38,11 @@ def owned_rows(kv: np.ndarray, node: Node) -> np.ndarray:
     return np.concatenate([kv[s.start : s.end] for s in node.own] or [kv[:0]])
 
 
+def first_reused(plan: ReusePlan, n: int) -> int:
+    """Up to here nothing approximate has been seen; of `n` positions."""
+    return next((i for i in range(plan.num_tokens) if plan.reused[i]), n)
+
+
 @dataclasses.dataclass
 class Whole:
     """A request stored whole, and who computed each position.
@@ -174,7 +179,8 @@ class TreeMachine(RuleBasedStateMachine):
             assert node.exact_len == whole.exact
             assert np.array_equal(whole.kv[: node.exact_len, 0], truth[: node.exact_len])
             assert donor.donor_id == node_id
-            assert donor.keys is node.keys
+            assert donor.keys.dtype == np.uint64
+            assert np.array_equal(donor.keys, node.keys)
             assert donor.readable == prefix
             assert donor.exact_len == min(prefix, whole.exact)
             assert not (donor.material & ~readable).any()
@@ -235,7 +241,7 @@ class TreeMachine(RuleBasedStateMachine):
         """The slot of a request served with `plan`."""
         n = len(keys)
         edited = -1 - np.arange(n) - 1000 * self.count
-        first = next((r.start for r in plan.runs if not r.exact), n)
+        first = first_reused(plan, n)
         kv = np.stack((full_prefill(keys), np.arange(n)), axis=1)
         kv[first:, 0] = edited[first:]
         kept = plan.kept
@@ -260,15 +266,13 @@ class TreeMachine(RuleBasedStateMachine):
         node = self.tree.derive(node_id, "ns", keys, plan, created_s=1.0)
         self._check_owners(node, owner)
         owner = [o if o in node.owners else node_id for o in owner]
-        approximate = [r.start for r in plan.runs if not r.exact]
         self.rows[node_id] = owned_rows(kv, node)
         assert node.parent is None or node.parent in plan.donors
         meanwhile()
         self.tree.insert(node)
         self.stored[node_id] = node
         owner = [o if o == node_id or o in self.whole else None for o in owner]
-        exact = approximate[0] if approximate else len(keys)
-        self.whole[node_id] = Whole(keys, kv, owner, exact)
+        self.whole[node_id] = Whole(keys, kv, owner, first_reused(plan, len(keys)))
         return node_id
 
     def _check_owners(self, node: Node, owner: list[str | None]) -> None:

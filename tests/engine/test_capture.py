@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
+
+import pytest
 
 from kvshare_mm import RequestOptions, RequestOutput, StreamChunk
 
@@ -31,13 +34,89 @@ def test_donors_are_captured_behind_the_answer(
     gate.wait()
     assert llm.stats()["donors"]["nodes"] == 0
     assert not llm.flush(0.01)
-    # The other slot serves meanwhile.
-    options = RequestOptions(store=False)
-    assert llm.generate(_PROMPTS[0], params(), options).token_ids == alone[0].token_ids
+    # The other slot serves meanwhile: other namespaces, and those who share with nobody.
+    for options in RequestOptions(cache_salt="b", store=False), RequestOptions(sharing="off"):
+        assert llm.generate(_PROMPTS[0], params(), options).token_ids == alone[0].token_ids
     gate.open()
     assert llm.flush()
     assert llm.stats()["donors"]["nodes"] == 1
     assert llm.generate(_TARGET, params(2)).provenance.reused > 0
+
+
+def test_what_is_asked_after_an_answer_finds_it(open_llm: OpenLLM) -> None:
+    """Though it is captured behind the answer, and however long that takes."""
+    llm = open_llm(max_num_seqs=2)
+    donors = llm._parts.donors
+    assert donors is not None
+    capture = donors.capture
+
+    def slowly(*args: Any) -> str | None:
+        time.sleep(0.05)
+        return capture(*args)
+
+    donors.capture = slowly  # type: ignore[method-assign]
+    llm.generate(_DONOR, params(2))
+    assert llm.generate(_TARGET, params(2)).provenance.reused > 0
+    exact = RequestOptions(sharing="exact")
+    prompt, known = llm.tokenize(_PROMPTS[3]), 0
+    for turn in range(6):
+        output = llm.generate(list(prompt), params(4), exact)
+        assert turn == 0 or output.provenance.exact == known
+        # The KV of the last token of an answer is not computed any more.
+        known = len(prompt) + 3
+        prompt = (*prompt, *output.token_ids, *llm.tokenize(" and what then?"))
+
+
+def test_what_was_asked_before_the_answer_does_not_wait_for_it(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=2)
+    assert llm._parts.donors is not None
+    gate = Gate(llm._parts.donors, "capture")
+    decoding = Gate(llm._parts.runner, "decode")
+    first = Inbox(llm, _DONOR, params(2))
+    decoding.wait()
+    second = Inbox(llm, _TARGET, params(2))
+    decoding.open()
+    first.result()
+    gate.wait()
+    assert second.result().provenance.declined == "no_donor"
+    gate.open()
+
+
+def test_nobody_waits_for_a_capture_for_ever(
+    open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvshare_mm.engine.engine._MAX_HOLD_S", 0.05)
+    llm = open_llm(max_num_seqs=2)
+    assert llm._parts.donors is not None
+    gate = Gate(llm._parts.donors, "capture")
+    llm.generate(_DONOR, params(2))
+    gate.wait()
+    output = llm.generate(_TARGET, params(2), RequestOptions(store=False))
+    assert output.provenance.declined == "no_donor"
+    gate.open()
+
+
+def test_an_approximate_request_that_repeats_is_stored_once(open_llm: OpenLLM) -> None:
+    llm = open_llm()
+    donors = llm._parts.donors
+    assert donors is not None
+    touched: list[str] = []
+    touch = donors.store.touch
+    donors.store.touch = lambda node_id: (touched.append(node_id), touch(node_id))[1]  # type: ignore[method-assign]
+    llm.generate(_DONOR, params(2))
+    for _ in range(5):
+        output = llm.generate(_TARGET, params(2), RequestOptions(repair="none"))
+        assert output.provenance.reused > 0
+    assert llm.flush()
+    assert llm.stats()["donors"]["nodes"] == 2
+    assert touched == [output.provenance.donors[0]] * 4
+    # One that is better is kept, and found by those who want no worse.
+    again = RequestOptions(max_divergence=0)
+    assert llm.generate(_TARGET, params(2), again).provenance.reused == 0
+    repeated = llm.generate(_TARGET, params(2), again).provenance
+    assert repeated.recomputed == 1
+    assert llm.flush()
+    assert llm.stats()["donors"]["nodes"] == 3
 
 
 def test_a_flush_waits_for_every_answer_that_was_delivered(open_llm: OpenLLM) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvshare_mm.divergence import Tolerance
 from kvshare_mm.editor import KVEditor
 from kvshare_mm.engine.prefill import Prefiller, provenance
 from kvshare_mm.plan import Decline
@@ -119,6 +120,7 @@ def test_donors_are_read_once_and_not_for_a_plan_that_is_given_up(
 def test_default_policy_is_used_unless_the_request_has_one(tiny_llama: Any) -> None:
     class Recorded:
         calls = 0
+        tolerance = Tolerance()
 
         def positions(self, plan: Any, probe: Any) -> np.ndarray:
             Recorded.calls += 1

@@ -78,8 +78,13 @@ def assert_same() -> Callable[[StoredNode, StoredNode], None]:
     def check(got: StoredNode, want: StoredNode) -> None:
         for name in ("node_id", "namespace", "own", "pieces", "exact_len", "parent", "created_s"):
             assert getattr(got.node, name) == getattr(want.node, name), name
-        assert got.node.keys.dtype == np.uint64
+        assert got.node.keys.dtype == want.node.keys.dtype
         assert np.array_equal(got.node.keys, want.node.keys)
+        for name in ("attention", "drift", "positions"):
+            a, b = getattr(got.node, name), getattr(want.node, name)
+            assert (a is None) == (b is None), name
+            if a is not None:
+                assert (a.dtype, a.tolist()) == (b.dtype, b.tolist()), name
         for a, b in ((got.kv.k, want.kv.k), (got.kv.v, want.kv.v)):
             assert (a.dtype, a.shape) == (b.dtype, b.shape)
             # Bytes, because NaN payloads and signed zeros must survive too.

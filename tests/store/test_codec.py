@@ -45,12 +45,14 @@ def stored_nodes(draw) -> StoredNode:
     node = Node(
         node_id=draw(st.text(max_size=20)),
         namespace=draw(st.text(max_size=20)),
-        keys=rng.integers(0, 2**64, position, dtype=np.uint64),
+        keys=rng.integers(0, 2 ** draw(st.sampled_from([32, 64])), position, dtype=np.uint64),
         own=tuple(own),
         pieces=tuple(pieces),
         exact_len=draw(st.integers(0, position)),
         parent=draw(st.none() | st.text(max_size=8)),
         created_s=draw(st.floats(allow_nan=False)),
+        attention=rng.random(draw(st.integers(0, position))) if draw(st.booleans()) else None,
+        drift=np.append(rng.random(position), np.inf)[1:] if draw(st.booleans()) else None,
     )
     dtype = draw(st.sampled_from(DTYPES))
     layers, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -238,7 +240,7 @@ def test_other_files_are_not_nodes(tmp_path, content):
 
 def test_another_format_version_is_not_read(tmp_path, make_stored, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(codec, "FORMAT_VERSION", "2")
+        patch.setattr(codec, "FORMAT_VERSION", "0")
         write_node(tmp_path / "node", make_stored())
         assert read_node(tmp_path / "node").node.node_id == "a"
     with pytest.raises(KVUnavailableError, match="version") as caught:
@@ -313,7 +315,7 @@ def test_positions_and_media_come_back(tmp_path, make_stored):
     write_node(tmp_path / "a", StoredNode(node, stored.kv))
     back = read_node(tmp_path / "a").node
     assert back.positions is not None
-    assert back.positions.dtype == np.int64
+    assert back.positions.dtype == np.int32
     assert back.positions.tolist() == positions.tolist()
     assert back.media == media
     assert read_record(tmp_path / "a")[0].media == media
