@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvshare_mm.divergence import passed_on
+from kvshare_mm.divergence import as_risky_as, passed_on, residual_risk
 from kvshare_mm.plan import Donor, ReusePlan
 from kvshare_mm.stream import Segment
 
@@ -66,6 +66,7 @@ class Node:
             over heads and layers; None if it was not recorded.
         drift: ``[P]`` float16, P <= N: how far the KV of each is from what its context gives (see
             `divergence.passed_on`), 0 behind P; None: nowhere.
+        risk: the residual risk that it was served with.
         parent: id of the donor this request was edited from (lineage, for people), or None.
         created_s: seconds since the epoch.
         positions: ``[3, N]`` int32 rotary positions; None: the index.
@@ -84,6 +85,7 @@ class Node:
     positions: np.ndarray | None = field(default=None, repr=False)
     media: tuple[Segment, ...] = ()
     drift: np.ndarray | None = field(default=None, repr=False)
+    risk: float = 0.0
 
     def __post_init__(self) -> None:
         # Nodes are many, and all in RAM wherever their KV is.
@@ -232,6 +234,7 @@ class DeltaTree:
             positions=positions,
             media=media,
             drift=drift,
+            risk=residual_risk(plan),
         )
 
     def insert(self, node: Node) -> None:
@@ -327,7 +330,9 @@ class DeltaTree:
         holes = np.flatnonzero(~readable)
         prefix = int(holes[0]) if len(holes) else len(node)
         exact = min(prefix, node.exact_len)
-        drift = _widened(node.drift)
+        attention, drift = _widened(node.attention), _widened(node.drift)
+        if drift is not None and attention is not None:
+            drift = as_risky_as(drift, attention, node.risk)
         if drift is None and node.exact_len < len(node):
             drift = np.where(np.arange(len(node)) < node.exact_len, 0, np.float32(np.inf))
         return Donor(
@@ -336,7 +341,7 @@ class DeltaTree:
             material,
             prefix,
             exact,
-            _widened(node.attention),
+            attention,
             node.positions,
             drift,
         )

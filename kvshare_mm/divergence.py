@@ -82,22 +82,21 @@ def drift(plan: ReusePlan) -> np.ndarray:
     """
     found = np.zeros(plan.num_tokens)
     inherited = plan.inherited
-    changed = end = shift = others = 0
-    continued = None
+    changed = end = shift = 0
+    last: dict[str, tuple[int, int, int]] = {}
     for run in plan.runs:
-        # Tokens put in, taken out or replaced since the run before.
+        # Tokens put in, taken out or replaced since the run before, and since the last one of this
+        # donor: what others put between them is as foreign to it as what is computed.
         if not _goes_on(plan, end, run):
             changed += max(run.start - end, abs(run.shift - shift))
+            own, own_end, own_shift = last.get(run.donor, (run.foreign, end, shift))
+            changed = max(changed, own + max(run.start - own_end, abs(run.shift - own_shift)))
         end, shift = run.end, run.shift
+        last[run.donor] = changed, end, shift
         if run.exact:
             continue
-        if run.continued:
-            # What it computed itself stands in no donor that it was edited from.
-            others = 0 if inherited is None else int((inherited[run.start : run.end] == 0).sum())
-            continued = run.donor
-        else:
-            edits = changed + (others if run.donor != continued else 0)
-            share = np.minimum(1.0, edits / (np.arange(run.start, run.end) + 1))
+        if not run.continued:
+            share = np.minimum(1.0, changed / (np.arange(run.start, run.end) + 1))
             fading = (1.0 + np.arange(run.length)) ** _DISTANCE_POWER
             found[run.start : run.end] = share**_CHANGED_POWER * fading
         if inherited is not None:
@@ -171,6 +170,20 @@ def passed_on(plan: ReusePlan) -> np.ndarray | None:
     return found.astype(np.float16)
 
 
+def as_risky_as(drift: np.ndarray, attention: np.ndarray, risk: float) -> np.ndarray:
+    """`drift` (``[P]``), scaled so that with this attention it is worth no more than `risk`.
+
+    Where a request looks is guessed when it is planned and known when it was computed. It was found
+    good enough by the guess, and whoever asks the same gets the same.
+    """
+    n = min(len(drift), len(attention))
+    danger = looked_at(drift[:n], attention[:n])
+    found = float(np.sqrt(np.square(danger[np.isfinite(danger)]).sum()))
+    if found <= risk:
+        return drift
+    return np.where(drift > 0, np.maximum(drift * np.float32(risk / found), _LEAST_DRIFT), drift)
+
+
 def riskiest(danger: np.ndarray, limit: float, fixed: np.ndarray) -> np.ndarray:
     """As few positions as leave a residual risk of at most `limit` in the others.
 
@@ -192,8 +205,7 @@ def riskiest(danger: np.ndarray, limit: float, fixed: np.ndarray) -> np.ndarray:
 
 def residual_risk(plan: ReusePlan) -> float:
     """The risk of what `plan` reuses and does not repair: the root of the sum of squares."""
-    left = risk(plan)
-    left[plan.repair] = 0
+    left = risk(plan)[plan.reused]
     return float(np.sqrt(np.square(left).sum()))
 
 

@@ -70,6 +70,8 @@ class KeptRun(NamedTuple):
         exact: what a full prefill gives.
         continued: approximate, and yet in the very context that it was computed in: the target
             begins with the donor's tokens, up to the end of the run.
+        foreign: so many tokens of the prefix (exact and continued, from other donors) stand in the
+            target and not in this donor.
     """
 
     donor: str
@@ -78,6 +80,7 @@ class KeptRun(NamedTuple):
     length: int
     exact: bool
     continued: bool = False
+    foreign: int = 0
 
     @property
     def end(self) -> int:
@@ -293,7 +296,24 @@ def make_plan(
             declined = Decline.BELOW_MIN_GAIN if rest else declined
             declined = Decline.DIVERGENCE if too_loose else declined
             rest = []
+        rest = _with_foreign(target, prefix, rest, donors, options.min_run)
     return _made(target, (*runs, *rest), donors, declined, pictures)
+
+
+def _with_foreign(
+    target: np.ndarray, prefix: int, runs: list[KeptRun], donors: Sequence[Donor], min_run: int
+) -> list[KeptRun]:
+    """The runs behind the prefix with what of the prefix their donors do not have."""
+    keys = {d.donor_id: d.keys for d in donors}
+    foreign: dict[str, int] = {}
+    for run in runs:
+        if run.donor not in foreign:
+            mine = keys[run.donor]
+            begun = min(common_prefix(mine, target), prefix)
+            there = mine[begun : max(begun, run.donor_start)]
+            found = align(there, target[begun:prefix], min_run) if begun < prefix else []
+            foreign[run.donor] = prefix - begun - sum(match.length for match in found)
+    return [run._replace(foreign=foreign[run.donor]) for run in runs]
 
 
 def _made(
@@ -403,7 +423,9 @@ def _reach_within(
     danger = looked_at(drift, looked)
     if tolerance.pictures and pictures is not None:
         danger[pictures[: len(danger)]] = 0
-    beyond = np.flatnonzero(np.sqrt(np.cumsum(np.square(danger))) > tolerance.risk)
+    # Drift is kept in 16 bits: what is just tolerated where it was made is so where it is read.
+    limit = tolerance.risk * (1 + float(np.finfo(np.float16).eps))
+    beyond = np.flatnonzero(np.sqrt(np.cumsum(np.square(danger))) > limit)
     return int(beyond[0]) if len(beyond) else shared
 
 

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm.delta_tree import DeltaTree
-from kvshare_mm.divergence import FRONT, TAIL, Tolerance, drift, passed_on, risk, risk_within
+from kvshare_mm.divergence import (
+    FRONT,
+    TAIL,
+    Tolerance,
+    drift,
+    passed_on,
+    residual_risk,
+    risk,
+    risk_within,
+)
 from kvshare_mm.plan import Decline, KeptRun, PlannerOptions, ReusePlan, make_plan
 from kvshare_mm.repair import RepairPolicy, make_policy, repaired_plan
 
@@ -141,6 +150,25 @@ def test_pictures_count_as_exact_for_those_who_trust_them_only():
         assert plan.runs[-1].end == (40 if trusted else 20)
 
 
+def test_a_request_that_looked_elsewhere_than_was_guessed_is_as_good_as_it_was_found():
+    """Where a request looks is known only when it was computed."""
+    tree = DeltaTree()
+    store(tree, "first", to_keys(blocks(*"ABCDEF")), ReusePlan(120))
+    keys = to_keys([*blocks("A"), 1, *blocks(*"CDEF"), 9])
+    policy = make_policy("auto:1")
+    plan = served(tree, keys, policy)
+    assert plan.num_reused > 40
+    attention = np.where(plan.reused, 5 / len(keys), 0).astype(np.float32)
+    tree.insert(tree.derive("second", "ns", keys, plan, 0.0, attention))
+    assert tree["second"].risk == pytest.approx(residual_risk(plan))
+    again = served(tree, np.concatenate((keys, to_keys([7]))), policy)
+    assert again.num_computed == 1
+    assert residual_risk(again) <= residual_risk(plan) * (1 + 1e-3)
+    # Of what it was made with no more is tolerated than before.
+    stricter = served(tree, np.concatenate((keys, to_keys([7]))), make_policy("auto:0.1"))
+    assert residual_risk(stricter) <= risk_within(0.1) * (1 + 1e-3)
+
+
 def test_drift_adds_to_what_was_inherited():
     plan = ReusePlan(60, (KeptRun("d", 0, 0, 10, True), KeptRun("d", 12, 15, 44, False)))
     inherited = np.full(60, 0.25, np.float32)
@@ -164,18 +192,31 @@ def test_what_a_donor_computed_itself_is_no_edit_where_it_stands_the_same():
     assert behind == pytest.approx(0.1 + share**1.4 * (1.0 + np.arange(35)) ** -0.5)
 
 
-def test_behind_a_continued_donor_another_ones_context_is_as_different_as_that_was():
-    inherited = np.zeros(90, np.float32)
-    inherited[20:40] = 0.1  # of 20..60, it computed the half
+def test_the_prefix_of_another_donor_counts_as_far_as_ones_own_donor_lacks_it():
+    """The edit may stand in what is exact: to who was edited from, it is one all the same."""
+    first = donor_of(blocks(*"ABC"), "first")
+    other = donor_of([*blocks("A"), 1, 2, 3, *blocks("B")[3:], *blocks("X")], "other", exact_len=30)
+    other = replace(other, drift=np.where(np.arange(60) < 30, 0, np.float32(np.inf)))
+    target = to_keys([*blocks("A"), 1, 2, 3, *blocks("B")[3:], *blocks("C"), 0])
+    plan = make_plan(target, [other, first], replace(EAGER, tolerance=Tolerance(0.1)))
+    exact, run = plan.runs
+    assert (exact.donor, exact.end, run.donor, run.start) == ("other", 30, "first", 30)
+    assert run.foreign == 3
+    assert drift(plan)[30] == pytest.approx((3 / 31) ** 1.4)
+    assert {30, 31} <= set(make_policy("auto:1").positions(plan, NoProbe()).tolist())
+
+
+def test_an_edit_that_another_donor_fills_is_one_to_the_first():
     runs = (
         KeptRun("a", 0, 0, 20, True),
-        KeptRun("b", 20, 20, 40, False, continued=True),
-        KeptRun("c", 61, 61, 28, False),
+        KeptRun("a", 24, 24, 16, False),
+        KeptRun("b", 40, 40, 10, False),
+        KeptRun("a", 50, 50, 39, False),
     )
-    plan = ReusePlan(90, runs, inherited=inherited)
-    assert drift(plan)[61] == pytest.approx((21 / 62) ** 1.4)
-    own = replace(plan, runs=(*runs[:2], KeptRun("b", 61, 61, 28, False)))
-    assert drift(own)[61] == pytest.approx((1 / 62) ** 1.4)
+    filled = drift(ReusePlan(90, runs))
+    empty = drift(ReusePlan(90, (*runs[:2], runs[3])))
+    assert filled[50:89] == pytest.approx(empty[50:89])
+    assert filled[50] == pytest.approx((14 / 51) ** 1.4)
 
 
 @st.composite

@@ -76,7 +76,16 @@ def assert_same() -> Callable[[StoredNode, StoredNode], None]:
     """Compare two stored nodes bit by bit."""
 
     def check(got: StoredNode, want: StoredNode) -> None:
-        for name in ("node_id", "namespace", "own", "pieces", "exact_len", "parent", "created_s"):
+        for name in (
+            "node_id",
+            "namespace",
+            "own",
+            "pieces",
+            "exact_len",
+            "parent",
+            "created_s",
+            "risk",
+        ):
             assert getattr(got.node, name) == getattr(want.node, name), name
         assert got.node.keys.dtype == want.node.keys.dtype
         assert np.array_equal(got.node.keys, want.node.keys)

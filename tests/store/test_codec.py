@@ -51,6 +51,7 @@ def stored_nodes(draw) -> StoredNode:
         exact_len=draw(st.integers(0, position)),
         parent=draw(st.none() | st.text(max_size=8)),
         created_s=draw(st.floats(allow_nan=False)),
+        risk=draw(st.floats(0, allow_nan=False)),
         attention=rng.random(draw(st.integers(0, position))) if draw(st.booleans()) else None,
         drift=np.append(rng.random(position), np.inf)[1:] if draw(st.booleans()) else None,
     )
