@@ -61,10 +61,15 @@ class Save:
 
 @dataclass
 class Orders(KVConnectorMetadata):  # type: ignore[misc]
-    """One step's orders, the same for all ranks and carried out in this order."""
+    """One step's orders, the same for all ranks and carried out in this order.
+
+    Attributes:
+        touched: nodes that were asked for again.
+    """
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
+    touched: list[str] = field(default_factory=list)
 
 
 @dataclass

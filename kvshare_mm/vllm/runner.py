@@ -96,6 +96,8 @@ class Runner:
             self.counters["load_microseconds"] += round((time.perf_counter() - start) * 1e6)
         for save in orders.saves:
             self._save(save)
+        for node_id in orders.touched:
+            self._store.touch(node_id)
 
     def finished(self) -> tuple[set[str], set[str], set[str]]:
         """Requests saved, requests loaded, and those of the latter whose load failed."""

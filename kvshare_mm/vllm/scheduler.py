@@ -104,7 +104,9 @@ class Scheduler:
         self._saving: dict[str, Node] = {}
         self._loads: list[Load] = []
         self._saves: list[Save] = []
-        self._restored: dict[str, list[Node]] = {}
+        self._touched: list[str] = []
+        self._settled = threading.Condition()
+        self._restored: dict[str, int] = {}  # by how many ranks, those that not all have told
         self._heard = threading.Event()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="kvshare-lookup")
 
@@ -144,13 +146,27 @@ class Scheduler:
             lookup.declined = Decline.SHARING_OFF
             return
         policy = lookup.knobs.policy or self._options.core.policy
-        asked = lookup.stream, lookup.namespace, policy, sharing == "exact"
+        # Who asks after an answer finds it, though it is still being stored.
+        saving = [i for i, node in self._saving.items() if node.namespace == lookup.namespace]
+        asked = lookup.stream, lookup.namespace, policy, sharing == "exact", saving
         lookup.future = self._threads.submit(self._plan, *asked)
 
-    def _plan(self, stream: SegmentStream, ns: str, policy: RepairPolicy, exact: bool) -> ReusePlan:
+    def _plan(
+        self,
+        stream: SegmentStream,
+        ns: str,
+        policy: RepairPolicy,
+        exact: bool,
+        saving: list[str],
+    ) -> ReusePlan:
         """In a thread of its own."""
         # What the workers found on disk comes with their first report.
         self._heard.wait(self._options.lookup_deadline_s)
+        with self._settled:
+            self._settled.wait_for(
+                lambda: not any(node_id in self._saving for node_id in saving),
+                self._options.lookup_deadline_s / 2,
+            )
         options = replace(self._planner, tolerance=policy.tolerance)
         if exact:
             options = options.but_exact_only()
@@ -246,30 +262,36 @@ class Scheduler:
         if approximate.any() and lookup.apart is None:
             first = int(np.flatnonzero(approximate)[0]) // self._block_size
             lookup.apart = compat.SetApart(request, first)
+        recomputed = int(compute.sum())
+        compat.count_cached(request, local, external - recomputed)
+        exact = local
+        if lookup.used is not None:
+            # A preempted request finds its own blocks, which may be of its first load.
+            reused = lookup.used.reused[:local]
+            exact = int(np.argmax(reused)) if reused.any() else local
+            approximate[:local] = reused
         lookup.loading = True
         lookup.local = local
         lookup.used = plan
-        recomputed = int(compute.sum())
         lookup.provenance = Provenance(
-            exact=local + int((kept & ~plan.approximate[:end]).sum()),
+            exact=exact + int((kept & ~approximate)[local:].sum()),
             reused=int(approximate.sum()),
-            recomputed=recomputed,
+            recomputed=recomputed + int((~approximate[exact:local]).sum()),
             donor=plan.donors[0] if plan.donors else None,
         )
-        compat.count_cached(request, local, external - recomputed)
 
     # -- a step -----------------------------------------------------------------------------
 
     def orders(self) -> Orders:
         """What the workers shall do in this step."""
-        orders = Orders(self._loads, self._saves)
-        self._loads, self._saves = [], []
+        orders = Orders(self._loads, self._saves, self._touched)
+        self._loads, self._saves, self._touched = [], [], []
         return orders
 
     @property
     def busy(self) -> bool:
         """Whether workers have something to do even if no request runs."""
-        return bool(self._loads or self._saves or self._saving)
+        return bool(self._loads or self._saves or self._saving or self._touched)
 
     def reported(self, report: Report, requests: Any) -> None:
         """Take up what the workers did.
@@ -281,9 +303,10 @@ class Scheduler:
             self.obstacle = report.obstacle
             logger.warning("KVShare is off: %s", report.obstacle)
         for node in report.restored:
-            held = self._restored.setdefault(node.node_id, [])
-            held.append(node)
-            if len(held) == self._num_ranks:
+            held = self._restored.pop(node.node_id, 0) + 1
+            if held < self._num_ranks:
+                self._restored[node.node_id] = held
+            else:
                 self._add(node)
                 self.counters["restored"] += 1
         for node_id, ranks in report.stored.items():
@@ -305,6 +328,8 @@ class Scheduler:
         for request_id, reason in report.failed.items():
             self._failed(request_id, reason, requests(request_id))
         self._heard.set()
+        with self._settled:
+            self._settled.notify_all()
 
     def _failed(self, request_id: str, reason: str, request: Any) -> None:
         lookup = self._lookups.get(request_id)
@@ -378,6 +403,10 @@ class Scheduler:
             media=stream.media,
         )
         if node is None:
+            return False
+        if (twin := self.catalogue.twin(node)) is not None:
+            self._touched.append(twin)
+            self.counters["capture_known"] += 1
             return False
         token = int(request.all_token_ids[last])
         self._saves.append(Save(request.request_id, node, tuple(block_ids), last, token))
