@@ -1,0 +1,35 @@
+"""The README's first example, as it stands there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+_README = Path(__file__).parents[1] / "README.md"
+_TIMEOUT_S = 600  # the first run on a machine converts the model
+
+
+def blocks(language: str) -> list[str]:
+    """Code blocks of the README, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", _README.read_text("utf-8"), re.M | re.S)
+
+
+def test_the_first_example_prints_what_the_readme_says(tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(blocks("python")[0], "utf-8")
+    ran = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=True,
+    )
+    # The lists of commands come first.
+    said = next(b for b in blocks("") if "tokens computed" in b)
+    assert ran.stdout == said
