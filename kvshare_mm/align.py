@@ -1,32 +1,49 @@
 """Token alignment: which runs of a target's keys also stand in a donor, in the same order.
 
-`align` finds maximal common runs by hashed k-gram seeds and chains them into the heaviest
-monotone alignment (no shorter run than `min_run`), so its cost grows with the number of distinct
-matches and not with the product of the lengths. `difflib` without autojunk is the reference that
-the tests compare it with.
+`Matcher` finds the maximal common runs and `chain` picks the heaviest monotone alignment of them
+(no shorter run than `min_run`), so the cost grows with the number of distinct runs and not with the
+product of the lengths. Input that repeats itself has more runs than that is worth: then the work is
+bounded, and the longest runs are the ones that are found. `difflib` without autojunk is the
+reference that the tests compare it with.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 
-from kvshare_mm.index.ngrams import ngram_hashes
+from kvshare_mm.chain import heavy_chain
+from kvshare_mm.ranks import Ints, rank_windows, widened
+from kvshare_mm.runs import (
+    chief_diagonals,
+    joined,
+    longest,
+    maximal_runs,
+    on_diagonals,
+    without_frequent,
+)
 
-_MAX_SEEDS_PER_POSITION = 16
-_MAX_MATCHES = 4096
-_MAX_CHAINED = 96
+Keys = NDArray[np.uint64]
 
+MAX_MATCHES = 4096
+"""Matches of one donor that are looked at, the longest ones. Prompts of documents and recorded
+agent sessions of 10,000 tokens have a few thousand."""
 
-class Op(StrEnum):
-    KEEP = "keep"
-    INSERT = "insert"
-    DELETE = "delete"
-    REPLACE = "replace"
+_LEAST_RUNS = 1 << 16
+"""Maximal runs that are listed: one per position of donor and target, of short ones so many. Text
+has about 0.1 per position, one key repeated has one."""
+
+_WIDER = (4, 32)
+"""What has more is searched for runs that are so many times `min_run` long."""
+
+_MAX_REPETITIVE = 1024
+"""The most matches that are kept of each way to search what has more."""
+
+_MAX_DIAGONALS = 8
+"""Diagonals, those that most was found on, on which short runs are looked for as well."""
 
 
 class Match(NamedTuple):
@@ -41,69 +58,14 @@ class Match(NamedTuple):
         return self.start + self.length
 
 
-class Edit(NamedTuple):
-    """One run of an edit script: donor ``[donor_start, donor_end)`` -> target ``[start, end)``."""
-
-    op: Op
-    donor_start: int
-    donor_end: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class EditScript:
-    """Runs that turn a donor's keys into the target's, in order, tiling both."""
-
-    edits: tuple[Edit, ...]
-
-    def __post_init__(self) -> None:
-        donor_end = end = 0
-        for edit in self.edits:
-            if (edit.donor_start, edit.start) != (donor_end, end):
-                raise ValueError(f"edit script has a gap or an overlap at {edit}")
-            if edit.donor_end < edit.donor_start or edit.end < edit.start:
-                raise ValueError(f"an edit runs backwards: {edit}")
-            if edit.op is Op.KEEP and edit.donor_end - edit.donor_start != edit.end - edit.start:
-                raise ValueError(f"a kept run changes its length: {edit}")
-            donor_end, end = edit.donor_end, edit.end
-
-    def apply(self, donor: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """The target: kept runs from `donor` (``[M]``), the rest from `target` (``[N]``)."""
-        parts = [
-            donor[e.donor_start : e.donor_end] if e.op is Op.KEEP else target[e.start : e.end]
-            for e in self.edits
-        ]
-        return np.concatenate(parts) if parts else target[:0]
-
-    @property
-    def num_kept(self) -> int:
-        return sum(e.end - e.start for e in self.edits if e.op is Op.KEEP)
-
-
-def edit_script(matches: list[Match], donor_len: int, target_len: int) -> EditScript:
-    """The script whose kept runs are `matches` (monotone, disjoint, as `align` returns)."""
-    edits: list[Edit] = []
-    donor_at = at = 0
-    for match in [*matches, Match(donor_len, target_len, 0)]:
-        deleted, inserted = match.donor_start > donor_at, match.start > at
-        if deleted or inserted:
-            op = Op.REPLACE if deleted and inserted else Op.DELETE if deleted else Op.INSERT
-            edits.append(Edit(op, donor_at, match.donor_start, at, match.start))
-        donor_at, at = match.donor_start + match.length, match.start + match.length
-        if match.length:
-            edits.append(Edit(Op.KEEP, match.donor_start, donor_at, match.start, at))
-    return EditScript(tuple(edits))
-
-
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: Keys, b: Keys) -> int:
     """Number of equal leading keys."""
     n = min(len(a), len(b))
     differs = np.flatnonzero(a[:n] != b[:n])
     return int(differs[0]) if len(differs) else n
 
 
-def align(donor: np.ndarray, target: np.ndarray, min_run: int = 4) -> list[Match]:
+def align(donor: Keys, target: Keys, min_run: int = 4) -> list[Match]:
     """A heavy monotone alignment made of runs of at least `min_run` equal keys.
 
     Args:
@@ -114,140 +76,126 @@ def align(donor: np.ndarray, target: np.ndarray, min_run: int = 4) -> list[Match
     Returns:
         Disjoint matches, ascending in both sequences. A match that overlaps its predecessor is cut
         and may end up shorter than `min_run`. It is the heaviest alignment unless there are more
-        than 96 matches, or on very repetitive input more than 16 seeds per position (the most
-        frequent are left out then); it is always a valid one.
+        than 96 matches, or so many that not all are found (see `Matcher.matches`); it is always a
+        valid one.
     """
-    if min_run < 1:
-        raise ValueError("min_run must be at least 1")
-    prefix = common_prefix(donor, target)
-    if prefix == len(target):
-        return [Match(0, 0, prefix)] if prefix >= min_run else []
-    suffix = common_prefix(donor[prefix:][::-1], target[prefix:][::-1])
-    # The common ends are maximal matches already, unless their seeds were too frequent to use.
-    ends = Match(0, 0, prefix), Match(len(donor) - suffix, len(target) - suffix, suffix)
-    matches = maximal_matches(donor, target, min_run)
-    return _chain([*matches, *(m for m in ends if m.length >= min_run)], min_run)
+    return _as_matches(Matcher(target, [donor], min_run).align(0))
 
 
-def maximal_matches(donor: np.ndarray, target: np.ndarray, min_run: int) -> list[Match]:
-    """All maximal common runs of at least `min_run` keys, in any order, overlaps included.
+def maximal_matches(donor: Keys, target: Keys, min_run: int) -> list[Match]:
+    """Maximal common runs of at least `min_run` keys, in any order, overlaps included.
 
-    Seeds are `min_run`-gram hashes; equal keys are verified, so a hash collision costs nothing.
+    All of them, unless there are very many: see `Matcher.matches`.
     """
-    if len(donor) < min_run or len(target) < min_run:
-        return []
-    donor_grams, target_grams = ngram_hashes(donor, min_run), ngram_hashes(target, min_run)
-    order = np.argsort(donor_grams, kind="stable")
-    ranked = donor_grams[order]
-    low = np.searchsorted(ranked, target_grams, side="left")
-    counts = np.searchsorted(ranked, target_grams, side="right") - low
-    budget = _MAX_SEEDS_PER_POSITION * (len(donor) + len(target))
-    if counts.sum() > budget:
-        # Very repetitive input: keep the rarest seeds that fit the budget.
-        by_count = np.argsort(counts, kind="stable")
-        cut = by_count[np.cumsum(counts[by_count]) > budget]
-        counts[cut] = 0
-    at = np.repeat(np.arange(len(target_grams)), counts)
-    if not len(at):
-        return []
-    offsets = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
-    donor_at = order[np.repeat(low, counts) + offsets]
-    same = (
-        sliding_window_view(donor, min_run)[donor_at] == sliding_window_view(target, min_run)[at]
-    ).all(axis=1)
-    at, donor_at = at[same], donor_at[same]
-    if not len(at):
-        return []
-    # Seeds next to each other on one diagonal are one run.
-    diagonal = donor_at - at
-    by_diagonal = np.lexsort((at, diagonal))
-    at, donor_at, diagonal = at[by_diagonal], donor_at[by_diagonal], diagonal[by_diagonal]
-    breaks = np.flatnonzero((np.diff(at) != 1) | (np.diff(diagonal) != 0)) + 1
-    starts = np.concatenate(([0], breaks))
-    lengths = np.diff(np.concatenate((starts, [len(at)]))) + min_run - 1
-    if len(starts) > _MAX_MATCHES:
-        longest = np.sort(np.argsort(-lengths, kind="stable")[:_MAX_MATCHES])
-        starts, lengths = starts[longest], lengths[longest]
-    return [
-        Match(int(d), int(t), int(n))
-        for d, t, n in zip(donor_at[starts], at[starts], lengths, strict=True)
-    ]
+    return _as_matches(Matcher(target, [donor], min_run).matches(0))
 
 
-def _chain(matches: list[Match], min_run: int) -> list[Match]:
-    """A heavy chain of matches ascending in both sequences; overlaps are cut from the later one.
+class Matcher:
+    """Common runs of one target with each of its donors.
 
-    Up to 96 matches the heaviest chain is found. A template's repeated phrases make far more, most
-    of them short and crossing each other: then the longest are chained first, and the others only
-    fill the boxes between them.
+    Args:
+        target: ``[N]`` uint64 keys.
+        donors: ``[M]`` uint64 keys each.
+        min_run: shortest run that counts, at least 1.
     """
-    if len(matches) <= _MAX_CHAINED:
-        return _heaviest_chain(matches)
-    by_length = sorted(matches, key=lambda m: -m.length)
-    anchors = _heaviest_chain(by_length[:_MAX_CHAINED])
-    table = np.array(by_length[_MAX_CHAINED:])
-    chain: list[Match] = []
-    donor_at = at = 0
-    infinite = np.iinfo(np.int64).max
-    for anchor in [*anchors, Match(infinite, infinite, 0)]:
-        box = _clip(table, donor_at, anchor.donor_start, at, anchor.start, min_run)
-        chain.extend(_chain(box, min_run))
-        if anchor.length:
-            chain.append(anchor)
-            donor_at, at = anchor.donor_start + anchor.length, anchor.end
-    return chain
 
+    def __init__(self, target: Keys, donors: Sequence[Keys], min_run: int) -> None:
+        if min_run < 1:
+            raise ValueError("min_run must be at least 1")
+        self._target, self._donors, self._min_run = target, donors, min_run
+        # Of `min_run` keys, and wider as needed; of the target and then the donors.
+        self._windows = [rank_windows([target, *donors], min_run)]
+        self._level = 1  # of those, the first that is not too narrow for the donors until now
+        self._found: dict[int, Ints] = {}
 
-def _clip(
-    table: np.ndarray, donor_low: int, donor_high: int, low: int, high: int, min_run: int
-) -> list[Match]:
-    """What of the matches (``[M, 3]``) lies in donor and target bounds, `min_run` long or more."""
-    if high - low < min_run or donor_high - donor_low < min_run:
-        return []
-    donor_start, start, length = table.T
-    cut = np.maximum(0, np.maximum(donor_low - donor_start, low - start))
-    over = np.maximum(0, np.maximum(donor_start + length - donor_high, start + length - high))
-    left = length - cut - over
-    inside = left >= min_run
-    return [
-        Match(int(d), int(t), int(n))
-        for d, t, n in zip(
-            (donor_start + cut)[inside], (start + cut)[inside], left[inside], strict=True
+    def shared(self, donor: int) -> NDArray[np.bool_]:
+        """``[N - min_run + 1]`` bool: the donor has the `min_run` keys from here on too."""
+        windows = self._windows[0]
+        present = np.zeros(windows.count, dtype=bool)
+        present[windows.numbers[1 + donor]] = True
+        return present[windows.numbers[0]]
+
+    def matches(self, donor: int) -> Ints:
+        """Maximal common runs of a donor and the target, overlaps included.
+
+        These are all there are, or the 4,096 longest. Only if there are more than 65,536 (or one
+        per position) not all of them are looked at: then they are the runs of rare windows, those
+        at least 4 times as long as `min_run` (or 32 times), and all on the diagonals that most of
+        these are on.
+
+        Returns:
+            ``[m, 3]`` int64 of donor start, target start and length, by diagonal and then start.
+        """
+        if donor not in self._found:
+            self._found[donor] = self._search(donor)
+        return self._found[donor]
+
+    def align(self, donor: int) -> Ints:
+        """``[m, 3]`` int64: see the function of this name."""
+        keys, target = self._donors[donor], self._target
+        prefix = common_prefix(keys, target)
+        if prefix == len(target):
+            return _rows([(0, 0, prefix)], self._min_run)
+        suffix = common_prefix(keys[prefix:][::-1], target[prefix:][::-1])
+        # The common ends are maximal matches already, unless those were too many to find.
+        ends = _rows(
+            [(0, 0, prefix), (len(keys) - suffix, len(target) - suffix, suffix)], self._min_run
         )
-    ]
+        return heavy_chain(np.concatenate((self.matches(donor), ends)), self._min_run)
+
+    def _search(self, donor: int) -> Ints:
+        budget = max(_LEAST_RUNS, len(self._target) + len(self._donors[donor]))
+        if not self._surely_more(donor, budget):
+            found = self._runs(0, donor, budget)
+            if found is not None:
+                return found
+        # The rarest windows tell most, and what they miss is worth finding if it is long or lies
+        # where most else does.
+        windows = self._windows[0]
+        numbers = windows.numbers[1 + donor], windows.numbers[0]
+        rare = without_frequent(*numbers, windows.count, budget // 2)
+        found = maximal_runs(*rare, windows, budget, _MAX_REPETITIVE)
+        assert found is not None  # there are no more runs than pairs
+        while self._level <= len(_WIDER):
+            longer = self._runs(self._level, donor, budget)
+            if longer is not None:
+                found = joined(found, longer)
+                break
+            # What is too narrow for one donor is for the next: it is not tried again.
+            self._level += 1
+        keys, target = self._donors[donor], self._target
+        diagonals = {0, len(keys) - len(target), *chief_diagonals(found, _MAX_DIAGONALS)}
+        along = on_diagonals(keys, target, sorted(diagonals), self._min_run)
+        return joined(found, along[longest(along[:, 2], _MAX_REPETITIVE)])
+
+    def _runs(self, level: int, donor: int, budget: int) -> Ints | None:
+        """The longest maximal runs of one window or more; None if there are too many."""
+        if level == len(self._windows):
+            width = _WIDER[level - 1] * self._min_run
+            self._windows.append(widened(self._windows[-1], width))
+        windows = self._windows[level]
+        numbers = windows.numbers[1 + donor], windows.numbers[0]
+        return maximal_runs(*numbers, windows, budget, _MAX_REPETITIVE if level else MAX_MATCHES)
+
+    def _surely_more(self, donor: int, budget: int) -> bool:
+        """There are more runs than `budget`, by the windows that other donors were searched with.
+
+        A run of L windows makes L pairs of equal windows, and at least ``L - k`` of windows wider
+        by k. So the difference of both counts is at most k times the number of runs.
+        """
+        narrow, wide = self._windows[0], self._windows[-1]
+        pairs = [
+            np.bincount(w.numbers[1 + donor], minlength=w.count)
+            @ np.bincount(w.numbers[0], minlength=w.count)
+            for w in (narrow, wide)
+        ]
+        return bool(pairs[0] - pairs[1] > (wide.width - narrow.width) * budget)
 
 
-def _heaviest_chain(matches: list[Match]) -> list[Match]:
-    """The heaviest chain. Exact: an alignment's runs ascend with their starts and their ends."""
-    if not matches:
-        return []
-    matches = sorted(matches, key=lambda m: (m.start, m.donor_start))
-    start = np.array([m.start for m in matches])
-    donor_start = np.array([m.donor_start for m in matches])
-    length = np.array([m.length for m in matches])
-    end, donor_end = start + length, donor_start + length
-    score = length.astype(np.int64).copy()
-    previous = np.full(len(matches), -1)
-    for i in range(1, len(matches)):
-        overlap = np.maximum(0, np.maximum(end[:i] - start[i], donor_end[:i] - donor_start[i]))
-        gain = score[:i] + length[i] - overlap
-        gain[
-            (overlap >= length[i]) | (donor_start[:i] > donor_start[i]) | (start[:i] > start[i])
-        ] = -1
-        best = int(np.argmax(gain))
-        if gain[best] > score[i]:
-            score[i], previous[i] = gain[best], best
-    chain: list[Match] = []
-    i = int(np.argmax(score))
-    while i >= 0:
-        chain.append(matches[i])
-        i = int(previous[i])
-    chain.reverse()
-    trimmed: list[Match] = []
-    at = donor_at = 0
-    for match in chain:
-        cut = max(0, at - match.start, donor_at - match.donor_start)
-        kept = Match(match.donor_start + cut, match.start + cut, match.length - cut)
-        trimmed.append(kept)
-        at, donor_at = kept.end, kept.donor_start + kept.length
-    return trimmed
+def _rows(matches: list[tuple[int, int, int]], min_run: int) -> Ints:
+    """``[m, 3]``: those of `matches` that are long enough."""
+    return np.array([m for m in matches if m[2] >= min_run], dtype=np.int64).reshape(-1, 3)
+
+
+def _as_matches(table: Ints) -> list[Match]:
+    return [Match(*row) for row in table.tolist()]

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import time
 from random import Random
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm.align import (
-    Edit,
-    EditScript,
-    Match,
-    Op,
-    align,
-    common_prefix,
-    edit_script,
-    maximal_matches,
-)
+from kvshare_mm import align as align_module
+from kvshare_mm import runs
+from kvshare_mm.align import MAX_MATCHES, Match, align, common_prefix, maximal_matches
 from kvshare_mm.stream import media_keys
 
 # Text, the ends of the range, and media keys, which only fit an unsigned type.
@@ -137,35 +130,6 @@ def test_align_is_valid_and_as_heavy_as_can_be(pair, min_run):
         assert covered(matches) >= difflib_covered(donor, target, min_run)
 
 
-@settings(max_examples=200)
-@given(pairs(), min_runs)
-def test_the_script_of_an_alignment_rebuilds_the_target(pair, min_run):
-    donor, target = pair
-    matches = align(donor, target, min_run)
-    script = edit_script(matches, len(donor), len(target))
-    rebuilt = script.apply(donor, target)
-    assert rebuilt.dtype == np.uint64
-    assert np.array_equal(rebuilt, target)
-    assert script.num_kept == covered(matches)
-    # What is not kept need not be there: the kept runs really come from the donor.
-    blank = np.zeros_like(target)
-    kept = np.zeros(len(target), dtype=bool)
-    for edit in script.edits:
-        if edit.op is Op.KEEP:
-            kept[edit.start : edit.end] = True
-    assert np.array_equal(script.apply(donor, blank), np.where(kept, target, blank))
-    # Each edit is what it says, and the script spans both.
-    for edit in script.edits:
-        gone, come = edit.donor_end - edit.donor_start, edit.end - edit.start
-        assert edit.op is Op.KEEP or (edit.op, gone > 0, come > 0) in [
-            (Op.INSERT, False, True),
-            (Op.DELETE, True, False),
-            (Op.REPLACE, True, True),
-        ]
-    last = script.edits[-1] if script.edits else Edit(Op.KEEP, 0, 0, 0, 0)
-    assert (last.donor_end, last.end) == (len(donor), len(target))
-
-
 @settings(max_examples=300)
 @given(pairs(), min_runs)
 def test_maximal_matches_are_all_and_only_the_maximal_ones(pair, min_run):
@@ -233,18 +197,16 @@ def test_a_form_of_repeated_phrases_is_covered_about_as_difflib_does(seed):
         pytest.param([5] * 4000, [5], id="short target"),
     ],
 )
-def test_very_repetitive_input_is_aligned_in_time(donor, target, min_run):
+def test_very_repetitive_input_is_aligned_truly(donor, target, min_run):
     donor_keys, target_keys = np.array(donor, np.uint64), np.array(target, np.uint64)
-    start = time.perf_counter()
     matches = align(donor_keys, target_keys, min_run)
-    assert time.perf_counter() - start < 5
     check_valid(matches, donor_keys, target_keys)
-    script = edit_script(matches, len(donor), len(target))
-    assert np.array_equal(script.apply(donor_keys, target_keys), target_keys)
-    start = time.perf_counter()
-    for d, t, n in maximal_matches(donor_keys, target_keys, min_run):
+    # One run or two of them, whatever the millions of others.
+    assert covered(matches) >= min(len(donor), len(target)) - 3
+    found = maximal_matches(donor_keys, target_keys, min_run)
+    assert len(found) <= MAX_MATCHES
+    for d, t, n in found:
         assert np.array_equal(donor_keys[d : d + n], target_keys[t : t + n])
-    assert time.perf_counter() - start < 5
 
 
 def test_common_ends_survive_seeds_that_are_too_frequent():
@@ -253,14 +215,53 @@ def test_common_ends_survive_seeds_that_are_too_frequent():
     assert align(donor, target, 4) == [Match(0, 0, 2000), Match(2001, 2001, 1999)]
 
 
-@settings(max_examples=15)
+@settings(max_examples=200)
+@given(pairs(), min_runs)
+def test_the_ends_of_runs_tell_the_same_as_all_pairs(pair, min_run):
+    donor, target = pair
+    with mock.patch.object(runs, "_PAIRS_PER_RUN", 0):
+        found = maximal_matches(donor, target, min_run)
+    assert found == maximal_matches(donor, target, min_run)
+
+
+@settings(max_examples=60)
 @given(st.randoms(use_true_random=False), st.integers(1, 4), min_runs)
-def test_input_beyond_the_seed_budget_is_still_aligned_truly(random, alphabet, min_run):
+def test_input_with_too_many_runs_is_still_aligned_truly(random, alphabet, min_run):
     donor, target = (
         to_keys([random.randrange(alphabet) for _ in range(random.randrange(100, 700))])
         for _ in range(2)
     )
-    check_valid(align(donor, target, min_run), donor, target)
+    with mock.patch.object(align_module, "_LEAST_RUNS", 0):
+        check_valid(align(donor, target, min_run), donor, target)
+        found = maximal_matches(donor, target, min_run)
+    assert len(found) == len(set(found))
+    for d, t, n in found:
+        assert n >= min_run
+        assert np.array_equal(donor[d : d + n], target[t : t + n])
+
+
+def test_of_too_many_runs_the_long_ones_are_found():
+    """Noise of two symbols, and in it one stretch in common that moved."""
+    rng = np.random.default_rng(0)
+    donor, target, common = (rng.integers(0, 2, n).astype(np.uint64) for n in (6000, 6000, 300))
+    donor[1000:1300], target[4000:4300] = common, common
+    with mock.patch.object(align_module, "_LEAST_RUNS", 0):
+        found = maximal_matches(donor, target, 4)
+    assert any(d <= 1000 and t - d == 3000 and d + n >= 1300 for d, t, n in found)
+
+
+def test_of_too_many_runs_those_of_rare_keys_and_beside_them_are_found():
+    """Between lines of one symbol stand words that are nowhere else."""
+    lines = [[7] * 30 + [100 + 2 * i, 101 + 2 * i] for i in range(100)]
+    donor = np.array([key for line in lines for key in line], np.uint64)
+    target = np.array(
+        [5, *(key for line in lines for key in [*line[:-2], 99, line[-1]])], np.uint64
+    )
+    with mock.patch.object(align_module, "_LEAST_RUNS", 0):
+        matches = align(donor, target, 2)
+    check_valid(matches, donor, target)
+    # All but one key of a line.
+    assert covered(matches) >= 31 * 99
 
 
 @settings(max_examples=50)
@@ -291,18 +292,3 @@ def test_keys_above_2_63_are_not_mixed_up_with_small_ones():
 def test_a_run_has_at_least_one_key(min_run):
     with pytest.raises(ValueError, match="min_run"):
         align(to_keys([1]), to_keys([1]), min_run)
-
-
-@pytest.mark.parametrize(
-    ("edits", "says"),
-    [
-        ((Edit(Op.KEEP, 1, 2, 0, 1),), "gap"),
-        ((Edit(Op.KEEP, 0, 2, 0, 2), Edit(Op.INSERT, 2, 2, 1, 3)), "gap"),
-        ((Edit(Op.KEEP, 0, 2, 0, 2), Edit(Op.INSERT, 2, 2, 3, 4)), "gap"),
-        ((Edit(Op.KEEP, 0, 2, 0, 3),), "length"),
-        ((Edit(Op.DELETE, 0, 2, 0, 0), Edit(Op.REPLACE, 2, 1, 0, 1)), "backwards"),
-    ],
-)
-def test_a_script_without_order_is_refused(edits, says):
-    with pytest.raises(ValueError, match=says):
-        EditScript(edits)
