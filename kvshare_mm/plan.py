@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvshare_mm.align import Match, align, common_prefix, maximal_matches
+from kvshare_mm.align import align, common_prefix
+from kvshare_mm.cover import cover
 from kvshare_mm.divergence import Tolerance, looked_at
-from kvshare_mm.index.ngrams import ngram_hashes
 
 
 class Decline(StrEnum):
@@ -227,6 +227,10 @@ class PlannerOptions:
             below it the edits outweigh what is known and the answer would drift.
         exact_only: never reuse approximately.
         tolerance: how approximate a donor may be that the target continues.
+        max_seconds: the search for approximate reuse ends about so long after it began (for each
+            32,768 tokens of the prompt), with the best found until then. What it may look at is
+            bounded too and ordinary prompts need far less, so plans do not depend on the clock:
+            it is for prompts and machines slower than anybody thought.
     """
 
     min_run: int = 4
@@ -234,6 +238,7 @@ class PlannerOptions:
     min_gain_share: float = 0.3
     exact_only: bool = False
     tolerance: Tolerance = field(default_factory=Tolerance)
+    max_seconds: float = 0.05
 
     def but_exact_only(self) -> PlannerOptions:
         return replace(self, exact_only=True)
@@ -436,84 +441,7 @@ def _approximate_runs(
     options: PlannerOptions,
     positions: np.ndarray | None,
 ) -> list[KeptRun]:
-    limit = len(target) - 1
-
-    def moves_as_one(run: KeptRun, donor: Donor) -> bool:
-        return (
-            one_turn(positions, run.start, donor.positions, run.donor_start, run.length) is not None
-        )
-
-    best: list[KeptRun] = []
-    covered = 0
-    # Aligning costs milliseconds: a donor that cannot win by a gain worth having is left out.
-    reach = {d.donor_id: _reach(d, target[prefix:limit], options.min_run) for d in donors}
-    for donor in sorted(donors, key=lambda d: -reach[d.donor_id]):
-        if best and reach[donor.donor_id] < covered + options.min_gain_tokens:
-            break
-        matches = align(donor.keys, target, options.min_run)
-        usable = _usable(matches, donor, prefix, limit, options)
-        runs = [r for r in usable if moves_as_one(r, donor)]
-        length = sum(r.length for r in runs)
-        if length > covered:
-            best, covered = runs, length
-    for donor in donors:
-        gaps = _gaps(best, prefix, limit, options.min_run)
-        if not gaps:
-            break
-        best.extend(r for r in _fill(target, gaps, donor, options) if moves_as_one(r, donor))
-        best.sort(key=lambda r: r.start)
-    return best
-
-
-def _reach(donor: Donor, target: np.ndarray, min_run: int) -> int:
-    """At most this many positions of `target` are in runs that `donor` has too."""
-    if len(target) < min_run:
-        return 0
-    shared = np.isin(ngram_hashes(target, min_run), ngram_hashes(donor.keys, min_run))
-    return int(np.convolve(shared, np.ones(min_run, dtype=np.int64)).astype(bool).sum())
-
-
-def _usable(
-    matches: Iterable[Match], donor: Donor, low: int, high: int, options: PlannerOptions
-) -> list[KeptRun]:
-    """`matches` cut to target ``[low, high)`` and to the donor's usable positions."""
-    runs: list[KeptRun] = []
-    for match in matches:
-        start, end = max(match.start, low), min(match.end, high)
-        if end - start < options.min_run:
-            continue
-        shift = match.start - match.donor_start
-        usable = donor.material[start - shift : end - shift]
-        runs.extend(
-            KeptRun(donor.donor_id, start - shift + a, start + a, b - a, exact=False)
-            for a, b in _stretches(usable, options.min_run)
-        )
-    return runs
-
-
-def _stretches(mask: np.ndarray, min_run: int) -> list[tuple[int, int]]:
-    """Bounds of the stretches of at least `min_run` true positions."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(np.int8), [0]))))
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2) if b - a >= min_run]
-
-
-def _gaps(runs: list[KeptRun], low: int, high: int, min_run: int) -> list[tuple[int, int]]:
-    edges = [low, *(e for r in runs for e in (r.start, r.end)), high]
-    return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a >= min_run]
-
-
-def _fill(
-    target: np.ndarray, gaps: list[tuple[int, int]], donor: Donor, options: PlannerOptions
-) -> list[KeptRun]:
-    """Runs of one donor for the gaps that are left, the longest first, moved blocks included."""
-    taken: list[KeptRun] = []
-    free = np.ones(len(target), dtype=bool)
-    matches = maximal_matches(donor.keys, target, options.min_run)
-    for low, high in gaps:
-        for run in sorted(_usable(matches, donor, low, high, options), key=lambda r: -r.length):
-            # Matches of moved blocks reach into each other by whatever separates the blocks.
-            for a, b in _stretches(free[run.start : run.end], options.min_run):
-                start, end = run.start + a, run.start + b
-                taken.append(KeptRun(run.donor, start - run.shift, start, end - start, exact=False))
-                free[start:end] = False
-    return taken
+    return [
+        KeptRun(donors[i].donor_id, donor_start, start, length, exact=False)
+        for i, donor_start, start, length in cover(target, prefix, donors, options, positions)
+    ]
