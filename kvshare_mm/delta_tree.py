@@ -10,8 +10,10 @@ No tensors here: the tree is arithmetic on positions. KV bytes live in `kvshare_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -304,12 +306,13 @@ class DeltaTree:
         """
         node = self._nodes[node_id]
         low, high = start - shift, start - shift + length
+        # A heavily edited request has thousands of pieces, and is asked for as many runs.
         found = [
             Piece(node_id, max(s.start, low), max(s.start, low) + shift, n)
-            for s in node.own
+            for s in node.own[_overlapping(node.own, low, high)]
             if (n := min(s.end, high) - max(s.start, low)) > 0
         ]
-        for piece in node.pieces:
+        for piece in node.pieces[_overlapping(node.pieces, low, high)]:
             first = max(piece.start, low)
             n = min(piece.end, high) - first
             if n > 0 and piece.owner in self._nodes:
@@ -321,12 +324,12 @@ class DeltaTree:
     def donor(self, node_id: str) -> Donor:
         """The node as the planner sees it."""
         node = self._nodes[node_id]
-        readable = np.zeros(len(node), dtype=bool)
-        material = np.zeros(len(node), dtype=bool)
-        for piece in self.resolve(node_id, 0, len(node)):
-            readable[piece.start : piece.end] = True
-            sure = self._nodes[piece.owner].exact_len - piece.owner_start
-            material[piece.start : piece.start + max(0, min(piece.length, sure))] = True
+        owners, owner_start, start, length = _columns(node)
+        known = {o: self._nodes[o].exact_len for o in set(owners) if o in self._nodes}
+        length = length * np.array([o in known for o in owners], dtype=bool)
+        sure = np.array([known.get(o, 0) for o in owners], dtype=np.int64) - owner_start
+        readable = _painted(start, length, len(node))
+        material = _painted(start, np.clip(sure, 0, length), len(node))
         holes = np.flatnonzero(~readable)
         prefix = int(holes[0]) if len(holes) else len(node)
         exact = min(prefix, node.exact_len)
@@ -378,6 +381,28 @@ class DeltaTree:
 
 def _widened(values: np.ndarray | None) -> np.ndarray | None:
     return None if values is None else values.astype(np.float32)
+
+
+def _overlapping(spans: Sequence[Span] | Sequence[Piece], low: int, high: int) -> slice:
+    """Those of ascending, disjoint spans that reach into ``[low, high)``."""
+    first = bisect_right(spans, low, key=attrgetter("end"))
+    return slice(first, bisect_left(spans, high, lo=first, key=attrgetter("start")))
+
+
+def _columns(node: Node) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Owner, owner's start, start and length (int64) of all that a node owns or borrows."""
+    owned = [Piece(node.node_id, span.start, span.start, span.length) for span in node.own]
+    parts = [*owned, *node.pieces]
+    owner_start, start, length = (
+        np.array([part[i] for part in parts], dtype=np.int64) for i in (1, 2, 3)
+    )
+    return [part.owner for part in parts], owner_start, start, length
+
+
+def _painted(start: np.ndarray, length: np.ndarray, n: int) -> np.ndarray:
+    """``[n]`` bool: positions in one of many disjoint spans."""
+    begun = np.bincount(start, minlength=n + 1) - np.bincount(start + length, minlength=n + 1)
+    return np.cumsum(begun)[:n] > 0
 
 
 def _spans(mask: np.ndarray, offset: int = 0) -> list[Span]:

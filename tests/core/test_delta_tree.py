@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -69,6 +71,40 @@ def test_resolve_part_of_a_node_at_another_place():
         Piece("a", 8, 110, 2),
     ]
     assert tree.resolve("b", 0, 0) == []
+
+
+def test_a_node_of_many_pieces_reads_as_position_by_position():
+    rng = np.random.default_rng(0)
+    tree = DeltaTree()
+    for name, exact_len in (("a", 2000), ("b", 700)):
+        keys = np.arange(2000, dtype=np.uint64)
+        tree.insert(Node(name, "ns", keys, (Span(0, 2000),), exact_len=exact_len))
+    own, pieces = [], []
+    source: list[tuple[str, int] | None] = [None] * 2000
+    cuts = [0, *np.unique(rng.integers(1, 2000, 900)).tolist(), 2000]
+    for start, end in itertools.pairwise(cuts):
+        owner = ["n", "a", "b", "gone", None][rng.integers(0, 5)]
+        at = start if owner == "n" else int(rng.integers(0, 2000 - (end - start) + 1))
+        if owner == "n":
+            own.append(Span(start, end))
+        elif owner is not None:
+            pieces.append(Piece(owner, at, start, end - start))
+        if owner in ("n", "a", "b"):
+            source[start:end] = [(owner, at + i) for i in range(end - start)]
+    tree.insert(Node("n", "ns", keys, tuple(own), tuple(pieces), exact_len=1200))
+    for start in (0, 1, 37, 1990, *rng.integers(0, 1900, 50).tolist()):
+        length = min(int(rng.integers(1, 100)), 2000 - start)
+        read: list[tuple[str, int] | None] = [None] * length
+        for piece in tree.resolve("n", start + 5, length, shift=5):
+            first = piece.start - 5 - start
+            read[first : first + piece.length] = [
+                (piece.owner, piece.owner_start + i) for i in range(piece.length)
+            ]
+        assert read == source[start : start + length]
+    exact = {"a": 2000, "b": 700, "n": 1200}
+    donor = tree.donor("n")
+    assert donor.material.tolist() == [s is not None and s[1] < exact[s[0]] for s in source]
+    assert donor.readable == source.index(None)
 
 
 def test_a_dropped_donor_leaves_a_hole_and_what_is_behind_it_stays_readable():
