@@ -153,7 +153,7 @@ class Matcher:
         # where most else does.
         windows = self._windows[0]
         numbers = windows.numbers[1 + donor], windows.numbers[0]
-        rare = without_frequent(*numbers, windows.count, budget // 2)
+        rare = without_frequent(*numbers, windows.count, budget // 4)
         found = maximal_runs(*rare, windows, budget, _MAX_REPETITIVE)
         assert found is not None  # there are no more runs than pairs
         while self._level <= len(_WIDER):

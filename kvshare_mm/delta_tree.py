@@ -22,6 +22,9 @@ from kvshare_mm.divergence import as_risky_as, passed_on, residual_risk
 from kvshare_mm.plan import Donor, ReusePlan
 from kvshare_mm.stream import Segment
 
+_MANY = 100
+"""So many spans are cheaper painted at once than one by one."""
+
 
 class Span(NamedTuple):
     """Positions ``[start, end)``."""
@@ -400,7 +403,12 @@ def _columns(node: Node) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]
 
 
 def _painted(start: np.ndarray, length: np.ndarray, n: int) -> np.ndarray:
-    """``[n]`` bool: positions in one of many disjoint spans."""
+    """``[n]`` bool: positions in one of the disjoint spans."""
+    if len(start) < _MANY:
+        mask = np.zeros(n, dtype=bool)
+        for first, end in zip(start.tolist(), (start + length).tolist(), strict=True):
+            mask[first:end] = True
+        return mask
     begun = np.bincount(start, minlength=n + 1) - np.bincount(start + length, minlength=n + 1)
     return np.cumsum(begun)[:n] > 0
 

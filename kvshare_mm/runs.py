@@ -66,9 +66,14 @@ def _equal_pairs(donor: Ints, target: Ints, amounts: Ints) -> _Pairs:
     Args:
         amounts: how often a donor has each number.
     """
-    order = np.argsort(donor)
     count = amounts[target]
     hit = np.flatnonzero(count)
+    shared = np.zeros(len(amounts), dtype=bool)
+    shared[target[hit]] = True
+    # Sorting is what costs: only what the target has too.
+    mine = np.flatnonzero(shared[donor])
+    order = mine[np.argsort(donor[mine])]
+    amounts = np.where(shared, amounts, 0)
     low = (np.cumsum(amounts) - amounts)[target[hit]]
     return order[consecutive(low, count[hit])], np.repeat(hit, count[hit])
 
