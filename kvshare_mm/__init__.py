@@ -11,6 +11,7 @@ from kvshare_mm.errors import (
     InvalidRequestError,
     KVShareError,
     ModelLoadError,
+    ModelOutputError,
     QueueFullError,
     StoreError,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "KVShareConfig",
     "KVShareError",
     "ModelLoadError",
+    "ModelOutputError",
     "Provenance",
     "QueueFullError",
     "RequestMetrics",

@@ -77,7 +77,7 @@ class CacheAdmin:
         depths = _depths(nodes)
         pins = self._pinned()
         return [
-            self._info(node, depths[node.node_id], pins.get(node.node_id, 0.0))
+            self._info(node, depths, pins.get(node.node_id, 0.0))
             for node in sorted(nodes, key=lambda n: -n.created_s)
             if namespace is None or node.namespace == namespace
         ]
@@ -154,15 +154,15 @@ class CacheAdmin:
             self._pins = {held: until for held, until in self._pins.items() if until > now}
             return {held: until - now for held, until in self._pins.items()}
 
-    def _info(self, node: Node, depth: int, pinned_s: float) -> DonorInfo:
+    def _info(self, node: Node, depths: dict[str, int], pinned_s: float) -> DonorInfo:
         return DonorInfo(
             donor_id=node.node_id,
             namespace=node.namespace,
             num_tokens=len(node),
             num_owned=node.num_owned,
             exact_len=node.exact_len,
-            parent=node.parent,
-            depth=depth,
+            parent=node.parent if node.parent in depths else None,
+            depth=depths[node.node_id],
             tier=self._donors.store.resident(node.node_id),
             created_s=node.created_s,
             pinned_s=pinned_s,

@@ -5,14 +5,17 @@ No tensors: a scheduler can have one while the KV lies in other processes.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
+from kvshare_mm.align import common_prefix
 from kvshare_mm.delta_tree import DeltaTree, Node, Piece
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.index.base import IndexRecord
@@ -23,7 +26,10 @@ from kvshare_mm.stream import Segment
 from kvshare_mm.words import joined_positions
 
 _MIN_STORED_TOKENS = 16
+# Requests that begin like a target and may be approximate; those looked at for the exact prefix,
+# which may be lost with its owner.
 _PREFIX_CANDIDATES = 2
+_EXACT_CANDIDATES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,8 @@ class Catalogue:
         self._counters = counters
         self._lexical = LexicalIndex()
         self._prefixes = PrefixIndex()
+        self._exact = PrefixIndex()
+        self._node_bytes = 0
         self._lock = threading.RLock()
 
     def find(
@@ -75,12 +83,14 @@ class Catalogue:
             pictures: ``[N]`` bool: positions that are pictures; None: none are.
         """
         start = time.perf_counter()
+        alike: list[str] = []
+        prefixes = self._prefixes.longest(ns, keys, _PREFIX_CANDIDATES)
+        if not options.exact_only:
+            alike = [c.node_id for c in self._lexical.search(ns, keys, self.max_candidates)]
+        exact = self._longest_exact(ns, keys)
         with self._lock:
-            ids = self._prefixes.longest(ns, keys, _PREFIX_CANDIDATES)
-            if not options.exact_only:
-                hits = [c.node_id for c in self._lexical.search(ns, keys, self.max_candidates)]
-                ids += self._with_chief_owners([*hits, *similar])[: self.max_candidates]
-            donors = self._donors(ids, ns)
+            alike = self._with_chief_owners([*alike, *similar])[: self.max_candidates]
+            donors = self._donors([*exact, *prefixes, *alike], ns)
             found = time.perf_counter()
         plan = make_plan(keys, donors, options, positions, pictures)
         if self.joining is not None:
@@ -136,21 +146,44 @@ class Catalogue:
 
     def add(self, node: Node) -> None:
         """A node's KV is stored: it can be found from now on."""
+        keys = node.alignment_keys
         with self._lock:
             self.tree.insert(node)
-            record = IndexRecord(node.node_id, node.namespace, node.alignment_keys)
-            self._lexical.add([record])
-            self._prefixes.add([record])
+            self._node_bytes += node.num_bytes
+        # The indexes have locks of their own, and nobody waits while n-grams are hashed.
+        record = IndexRecord(node.node_id, node.namespace, keys)
+        self._lexical.add([record])
+        self._prefixes.add([record])
+        self._exact.add([replace(record, keys=keys[: node.exact_len])])
+        if node.node_id not in self.tree:  # removed meanwhile
+            self._remove_from_indexes(node.node_id)
 
     def remove(self, node_id: str) -> bool:
         """A node's KV is gone; False: it was not known."""
         with self._lock:
-            if node_id not in self.tree:
+            node = self.tree.get(node_id)
+            if node is None:
                 return False
             self.tree.drop(node_id)
-            self._lexical.remove([node_id])
-            self._prefixes.remove([node_id])
-            return True
+            self._node_bytes -= node.num_bytes
+        self._remove_from_indexes(node_id)
+        return True
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of RAM that the donors take wherever their KV is: keys, what they looked at, the
+        indexes."""
+        indexes = (self._lexical, self._prefixes, self._exact)
+        return self._node_bytes + sum(index.num_bytes for index in indexes)
+
+    def beyond(self, max_bytes: int) -> list[str]:
+        """The oldest donors, so many that the others take at most about `max_bytes`."""
+        with self._lock:
+            over, count = self.num_bytes - max_bytes, len(self.tree)
+            if over <= 0:
+                return []
+            oldest = list(islice(self.tree, math.ceil(count * over / self.num_bytes)))
+            return [node.node_id for node in oldest]
 
     def nodes(self) -> list[Node]:
         """All donors as they are now."""
@@ -167,6 +200,30 @@ class Catalogue:
             if node is not None and node.namespace == ns:
                 donors.append(self.tree.donor(node_id))
         return donors
+
+    def _remove_from_indexes(self, node_id: str) -> None:
+        for index in (self._lexical, self._prefixes, self._exact):
+            index.remove([node_id])
+
+    def _longest_exact(self, ns: str, keys: np.ndarray) -> list[str]:
+        """The donor with the longest exact prefix of a prompt that can be read."""
+        best: list[str] = []
+        reach = looked = 0
+        for length, ids in self._exact.descending(ns, keys):
+            if reach >= length or looked >= _EXACT_CANDIDATES:
+                break
+            for node_id in ids[: _EXACT_CANDIDATES - looked]:
+                looked += 1
+                with self._lock:
+                    (donor,) = self._donors([node_id], ns) or [None]
+                if donor is None:
+                    continue
+                exact = min(common_prefix(donor.keys, keys), donor.exact_len)
+                if exact > reach:
+                    reach, best = exact, [node_id]
+                if reach >= length:
+                    break
+        return best
 
     def _with_chief_owners(self, ids: list[str]) -> list[str]:
         """Each id followed by the node that owns most of its KV; caller holds the lock.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ from kvshare_mm.stream import Segment
 
 _MANY = 100
 """So many spans are cheaper painted at once than one by one."""
+# Of Python's objects: a node with its ids and the heads of its arrays; a span, piece or medium.
+_NODE_BYTES, _PART_BYTES = 1200, 170
 
 
 class Span(NamedTuple):
@@ -72,7 +74,8 @@ class Node:
         drift: ``[P]`` float16, P <= N: how far the KV of each is from what its context gives (see
             `divergence.passed_on`), 0 behind P; None: nowhere.
         risk: the residual risk that it was served with.
-        parent: id of the donor this request was edited from (lineage, for people), or None.
+        parent: id of the donor this request was edited from (lineage, for people), or None. It may
+            be gone.
         created_s: seconds since the epoch.
         positions: ``[3, N]`` int32 rotary positions; None: the index.
         media: where its pictures and clips are.
@@ -129,6 +132,13 @@ class Node:
         return self.keys.astype(np.uint64)
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes in RAM wherever its KV is."""
+        arrays = (self.keys, self.attention, self.drift, self.positions)
+        parts = len(self.own) + len(self.pieces) + len(self.media)
+        return _NODE_BYTES + _PART_BYTES * parts + sum(a.nbytes for a in arrays if a is not None)
+
+    @property
     def num_owned(self) -> int:
         """Number of positions whose KV this node owns."""
         return sum(s.length for s in self.own)
@@ -166,12 +176,12 @@ class DeltaTree:
             raise ValueError("max_owners must be at least 1")
         self.max_owners = max_owners
         self._nodes: dict[str, Node] = {}
-        self._borrowers: dict[str, set[str]] = {}
 
     def __contains__(self, node_id: object) -> bool:
         return node_id in self._nodes
 
     def __iter__(self) -> Iterator[Node]:
+        """The nodes as they are now, the oldest first."""
         return iter(list(self._nodes.values()))
 
     def __len__(self) -> int:
@@ -247,52 +257,14 @@ class DeltaTree:
         if node.node_id in self._nodes:
             raise ValueError(f"node {node.node_id} is in the tree already")
         self._nodes[node.node_id] = node
-        for owner in node.owners:
-            self._borrowers.setdefault(owner, set()).add(node.node_id)
 
-    def merge(self, node_id: str) -> tuple[Piece, ...]:
-        """Make a node own everything it can read; returns the pieces it absorbed.
+    def drop(self, node_id: str) -> None:
+        """Forget a node; an unknown id is not an error.
 
-        The caller moves the KV: the node's owned rows are afterwards those of the new `Node.own`.
-        Positions that cannot be read any more stay holes.
+        Children keep what they own and what others own for them; the rest of what they could read
+        are holes from now on. Nothing is rewritten: a node may have thousands of children.
         """
-        node = self._nodes[node_id]
-        pieces = tuple(p for p in node.pieces if p.owner in self._nodes)
-        owned = np.zeros(len(node), dtype=bool)
-        for span in node.own:
-            owned[span.start : span.end] = True
-        for piece in pieces:
-            owned[piece.start : piece.end] = True
-        self._return_all(node)
-        self._nodes[node_id] = replace(node, own=tuple(_spans(owned)), pieces=())
-        return pieces
-
-    def drop(self, node_id: str) -> frozenset[str]:
-        """Forget a node; returns the ids of the nodes that lost positions with it.
-
-        Children keep what they own and what others own for them, and move up to the parent.
-        """
-        node = self._nodes.pop(node_id, None)
-        if node is None:
-            return frozenset()
-        self._return_all(node)
-        losers = frozenset(self._borrowers.pop(node_id, ()))
-        for loser in losers:
-            child = self._nodes[loser]
-            self._nodes[loser] = replace(
-                child, pieces=tuple(p for p in child.pieces if p.owner != node_id)
-            )
-        for child in list(self._nodes.values()):
-            if child.parent == node_id:
-                self._nodes[child.node_id] = replace(child, parent=node.parent)
-        return losers
-
-    def _return_all(self, node: Node) -> None:
-        """`node` borrows from nobody any more."""
-        for owner in node.owners:
-            self._borrowers[owner].discard(node.node_id)
-            if not self._borrowers[owner]:
-                del self._borrowers[owner]
+        self._nodes.pop(node_id, None)
 
     # -- reading ----------------------------------------------------------------------------
 
@@ -351,23 +323,6 @@ class DeltaTree:
             node.positions,
             drift,
         )
-
-    def relatives(self, node_id: str) -> list[str]:
-        """Parent, children and siblings: they may fit a target better than the node found."""
-        node = self._nodes[node_id]
-        near = {node_id} if node.parent is None else {node_id, node.parent}
-        return [
-            n.node_id
-            for n in self._nodes.values()
-            if n.node_id != node_id and (n.node_id in near or n.parent in near)
-        ]
-
-    def depth(self, node_id: str) -> int:
-        """Number of ancestors in the tree."""
-        depth, parent = 0, self._nodes[node_id].parent
-        while parent is not None and parent in self._nodes:
-            depth, parent = depth + 1, self._nodes[parent].parent
-        return depth
 
     @property
     def num_tokens_owned(self) -> int:

@@ -25,6 +25,9 @@ from kvshare_mm.store.host import HostTier
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.stream import Segment
 
+# Of donors on disk something is known even where RAM is for nothing else.
+_LEAST_KNOWN_BYTES = 1 << 20
+
 __all__ = ["DonorPool", "Found", "namespace", "owned_rows"]
 
 
@@ -61,6 +64,7 @@ class DonorPool:
         self.tree = self.catalogue.tree
         self._fingerprint = fingerprint
         known = self._restore()
+        self._make_room()
         if disk is not None and disk.num_corrupt:
             self.counters["damaged_at_start"] = disk.num_corrupt
         self._semantic: SemanticIndex | None = None
@@ -159,6 +163,7 @@ class DonorPool:
         self.counters["captured"] += 1
         if self._semantic is not None:
             self._semantic.add(IndexRecord(node.node_id, ns, node.alignment_keys), text)
+        self._make_room()
         return node.node_id
 
     def forget(self, node_id: str) -> None:
@@ -188,6 +193,14 @@ class DonorPool:
         self.store.close()
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _make_room(self) -> None:
+        """What is known of donors counts in the budget of RAM: it takes from that of their KV, and
+        from the half on the oldest donors go, from disk too."""
+        for node_id in self.catalogue.beyond(max(_LEAST_KNOWN_BYTES, self.store.host_bytes // 2)):
+            self.counters["forgotten_for_room"] += 1
+            self.delete(node_id)
+        self.store.reserve(self.catalogue.num_bytes)
 
     def _restore(self) -> list[IndexRecord]:
         """Take up what an earlier process left in the store; returns what has a vector."""

@@ -6,7 +6,6 @@ store at start; nothing here is persistent.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,9 @@ from numpy.typing import NDArray
 
 from kvshare_mm.index.base import Candidate, IndexRecord
 from kvshare_mm.index.ngrams import NGRAM, smallest_ngrams
-
-logger = logging.getLogger(__name__)
+from kvshare_mm.index.postings import Postings
 
 _U64 = NDArray[np.uint64]
-
-_RUN_RATIO = 4
-"""A run is merged into its elder unless the elder is this many times larger: few runs to search,
-and each posting is moved only a logarithmic number of times."""
 
 _TAIL = 32
 """Postings read, newest first, of an n-gram too common to be read in full."""
@@ -37,66 +31,15 @@ each), and half as many again from the tails."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """Postings sorted by (hash, slot): ``hashes [P]`` uint64, ``slots [P]`` int32."""
+class _Sample:
+    """Distinct n-grams of a record: ``ngrams [U]`` uint64 ascending, and which share they are."""
 
-    hashes: _U64
-    slots: NDArray[np.int32]
-
-
-def _merge(older: _Run, newer: _Run) -> _Run:
-    hashes = np.concatenate((older.hashes, newer.hashes))
-    # Stable, and every slot of `newer` is above those of `older`: (hash, slot) order survives.
-    order = np.argsort(hashes, kind="stable")
-    return _Run(hashes[order], np.concatenate((older.slots, newer.slots))[order])
+    ngrams: _U64
+    rate: float
 
 
-class _Postings:
-    """The inverted lists of one namespace. Slots number its records in order of arrival."""
-
-    def __init__(self) -> None:
-        self.node_ids: list[str] = []
-        self.ngrams: list[_U64] = []
-        self.rates: list[float] = []
-        self.dead: set[int] = set()
-        self.runs: list[_Run] = []
-
-    @property
-    def num_live(self) -> int:
-        return len(self.node_ids) - len(self.dead)
-
-    def append(self, added: Sequence[tuple[str, _U64, float]]) -> list[int]:
-        """Store ``(node id, ngrams [U] uint64 ascending, sampling rate)``; returns the slots."""
-        first = len(self.node_ids)
-        self.node_ids += [node_id for node_id, _, _ in added]
-        self.ngrams += [ngrams for _, ngrams, _ in added]
-        self.rates += [rate for _, _, rate in added]
-        slots = list(range(first, len(self.node_ids)))
-        lengths = [len(ngrams) for _, ngrams, _ in added]
-        hashes = np.concatenate([ngrams for _, ngrams, _ in added])
-        order = np.argsort(hashes, kind="stable")
-        run = _Run(hashes[order], np.repeat(np.array(slots, dtype=np.int32), lengths)[order])
-        while self.runs and len(self.runs[-1].hashes) <= _RUN_RATIO * len(run.hashes):
-            run = _merge(self.runs.pop(), run)
-        self.runs.append(run)
-        return slots
-
-    def compact(self) -> dict[str, int]:
-        """Drop dead records; returns the new slot of every live node."""
-        alive = np.ones(len(self.node_ids), dtype=bool)
-        alive[list(self.dead)] = False
-        renumbered = np.cumsum(alive, dtype=np.int32) - 1
-        runs = []
-        for run in self.runs:
-            kept = alive[run.slots]
-            runs.append(_Run(run.hashes[kept], renumbered[run.slots[kept]].astype(np.int32)))
-        live = np.flatnonzero(alive).tolist()
-        self.node_ids = [self.node_ids[slot] for slot in live]
-        self.ngrams = [self.ngrams[slot] for slot in live]
-        self.rates = [self.rates[slot] for slot in live]
-        self.runs = [run for run in runs if len(run.hashes)]
-        self.dead = set()
-        return {node_id: slot for slot, node_id in enumerate(self.node_ids)}
+class _Ranking(Postings[_Sample]):
+    """The inverted lists of one namespace."""
 
     def search(self, query: _U64, rate: float, limit: int, budget: int) -> list[Candidate]:
         """Rank records by the weights of the n-grams they share with `query` (ascending)."""
@@ -109,7 +52,7 @@ class _Postings:
         if not frequency.any():
             return []
         # An n-gram that every record has (a template's) tells nothing about which to prefer.
-        weights = np.log((len(self.node_ids) + 1) / np.maximum(frequency, 1))
+        weights = np.log((len(self.ids) + 1) / np.maximum(frequency, 1))
         rarest_first = np.argsort(frequency, kind="stable")
         cut = np.empty(len(query), dtype=bool)
         cut[rarest_first] = np.cumsum(frequency[rarest_first]) > budget
@@ -126,9 +69,11 @@ class _Postings:
             best = scores | recent or self._best(weights, left, right, limit)
             scores = {slot: self._shared(query, weights, slot) for slot in best}
         # Of two bottom-k samples only the hashes below both thresholds can meet.
-        ranked = [(score / min(rate, self.rates[slot]), slot) for slot, score in scores.items()]
+        ranked = [
+            (score / min(rate, self.values[slot].rate), slot) for slot, score in scores.items()
+        ]
         ranked.sort(reverse=True)
-        return [Candidate(self.node_ids[slot], score) for score, slot in ranked[:limit]]
+        return [Candidate(self.ids[slot], score) for score, slot in ranked[:limit]]
 
     def _best(
         self,
@@ -138,7 +83,7 @@ class _Postings:
         count: int,
     ) -> dict[int, float]:
         """Sum weights over the postings ``begin:end [runs, Q]``; the `count` best live slots."""
-        scores = np.zeros(len(self.node_ids))
+        scores = np.zeros(len(self.ids))
         for run, first, last in zip(self.runs, begin, end, strict=True):
             lengths = last - first
             offsets = np.cumsum(lengths)
@@ -147,7 +92,7 @@ class _Postings:
             scores += np.bincount(
                 run.slots[flat], weights=np.repeat(weights, lengths), minlength=len(scores)
             )
-        scores[list(self.dead)] = 0.0
+        scores[~self.alive[: len(scores)]] = 0.0
         count = min(count, len(scores))
         threshold = np.partition(scores, -count)[-count]
         above = np.flatnonzero(scores > threshold)
@@ -157,7 +102,7 @@ class _Postings:
         return {slot: float(scores[slot]) for slot in top if scores[slot] > 0}
 
     def _shared(self, query: _U64, weights: NDArray[np.float64], slot: int) -> float:
-        stored = self.ngrams[slot]
+        stored = self.values[slot].ngrams
         found = np.minimum(np.searchsorted(stored, query), len(stored) - 1)
         return float(weights[stored[found] == query].sum())
 
@@ -186,7 +131,7 @@ class LexicalIndex:
         self,
         n: int = NGRAM,
         *,
-        max_ngrams: int = 4096,
+        max_ngrams: int = 1024,
         max_query_ngrams: int = 1024,
         budget: int = 32768,
     ) -> None:
@@ -197,8 +142,8 @@ class LexicalIndex:
         self._max_query_ngrams = max_query_ngrams
         self._budget = budget
         self._lock = threading.Lock()
-        self._namespaces: dict[str, _Postings] = {}
-        self._where: dict[str, tuple[str, int]] = {}
+        self._namespaces: dict[str, _Ranking] = {}
+        self._where: dict[str, str] = {}
 
     def add(self, records: Sequence[IndexRecord]) -> None:
         """Store records; a node id that is known already is replaced.
@@ -206,17 +151,16 @@ class LexicalIndex:
         Adding many at once is much cheaper than one by one. A prompt shorter than n has no
         n-grams: it is counted, but never found.
         """
-        latest = {record.node_id: record for record in records}
-        sampled: dict[str, list[tuple[str, _U64, float]]] = {}
-        for record in latest.values():
-            ngrams, rate = smallest_ngrams(record.keys, self._max_ngrams, self.n)
-            sampled.setdefault(record.namespace, []).append((record.node_id, ngrams, rate))
+        sampled: dict[str, list[tuple[str, _Sample, _U64]]] = {}
+        for record in {record.node_id: record for record in records}.values():
+            sample = _Sample(*smallest_ngrams(record.keys, self._max_ngrams, self.n))
+            added = sampled.setdefault(record.namespace, [])
+            added.append((record.node_id, sample, sample.ngrams))
         with self._lock:
-            self._remove(latest)
             for namespace, added in sampled.items():
-                slots = self._namespaces.setdefault(namespace, _Postings()).append(added)
-                for (node_id, _, _), slot in zip(added, slots, strict=True):
-                    self._where[node_id] = (namespace, slot)
+                self._remove(node_id for node_id, _, _ in added)
+                self._namespaces.setdefault(namespace, _Ranking(self._lock)).add(added)
+                self._where.update((node_id, namespace) for node_id, _, _ in added)
 
     def remove(self, node_ids: Iterable[str]) -> None:
         """Forget nodes; unknown ids are not an error."""
@@ -241,22 +185,29 @@ class LexicalIndex:
             postings = self._namespaces.get(namespace)
             return postings.search(query, rate, limit, self._budget) if postings else []
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the index takes."""
+        with self._lock:
+            return sum(
+                # The n-grams are held twice: as postings and by record.
+                p.num_bytes + 8 * sum(len(run.hashes) for run in p.runs)
+                for p in self._namespaces.values()
+            )
+
+    def settle(self) -> None:
+        """Wait until nothing is being tidied beside."""
+        for postings in list(self._namespaces.values()):
+            postings.settle()
+
     def __len__(self) -> int:
         return len(self._where)
 
     def _remove(self, node_ids: Iterable[str]) -> None:
-        touched = set()
         for node_id in node_ids:
-            known = self._where.pop(node_id, None)
-            if known is not None:
-                namespace, slot = known
-                self._namespaces[namespace].dead.add(slot)
-                touched.add(namespace)
-        for namespace in touched:
-            postings = self._namespaces[namespace]
-            if not postings.num_live:
-                del self._namespaces[namespace]
-            elif len(postings.dead) * 4 > len(postings.node_ids):
-                logger.debug("compacting %s: %d dead", namespace, len(postings.dead))
-                for node_id, slot in postings.compact().items():
-                    self._where[node_id] = (namespace, slot)
+            namespace = self._where.pop(node_id, None)
+            if namespace is not None:
+                postings = self._namespaces[namespace]
+                postings.remove(node_id)
+                if not len(postings):
+                    del self._namespaces[namespace]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from kvshare_mm.index.base import IndexRecord
+from kvshare_mm.index.postings import Postings
+
+_AT_ONCE = 64
+"""Nodes told at once of many that share a prefix."""
 
 
 class PrefixIndex:
     """Node ids by the hash of each block-aligned prefix of their keys, as vLLM's prefix cache.
 
-    A block's hash covers the hash before it, so one lookup per block tells how far two prompts
-    agree. Hashes can collide: the caller compares keys before it reuses anything. Safe to use from
-    many threads. Memory is about 200 bytes per block of a stored prompt.
+    A block's hash covers the hash before it, so one hash tells whether two prompts agree so far;
+    and whoever has a prefix has all shorter ones, so the longest is found by bisection. Hashes can
+    collide: the caller compares keys before it reuses anything. Safe to use from many threads.
+    Memory is 12 bytes per block of a stored prompt.
 
     Args:
         block: positions per block; what follows the last whole block is not indexed.
@@ -29,28 +33,25 @@ class PrefixIndex:
             raise ValueError(f"block must be at least 1, got {block}")
         self.block = block
         self._lock = threading.Lock()
-        # Inner dicts are ordered sets, oldest node first.
-        self._nodes: dict[tuple[str, int], dict[str, None]] = {}
-        self._chains: dict[str, list[tuple[str, int]]] = {}
+        self._namespaces: dict[str, Postings[None]] = {}
+        self._where: dict[str, str] = {}
 
     def add(self, records: Sequence[IndexRecord]) -> None:
         """Store records; a node id that is known already is replaced and counts as newest."""
-        chained = [
-            (record.node_id, [(record.namespace, h) for h in self._chain(record.keys)])
-            for record in records
-        ]
+        chained: dict[str, list[tuple[str, None, NDArray[np.uint64]]]] = {}
+        for record in {record.node_id: record for record in records}.values():
+            added = chained.setdefault(record.namespace, [])
+            added.append((record.node_id, None, self._chain(record.keys)))
         with self._lock:
-            for node_id, prefixes in chained:
-                self._remove(node_id)
-                self._chains[node_id] = prefixes
-                for prefix in prefixes:
-                    self._nodes.setdefault(prefix, {})[node_id] = None
+            for namespace, added in chained.items():
+                self._remove(node_id for node_id, _, _ in added)
+                self._namespaces.setdefault(namespace, Postings(self._lock)).add(added)
+                self._where.update((node_id, namespace) for node_id, _, _ in added)
 
     def remove(self, node_ids: Iterable[str]) -> None:
         """Forget nodes; unknown ids are not an error."""
         with self._lock:
-            for node_id in node_ids:
-                self._remove(node_id)
+            self._remove(node_ids)
 
     def longest(self, namespace: str, keys: NDArray[np.uint64], limit: int = 4) -> list[str]:
         """The nodes that share the longest block-aligned prefix with `keys`, newest first.
@@ -63,30 +64,92 @@ class PrefixIndex:
         Returns:
             At most `limit` node ids; empty if no first block is shared.
         """
-        best: dict[str, None] = {}
+        return next(self.descending(namespace, keys), (0, []))[1][: max(0, limit)]
+
+    def descending(
+        self, namespace: str, keys: NDArray[np.uint64]
+    ) -> Iterator[tuple[int, list[str]]]:
+        """The nodes that share at least a block with `keys`, each once, the longest prefix first.
+
+        Yields:
+            A number of positions, and nodes that share so many or more, the newest first. Of many
+            nodes with one prefix the older ones come later.
+        """
+        chain = self._chain(keys)
+        depth = len(chain)
+        told: set[str] = set()
+        while depth:
+            with self._lock:
+                postings = self._namespaces.get(namespace)
+                if postings is None:
+                    return
+                depth = _deepest(postings, chain[:depth], len(told))
+                if not depth:
+                    return
+                slots = np.sort(_holders(postings, chain[depth - 1]))[::-1]
+                # Those told are among the first of them.
+                newest = slots[: _AT_ONCE + len(told)].tolist()
+                found = [node for s in newest if (node := postings.ids[s]) not in told]
+            if found:
+                told.update(found)
+                yield depth * self.block, found
+            depth -= 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the index takes."""
         with self._lock:
-            for block_hash in self._chain(keys):
-                nodes = self._nodes.get((namespace, block_hash))
-                if nodes is None:
-                    break
-                best = nodes
-            return list(islice(reversed(best), max(0, limit)))
+            return sum(postings.num_bytes for postings in self._namespaces.values())
+
+    def settle(self) -> None:
+        """Wait until nothing is being tidied beside."""
+        for postings in list(self._namespaces.values()):
+            postings.settle()
 
     def __len__(self) -> int:
-        return len(self._chains)
+        return len(self._where)
 
-    def _chain(self, keys: NDArray[np.uint64]) -> Iterator[int]:
+    def _chain(self, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """``[N // block]`` the hash of each block and all before it."""
         data = np.ascontiguousarray(keys, dtype="<u8").tobytes()
         width = self.block * 8
         parent = 0
+        hashes = []
         for start in range(0, len(data) - width + 1, width):
             # The parent as seed is part of the hash, and needs no copy of the block.
             parent = xxhash.xxh3_64_intdigest(data[start : start + width], seed=parent)
-            yield parent
+            hashes.append(parent)
+        return np.array(hashes, dtype=np.uint64)
 
-    def _remove(self, node_id: str) -> None:
-        for prefix in self._chains.pop(node_id, ()):
-            nodes = self._nodes[prefix]
-            del nodes[node_id]
-            if not nodes:
-                del self._nodes[prefix]
+    def _remove(self, node_ids: Iterable[str]) -> None:
+        for node_id in node_ids:
+            namespace = self._where.pop(node_id, None)
+            if namespace is not None:
+                postings = self._namespaces[namespace]
+                postings.remove(node_id)
+                if not len(postings):
+                    del self._namespaces[namespace]
+
+
+def _deepest(postings: Postings[None], chain: NDArray[np.uint64], known: int) -> int:
+    """How many of the first blocks more than `known` nodes have: those with more blocks have
+    them too."""
+    low, high = 0, len(chain)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(_holders(postings, chain[middle - 1])) > known:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _holders(postings: Postings[None], block_hash: np.uint64) -> NDArray[np.int32]:
+    """Slots of the nodes that have a block."""
+    found = [np.empty(0, np.int32)]
+    for run in postings.runs:
+        begin = np.searchsorted(run.hashes, block_hash, side="left")
+        end = np.searchsorted(run.hashes, block_hash, side="right")
+        found.append(run.slots[begin:end])
+    slots = np.concatenate(found)
+    return slots[postings.alive[slots]]

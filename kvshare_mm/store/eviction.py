@@ -34,7 +34,7 @@ class EvictionLedger:
     """Sizes, last uses and pins of the nodes in one tier. Not thread-safe: its tier locks.
 
     Parameters:
-        max_bytes: budget of the tier; 0 holds nothing.
+        max_bytes: budget of the tier; 0 holds nothing. `reserve` leaves a part of it to others.
         clock: seconds, monotonic; pins expire by it.
 
     Raises:
@@ -46,6 +46,7 @@ class EvictionLedger:
             raise ValueError(f"max_bytes is {max_bytes}; a tier needs a budget of 0 or more bytes")
         self.max_bytes = max_bytes
         self.num_bytes = 0
+        self.reserved_bytes = 0
         self._clock = clock
         self._tick = 0
         self._uses: OrderedDict[str, _Use] = OrderedDict()  # least recently used first
@@ -68,7 +69,7 @@ class EvictionLedger:
             for pinned_id in self._pins
             if pinned_id != node_id and pinned_id in self._uses and self._is_pinned(pinned_id)
         )
-        return pinned + num_bytes <= self.max_bytes
+        return pinned + num_bytes <= self.max_bytes - self.reserved_bytes
 
     def admit(self, node_id: str, num_bytes: int) -> list[str]:
         """Enter a node, or its new size, as just used; evict others until it fits.
@@ -79,15 +80,17 @@ class EvictionLedger:
         self.discard(node_id)
         if not self.can_fit(node_id, num_bytes):
             return [node_id]
-        evicted = []
-        while self.num_bytes + num_bytes > self.max_bytes:
-            victim = self._victim()
-            self.discard(victim)
-            evicted.append(victim)
+        evicted = self._make_room(num_bytes)
         self._tick += 1
         self._uses[node_id] = _Use(num_bytes, self._tick)
         self.num_bytes += num_bytes
         return evicted
+
+    def reserve(self, num_bytes: int) -> list[str]:
+        """Leave so much of the budget to others; returns the ids of the nodes that have to go.
+        Pinned ones stay, even beyond the budget."""
+        self.reserved_bytes = num_bytes
+        return self._make_room(0)
 
     def touch(self, node_id: str) -> None:
         """Mark a node as just used; an unknown id is ignored."""
@@ -123,13 +126,23 @@ class EvictionLedger:
             if pin.holders == 0:
                 del self._pins[node_id]
 
+    def _make_room(self, num_bytes: int) -> list[str]:
+        evicted = []
+        while self.num_bytes + num_bytes > self.max_bytes - self.reserved_bytes:
+            victim = self._victim()
+            if victim is None:
+                break
+            self.discard(victim)
+            evicted.append(victim)
+        return evicted
+
     def _is_pinned(self, node_id: str) -> bool:
         pin = self._pins.get(node_id)
         return pin is not None and pin.expires_s > self._clock()
 
-    def _victim(self) -> str:
+    def _victim(self) -> str | None:
         unpinned = (node_id for node_id in self._uses if not self._is_pinned(node_id))
-        return max(islice(unpinned, WINDOW), key=self._score)
+        return max(islice(unpinned, WINDOW), key=self._score, default=None)
 
     def _score(self, node_id: str) -> int:
         use = self._uses[node_id]

@@ -59,6 +59,15 @@ class HostTier:
             raise KVUnavailableError("evicted", f"node {node_id} is not in host RAM")
         return stored
 
+    def reserve(self, num_bytes: int) -> list[str]:
+        """Leave so much of the budget to what is in RAM beside KV; returns the ids of the nodes
+        evicted for it."""
+        with self._lock:
+            evicted = self._ledger.reserve(num_bytes)
+            for node_id in evicted:
+                del self._nodes[node_id]
+        return evicted
+
     def touch(self, node_id: str) -> None:
         """Mark a node as just used; an unknown id is ignored."""
         with self._lock:

@@ -158,6 +158,17 @@ class TieredStore:
         """Yield node and embedding of every node on disk, to rebuild tree and index at start."""
         return iter(()) if self._disk is None else self._disk.records()
 
+    @property
+    def host_bytes(self) -> int:
+        """Budget in RAM, in bytes."""
+        return self._host.max_bytes
+
+    def reserve(self, num_bytes: int) -> None:
+        """Leave so much of the budget in RAM to what is known of nodes without their KV."""
+        with self._changed:
+            gone = self._settle(self._host.reserve(num_bytes))
+        self._announce(gone)
+
     def touch(self, node_id: str) -> None:
         """Mark a node as just used, in every tier; an unknown id is ignored."""
         self._host.touch(node_id)

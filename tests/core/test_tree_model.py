@@ -103,27 +103,6 @@ class TreeMachine(RuleBasedStateMachine):
         self._drop_some(data)
         return self._store(keys, plan, kv, lambda: self._drop_some(data))
 
-    @rule(node_id=nodes)
-    def merge(self, node_id):
-        if node_id not in self.whole:
-            return
-        before = self.tree[node_id]
-        readable = self._readable(node_id)
-        kv = np.full((len(before), 2), -1)
-        for piece in self.tree.resolve(node_id, 0, len(before)):
-            kv[piece.start : piece.end] = self._read(piece)
-        absorbed = self.tree.merge(node_id)
-        after = self.tree[node_id]
-        assert sum(p.length for p in absorbed) == after.num_owned - before.num_owned
-        assert all(p.owner in self.tree for p in absorbed)
-        assert after.pieces == ()
-        assert after.num_owned == readable.sum()
-        assert (after.keys is before.keys) and after.exact_len == before.exact_len
-        self.rows[node_id] = owned_rows(kv, after)
-        self.stored[node_id] = after
-        whole = self.whole[node_id]
-        whole.owner = [node_id if r else None for r in readable]
-
     @rule(node_id=consumes(nodes))
     def drop(self, node_id):
         self._drop(node_id)
@@ -131,8 +110,9 @@ class TreeMachine(RuleBasedStateMachine):
     @rule(node_id=nodes)
     def drop_twice_or_unknown(self, node_id):
         if node_id not in self.whole:
-            assert self.tree.drop(node_id) == frozenset()
-        assert self.tree.drop("unknown") == frozenset()
+            self.tree.drop(node_id)
+        self.tree.drop("unknown")
+        assert set(self.whole) == {n.node_id for n in self.tree}
 
     @rule(random=st.randoms(use_true_random=False))
     def restart(self, random):
@@ -194,26 +174,13 @@ class TreeMachine(RuleBasedStateMachine):
                 assert not len(found) or whole.owner[p] == node_id
 
     @invariant()
-    def sums_and_lineage_are_right(self):
+    def sums_are_right(self):
         tree = self.tree
         assert len(tree) == len(self.whole)
         assert {n.node_id for n in tree} == set(self.whole)
         assert tree.num_tokens_owned == sum(map(len, self.rows.values()))
         whole = sum(int(self._readable(n).sum()) for n in self.whole)
         assert tree.num_tokens_whole == whole >= tree.num_tokens_owned
-        for node in tree:
-            assert tree.depth(node.node_id) < len(tree)
-            relatives = tree.relatives(node.node_id)
-            assert node.node_id not in relatives
-            assert len(set(relatives)) == len(relatives)
-            if node.parent in tree:
-                assert node.parent in relatives
-                assert node.node_id in tree.relatives(node.parent)
-
-    @invariant()
-    def nothing_is_kept_of_who_is_gone(self):
-        borrowers = {o for n in self.tree for o in n.owners}
-        assert set(self.tree._borrowers) == borrowers
 
     # -- the model --------------------------------------------------------------------------
 
@@ -291,19 +258,13 @@ class TreeMachine(RuleBasedStateMachine):
     def _drop(self, node_id: str) -> None:
         if node_id not in self.whole:
             return
-        parents = {n.node_id: n.parent for n in self.tree}
-        expected = {n for n, w in self.whole.items() if n != node_id and node_id in w.owner}
-        assert self.tree.drop(node_id) == expected
+        self.tree.drop(node_id)
         assert node_id not in self.tree
         assert self.tree.get(node_id) is None
         for records in (self.whole, self.rows, self.stored):
             del records[node_id]
         for whole in self.whole.values():
             whole.owner = [None if o == node_id else o for o in whole.owner]
-        for node in self.tree:
-            assert node.parent != node_id
-            if parents[node.node_id] == node_id:
-                assert node.parent == parents[node_id]
 
 
 TestTree = TreeMachine.TestCase

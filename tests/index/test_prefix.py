@@ -84,7 +84,7 @@ def test_removing_everything_frees_everything() -> None:
     index.remove([str(i) for i in range(20)])
     index.remove(["0", "unknown"])
     assert len(index) == 0
-    assert index._nodes == {}
+    assert index._namespaces == {}
 
 
 def test_prompts_shorter_than_a_block_work() -> None:
