@@ -1,8 +1,8 @@
 """The prompt as one stream of positions, each with a 64-bit alignment key.
 
 Two positions may share KV only if their keys are equal. A text position's key is its token id;
-a media position's key is a hash of (content hash, offset inside the item) with the top bit set, so
-a diff over keys matches pictures and sound only when they are exactly the same.
+a media position's key is made of the item's whole digest and the offset inside it, with the top bit
+set, so a diff over keys matches pictures and sound only when they are exactly the same.
 
 Positions are what the model's rotary embedding is told. They are the index in the stream, unless a
 model with M-RoPE sees a picture: then each has a time, a row and a column, and a picture of many
@@ -11,13 +11,13 @@ tokens moves what follows it by its longer side only.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
-import xxhash
 
 # Keys of pictures and sound have it, those of tokens never.
 MEDIA_BIT = 1 << 63
@@ -34,7 +34,7 @@ class MediaItem:
     """One picture or clip of a prompt, decoded and hashed.
 
     Attributes:
-        digest: 128-bit hash, 32 hex digits, over content and processor settings.
+        digest: hex digits of a cryptographic hash over content and processor settings.
         length: positions it takes.
         grid: rows and columns of a picture's positions; None for sound.
         label: its sizes, for people.
@@ -58,7 +58,7 @@ class MediaItem:
 
     @property
     def content_hash(self) -> int:
-        """The first 64 bits of the digest."""
+        """The first 64 bits of the digest, to show and to search by; it decides no reuse."""
         return int(self.digest[:16], 16)
 
 
@@ -67,7 +67,7 @@ class Segment:
     """A maximal span ``[start, end)`` of the stream in one modality.
 
     Attributes:
-        content_hash: 64-bit hash of the media item; 0 for text.
+        content_hash: first 64 bits of the media item's digest; 0 for text.
         label: sizes of the media item, for people.
     """
 
@@ -190,7 +190,7 @@ def media_stream(
         if index < len(ids):
             item = placed[index]
             tokens.append(np.full(item.length, ids[index]))
-            keys.append(media_keys(item.content_hash, item.length))
+            keys.append(media_keys(item.digest, item.length))
             segments.append(
                 Segment(item.modality, end, end + item.length, item.content_hash, item.label)
             )
@@ -227,13 +227,21 @@ def mrope_positions(segments: Sequence[Segment], items: Sequence[MediaItem]) -> 
     return np.hstack(parts).astype(np.int64, copy=False)
 
 
-def media_keys(content_hash: int, length: int) -> np.ndarray:
-    """Keys of a media item's `length` positions: ``[length]`` uint64, top bit set."""
-    prefix = content_hash.to_bytes(8, "little")
-    return np.array(
-        [
-            xxhash.xxh3_64_intdigest(prefix + i.to_bytes(4, "little")) | MEDIA_BIT
-            for i in range(length)
-        ],
-        dtype=np.uint64,
-    )
+def media_keys(digest: str, length: int) -> np.ndarray:
+    """Keys of a media item's positions.
+
+    They are the output of SHAKE128 (FIPS 202) over the whole digest, so what tells two items apart
+    tells their keys apart, however many there are.
+
+    Args:
+        digest: the item's, hex digits.
+        length: positions.
+
+    Returns:
+        ``[length]`` uint64, top bit set; a longer item's begin with a shorter one's.
+
+    Raises:
+        ValueError: `digest` is not hexadecimal.
+    """
+    stream = hashlib.shake_128(bytes.fromhex(digest)).digest(8 * length)
+    return np.frombuffer(stream, dtype="<u8") | np.uint64(MEDIA_BIT)

@@ -102,7 +102,7 @@ class AudioAdapter:
         return sound.samples, _Known(digest, length, label)
 
     def window_hashes(self, samples: np.ndarray) -> np.ndarray:
-        """Hash of every window that the model makes a token of: ``[n]`` -> ``[windows]`` uint64."""
+        """Hash of every window that becomes a token: ``[n]`` -> ``[windows, 32]`` uint8."""
         width = _FRAMES_PER_TOKEN * int(self._extractor.hop_length)
         return row_hashes(np.pad(samples, (0, -len(samples) % width)).reshape(-1, width))
 

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
 import threading
 from collections import OrderedDict
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import xxhash
+
+from kvshare_mm.identity import DIGEST_SIZE, identity
 
 T = TypeVar("T")
 
 
 def row_hashes(rows: np.ndarray) -> np.ndarray:
-    """xxh3 of every row: ``[n, ...]`` contiguous, any dtype -> ``[n]`` uint64."""
+    """Hash of every row, as of `identity`: ``[n, ...]``, any dtype -> ``[n, 32]`` uint8."""
     flat = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
-    return np.array([xxhash.xxh3_64_intdigest(row) for row in flat], dtype=np.uint64)
+    hashes = b"".join(hashlib.blake2b(row, digest_size=DIGEST_SIZE).digest() for row in flat)
+    return np.frombuffer(hashes, dtype=np.uint8).reshape(len(rows), DIGEST_SIZE)
 
 
 def content_digest(hashes: np.ndarray, *facts: Any) -> str:
-    """128 bits, 32 hex digits, over a medium's parts and all that decides what becomes of them."""
-    digest = xxhash.xxh3_128(json.dumps(facts).encode())
-    digest.update(hashes.tobytes())
-    return digest.hexdigest()
+    """64 hex digits over a medium's parts and all that decides what becomes of them."""
+    return identity(json.dumps(facts).encode(), hashes.tobytes())
 
 
 def settings_digest(processor: Any) -> str:
     """Names all settings of a processor of transformers: other settings, other inputs."""
     settings = json.dumps(processor.to_dict(), sort_keys=True, default=str)
-    return xxhash.xxh3_128_hexdigest(settings.encode())
+    return identity(settings.encode())
 
 
 class Seen(Generic[T]):
     """What files turned out to hold, so that one that comes again need not be decoded to be known.
 
-    Each tenant has its own: how long an answer takes must not tell what another one sent.
+    Each tenant has its own: how long an answer takes must not tell what another one sent. Files
+    are known by a hash under a secret of this process, so nobody can prepare one that passes for
+    another.
 
     Args:
         capacity: files remembered; the least recently seen is forgotten.
@@ -44,25 +48,27 @@ class Seen(Generic[T]):
     def __init__(self, capacity: int = 4096) -> None:
         self._capacity = capacity
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, T] = OrderedDict()
+        self._secret = secrets.token_bytes(DIGEST_SIZE)
+        self._known: OrderedDict[bytes, T] = OrderedDict()
 
     def get(self, content: bytes, tenant: str) -> T | None:
-        key = _key(content, tenant)
+        key = self._key(content, tenant)
         with self._lock:
             if key in self._known:
                 self._known.move_to_end(key)
             return self._known.get(key)
 
     def put(self, content: bytes, tenant: str, value: T) -> None:
-        key = _key(content, tenant)
+        key = self._key(content, tenant)
         with self._lock:
             self._known[key] = value
             self._known.move_to_end(key)
             if len(self._known) > self._capacity:
                 self._known.popitem(last=False)
 
-
-def _key(content: bytes, tenant: str) -> str:
-    digest = xxhash.xxh3_128(tenant.encode("utf-8", "surrogatepass") + b"\0")
-    digest.update(content)
-    return digest.hexdigest()
+    def _key(self, content: bytes, tenant: str) -> bytes:
+        # The tenant goes into the key of the hash: before the content, some tenant's name and the
+        # begin of a file could be another tenant's name.
+        name = tenant.encode("utf-8", "surrogatepass")
+        own = hashlib.blake2b(name, key=self._secret, digest_size=DIGEST_SIZE).digest()
+        return hashlib.blake2b(content, key=own, digest_size=DIGEST_SIZE).digest()

@@ -105,7 +105,7 @@ class ImageAdapter:
                 patch behind each other.
 
         Returns:
-            ``[num_patches / merge**2]`` uint64.
+            ``[num_patches / merge**2, 32]`` uint8.
         """
         # A still picture is repeated as many times as the model takes frames: one is enough.
         frames = self._processor.temporal_patch_size

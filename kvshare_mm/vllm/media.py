@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import xxhash
 
+from kvshare_mm.identity import text_identity
 from kvshare_mm.stream import (
     MediaItem,
     Modality,
@@ -54,7 +54,7 @@ def request_stream(
         if start > end:
             segments.append(Segment(Modality.TEXT, end, start))
         end = start + item.length
-        keys[start:end] = media_keys(item.content_hash, item.length)
+        keys[start:end] = media_keys(item.digest, item.length)
         segments.append(Segment(item.modality, start, end, item.content_hash, item.label))
         items.append(item)
     if end < len(ids):
@@ -79,7 +79,7 @@ def _picture(feature: Any, merge: int) -> MediaItem | None:
         Modality.IMAGE,
         # The grid too: an identifier may be the sender's own, and a picture that is laid out
         # otherwise is another one.
-        xxhash.xxh3_128_hexdigest(f"{feature.identifier}\0{rows}x{columns}".encode()),
+        text_identity(f"{feature.identifier}\0{rows}x{columns}"),
         place.length,
         (rows, columns),
         f"{columns}x{rows} tokens",

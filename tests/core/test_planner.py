@@ -73,9 +73,9 @@ def test_the_same_media_is_reused_and_other_media_is_not():
     from kvshare_mm.stream import media_keys
 
     text = np.arange(20, dtype=np.uint64)
-    donor = donor_of(np.concatenate((text, media_keys(1, 30), text + np.uint64(50))))
-    same = np.concatenate((to_keys([99]), media_keys(1, 30), to_keys([0])))
-    other = np.concatenate((to_keys([99]), media_keys(2, 30), to_keys([0])))
+    donor = donor_of(np.concatenate((text, media_keys("1a" * 32, 30), text + np.uint64(50))))
+    same = np.concatenate((to_keys([99]), media_keys("1a" * 32, 30), to_keys([0])))
+    other = np.concatenate((to_keys([99]), media_keys("2a" * 32, 30), to_keys([0])))
     assert make_plan(same, [donor], PlannerOptions()).num_reused == 30
     assert make_plan(other, [donor], PlannerOptions()).declined is Decline.BELOW_MIN_GAIN
 

@@ -17,7 +17,7 @@ from kvshare_mm.stream import (
     text_stream,
 )
 
-hashes = st.integers(0, 2**64 - 1)
+digests = st.binary(min_size=16, max_size=32).map(bytes.hex)
 
 
 @given(st.lists(st.integers(0, 300_000), min_size=1, max_size=50))
@@ -52,15 +52,15 @@ def test_the_arrays_of_a_stream_are_not_the_callers():
     assert stream.token_ids.tolist() == stream.keys.tolist() == [1, 2, 3]
 
 
-@given(hashes, st.integers(0, 200))
-def test_media_keys_never_meet_a_token_id(content_hash, length):
-    keys = media_keys(content_hash, length)
+@given(digests, st.integers(0, 200))
+def test_media_keys_never_meet_a_token_id(digest, length):
+    keys = media_keys(digest, length)
     assert keys.dtype == np.uint64
     assert keys.shape == (length,)
     assert (keys >= np.uint64(2**63)).all()
 
 
-@given(hashes, hashes, st.integers(1, 64), st.integers(1, 64))
+@given(digests, digests, st.integers(1, 64), st.integers(1, 64))
 def test_media_keys_tell_content_and_offset_apart(a, b, a_len, b_len):
     one, other = media_keys(a, a_len), media_keys(b, b_len)
     assert len(np.unique(one)) == a_len
@@ -69,6 +69,13 @@ def test_media_keys_tell_content_and_offset_apart(a, b, a_len, b_len):
         assert np.array_equal(one[:n], other[:n])
     else:
         assert not np.intersect1d(one, other).size
+
+
+def test_media_keys_are_of_the_whole_digest():
+    one, other = (_item(length=9, digest="ab" * 8 + end * 8) for end in ("cd", "ce"))
+    assert one.content_hash == other.content_hash
+    a, b = (media_stream([901], [item], PLACES, mrope=False).keys for item in (one, other))
+    assert not np.intersect1d(a, b).size
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 0), (3, 3), (4, 2), (-1, 2)])
@@ -101,7 +108,7 @@ def test_segments_must_tile_the_stream(segments):
 
 def test_segments_that_tile_are_taken():
     ids = np.arange(4)
-    keys = np.concatenate((ids[:2].astype(np.uint64), media_keys(7, 2)))
+    keys = np.concatenate((ids[:2].astype(np.uint64), media_keys("07" * 32, 2)))
     segments = (Segment(Modality.TEXT, 0, 2), Segment(Modality.IMAGE, 2, 4, content_hash=7))
     assert len(SegmentStream(ids, keys, segments)) == 4
 
@@ -146,7 +153,7 @@ def test_placeholders_are_replaced_by_their_items():
         (Modality.IMAGE, 5, 9),
     ]
     assert stream.media == stream.segments[1::2]
-    assert stream.keys[1:4].tolist() == media_keys(0xCDCDCDCDCDCDCDCD, 3).tolist()
+    assert stream.keys[1:4].tolist() == media_keys("cd" * 16, 3).tolist()
     assert stream.positions is None
     assert stream.lead == 0
 

@@ -15,6 +15,8 @@ from kvshare_mm.stream import Modality, Segment
 from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.spans import cut, kept_in_the_end, loadable_end
 
+from ..collisions import twin_texts
+
 PLACE = 9
 
 
@@ -57,6 +59,13 @@ def test_a_name_that_is_used_for_another_grid_is_another_picture() -> None:
     flat = request_stream(ids, [feature(0, 1, 4)], 2)
     assert square is not None and flat is not None
     assert set(square.keys.tolist()) & set(flat.keys.tolist()) == {7}
+
+
+def test_names_made_to_collide_are_two_pictures() -> None:
+    ids = [PLACE] * 4 + [7]
+    one, other = (request_stream(ids, [feature(0, name=name)], 2) for name in twin_texts())
+    assert one is not None and other is not None
+    assert set(one.keys.tolist()) & set(other.keys.tolist()) == {7}
 
 
 def test_the_order_of_features_does_not_matter() -> None:
