@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import xxhash
 
 from kvshare_mm.catalogue import Catalogue, Found
 from kvshare_mm.delta_tree import Node, Piece
+from kvshare_mm.identity import text_identity
 from kvshare_mm.index.base import IndexRecord
 from kvshare_mm.index.semantic import Opened, SemanticIndex
 from kvshare_mm.plan import PlannerOptions, ReusePlan
@@ -32,8 +32,8 @@ __all__ = ["DonorPool", "Found", "namespace", "owned_rows"]
 
 
 def namespace(fingerprint: str, salt: str) -> str:
-    """The namespace of a model's requests under one salt."""
-    return f"{fingerprint}-{xxhash.xxh3_128_hexdigest(salt.encode('utf-8', 'surrogatepass'))}"
+    """The namespace of a model's requests under one salt, which its sender chooses."""
+    return f"{fingerprint}-{text_identity(salt)}"
 
 
 class DonorPool:

@@ -299,8 +299,8 @@ def _create_collection(client: Any, name: str, dim: int) -> None:
     length = milvus_rows.ID_LENGTH
     schema.add_field("pk", DataType.VARCHAR, is_primary=True, max_length=length + 16)
     schema.add_field("node_id", DataType.VARCHAR, max_length=length)
-    for field in ("namespace", "modality"):
-        schema.add_field(field, DataType.VARCHAR, max_length=32)
+    schema.add_field("namespace", DataType.VARCHAR, max_length=milvus_rows.NAMESPACE_LENGTH)
+    schema.add_field("modality", DataType.VARCHAR, max_length=32)
     for field in ("segment", "content_hash", "num_tokens", "position"):
         schema.add_field(field, DataType.INT64)
     schema.add_field("embedded", DataType.BOOL)

@@ -6,18 +6,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from kvshare_mm.identity import DIGEST_SIZE, text_identity
 from kvshare_mm.index.base import IndexRecord
 from kvshare_mm.index.ngrams import smallest_ngrams
 from kvshare_mm.stream import Modality, Segment
 
-SCHEMA_VERSION = 1
-"""Part of the collection's name: raise it whenever fields, indexes or the fingerprint change."""
+SCHEMA_VERSION = 2
+"""Part of the collection's name: raise it whenever fields, indexes or what is in them change."""
 
 ID_LENGTH = 256
 """Longest node id in bytes."""
+
+NAMESPACE_LENGTH = 2 * DIGEST_SIZE
+"""Bytes of a row's namespace."""
 
 _FINGERPRINT = 256
 """Dimensions of a fingerprint. 64 find the pairs as well, but lose donors that differ from their
@@ -58,7 +61,7 @@ def rows(record: IndexRecord, dim: int) -> Iterator[dict[str, Any]]:
             "pk": f"{record.node_id}#{number}",
             "node_id": record.node_id,
             "segment": number,
-            "namespace": _digest(record.namespace),
+            "namespace": text_identity(record.namespace),
             "modality": str(segment.modality),
             "content_hash": signed(segment.content_hash),
             "num_tokens": segment.end - segment.start,
@@ -82,7 +85,8 @@ def node_id_of(pk: str) -> str:
 
 def within(namespace: str) -> str:
     """The filter that lets only rows of `namespace` pass."""
-    return f'namespace == "{_digest(namespace)}"'
+    # Rows hold a hash of it: bounded, and safe in a filter (Milvus Lite has no filter parameters).
+    return f'namespace == "{text_identity(namespace)}"'
 
 
 def quoted(text: str) -> str:
@@ -93,8 +97,3 @@ def quoted(text: str) -> str:
 def signed(content_hash: int) -> int:
     """An unsigned 64-bit hash as the signed number that Milvus stores."""
     return content_hash - (1 << 64) if content_hash >> 63 else content_hash
-
-
-def _digest(namespace: str) -> str:
-    # 32 hex digits: bounded, and safe in a filter (Milvus Lite has no filter parameters).
-    return xxhash.xxh3_128_hexdigest(namespace.encode())

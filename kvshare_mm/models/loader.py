@@ -263,6 +263,8 @@ def _eos(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 def _fingerprint(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     """128 bits over the configuration, the vocabulary and every weight (10 GB a second)."""
+    # No cryptographic hash, which would take ten times as long: nothing of this comes with a
+    # request, and who chooses the weights needs no collision to make answers wrong.
     digest = xxhash.xxh3_128()
     config = model.config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "_attn_implementation"):

@@ -6,9 +6,9 @@ import time
 
 import numpy as np
 import torch
-import xxhash
 
 from kvshare_mm.delta_tree import Node, Span
+from kvshare_mm.identity import text_identity
 from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.stream import MediaItem, Segment
@@ -38,7 +38,7 @@ def media_ids(store: TieredStore, ns: str | None = None) -> list[str]:
 
 
 def _ids_begin(ns: str) -> str:
-    return f"{_PREFIX}{xxhash.xxh3_128_hexdigest(ns.encode())}-"
+    return f"{_PREFIX}{text_identity(ns)}-"
 
 
 def as_node(ns: str, item: MediaItem, features: torch.Tensor) -> StoredNode:

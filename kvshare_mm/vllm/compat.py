@@ -15,8 +15,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
+from kvshare_mm.identity import identity
 from kvshare_mm.vllm.launch import CONNECTOR, MODULE
 
 logger = logging.getLogger(__name__)
@@ -90,13 +89,12 @@ def keep_media(vllm_config: Any) -> None:
 
 
 def fingerprint(vllm_config: Any) -> str:
-    """128 bits that name weights, dtype, rotation and tokenizer, as far as a scheduler can tell.
+    """64 hex digits that name weights, dtype, rotation and tokenizer, as far as can be told.
 
-    It has no weights to look at: of a folder it takes the files' names, sizes and times, of a hub's
-    model the revision.
+    A scheduler has no weights to look at: of a folder it takes the files' names, sizes and times,
+    of a hub's model the revision.
     """
     config = vllm_config.model_config
-    digest = xxhash.xxh3_128()
     names: dict[str, Any] = {
         "model": config.model,
         "revision": config.revision,
@@ -116,8 +114,7 @@ def fingerprint(vllm_config: Any) -> str:
             for f in sorted(folder.iterdir())
             if f.is_file()
         ]
-    digest.update(json.dumps(names, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    return identity(json.dumps(names, sort_keys=True, default=str).encode())
 
 
 class SetApart:

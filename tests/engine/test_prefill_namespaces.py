@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import xxhash
 
 from kvshare_mm.donors import namespace
 from kvshare_mm.engine.prefill import provenance
 from kvshare_mm.stream import text_stream
 
+from ..collisions import twin_texts
 from .donor_server import NS, OTHER_NS, Server, _edited, _ids
 
 
 def test_namespaces_differ_by_model_and_salt() -> None:
     names = {namespace(f, s) for f in ("a", "b", "a-b") for s in ("", "x", "b-x")}
     assert len(names) == 9
+
+
+def test_salts_made_to_collide_are_two() -> None:
+    """A tenant chooses its salt, and could choose one that an unseeded hash takes for another."""
+    one, other = twin_texts()
+    assert xxhash.xxh3_128_digest(one.encode()) == xxhash.xxh3_128_digest(other.encode())
+    assert namespace("model", one) != namespace("model", other)
+    assert namespace("model", "\udc80") != namespace("model", "\udc81")  # JSON can spell them
 
 
 @pytest.mark.parametrize("sharing", ["on", "exact"])

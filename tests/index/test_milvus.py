@@ -15,6 +15,8 @@ from kvshare_mm.index.base import IndexRecord, IndexUnavailableError
 from kvshare_mm.index.milvus import MilvusIndex
 from kvshare_mm.stream import Modality, Segment
 
+from ..collisions import twin_texts
+
 DIM = 8
 
 
@@ -162,6 +164,14 @@ def test_reconcile_adds_what_is_missing_and_removes_the_rest(index: MilvusIndex)
     assert dense(index, 6)[0] == "node-6"
     assert index.reconcile([record(9)], remove_others=False) == (1, 0)
     assert len(index) == 6
+
+
+def test_namespaces_made_to_collide_are_two(index: MilvusIndex) -> None:
+    mine, theirs = twin_texts()
+    index.add([record(1, mine), record(2, theirs)])
+    index.flush()
+    assert dense(index, 1, namespace=mine) == ["node-1"]
+    assert sparse(index, 1, namespace=theirs) == ["node-2"]
 
 
 def test_another_embedder_or_version_starts_afresh(

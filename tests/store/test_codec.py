@@ -26,6 +26,8 @@ from kvshare_mm.store.codec import read_node, read_record, write_node
 from kvshare_mm.store.media import as_node, features_of, is_media, media_id, media_namespace
 from kvshare_mm.stream import MediaItem, Modality, Segment
 
+from ..collisions import twin_texts
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -332,3 +334,9 @@ def test_features_of_a_picture_are_a_node(tmp_path):
     assert back.node.namespace == media_namespace("ns")
     assert back.node.node_id == media_id("ns", item) != media_id("other", item)
     assert back.node.media[0].content_hash == 0x0123456789ABCDEF
+
+
+def test_features_of_namespaces_made_to_collide_are_apart():
+    item = MediaItem(Modality.IMAGE, "ab" * 32, 6, (2, 3), "56x84", dict)
+    one, other = twin_texts()
+    assert media_id(one, item) != media_id(other, item)
