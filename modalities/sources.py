@@ -18,7 +18,7 @@ class MediaSources:
     """Reads the bytes of media.
 
     Args:
-        max_bytes: largest file.
+        max_bytes: largest file, wherever it comes from.
         local_files: whether paths on this machine may be read.
     """
 
@@ -56,10 +56,11 @@ class MediaSources:
         return self._checked(content, where)
 
     def _fetch(self, url: str, where: str) -> bytes:
-        from kvshare_mm.modalities.fetch import MediaFetcher
+        from kvshare_mm.modalities.fetch import FetchPolicy, MediaFetcher
 
+        fetcher = MediaFetcher(FetchPolicy(max_bytes=self._max_bytes))
         try:
-            content: bytes = MediaFetcher().fetch(url)
+            content: bytes = fetcher.fetch(url)
         except InvalidRequestError as error:
             raise InvalidRequestError(f"{where}: {error}", where) from error
         except (KVShareError, OSError, ValueError) as error:
@@ -94,5 +95,5 @@ class MediaSources:
 
     def _too_large(self, where: str) -> InvalidRequestError:
         return InvalidRequestError(
-            f"{where} has more than {self._max_bytes >> 20} MiB, the largest file taken", where
+            f"{where} has more than {self._max_bytes} bytes, the most that is taken", where
         )

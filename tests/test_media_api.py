@@ -266,7 +266,7 @@ def test_paths_can_be_forbidden(open_media: Callable[..., KVShare], tmp_path: Pa
 def test_limits_are_options(open_media: Callable[..., KVShare]) -> None:
     with pytest.raises(InvalidRequestError, match=r"at most 0\.005 million"):
         open_media(max_image_pixels=5_000).chat(user(image()))
-    with pytest.raises(InvalidRequestError, match="largest file"):
+    with pytest.raises(InvalidRequestError, match="more than 100 bytes"):
         open_media(max_media_bytes=100).chat(user(image()))
 
 

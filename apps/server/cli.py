@@ -173,6 +173,7 @@ def serve(
             dtype=dtype,
             device=device,
             local_media=False,
+            max_media_bytes=int(max_media_mib * 2**20),
         )
         listening = run.bind(host, port)
         port = listening.getsockname()[1]

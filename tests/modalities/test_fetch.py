@@ -17,6 +17,7 @@ import pytest
 from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.modalities import fetch as fetch_module
 from kvshare_mm.modalities.fetch import FetchPolicy, MediaFetcher
+from kvshare_mm.modalities.sources import MediaSources
 
 _PICTURE = b"\x89PNG" + bytes(range(256)) * 4
 
@@ -37,6 +38,9 @@ class _Pages(BaseHTTPRequestHandler):
 
     def page_picture(self, _: str) -> None:
         self.answer(200, _PICTURE)
+
+    def page_large(self, size: str) -> None:
+        self.answer(200, bytes(int(size)))
 
     def page_to(self, target: str) -> None:
         self.answer(302, b"", ("Location", target))
@@ -302,6 +306,32 @@ def test_a_picture_arrives_inside_an_event_loop(site: _Site) -> None:
 def test_pages_that_are_no_picture_are_refused(site: _Site, page: str, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words):
         MediaFetcher(OPEN).fetch(site(page))
+
+
+@pytest.mark.usefixtures("public")
+def test_the_bound_on_files_is_that_of_urls_too(site: _Site) -> None:
+    large = FetchPolicy().max_bytes + 1
+    sources = MediaSources(max_bytes=large)
+    assert len(sources.read(site(f"large/{large}"), "here")) == large
+    assert len(sources.read("data:," + "a" * large, "here")) == large
+    for url in (site(f"large/{large + 1}"), site("endless"), "data:," + "a" * (large + 1)):
+        with pytest.raises(InvalidRequestError, match=f"^here.*more than {large} bytes"):
+            sources.read(url, "here")
+
+
+@pytest.mark.usefixtures("public")
+def test_no_more_than_the_bound_is_fetched(site: _Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[bytes] = []
+    fetch = MediaFetcher.fetch
+
+    def watched(self: MediaFetcher, url: str) -> bytes:
+        fetched.append(fetch(self, url))
+        return fetched[-1]
+
+    monkeypatch.setattr(MediaFetcher, "fetch", watched)
+    with pytest.raises(InvalidRequestError, match="more than 100 bytes"):
+        MediaSources(max_bytes=100).read(site("large/5000"), "here")
+    assert fetched == []
 
 
 @pytest.mark.parametrize("page", ["drip", "silent"])
