@@ -25,11 +25,11 @@ _SMALL = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
 
 _TIMES = {
     "queue": ("vllm:request_queue_time_seconds", "Waiting for a slot.", _WHOLE),
-    "prefill": ("vllm:request_prefill_time_seconds", "The forward over the prompt.", _WHOLE),
+    "prefill": ("vllm:request_prefill_time_seconds", "The forward over what is computed.", _WHOLE),
     "total": ("vllm:e2e_request_latency_seconds", "From submission to the last token.", _WHOLE),
     "lookup": ("kvshare:lookup_seconds", "Finding candidate donors.", _SMALL),
     "plan": ("kvshare:plan_seconds", "Alignment and planning.", _SMALL),
-    "edit": ("kvshare:edit_seconds", "Moving donors' KV into the slot.", _SMALL),
+    "edit": ("kvshare:edit_seconds", "Choosing repairs; donors' KV into the slot.", _SMALL),
 }  # fmt: skip
 
 

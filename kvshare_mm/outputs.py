@@ -99,9 +99,10 @@ class RequestMetrics:
         queue: waiting for a slot.
         lookup: finding candidate donors.
         plan: alignment and planning.
-        edit: reading donor KV and writing it into the slot.
+        edit: choosing repairs, which for some policies takes a forward of their own, reading donor
+            KV and writing it into the slot.
         encode: the encoders of pictures and sound, or reading what they made before.
-        prefill: the model's forward over the positions to compute, repair selection included.
+        prefill: the model's forward over the positions to compute, those to repair among them.
         ttft: from submission to the first token.
         token_times: ``[num_output_tokens - 1]`` time between tokens.
         total: from submission to the last token.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,18 @@ def test_repairs_are_computed_and_told(server: Server) -> None:
     result = server.prefill(_edited(ids, 20, 40), policy=make_policy("window:5"))
     assert result.plan.repair.tolist() == [*range(21, 26), *range(41, 46)]
     assert provenance(result).recomputed == 13
+
+
+def test_choosing_repairs_is_part_of_the_edit(server: Server) -> None:
+    class Slow:
+        def positions(self, *asked: Any) -> np.ndarray:
+            time.sleep(0.5)
+            return make_policy("window:5").positions(*asked)
+
+    ids = _ids(60, 0)
+    server.serve(ids)
+    result = server.prefill(_edited(ids, 20), policy=Slow())
+    assert result.compute < 0.5 <= result.edit
 
 
 def test_repairing_everything_gives_the_full_prefill(server: Server) -> None:
