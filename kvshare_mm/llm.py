@@ -146,9 +146,9 @@ class KVShare:
         """Answer a chat: messages as in OpenAI's API.
 
         A part of a message is text (``{"type": "text", "text": ...}``), a picture (``image_url``:
-        a URL, a data URL or a path; or ``image``: a path, the file's bytes or a PIL image) or sound
-        (``input_audio``: base64 and format; or ``audio``: a path, the file's bytes or samples with
-        their rate), as far as the model takes it.
+        a URL, a data URL, a path or the file's bytes; or ``image``: a path, the file's bytes or a
+        PIL image) or sound (``input_audio``: base64 and format; or ``audio``: a path, the file's
+        bytes or samples with their rate), as far as the model takes it.
 
         Raises:
             InvalidRequestError: messages or media that cannot be read; `field` names the part.

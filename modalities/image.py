@@ -71,7 +71,8 @@ class ImageAdapter:
             raise InvalidRequestError(f"{field} is missing", field)
         if kind == "image" and isinstance(given, Image.Image):
             return given, field
-        if kind == "image_url" and not isinstance(given, str):
+        # Bytes: the server has fetched it, and errors name the part as its client sent it.
+        if kind == "image_url" and not isinstance(given, str | bytes):
             raise InvalidRequestError(f"{field} must be a URL or an object with a url", field)
         return self._sources.read(given, field), field
 

@@ -19,7 +19,7 @@ _SOUND = ("wav", "mp3", "flac")
 async def resolved(
     messages: Sequence[Mapping[str, Any]], fetcher: MediaFetcher, max_media: int
 ) -> list[dict[str, Any]]:
-    """Messages whose media are bytes.
+    """Messages whose media are bytes, in parts of the type that they came in.
 
     Args:
         messages: as in OpenAI's API.
@@ -55,7 +55,7 @@ async def resolved(
             if num_media > max_media:
                 raise InvalidRequestError(f"more than {max_media} pictures and clips", place)
             if kind == "image_url":
-                picture: dict[str, Any] = {"type": "image"}
+                picture: dict[str, Any] = {"type": "image_url"}
                 fetches.append((picture, _url(part.get("image_url"), place), place))
                 parts.append(picture)
             elif kind == "input_audio":
@@ -67,11 +67,12 @@ async def resolved(
         made.append({"role": role, "content": parts})
     contents = await asyncio.gather(*(_fetched(fetcher, url, at) for _, url, at in fetches))
     for (picture, _, _), content in zip(fetches, contents, strict=True):
-        picture["image"] = content
+        picture["image_url"] = content
     return made
 
 
 async def _fetched(fetcher: MediaFetcher, url: str, place: str) -> bytes:
+    place = f"{place}.image_url"
     try:
         content = await fetcher.afetch(url)
     except InvalidRequestError as error:

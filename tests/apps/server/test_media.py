@@ -61,9 +61,9 @@ def test_parts_arrive_in_order() -> None:
     )
     assert message["content"] == [
         {"type": "text", "text": "see"},
-        {"type": "image", "image": b"https://a.example/1"},
+        {"type": "image_url", "image_url": b"https://a.example/1"},
         {"type": "input_audio", "input_audio": {"data": _WAV, "format": "wav"}},
-        {"type": "image", "image": b"two"},
+        {"type": "image_url", "image_url": b"two"},
         {"type": "text", "text": "!"},
     ]
 
@@ -165,7 +165,7 @@ def test_no_request_makes_the_server_look_inside(inside: Running, url: str) -> N
     assert reply.status_code == 400, reply.text
     error = reply.json()["error"]
     assert error["type"] == "invalid_request_error"
-    assert error["param"] == "messages[0].content[0]"
+    assert error["param"] == "messages[0].content[0].image_url"
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,9 @@ def test_a_model_of_text_refuses_pictures_by_name(shared: Running) -> None:
     url = data_url(Image.new("RGB", (8, 8)))
     reply = shared.chat("", messages=[{"role": "user", "content": [picture(url)]}])
     assert reply.status_code == 400
-    assert "messages[0]" in reply.json()["error"]["param"]
+    error = reply.json()["error"]
+    assert "messages[0]" in error["param"]
+    assert "is of type 'image_url'" in error["message"]
 
 
 # -- with a model that sees -------------------------------------------------------------------
@@ -213,11 +215,20 @@ def seeing(serve: Start, media_folder: Callable[[str], Path]) -> Running:
     return serve({"model": str(media_folder("qwen2_5_vl"))})
 
 
-def ask_about(running: Running, url: str, question: str = "What is it?") -> Any:
-    parts = [picture(url), {"type": "text", "text": question}]
+@pytest.fixture
+def hearing(serve: Start, media_folder: Callable[[str], Path]) -> Running:
+    return serve({"model": str(media_folder("qwen2_audio"))})
+
+
+def ask(running: Running, part: dict[str, Any], question: str = "What is it?") -> Any:
+    parts = [{"type": "text", "text": question}, part]
     reply = running.chat("", messages=[{"role": "user", "content": parts}])
     running.llm.flush()
     return reply
+
+
+def ask_about(running: Running, url: str) -> Any:
+    return ask(running, picture(url))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +246,32 @@ def ask_about(running: Running, url: str, question: str = "What is it?") -> Any:
 def test_pictures_that_are_none_are_refused(seeing: Running, content: bytes) -> None:
     reply = ask_about(seeing, data_url(content))
     assert reply.status_code == 400, reply.text
-    assert "messages[0].content[0]" in reply.json()["error"]["param"]
+    error = reply.json()["error"]
+    assert error["param"] == "messages[0].content[1].image_url"
+    assert error["message"].startswith(error["param"])
+
+
+@pytest.mark.parametrize(
+    "content", [b"no sound at all", b"RIFF\x24\0\0\0WAVEfmt ", b"\0"], ids=["text", "torn", "nul"]
+)
+def test_sound_that_is_none_is_refused(hearing: Running, content: bytes) -> None:
+    reply = ask(hearing, sound(base64.b64encode(content).decode()))
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert error["param"] == "messages[0].content[1].input_audio"
+    assert error["message"].startswith(error["param"])
+
+
+def test_parts_that_a_model_cannot_take_are_named_as_they_were_sent(
+    seeing: Running, hearing: Running
+) -> None:
+    for running, part in (
+        (seeing, sound()),
+        (hearing, picture(data_url(Image.new("RGB", (56, 56))))),
+    ):
+        error = ask(running, part).json()["error"]
+        assert error["param"] == "messages[0].content[1]"
+        assert f"is of type '{part['type']}'" in error["message"]
 
 
 def test_the_same_picture_is_reused_and_another_is_not(seeing: Running) -> None:
