@@ -38,7 +38,11 @@ class EngineClosedError(KVShareError):
 
 
 class ModelOutputError(KVShareError):
-    """The model's output is not a number; the request was ended and nothing of it is kept."""
+    """The model's output is not a number, so no token follows from it; the request has ended."""
+
+
+class NotFiniteError(KVShareError, ValueError):
+    """What was given to the store holds NaN or an infinity; nothing of it was stored."""
 
 
 class StoreError(KVShareError):

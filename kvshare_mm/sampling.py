@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 
-from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.errors import InvalidRequestError, ModelOutputError
 from kvshare_mm.outputs import TokenLogprob
 
 _MAX_LOGPROBS = 20
@@ -98,9 +99,18 @@ class Sampler:
         """The next token, and its log probability if asked for.
 
         Args:
-            logits: ``[vocab_size]``.
+            logits: ``[vocab_size]``; minus infinity for tokens that must not come.
+
+        Raises:
+            ModelOutputError: NaN or plus infinity among them, or nothing else than minus infinity.
         """
         logits = logits.float()
+        # The largest: NaN, if there is one. The token chosen from NaN would be an answer like any.
+        if not math.isfinite(largest := float(logits.max())):
+            raise ModelOutputError(
+                f"the model's output is not a number (its largest logit is {largest}); the request "
+                "was ended and none of its KV is kept"
+            )
         token = int(logits.argmax()) if self._generator is None else self._draw(logits)
         if self.params.logprobs is None:
             return token, None

@@ -11,7 +11,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from kvshare_mm.errors import EngineClosedError, InvalidRequestError, QueueFullError
+from kvshare_mm.errors import (
+    EngineClosedError,
+    InvalidRequestError,
+    ModelOutputError,
+    QueueFullError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +97,8 @@ def as_api_error(error: Exception, retry_after: float = 1.0) -> ApiError:
     if isinstance(error, TimeoutError):
         return ApiError(408, "the request took longer than this server allows", code="timeout")
     logger.error("a request failed", exc_info=error)
+    if isinstance(error, ModelOutputError):
+        return ApiError(500, str(error), code="model_output")
     return ApiError(500, "internal error; the server's log has more under this request's id")
 
 

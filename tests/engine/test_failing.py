@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvshare_mm import EngineClosedError, RequestOutput, StreamChunk
+from kvshare_mm import EngineClosedError, ModelOutputError, RequestOutput, StreamChunk
 
 from .asking import _PROMPTS, Gate, Inbox, OpenLLM, eventually, idle, outcomes, params
 
@@ -37,7 +37,10 @@ def test_a_prefill_that_raises_fails_alone(open_llm: OpenLLM, alone: list[Reques
     assert llm.generate(_PROMPTS[0], params()).token_ids == alone[0].token_ids
 
 
-def test_logits_that_are_no_numbers_fail_their_request_alone(open_llm: OpenLLM) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_fail_their_request_alone(
+    open_llm: OpenLLM, temperature: float
+) -> None:
     llm = open_llm(max_num_seqs=1)
     decode = llm._parts.runner.decode
 
@@ -45,8 +48,8 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(open_llm: OpenLLM) 
         return torch.full_like(decode(*args), float("nan"))
 
     llm._parts.runner.decode = broken  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError):
-        llm.generate(_PROMPTS[0], params(temperature=1.0))
+    with pytest.raises(ModelOutputError, match="not a number"):
+        llm.generate(_PROMPTS[0], params(temperature=temperature))
     llm._parts.runner.decode = decode  # type: ignore[method-assign]
     assert len(llm.generate(_PROMPTS[0], params()).token_ids) == 12
     assert outcomes(llm)["failed"] == 1

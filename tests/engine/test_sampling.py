@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm.errors import InvalidRequestError, KVShareError
+from kvshare_mm.errors import InvalidRequestError, KVShareError, ModelOutputError
 from kvshare_mm.sampling import Sampler, SamplingParams
 
 CPU = torch.device("cpu")
@@ -71,6 +71,30 @@ def test_half_precision_logits(dtype: torch.dtype) -> None:
     assert Sampler(SamplingParams(), CPU).sample(logits)[0] == int(logits.float().argmax())
     params = SamplingParams(temperature=1.0, top_k=1, seed=1)
     assert _draws(logits, params, 5) == [int(logits.float().argmax())] * 5
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])
+@pytest.mark.parametrize("logprobs", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", ["a nan", "all nan", "an infinity", "nothing"])
+def test_logits_that_are_no_numbers_are_an_error(
+    bad: str, dtype: torch.dtype, logprobs: int | None, options: dict[str, Any]
+) -> None:
+    logits = _logits(50, 0)
+    logits[7:20] = -INF
+    if bad == "a nan":
+        logits[30] = NAN
+    elif bad == "an infinity":
+        logits[30] = INF
+    else:
+        logits[:] = NAN if bad == "all nan" else -INF
+    sampler = Sampler(SamplingParams(seed=0, logprobs=logprobs, **options), CPU)
+    with pytest.raises(ModelOutputError, match="not a number") as caught:
+        sampler.sample(logits.to(dtype))
+    assert isinstance(caught.value, KVShareError)
 
 
 # -- seeds ----------------------------------------------------------------------------------
@@ -231,7 +255,6 @@ def test_no_logprobs_unless_asked_for() -> None:
 
 # -- validation -----------------------------------------------------------------------------
 
-NAN, INF = float("nan"), float("inf")
 BAD: dict[str, list[Any]] = {
     "max_tokens": [0, -1, 1.5, "10", True, INF],
     "temperature": [-0.1, 100.1, NAN, INF, -INF, "hot", None, True],

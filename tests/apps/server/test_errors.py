@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 
 from kvshare_mm import KVShare
 from kvshare_mm.errors import ModelLoadError
@@ -250,6 +251,30 @@ def test_a_bug_is_500_and_says_nothing_of_itself(
     monkeypatch.setattr(running.llm, "astream", broken)
     error = check(running.chat("x"), 500)
     assert "secret" not in error["message"]
+
+
+def test_a_model_that_puts_out_no_numbers_is_500_and_says_so(
+    serve: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = serve()
+    runner = running.llm._parts.runner
+    for name in ("decode", "prefill"):  # behind the first token, and instead of it
+        real = getattr(runner, name)
+        monkeypatch.setattr(
+            runner, name, lambda *a, real=real: torch.full_like(real(*a), torch.nan)
+        )
+        for fields in ({}, {"temperature": 1}):
+            told = [check(running.chat("x", **fields), 500)]
+            streamed = running.chat("x", stream=True, **fields)
+            if name == "decode":
+                told.append(json.loads(streamed.text.split("data: ")[-2])["error"])
+            else:
+                told.append(check(streamed, 500))
+            for error in told:
+                assert "not a number" in error["message"]
+                assert (error["type"], error["code"]) == ("internal_error", "model_output")
+    running.llm.flush()
+    assert running.llm.stats()["donors"]["nodes"] == 0
 
 
 def test_after_the_engine_closed_it_is_503(serve: Start) -> None:
