@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from kvshare_mm.delta_tree import Node
-from kvshare_mm.errors import KVUnavailableError, StoreError
-from kvshare_mm.store.base import StoredNode
+from kvshare_mm.errors import KVUnavailableError, NotFiniteError, StoreError
+from kvshare_mm.store.base import NodeKV, StoredNode, check_finite
 from kvshare_mm.store.codec import TEMP_SUFFIX, read_node, read_record, write_node
 from kvshare_mm.store.eviction import EvictionLedger
 
@@ -110,8 +110,8 @@ class DiskTier:
         """Read the node, verify every byte and mark it used.
 
         Raises:
-            KVUnavailableError: "evicted", the node is not here; "corrupt", it was damaged and is
-                deleted now; "io_error", it could not be read this time.
+            KVUnavailableError: "evicted", the node is not here; "corrupt", it was damaged, or held
+                what is no number, and is deleted now; "io_error", it could not be read this time.
         """
         with self._lock:
             if node_id not in self._ledger:
@@ -119,7 +119,7 @@ class DiskTier:
         path = self._path(node_id)
         try:
             stored = read_node(path)
-            self._check_name(path, stored.node)
+            self._check(path, stored.node, stored.embedding, stored.kv)
         except KVUnavailableError as error:
             self._drop_unreadable(node_id, error)
             raise
@@ -149,7 +149,7 @@ class DiskTier:
         """
         for node_id in self:
             try:
-                node, embedding, _ = read_record(self._path(node_id))
+                node, embedding = self._record(self._path(node_id))
             except KVUnavailableError as error:
                 self._drop_unreadable(node_id, error)
             else:
@@ -212,8 +212,7 @@ class DiskTier:
                     found.append((stat.st_mtime_ns, stat.st_size, path))
         for _, num_bytes, path in sorted(found):
             try:
-                node, _, _ = read_record(path)
-                self._check_name(path, node)
+                node, _ = self._record(path)
             except KVUnavailableError as error:
                 self._delete_damaged(path, error)
                 continue
@@ -227,9 +226,21 @@ class DiskTier:
             self.num_corrupt,
         )
 
-    def _check_name(self, path: Path, node: Node) -> None:
+    def _record(self, path: Path) -> tuple[Node, np.ndarray | None]:
+        node, embedding, _ = read_record(path)
+        self._check(path, node, embedding)
+        return node, embedding
+
+    def _check(
+        self, path: Path, node: Node, embedding: np.ndarray | None, kv: NodeKV | None = None
+    ) -> None:
+        """Raises KVUnavailableError("corrupt") for what is whole but must not be here."""
         if self._path(node.node_id) != path:
             raise KVUnavailableError("corrupt", f"{path} holds node {node.node_id}: renamed?")
+        try:
+            check_finite(node, embedding, kv)
+        except NotFiniteError as error:  # an older version stored such nodes
+            raise KVUnavailableError("corrupt", f"{path}: {error}") from error
 
     def _drop_unreadable(self, node_id: str, error: KVUnavailableError) -> None:
         """Forget a node that is gone or damaged; one that could not be read may be next time."""

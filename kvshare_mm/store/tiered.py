@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 
 from kvshare_mm.delta_tree import Node
-from kvshare_mm.errors import KVUnavailableError
-from kvshare_mm.store.base import StoredNode
+from kvshare_mm.errors import KVUnavailableError, NotFiniteError
+from kvshare_mm.store.base import NodeKV, StoredNode, check_finite
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier, ram_bytes
 
@@ -39,7 +39,8 @@ class TieredStore:
     Attributes:
         counters: events by name: ``write_<reason>`` for nodes that did not get to disk
             ("io_error", "too_large" for the disk tier, "queue_full", "internal"), ``read_<reason>``
-            for reads that raised (reasons of `KVUnavailableError`).
+            for reads that raised (reasons of `KVUnavailableError`), ``not_finite`` for what was
+            refused.
     """
 
     def __init__(
@@ -70,7 +71,12 @@ class TieredStore:
             self._writer.start()
 
     def put(self, stored: StoredNode) -> None:
-        """Keep a node, or its new version, in RAM and queue it for the disk."""
+        """Keep a node, or its new version, in RAM and queue it for the disk.
+
+        Raises:
+            NotFiniteError: K, V, attention or embedding hold NaN or an infinity. Nothing changed.
+        """
+        self._check(stored.node, stored.embedding, stored.kv)
         with self._changed:
             gone = self._put(stored)
         self._announce(gone)
@@ -108,6 +114,9 @@ class TieredStore:
 
         Returns:
             False if the node is gone or cannot be read.
+
+        Raises:
+            NotFiniteError: the vector holds NaN or an infinity. Nothing changed.
         """
         with self._changed:
             stored = self._host.peek(node_id) or self._queue.get(node_id)
@@ -117,6 +126,7 @@ class TieredStore:
             except KVUnavailableError as error:
                 logger.debug("no embedding for node %s: %s", node_id, error)
                 return False
+        self._check(stored.node, embedding)
         with self._changed:
             # It may have been deleted, or put again, while it was read.
             if self._locate(node_id) is None:
@@ -210,6 +220,15 @@ class TieredStore:
             self._writer.join(timeout_s)
             if self._writer.is_alive():
                 logger.warning("closed with %d nodes not on disk yet", len(self._queue))
+
+    def _check(self, node: Node, embedding: np.ndarray | None, kv: NodeKV | None = None) -> None:
+        """Lock not held: reading gigabytes takes a while."""
+        try:
+            check_finite(node, embedding, kv)
+        except NotFiniteError:
+            with self._changed:
+                self._count("not_finite")
+            raise
 
     def _put(self, stored: StoredNode) -> list[str]:
         """Lock held. Returns the ids of the nodes that this pushed out of the last tier."""
