@@ -215,12 +215,11 @@ class Catalogue:
             for node_id in ids[: _EXACT_CANDIDATES - looked]:
                 looked += 1
                 with self._lock:
-                    (donor,) = self._donors([node_id], ns) or [None]
-                if donor is None:
-                    continue
-                exact = min(common_prefix(donor.keys, keys), donor.exact_len)
-                if exact > reach:
-                    reach, best = exact, [node_id]
+                    found = self._donors([node_id], ns)
+                for donor in found:
+                    exact = min(common_prefix(donor.keys, keys), donor.exact_len)
+                    if exact > reach:
+                        reach, best = exact, [node_id]
                 if reach >= length:
                     break
         return best

@@ -200,7 +200,8 @@ def riskiest(danger: np.ndarray, limit: float, fixed: np.ndarray) -> np.ndarray:
     order = np.argsort(-danger, kind="stable")
     # What is left if this position and all that are less risky are reused.
     left = np.sqrt(np.cumsum(np.square(danger[order][::-1]))[::-1])
-    return order[(left > limit) & (danger[order] > 0)]
+    chosen: np.ndarray = order[(left > limit) & (danger[order] > 0)]
+    return chosen
 
 
 def residual_risk(plan: ReusePlan) -> float:

@@ -151,5 +151,6 @@ def _holders(postings: Postings[None], block_hash: np.uint64) -> NDArray[np.int3
         begin = np.searchsorted(run.hashes, block_hash, side="left")
         end = np.searchsorted(run.hashes, block_hash, side="right")
         found.append(run.slots[begin:end])
-    slots = np.concatenate(found)
-    return slots[postings.alive[slots]]
+    slots: NDArray[np.int32] = np.concatenate(found)
+    alive: NDArray[np.int32] = slots[postings.alive[slots]]
+    return alive

@@ -142,9 +142,9 @@ def _encode(stored: StoredNode) -> list[bytes | memoryview]:
     types: dict[str, tuple[str, Sequence[int]]] = {}
     for name, array in arrays.items():
         if array is not None:
-            dtype = np.dtype(array.dtype).newbyteorder("<")
-            contents[name] = np.ascontiguousarray(array, dtype=dtype).tobytes()
-            types[name] = _ARRAY_DTYPE_NAMES[dtype.str], array.shape
+            kind = array.dtype.newbyteorder("<")
+            contents[name] = np.ascontiguousarray(array, dtype=kind).tobytes()
+            types[name] = _ARRAY_DTYPE_NAMES[kind.str], array.shape
     for name, tensor in (("k", kv.k), ("v", kv.v)):
         contents[name] = _tensor_bytes(tensor)
         types[name] = _KV_DTYPE_NAMES[tensor.dtype], tensor.shape
