@@ -57,6 +57,7 @@ BOUND_SCALE = 139.0
 BOUND_POWER = 0.93
 
 # Drift is stored as float16: nothing approximate may be rounded to exact.
+_LEAST_ATTENTION = np.float32(1e-8)
 _LEAST_DRIFT = np.finfo(np.float16).smallest_subnormal
 
 
@@ -112,10 +113,9 @@ def _goes_on(plan: ReusePlan, end: int, run: KeptRun) -> bool:
 
 
 def looked_at(drift: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """Risk: drift times attention, both ``[N]``. What is not trusted at all (infinite drift) stays
-    so though nothing looks at it."""
-    with np.errstate(invalid="ignore"):
-        return np.where(np.isinf(drift), drift, drift * attention)
+    """Risk: drift times attention, both ``[N]``. Nothing is not looked at at all: attention that
+    rounds to 0 must not make drift vanish from those who tolerate none."""
+    return drift * np.maximum(attention, _LEAST_ATTENTION)
 
 
 def risk(plan: ReusePlan) -> np.ndarray:

@@ -28,7 +28,7 @@ _RUN_RATIO = 4
 """A run is merged into its elder unless the elder is this many times larger: few runs to search,
 and each posting is moved only a logarithmic number of times."""
 
-_AT_ONCE = 1 << 14
+_AT_ONCE = 1 << 16
 """Postings that are merged by who adds: less than a millisecond."""
 
 _FEW = 32

@@ -152,6 +152,17 @@ class Histories(RuleBasedStateMachine):
         wanted = ModelOutputError if how in ("logits", "kv") else RuntimeError
         assert isinstance(error, wanted), (how, error)
 
+    @rule(policy=policies)
+    def ask_a_model_whose_kv_is_no_number_for_one_token(self, policy: dict) -> None:
+        """Its logits are numbers still: nobody notices but who would store it."""
+        before = {node.node_id for node in self.server.donors.nodes()}
+        self.server.break_next("kv")
+        params = SamplingParams(max_tokens=1, ignore_eos=True)
+        output = self.server.ask(self._prompt(), params, RequestOptions(**policy))
+        assert not isinstance(output, Exception)
+        self.server.llm.flush()
+        assert {node.node_id for node in self.server.donors.nodes()} <= before
+
     @rule(how=st.sampled_from(["deleted", "evicted", "damaged"]))
     def lose(self, how: str) -> None:
         self.server.lose(self.rng, how)

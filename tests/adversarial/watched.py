@@ -81,6 +81,9 @@ class Watched:
         finally:
             self._break = None
             self._raise_wrong()
+        if broken is not None:
+            self.counts[f"not noticed: {broken}"] += 1
+            return output
         use = output.provenance
         self.counts["answered"] += 1
         self.counts["reused"] += use.reused > 0

@@ -132,6 +132,12 @@ def test_a_donor_that_looks_nowhere_is_not_trusted_where_it_was_not_repaired():
     assert make_plan(target, [donor], EAGER).runs[-1].end == 40
 
 
+def test_who_tolerates_nothing_reuses_nothing_though_nothing_looks_at_it():
+    plan = ReusePlan(60, (KeptRun("d", 0, 0, 10, True), KeptRun("d", 12, 15, 44, False)))
+    plan = replace(plan, attention=np.zeros(60, np.float32))
+    assert not plan.with_repair(make_policy("auto:0").positions(plan, NoProbe())).num_reused
+
+
 def test_why_a_request_that_could_continue_another_one_does_not():
     donor = replace(donor_of(blocks(*"AB"), exact_len=0), drift=np.ones(40, np.float32))
     options = replace(PlannerOptions(), tolerance=Tolerance(0.0))

@@ -60,6 +60,8 @@ def test_repairs_are_computed_and_told(server: Server) -> None:
 
 def test_choosing_repairs_is_part_of_the_edit(server: Server) -> None:
     class Slow:
+        tolerance = Tolerance()
+
         def positions(self, *asked: Any) -> np.ndarray:
             time.sleep(0.5)
             return make_policy("window:5").positions(*asked)
