@@ -115,7 +115,8 @@ def _goes_on(plan: ReusePlan, end: int, run: KeptRun) -> bool:
 def looked_at(drift: np.ndarray, attention: np.ndarray) -> np.ndarray:
     """Risk: drift times attention, both ``[N]``. Nothing is not looked at at all: attention that
     rounds to 0 must not make drift vanish from those who tolerate none."""
-    return drift * np.maximum(attention, _LEAST_ATTENTION)
+    danger: np.ndarray = drift * np.maximum(attention, _LEAST_ATTENTION)
+    return danger
 
 
 def risk(plan: ReusePlan) -> np.ndarray:

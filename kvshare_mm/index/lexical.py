@@ -6,8 +6,7 @@ store at start; nothing here is persistent.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvshare_mm.index.base import Candidate, IndexRecord
 from kvshare_mm.index.ngrams import NGRAM, smallest_ngrams
-from kvshare_mm.index.postings import Postings
+from kvshare_mm.index.postings import Postings, PostingsIndex
 
 _U64 = NDArray[np.uint64]
 
@@ -38,76 +37,79 @@ class _Sample:
     rate: float
 
 
-class _Ranking(Postings[_Sample]):
-    """The inverted lists of one namespace."""
+def _search(
+    postings: Postings[_Sample], query: _U64, rate: float, limit: int, budget: int
+) -> list[Candidate]:
+    """Rank records by the weights of the n-grams they share with `query` (ascending)."""
+    if not postings.runs:  # all live records are shorter than n
+        return []
+    # [runs, Q]: where the postings of each n-gram begin and end in each run.
+    left = np.stack([np.searchsorted(run.hashes, query, side="left") for run in postings.runs])
+    right = np.stack([np.searchsorted(run.hashes, query, side="right") for run in postings.runs])
+    frequency = (right - left).sum(axis=0)
+    if not frequency.any():
+        return []
+    # An n-gram that every record has (a template's) tells nothing about which to prefer.
+    weights = np.log((len(postings.ids) + 1) / np.maximum(frequency, 1))
+    rarest_first = np.argsort(frequency, kind="stable")
+    cut = np.empty(len(query), dtype=bool)
+    cut[rarest_first] = np.cumsum(frequency[rarest_first]) > budget
 
-    def search(self, query: _U64, rate: float, limit: int, budget: int) -> list[Candidate]:
-        """Rank records by the weights of the n-grams they share with `query` (ascending)."""
-        if not self.runs:  # all live records are shorter than n
-            return []
-        # [runs, Q]: where the postings of each n-gram begin and end in each run.
-        left = np.stack([np.searchsorted(run.hashes, query, side="left") for run in self.runs])
-        right = np.stack([np.searchsorted(run.hashes, query, side="right") for run in self.runs])
-        frequency = (right - left).sum(axis=0)
-        if not frequency.any():
-            return []
-        # An n-gram that every record has (a template's) tells nothing about which to prefer.
-        weights = np.log((len(self.ids) + 1) / np.maximum(frequency, 1))
-        rarest_first = np.argsort(frequency, kind="stable")
-        cut = np.empty(len(query), dtype=bool)
-        cut[rarest_first] = np.cumsum(frequency[rarest_first]) > budget
-
-        scores = self._best(weights, np.where(cut, right, left), right, max(limit, _RESCORED))
-        if cut.any():
-            # Apart from the above: else the newest records would gather points for a template
-            # which older ones share just as well, and push out an older and better donor.
-            sampled = rarest_first[cut[rarest_first]][:_TAIL_NGRAMS]
-            newest = right.copy()
-            newest[:, sampled] = np.maximum(left, right - _TAIL)[:, sampled]
-            recent = self._best(weights, newest, right, max(limit, _RESCORED // 2))
-            # All the newest may be removed records: then, and only then, read everything.
-            best = scores | recent or self._best(weights, left, right, limit)
-            scores = {slot: self._shared(query, weights, slot) for slot in best}
-        # Of two bottom-k samples only the hashes below both thresholds can meet.
-        ranked = [
-            (score / min(rate, self.values[slot].rate), slot) for slot, score in scores.items()
-        ]
-        ranked.sort(reverse=True)
-        return [Candidate(self.ids[slot], score) for score, slot in ranked[:limit]]
-
-    def _best(
-        self,
-        weights: NDArray[np.float64],
-        begin: NDArray[np.int64],
-        end: NDArray[np.int64],
-        count: int,
-    ) -> dict[int, float]:
-        """Sum weights over the postings ``begin:end [runs, Q]``; the `count` best live slots."""
-        scores = np.zeros(len(self.ids))
-        for run, first, last in zip(self.runs, begin, end, strict=True):
-            lengths = last - first
-            offsets = np.cumsum(lengths)
-            # The indices first[i]..last[i] - 1 of all n-grams, one after the other.
-            flat = np.arange(offsets[-1]) + np.repeat(last - offsets, lengths)
-            scores += np.bincount(
-                run.slots[flat], weights=np.repeat(weights, lengths), minlength=len(scores)
-            )
-        scores[~self.alive[: len(scores)]] = 0.0
-        count = min(count, len(scores))
-        threshold = np.partition(scores, -count)[-count]
-        above = np.flatnonzero(scores > threshold)
-        # Of equal records the newest, whose KV is likeliest to be in a near tier.
-        equal = np.flatnonzero(scores == threshold)[len(above) - count :]
-        top = np.concatenate((above, equal)).tolist()
-        return {slot: float(scores[slot]) for slot in top if scores[slot] > 0}
-
-    def _shared(self, query: _U64, weights: NDArray[np.float64], slot: int) -> float:
-        stored = self.values[slot].ngrams
-        found = np.minimum(np.searchsorted(stored, query), len(stored) - 1)
-        return float(weights[stored[found] == query].sum())
+    scores = _best(postings, weights, np.where(cut, right, left), right, max(limit, _RESCORED))
+    if cut.any():
+        # Apart from the above: else the newest records would gather points for a template
+        # which older ones share just as well, and push out an older and better donor.
+        sampled = rarest_first[cut[rarest_first]][:_TAIL_NGRAMS]
+        newest = right.copy()
+        newest[:, sampled] = np.maximum(left, right - _TAIL)[:, sampled]
+        recent = _best(postings, weights, newest, right, max(limit, _RESCORED // 2))
+        # All the newest may be removed records: then, and only then, read everything.
+        best = scores | recent or _best(postings, weights, left, right, limit)
+        scores = {slot: _shared(postings, query, weights, slot) for slot in best}
+    # Of two bottom-k samples only the hashes below both thresholds can meet.
+    ranked = [
+        (score / min(rate, postings.values[slot].rate), slot) for slot, score in scores.items()
+    ]
+    ranked.sort(reverse=True)
+    return [Candidate(postings.ids[slot], score) for score, slot in ranked[:limit]]
 
 
-class LexicalIndex:
+def _best(
+    postings: Postings[_Sample],
+    weights: NDArray[np.float64],
+    begin: NDArray[np.int64],
+    end: NDArray[np.int64],
+    count: int,
+) -> dict[int, float]:
+    """Sum weights over the postings ``begin:end [runs, Q]``; the `count` best live slots."""
+    scores = np.zeros(len(postings.ids))
+    for run, first, last in zip(postings.runs, begin, end, strict=True):
+        lengths = last - first
+        offsets = np.cumsum(lengths)
+        # The indices first[i]..last[i] - 1 of all n-grams, one after the other.
+        flat = np.arange(offsets[-1]) + np.repeat(last - offsets, lengths)
+        scores += np.bincount(
+            run.slots[flat], weights=np.repeat(weights, lengths), minlength=len(scores)
+        )
+    scores[~postings.alive[: len(scores)]] = 0.0
+    count = min(count, len(scores))
+    threshold = np.partition(scores, -count)[-count]
+    above = np.flatnonzero(scores > threshold)
+    # Of equal records the newest, whose KV is likeliest to be in a near tier.
+    equal = np.flatnonzero(scores == threshold)[len(above) - count :]
+    top = np.concatenate((above, equal)).tolist()
+    return {slot: float(scores[slot]) for slot in top if scores[slot] > 0}
+
+
+def _shared(
+    postings: Postings[_Sample], query: _U64, weights: NDArray[np.float64], slot: int
+) -> float:
+    stored = postings.values[slot].ngrams
+    found = np.minimum(np.searchsorted(stored, query), len(stored) - 1)
+    return float(weights[stored[found] == query].sum())
+
+
+class LexicalIndex(PostingsIndex[_Sample]):
     """Inverted lists over unique n-grams, one set per namespace. Safe to use from many threads.
 
     A record's score is the sum over shared n-grams of ``log((records + 1) / records with it)``.
@@ -137,13 +139,12 @@ class LexicalIndex:
     ) -> None:
         if min(n, max_ngrams, max_query_ngrams, budget) < 1:
             raise ValueError("n, max_ngrams, max_query_ngrams and budget must be at least 1")
+        # 12 bytes of a posting, and the n-gram once more by record.
+        super().__init__(posting_bytes=20)
         self.n = n
         self._max_ngrams = max_ngrams
         self._max_query_ngrams = max_query_ngrams
         self._budget = budget
-        self._lock = threading.Lock()
-        self._namespaces: dict[str, _Ranking] = {}
-        self._where: dict[str, str] = {}
 
     def add(self, records: Sequence[IndexRecord]) -> None:
         """Store records; a node id that is known already is replaced.
@@ -156,16 +157,7 @@ class LexicalIndex:
             sample = _Sample(*smallest_ngrams(record.keys, self._max_ngrams, self.n))
             added = sampled.setdefault(record.namespace, [])
             added.append((record.node_id, sample, sample.ngrams))
-        with self._lock:
-            for namespace, added in sampled.items():
-                self._remove(node_id for node_id, _, _ in added)
-                self._namespaces.setdefault(namespace, _Ranking(self._lock)).add(added)
-                self._where.update((node_id, namespace) for node_id, _, _ in added)
-
-    def remove(self, node_ids: Iterable[str]) -> None:
-        """Forget nodes; unknown ids are not an error."""
-        with self._lock:
-            self._remove(node_ids)
+        self._put(sampled)
 
     def search(self, namespace: str, keys: NDArray[np.uint64], limit: int) -> list[Candidate]:
         """The records of `namespace` sharing most with `keys`, best first.
@@ -183,31 +175,4 @@ class LexicalIndex:
             return []
         with self._lock:
             postings = self._namespaces.get(namespace)
-            return postings.search(query, rate, limit, self._budget) if postings else []
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that the index takes."""
-        with self._lock:
-            return sum(
-                # The n-grams are held twice: as postings and by record.
-                p.num_bytes + 8 * sum(len(run.hashes) for run in p.runs)
-                for p in self._namespaces.values()
-            )
-
-    def settle(self) -> None:
-        """Wait until nothing is being tidied beside."""
-        for postings in list(self._namespaces.values()):
-            postings.settle()
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-    def _remove(self, node_ids: Iterable[str]) -> None:
-        for node_id in node_ids:
-            namespace = self._where.pop(node_id, None)
-            if namespace is not None:
-                postings = self._namespaces[namespace]
-                postings.remove(node_id)
-                if not len(postings):
-                    del self._namespaces[namespace]
+            return _search(postings, query, rate, limit, self._budget) if postings else []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Generic, TypeVar
@@ -81,11 +81,10 @@ class Postings(Generic[T]):
     def __len__(self) -> int:
         return len(self._slots)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held, values apart; removed records count until they are left out."""
-        arrays = sum(run.hashes.nbytes + run.slots.nbytes for run in self.runs)
-        return arrays + self.alive.nbytes + _RECORD_BYTES * len(self.ids)
+    def num_bytes(self, posting_bytes: int) -> int:
+        """Bytes held; removed records count until they are left out."""
+        count = sum(len(run.hashes) for run in self.runs)
+        return posting_bytes * count + self.alive.nbytes + _RECORD_BYTES * len(self.ids)
 
     def add(self, records: Sequence[tuple[str, T, _U64]]) -> None:
         """Add new records: (id, value, ``[U]`` hashes) of each."""
@@ -205,3 +204,66 @@ class Postings(Generic[T]):
             self.alive = np.concatenate((still, np.zeros(len(still) + 16, dtype=bool)))
             self.ids, self.values, self._slots = ids, values, slots
             self._frozen = 0
+
+
+class PostingsIndex(Generic[T]):
+    """Postings of many namespaces. Safe to use from many threads.
+
+    Args:
+        posting_bytes: bytes of a posting, those of the values included.
+    """
+
+    def __init__(self, posting_bytes: int) -> None:
+        self._lock = threading.Lock()
+        self._namespaces: dict[str, Postings[T]] = {}
+        self._posting_bytes = posting_bytes
+        self._where: dict[str, str] = {}
+        self._counted: dict[str, int] = {}
+        self._num_bytes = 0
+
+    def remove(self, node_ids: Iterable[str]) -> None:
+        """Forget nodes; unknown ids are not an error."""
+        with self._lock:
+            self._remove(node_ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the index takes, up to what is being tidied."""
+        return self._num_bytes
+
+    def settle(self) -> None:
+        """Wait until nothing is being tidied beside."""
+        for postings in list(self._namespaces.values()):
+            postings.settle()
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def _put(self, records: Mapping[str, Sequence[tuple[str, T, _U64]]]) -> None:
+        """Add records by namespace; those of known ids are replaced."""
+        with self._lock:
+            for namespace, added in records.items():
+                self._remove(node_id for node_id, _, _ in added)
+                if namespace not in self._namespaces:
+                    self._namespaces[namespace] = Postings(self._lock)
+                self._namespaces[namespace].add(added)
+                self._where.update((node_id, namespace) for node_id, _, _ in added)
+                self._count(namespace)
+
+    def _remove(self, node_ids: Iterable[str]) -> None:
+        for node_id in node_ids:
+            namespace = self._where.pop(node_id, None)
+            if namespace is not None:
+                postings = self._namespaces[namespace]
+                postings.remove(node_id)
+                if not len(postings):
+                    del self._namespaces[namespace]
+                self._count(namespace)
+
+    def _count(self, namespace: str) -> None:
+        """Take a namespace's size anew; what is tidied is seen when it is used next."""
+        postings = self._namespaces.get(namespace)
+        self._num_bytes -= self._counted.pop(namespace, 0)
+        if postings is not None:
+            self._counted[namespace] = postings.num_bytes(self._posting_bytes)
+            self._num_bytes += self._counted[namespace]

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from kvshare_mm.index.base import IndexRecord
-from kvshare_mm.index.postings import Postings
+from kvshare_mm.index.postings import Postings, PostingsIndex
 
 _AT_ONCE = 64
 """Nodes told at once of many that share a prefix."""
 
 
-class PrefixIndex:
+class PrefixIndex(PostingsIndex[None]):
     """Node ids by the hash of each block-aligned prefix of their keys, as vLLM's prefix cache.
 
     A block's hash covers the hash before it, so one hash tells whether two prompts agree so far;
@@ -31,10 +30,8 @@ class PrefixIndex:
     def __init__(self, block: int = 16) -> None:
         if block < 1:
             raise ValueError(f"block must be at least 1, got {block}")
+        super().__init__(posting_bytes=12)
         self.block = block
-        self._lock = threading.Lock()
-        self._namespaces: dict[str, Postings[None]] = {}
-        self._where: dict[str, str] = {}
 
     def add(self, records: Sequence[IndexRecord]) -> None:
         """Store records; a node id that is known already is replaced and counts as newest."""
@@ -42,16 +39,7 @@ class PrefixIndex:
         for record in {record.node_id: record for record in records}.values():
             added = chained.setdefault(record.namespace, [])
             added.append((record.node_id, None, self._chain(record.keys)))
-        with self._lock:
-            for namespace, added in chained.items():
-                self._remove(node_id for node_id, _, _ in added)
-                self._namespaces.setdefault(namespace, Postings(self._lock)).add(added)
-                self._where.update((node_id, namespace) for node_id, _, _ in added)
-
-    def remove(self, node_ids: Iterable[str]) -> None:
-        """Forget nodes; unknown ids are not an error."""
-        with self._lock:
-            self._remove(node_ids)
+        self._put(chained)
 
     def longest(self, namespace: str, keys: NDArray[np.uint64], limit: int = 4) -> list[str]:
         """The nodes that share the longest block-aligned prefix with `keys`, newest first.
@@ -95,20 +83,6 @@ class PrefixIndex:
                 yield depth * self.block, found
             depth -= 1
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that the index takes."""
-        with self._lock:
-            return sum(postings.num_bytes for postings in self._namespaces.values())
-
-    def settle(self) -> None:
-        """Wait until nothing is being tidied beside."""
-        for postings in list(self._namespaces.values()):
-            postings.settle()
-
-    def __len__(self) -> int:
-        return len(self._where)
-
     def _chain(self, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """``[N // block]`` the hash of each block and all before it."""
         data = np.ascontiguousarray(keys, dtype="<u8").tobytes()
@@ -120,15 +94,6 @@ class PrefixIndex:
             parent = xxhash.xxh3_64_intdigest(data[start : start + width], seed=parent)
             hashes.append(parent)
         return np.array(hashes, dtype=np.uint64)
-
-    def _remove(self, node_ids: Iterable[str]) -> None:
-        for node_id in node_ids:
-            namespace = self._where.pop(node_id, None)
-            if namespace is not None:
-                postings = self._namespaces[namespace]
-                postings.remove(node_id)
-                if not len(postings):
-                    del self._namespaces[namespace]
 
 
 def _deepest(postings: Postings[None], chain: NDArray[np.uint64], known: int) -> int:

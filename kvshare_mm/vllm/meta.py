@@ -65,11 +65,13 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
 
     Attributes:
         touched: nodes that were asked for again.
+        dropped: nodes that are to be deleted.
     """
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     touched: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -98,6 +98,8 @@ class Runner:
             self._save(save)
         for node_id in orders.touched:
             self._store.touch(node_id)
+        for node_id in orders.dropped:
+            self._store.delete(node_id)
 
     def finished(self) -> tuple[set[str], set[str], set[str]]:
         """Requests saved, requests loaded, and those of the latter whose load failed."""

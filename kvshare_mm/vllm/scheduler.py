@@ -105,6 +105,7 @@ class Scheduler:
         self._loads: list[Load] = []
         self._saves: list[Save] = []
         self._touched: list[str] = []
+        self._dropped: list[str] = []
         self._settled = threading.Condition()
         self._restored: dict[str, int] = {}  # by how many ranks, those that not all have told
         self._heard = threading.Event()
@@ -284,14 +285,15 @@ class Scheduler:
 
     def orders(self) -> Orders:
         """What the workers shall do in this step."""
-        orders = Orders(self._loads, self._saves, self._touched)
-        self._loads, self._saves, self._touched = [], [], []
+        orders = Orders(self._loads, self._saves, self._touched, self._dropped)
+        self._loads, self._saves, self._touched, self._dropped = [], [], [], []
         return orders
 
     @property
     def busy(self) -> bool:
         """Whether workers have something to do even if no request runs."""
-        return bool(self._loads or self._saves or self._saving or self._touched)
+        ordered = self._loads or self._saves or self._touched or self._dropped
+        return bool(ordered or self._saving)
 
     def reported(self, report: Report, requests: Any) -> None:
         """Take up what the workers did.
@@ -321,10 +323,7 @@ class Scheduler:
         for node_id in report.gone:
             if self._saving.pop(node_id, None) is not None:
                 self.counters["capture_failed"] += 1
-            if self.catalogue.remove(node_id):
-                self.counters["forgotten"] += 1
-            if self.dense is not None:
-                self.dense.remove(node_id)
+            self._forget(node_id)
         for request_id, reason in report.failed.items():
             self._failed(request_id, reason, requests(request_id))
         self._heard.set()
@@ -417,6 +416,17 @@ class Scheduler:
         self.catalogue.add(node)
         if self.dense is not None:
             self.dense.add(node)
+        # The scheduler's process holds no KV: what is known of donors has the half of a budget.
+        for node_id in self.catalogue.beyond(self._options.core.host_bytes // 2):
+            self.counters["forgotten_for_room"] += 1
+            self._dropped.append(node_id)
+            self._forget(node_id)
+
+    def _forget(self, node_id: str) -> None:
+        if self.catalogue.remove(node_id):
+            self.counters["forgotten"] += 1
+        if self.dense is not None:
+            self.dense.remove(node_id)
 
     def close(self) -> None:
         self._heard.set()

@@ -118,3 +118,20 @@ def test_what_was_restored_is_not_kept_twice(engine: Shared) -> None:
     engine.scheduler.reported(Report(restored=[node]), lambda _: None)
     assert [n.node_id for n in engine.scheduler.catalogue.nodes()] == [node.node_id]
     assert not engine.scheduler._restored
+
+
+def test_what_is_known_of_donors_counts_in_a_budget(
+    engine: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(4):
+        engine.serve(ids(200, seed), 1)
+    catalogue = engine.scheduler.catalogue
+    assert len(catalogue.nodes()) == 4
+    core = engine.scheduler._options.core.model_copy(update={"host_bytes": catalogue.num_bytes})
+    options = engine.scheduler._options.model_copy(update={"core": core})
+    monkeypatch.setattr(engine.scheduler, "_options", options)
+    engine.serve(ids(200, 9), 1)
+    left = catalogue.nodes()
+    assert 1 <= len(left) <= 3
+    assert left[-1].keys[:200].tolist() == ids(200, 9)
+    assert sorted(engine.runner._store.ids()) == sorted(node.node_id for node in left)
