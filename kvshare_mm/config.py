@@ -79,7 +79,11 @@ class KVShareConfig(BaseModel):
     )
 
     store_dir: Path | None = Field(None, description="folder for donors on disk; None: RAM only")
-    host_bytes: int = Field(2 << 30, ge=1 << 20, description="budget of donor KV in RAM")
+    host_bytes: int = Field(
+        2 << 30,
+        ge=1 << 20,
+        description="budget in RAM: donor KV, and half of it at most for what is known of others",
+    )
     disk_bytes: int = Field(20 << 30, ge=1 << 20, description="budget of donor KV on disk")
     index_uri: str | None = Field(
         None,

@@ -5,6 +5,7 @@ The reference is a second runner of the same model that computes every prompt in
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -114,6 +115,7 @@ class Watched:
 
     def restart(self) -> None:
         self.llm.close()
+        gc.collect()
         self.counts["restarts"] += 1
         self._open()
 
@@ -161,6 +163,7 @@ class Watched:
 
     def close(self) -> None:
         self.llm.close()
+        gc.collect()  # the watching makes cycles, which hold slots
         assert threading.active_count() <= self._threads
 
     @property
