@@ -74,9 +74,9 @@ def cover(
         the time is over, what was found until then.
     """
     parts = -(-len(target) // TOKENS_OF_BUDGET)
-    deadline = time.perf_counter() + options.max_seconds * parts
+    deadline = time.thread_time() + options.max_seconds * parts
     limit, min_run = len(target) - 1, options.min_run
-    if limit - prefix < min_run or not donors or time.perf_counter() >= deadline:
+    if limit - prefix < min_run or not donors or time.thread_time() >= deadline:
         return []
     matcher = Matcher(target, [d.keys for d in donors], min_run)
     shared = [matcher.shared(i)[prefix : limit - min_run + 1] for i in range(len(donors))]
@@ -86,7 +86,7 @@ def cover(
     for i in sorted(range(len(donors)), key=lambda i: -reach[i]):
         if reach[i] < covered + (options.min_gain_tokens if len(best) else 1):
             break
-        if time.perf_counter() >= deadline:
+        if time.thread_time() >= deadline:
             break
         whole = _gaps(_NO_RUNS, prefix, limit, min_run)
         usable = _usable(matcher.align(i), donors[i], whole, min_run)
@@ -95,7 +95,7 @@ def cover(
         if length > covered:
             best, covered = runs, length
     for i, donor in enumerate(donors):
-        if len(best) >= MAX_RUNS or time.perf_counter() >= deadline:
+        if len(best) >= MAX_RUNS or time.thread_time() >= deadline:
             break
         gaps = _gaps(best, prefix, limit, min_run)
         # A gap without any window that the donor has too is not worth a search.

@@ -227,10 +227,11 @@ class PlannerOptions:
             below it the edits outweigh what is known and the answer would drift.
         exact_only: never reuse approximately.
         tolerance: how approximate a donor may be that the target continues.
-        max_seconds: the search for approximate reuse ends about so long after it began (for each
-            32,768 tokens of the prompt), with the best found until then. What it may look at is
-            bounded too and ordinary prompts need far less, so plans do not depend on the clock:
-            it is for prompts and machines slower than anybody thought.
+        max_seconds: the search for approximate reuse ends when it has worked about so long (for
+            each 32,768 tokens of the prompt; the time of its own thread, waiting for others is
+            none of it), with the best found until then. What it may look at is bounded too and
+            ordinary prompts need far less, so plans do not depend on the clock: it is for prompts
+            and machines slower than anybody thought.
     """
 
     min_run: int = 4

@@ -259,11 +259,11 @@ def clock(monkeypatch, step: float) -> list[float]:
     """Each look at the clock takes `step` seconds; returns the looks."""
     looks: list[float] = []
 
-    def perf_counter() -> float:
+    def thread_time() -> float:
         looks.append(step * len(looks))
         return looks[-1]
 
-    monkeypatch.setattr(cover, "time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr(cover, "time", SimpleNamespace(thread_time=thread_time))
     return looks
 
 
