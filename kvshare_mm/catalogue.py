@@ -234,8 +234,10 @@ class Catalogue:
         for node_id in ids:
             found[node_id] = None
             node = self.tree.get(node_id)
-            if node is not None and (owners := node.owners):
-                found[max(owners, key=lambda owner: owners[owner])] = None
+            owners = {} if node is None else node.owners
+            still_here = [owner for owner in owners if owner in self.tree]
+            if still_here:
+                found[max(still_here, key=lambda owner: owners[owner])] = None
         return list(found)
 
 

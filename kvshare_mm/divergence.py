@@ -86,21 +86,22 @@ def drift(plan: ReusePlan) -> np.ndarray:
     changed = end = shift = 0
     last: dict[str, tuple[int, int, int]] = {}
     for run in plan.runs:
-        # Tokens put in, taken out or replaced since the run before, and since the last one of this
-        # donor: what others put between them is as foreign to it as what is computed.
-        if not _goes_on(plan, end, run):
-            changed += max(run.start - end, abs(run.shift - shift))
+        # Tokens put in, taken out or replaced before it: since the run before, and since the last
+        # of this donor, to which what others put between them is as foreign as what is computed.
+        if _goes_on(plan, end, run):
+            edits = last[run.donor][0] if run.donor in last else changed
+        else:
             own, own_end, own_shift = last.get(run.donor, (run.foreign, end, shift))
-            changed = max(changed, own + max(run.start - own_end, abs(run.shift - own_shift)))
+            changed += max(run.start - end, abs(run.shift - shift))
+            edits = own + max(run.start - own_end, abs(run.shift - own_shift))
+            edits = max(edits, changed)
         end, shift = run.end, run.shift
-        last[run.donor] = changed, end, shift
-        if run.exact:
-            continue
-        if not run.continued:
-            share = np.minimum(1.0, changed / (np.arange(run.start, run.end) + 1))
+        last[run.donor] = edits, end, shift
+        if not run.exact and not run.continued:
+            share = np.minimum(1.0, edits / (np.arange(run.start, run.end) + 1))
             fading = (1.0 + np.arange(run.length)) ** _DISTANCE_POWER
             found[run.start : run.end] = share**_CHANGED_POWER * fading
-        if inherited is not None:
+        if inherited is not None and not run.exact:
             found[run.start : run.end] += inherited[run.start : run.end]
     return found
 

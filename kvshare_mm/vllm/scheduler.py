@@ -312,14 +312,14 @@ class Scheduler:
                 self._add(node)
                 self.counters["restored"] += 1
         for node_id, ranks in report.stored.items():
-            saved = self._saving.pop(node_id, None)
-            if saved is None or node_id in report.gone:
-                continue
-            if ranks == self._num_ranks:
+            saved = self._saving.get(node_id)
+            if saved is not None and ranks == self._num_ranks and node_id not in report.gone:
                 mass = report.attention.get(node_id)
                 attention = None if mass is None else (mass / ranks).astype(np.float32)
                 self._add(replace(saved, attention=attention))
                 self.counters["captured"] += 1
+            # Only now: who waits for it looks for it the moment that it is no longer being saved.
+            self._saving.pop(node_id, None)
         for node_id in report.gone:
             if self._saving.pop(node_id, None) is not None:
                 self.counters["capture_failed"] += 1

@@ -225,6 +225,17 @@ def test_an_edit_that_another_donor_fills_is_one_to_the_first():
     assert filled[50] == pytest.approx((14 / 51) ** 1.4)
 
 
+def test_a_donor_that_fills_a_gap_does_not_make_others_more_foreign():
+    runs = (
+        KeptRun("a", 0, 0, 100, True),
+        KeptRun("b", 100, 100, 5, False, foreign=100),
+        KeptRun("a", 100, 105, 90, False),
+    )
+    found = drift(ReusePlan(200, runs))
+    assert found[100] == pytest.approx((100 / 101) ** 1.4)
+    assert found[105] == pytest.approx((5 / 106) ** 1.4)
+
+
 @st.composite
 def histories(draw):
     """Requests that are edits or extensions of one another, with the policies of each."""
