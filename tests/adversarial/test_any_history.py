@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -187,10 +188,13 @@ class Histories(RuleBasedStateMachine):
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread_and_no_log() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    # pytest keeps what is logged, and each traceback of a failure a whole server.
+    logging.disable(logging.CRITICAL)
     yield
+    logging.disable(logging.NOTSET)
     torch.set_num_threads(threads)
 
 
