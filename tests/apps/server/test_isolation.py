@@ -140,10 +140,11 @@ class World:
 
     def _text(self, step: Step) -> str:
         own = SECRETS[step.who] if step.number % 5 == 0 else ""
-        return f"{_RULES} {own} Order {step.number % 4}: is the lamp mended, and when?"
+        return f"Order {step.number % 4}: {own} {4 * _RULES} Is the lamp mended, and when?"
 
     def _generated(self, step: Step, path: str, body: dict[str, Any]) -> None:
-        more = {"max_tokens": 3, "temperature": 0, "ignore_eos": True}
+        more: dict[str, Any] = {"max_tokens": 3, "temperature": 0, "ignore_eos": True}
+        more["kvshare"] = {"max_divergence": 1}
         self._asked(step, "POST", path, {**body, **more})
 
     def _asked(self, step: Step, method: str, path: str, body: Any) -> None:
