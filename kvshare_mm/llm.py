@@ -39,6 +39,8 @@ class RequestOptions:
         max_divergence: largest first-token KL in nats that repairs aim at, instead of `repair`.
         cache_salt: only requests with the same salt share KV.
         store: whether the request becomes a donor.
+        tenant: whose request it is. Where several tenants wait, the native engine gives each the
+            same share of its time; vLLM's scheduler serves as requests come.
 
     Raises:
         InvalidRequestError: a value that does not exist, with the field's name.
@@ -49,12 +51,14 @@ class RequestOptions:
     cache_salt: str | None = None
     store: bool = True
     max_divergence: float | None = None
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         checks = {
             "sharing": self.sharing is None or self.sharing in get_args(Sharing),
             "cache_salt": self.cache_salt is None or isinstance(self.cache_salt, str),
             "store": isinstance(self.store, bool),
+            "tenant": isinstance(self.tenant, str),
         }
         for name, good in checks.items():
             if not good:
@@ -381,6 +385,7 @@ class KVShare:
             sharing=options.sharing or self.config.sharing,
             policy=policy_of(options.repair, options.max_divergence),
             store=options.store,
+            tenant=options.tenant,
             cache_salt=salt,
             repair=options.repair
             if options.max_divergence is None

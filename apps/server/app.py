@@ -62,6 +62,7 @@ def create_app(
         Gate,
         options=service.options,
         keys=service.keys,
+        meters=service.meters,
         registry=service.metrics.registry,
         ui_path=ui_path,
     )

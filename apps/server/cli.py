@@ -17,6 +17,7 @@ keys = typer.Typer(help="API keys: each bound to a tenant, kept as hashes in a f
 _ENGINE = "engine"
 _SAFETY = "tenancy and safety"
 _OPERATION = "operation"
+_LIMITS = "limits of the key; default: none"
 
 
 def serve(
@@ -212,12 +213,31 @@ def add(
     file: Annotated[Path, typer.Argument(help="file of keys; made if it does not exist")],
     tenant: Annotated[str, typer.Option(help="whose key it is")],
     admin: Annotated[bool, typer.Option("--admin", help="may administrate the cache")] = False,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="to all routes", rich_help_panel=_LIMITS)
+    ] = None,
+    prompt_tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="reused ones count too", rich_help_panel=_LIMITS)
+    ] = None,
+    output_tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="of answers", rich_help_panel=_LIMITS)
+    ] = None,
+    concurrent_requests: Annotated[
+        int | None, typer.Option(min=1, help="at a time", rich_help_panel=_LIMITS)
+    ] = None,
 ) -> None:
     """Make a key and show it once; the file keeps its hash. To end a key, delete its line."""
-    from kvshare_mm.apps.server.keys import add_key
+    from kvshare_mm.apps.server.keys import Limits, add_key
 
     with plain_errors():
-        console.print(add_key(file, tenant, admin), markup=False, highlight=False, soft_wrap=True)
+        limits = Limits(
+            requests_per_minute,
+            prompt_tokens_per_minute,
+            output_tokens_per_minute,
+            concurrent_requests,
+        )
+        made = add_key(file, tenant, admin, None if limits == Limits() else limits)
+        console.print(made, markup=False, highlight=False, soft_wrap=True)
 
 
 def _named(context: typer.Context) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.keys import Caller, KeyRing
+from kvshare_mm.apps.server.limits import Meter, Meters
 from kvshare_mm.apps.server.logs import request_id
 from kvshare_mm.apps.server.options import ServerOptions
 
@@ -37,6 +38,7 @@ class Gate:
         app: what lies behind.
         options: limits.
         keys: who may come in.
+        meters: what keys with limits have used.
         registry: where requests are counted.
         ui_path: pages below it have a login of their own; None: there are none.
     """
@@ -46,12 +48,14 @@ class Gate:
         app: ASGIApp,
         options: ServerOptions,
         keys: KeyRing,
+        meters: Meters,
         registry: CollectorRegistry,
         ui_path: str | None = None,
     ) -> None:
         self._app = app
         self._options = options
         self._keys = keys
+        self._meters = meters
         self._ui_path = ui_path
         self._requests = Counter(
             "kvshare:http_requests",
@@ -72,21 +76,32 @@ class Gate:
         state: dict[str, Any] = scope.setdefault("state", {})
         state["request_id"] = this_id
         status = 0
+        meter: Meter | None = None
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message.setdefault("headers", []).append((b"x-request-id", this_id.encode()))
+                more = {"x-request-id": this_id, **(meter.headers if meter else {})}
+                message.setdefault("headers", []).extend(
+                    (name.encode(), value.encode()) for name, value in more.items()
+                )
             await send(message)
 
         body = _Body(receive, self._options)
         try:
             error = self._admit(scope, headers, state) or body.check(headers)
+            if error is None:
+                meter = self._meters.of(state["caller"].key, state["caller"].limits)
+                error = _begun(meter)
             if error is not None:
                 await error.response()(scope, receive, sending)
-            else:
+                return
+            try:
                 await self._app(scope, body.receive, sending)
+            finally:
+                if meter is not None:
+                    meter.end()
         finally:
             if state.get("client_gone"):
                 status = _CLIENT_GONE
@@ -136,6 +151,16 @@ class Gate:
                 }
             },
         )
+
+
+def _begun(meter: Meter | None) -> ApiError | None:
+    """Begin a request of a key with limits, or say why not now."""
+    try:
+        if meter is not None:
+            meter.begin()
+    except ApiError as error:
+        return error
+    return None
 
 
 class _Body:

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from kvshare_mm.apps.server.answering import Answers, EventStream, answers, unless_gone
 from kvshare_mm.apps.server.errors import ApiError, as_api_error
 from kvshare_mm.apps.server.keys import Caller
+from kvshare_mm.apps.server.limits import Bill
 from kvshare_mm.apps.server.replies import provenance, usage
 from kvshare_mm.apps.server.schema import Reuse
 from kvshare_mm.apps.server.service import Service
@@ -23,6 +24,7 @@ from kvshare_mm.outputs import RequestOutput, StreamChunk, TokenLogprob
 from kvshare_mm.sampling import SamplingParams
 
 Prompt = Any  # text, token ids or messages: what `KVShare.astream` takes
+_CHARACTERS_PER_TOKEN = 4
 Piece = Callable[[int, str, Sequence[TokenLogprob], str | None], dict[str, Any]]
 Whole = Callable[[int, RequestOutput], dict[str, Any]]
 
@@ -38,6 +40,7 @@ def request_options(
         repair=reuse.repair,
         max_divergence=reuse.max_divergence,
         store=options.store and reuse.store,
+        tenant=caller.tenant,
     )
 
 
@@ -68,6 +71,9 @@ class Generation:
         self._options = options
         self._head = head
         self._spans = spans
+        self._bill = Bill()
+        self._outputs: dict[int, RequestOutput] = {}
+        self._num_tokens: dict[int, int] = {}
 
     async def whole(self, kind: str, choice: Whole) -> Response:
         """All answers at once.
@@ -78,14 +84,11 @@ class Generation:
         """
 
         async def run() -> Response:
-            outputs: list[RequestOutput | None] = [None] * len(self._runs)
             async with asyncio.timeout(self._service.options.request_timeout_s):
                 async with answers(await self._streams()) as chunks:
                     async for index, chunk in chunks:
-                        if chunk.output is not None:
-                            outputs[index] = chunk.output
-                            self._finished(chunk.output)
-            done = [output for output in outputs if output is not None]
+                        self._take(index, chunk)
+            done = [self._outputs[i] for i in range(len(self._runs))]
             body = {
                 **self._head,
                 "object": kind,
@@ -99,6 +102,8 @@ class Generation:
             reply = await unless_gone(self._request.receive, self._request.scope, run())
         except Exception as error:
             raise as_api_error(error, self._service.retry_after) from error
+        finally:
+            self._settle()
         return reply if reply is not None else Response(status_code=204)  # nobody reads it
 
     async def stream(
@@ -126,14 +131,23 @@ class Generation:
                 raise
             return running
 
+        running: Answers | None = None
         try:
             running = await unless_gone(self._request.receive, self._request.scope, begin())
         except Exception as error:
             raise as_api_error(error, self._service.retry_after) from error
+        finally:
+            if running is None:
+                self._settle()
         if running is None:
             return Response(status_code=204)  # nobody reads it
         events = self._events(running, kind, first, piece, with_usage)
-        return EventStream(events, running.close)
+
+        async def close() -> None:
+            self._settle()
+            await running.close()
+
+        return EventStream(events, close)
 
     async def _events(
         self,
@@ -152,7 +166,7 @@ class Generation:
 
         sent = [0] * len(self._runs)
         begun: set[int] = set()
-        outputs: dict[int, RequestOutput] = {}
+        outputs = self._outputs
         try:
             async with asyncio.timeout(self._service.options.request_timeout_s):
                 async for index, chunk in running:
@@ -161,17 +175,16 @@ class Generation:
                     begun.add(index)
                     logprobs = _new_logprobs(chunk, sent[index])
                     sent[index] += len(logprobs)
+                    self._take(index, chunk)
                     output = chunk.output
                     if output is None:
                         if chunk.text or logprobs:
                             yield event(piece(index, chunk.text, logprobs, None))
                         continue
-                    self._finished(output)
-                    outputs[index] = output
                     last = piece(index, chunk.text, logprobs, output.finish_reason)
                     done = len(outputs) == len(self._runs)
                     # A field of its own is where OpenAI's client keeps what it does not know.
-                    more = {"kvshare": self._provenance(outputs)} if done else {}
+                    more = {"kvshare": self._provenance()} if done else {}
                     yield event(last, **more)
             if with_usage:
                 yield event(usage=usage([outputs[i] for i in sorted(outputs)]))
@@ -182,18 +195,46 @@ class Generation:
 
     async def _streams(self) -> list[Any]:
         llm, service = self._service.llm, self._service
+        caller = self._request.state.caller
+        if (meter := service.meters.of(caller.key, caller.limits)) is not None:
+            size = sum(_size(prompt) for prompt, _ in self._runs)
+            self._bill = meter.reserve(size, sum(p.max_tokens or 0 for _, p in self._runs))
         # One after the other: what is wrong with a prompt is known before any is submitted.
         return [
             await service.prepared(llm.astream, prompt, params, self._options)
             for prompt, params in self._runs
         ]
 
-    def _provenance(self, outputs: dict[int, RequestOutput]) -> dict[str, Any]:
-        return provenance([outputs[i] for i in sorted(outputs)], self._spans)
+    def _provenance(self) -> dict[str, Any]:
+        return provenance([self._outputs[i] for i in sorted(self._outputs)], self._spans)
 
-    def _finished(self, output: RequestOutput) -> None:
+    def _take(self, index: int, chunk: StreamChunk) -> None:
+        """Count what comes."""
+        output = chunk.output
+        if output is None:
+            self._num_tokens[index] = self._num_tokens.get(index, 0) + len(chunk.token_ids)
+            return
+        self._outputs[index] = output
+        self._num_tokens[index] = len(output.token_ids)
         request_id = self._request.scope["state"]["request_id"]
         self._service.finished(output, request_id, dict(self._request.headers))
+
+    def _settle(self) -> None:
+        """It is over, well or not."""
+        done = [self._outputs[i] for i in sorted(self._outputs)]
+        prompt = usage(done)["prompt_tokens"] if len(done) == len(self._runs) else None
+        self._bill.settle(prompt, sum(self._num_tokens.values()))
+
+
+def _size(prompt: Prompt) -> int:
+    """About how many tokens a prompt has, pictures and sound aside."""
+    if isinstance(prompt, str):
+        return len(prompt) // _CHARACTERS_PER_TOKEN
+    if not prompt or isinstance(prompt[0], int):
+        return len(prompt)
+    contents = (message["content"] for message in prompt)
+    parts = (part for c in contents for part in ([{"text": c}] if isinstance(c, str) else c))
+    return sum(len(part.get("text", "")) for part in parts) // _CHARACTERS_PER_TOKEN
 
 
 def _new_logprobs(chunk: StreamChunk, sent: int) -> Sequence[TokenLogprob]:

@@ -8,16 +8,44 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from kvshare_mm.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one key; None: there is no limit.
+
+    Attributes:
+        requests_per_minute: requests to all routes that need a key.
+        prompt_tokens_per_minute, output_tokens_per_minute: of chats and completions.
+        concurrent_requests: requests that are being answered.
+
+    Raises:
+        ValueError: one is no whole number of at least 1.
+    """
+
+    requests_per_minute: int | None = None
+    prompt_tokens_per_minute: int | None = None
+    output_tokens_per_minute: int | None = None
+    concurrent_requests: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} must be a whole number of at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +55,14 @@ class Caller:
     Attributes:
         tenant: whose key it was; "" where no keys are asked for.
         admin: whether the cache may be administrated.
+        key: hash of the key; "" where none is asked for.
+        limits: of the key; None: it has none.
     """
 
     tenant: str = ""
     admin: bool = False
+    key: str = ""
+    limits: Limits | None = None
 
 
 def digest(key: str) -> str:
@@ -38,7 +70,7 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def add_key(path: Path, tenant: str, admin: bool = False) -> str:
+def add_key(path: Path, tenant: str, admin: bool = False, limits: Limits | None = None) -> str:
     """Make a key, append its hash to the file and return the key itself, which is kept nowhere.
 
     Raises:
@@ -49,7 +81,10 @@ def add_key(path: Path, tenant: str, admin: bool = False) -> str:
     if path.exists():
         _read(path)  # nothing is appended to a file of another kind
     key = f"kvs-{secrets.token_urlsafe(32)}"
-    line = json.dumps({"tenant": tenant, "admin": admin, "sha256": digest(key)})
+    entry = {"tenant": tenant, "admin": admin, "sha256": digest(key)}
+    if limits is not None:
+        entry["limits"] = {name: n for name, n in asdict(limits).items() if n is not None}
+    line = json.dumps(entry)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with open(descriptor, "a", encoding="utf-8") as file:
@@ -62,9 +97,16 @@ def add_key(path: Path, tenant: str, admin: bool = False) -> str:
 class KeyRing:
     """The keys of a file. A file that changes is read again, so a deleted line ends a key.
 
+    While it cannot be read, or has a bad line, the keys that it had before are in force: a slip of
+    one tenant's line must not lock out all others.
+
     Args:
-        path: JSON Lines: ``{"tenant": "shop", "admin": false, "sha256": "..."}``; None: no file.
+        path: JSON Lines: ``{"tenant": "shop", "admin": false, "sha256": "...", "limits": {...}}``,
+            the last as in `Limits` or left out; None: no file.
         admin_key: a further key that may administrate, or None.
+
+    Attributes:
+        problem: why the file as it is now is not in force, or None.
 
     Raises:
         ConfigError: the file cannot be read or has a bad line.
@@ -73,6 +115,7 @@ class KeyRing:
     def __init__(self, path: Path | None, admin_key: str | None = None) -> None:
         self._path = path
         self._admin = None if admin_key is None else digest(admin_key)
+        self.problem: str | None = None
         self._stamp = _stamp(path)
         self._callers = {} if path is None else _read(path)
 
@@ -90,16 +133,17 @@ class KeyRing:
             return None if self.required else Caller()
         known = digest(key)
         if known == self._admin:
-            return Caller(admin=True)
+            return Caller(admin=True, key=known)
         if self._path is None:
             return Caller()  # clients often send some key; none is asked for
         stamp = _stamp(self._path)
         if stamp != self._stamp:
-            try:
-                self._callers = _read(self._path)
-            except ConfigError:
-                self._callers = {}  # what cannot be read lets nobody in
             self._stamp = stamp
+            try:
+                self._callers, self.problem = _read(self._path), None
+            except ConfigError as error:
+                self.problem = str(error)
+                logger.error("the last good keys stay in force: %s", error)
         return self._callers.get(known)
 
 
@@ -127,7 +171,8 @@ def _read(path: Path) -> dict[str, Caller]:
                 raise ValueError("tenant or sha256 is malformed")
             if not isinstance(admin, bool):
                 raise ValueError("admin is true or false")
+            limits = Limits(**entry["limits"]) if "limits" in entry else None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"line {number} of {path} is no key: {error}") from error
-        callers[known] = Caller(tenant, admin)
+        callers[known] = Caller(tenant, admin, known, limits)
     return callers

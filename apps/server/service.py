@@ -6,12 +6,16 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from prometheus_client import Gauge
+
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.keys import KeyRing
+from kvshare_mm.apps.server.limits import Meters
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.tracing import Tracer
 from kvshare_mm.cache import CacheAdmin
@@ -23,6 +27,8 @@ from kvshare_mm.outputs import RequestOutput
 logger = logging.getLogger(__name__)
 
 _LONGEST_RETRY_S = 60.0
+# Answers that tell how fast places in the queue get free.
+_RECENT = 32
 
 
 class Service:
@@ -39,14 +45,20 @@ class Service:
     ) -> None:
         self.options = options
         self.keys = KeyRing(options.keys_file, options.admin_key)
+        self.meters = Meters()
         self.fetcher = MediaFetcher(options.fetch)
         self.tracer = tracer or Tracer(None, options.model_name)
         self.metrics = EngineMetrics(options.model_name, self.stats, self._tree_depth)
+        Gauge(
+            "kvshare:key_file_broken",
+            "1: the file of keys cannot be read; those that it had before are in force.",
+            registry=self.metrics.registry,
+        ).set_function(lambda: float(self.keys.problem is not None))
         self.started_s = int(time.time())
         self.failure: Exception | None = None
         self._load = load
         self._llm: KVShare | None = None
-        self._mean_s = 1.0
+        self._ends: deque[float] = deque(maxlen=_RECENT)
         # Tokenising, templates and pictures are work: not on the thread that answers everybody.
         self._preparing = ThreadPoolExecutor(4, thread_name_prefix="kvshare-prepare")
 
@@ -86,13 +98,15 @@ class Service:
         """Count an answer."""
         self.metrics.observe(output)
         self.tracer.record(output, request_id, headers)
-        self._mean_s += 0.1 * (output.metrics.total - output.metrics.queue - self._mean_s)
+        self._ends.append(time.monotonic())
 
     @property
     def retry_after(self) -> float:
-        """Seconds until a place in the queue may be free: one answer's time over the slots."""
-        slots = 1 if self._llm is None else self._llm.config.max_num_seqs
-        return min(_LONGEST_RETRY_S, math.ceil(self._mean_s / slots))
+        """Seconds until a place in the queue may be free: as answers have ended in the last minute,
+        one place each."""
+        now = time.monotonic()
+        recent = [end for end in self._ends if end > now - _LONGEST_RETRY_S]
+        return math.ceil((now - recent[0]) / len(recent)) if recent else 1
 
     def stats(self) -> dict[str, Any] | None:
         """The engine's counters; None while it is loading."""

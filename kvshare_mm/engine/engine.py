@@ -11,12 +11,13 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 
 import numpy as np
 import torch
 
 from kvshare_mm.donors import DonorPool
+from kvshare_mm.engine.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN, FairQueue
 from kvshare_mm.engine.prefill import Prefiller
 from kvshare_mm.engine.request import Request, RequestSpec, Sink
 from kvshare_mm.engine.runner import ModelRunner, SlotRunner
@@ -48,7 +49,7 @@ class NativeEngine:
         prefiller: fills slots.
         donors: takes up finished requests; None: nothing is stored.
         max_model_len: longest prompt plus answer.
-        max_queue: requests that may wait.
+        max_queue: requests that may wait, see `FairQueue`.
     """
 
     def __init__(
@@ -66,9 +67,8 @@ class NativeEngine:
         self._prefiller = prefiller
         self._donors = donors
         self._max_model_len = max_model_len
-        self._max_queue = max_queue
         self._changed = threading.Condition()
-        self._waiting: deque[Request] = deque()
+        self._waiting: FairQueue[Request] = FairQueue(max_queue)
         self._free = list(range(runner.num_slots))
         self._active: list[Request] = []
         self._known: dict[str, Request] = {}
@@ -113,15 +113,14 @@ class NativeEngine:
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("the engine is closed")
-            if len(self._waiting) >= self._max_queue:
-                self.counters["queue_full"] += 1
-                raise QueueFullError(
-                    f"{len(self._waiting)} requests are waiting already; try again later"
-                )
             if spec.sharing != "off":
                 request.after = self._last_capture.get(spec.namespace, 0)
             must_wait = bool(self._waiting) or not self._free
-            self._waiting.append(request)
+            try:
+                self._waiting.add(spec.tenant, request)
+            except QueueFullError:
+                self.counters["queue_full"] += 1
+                raise
             self._known[request.request_id] = request
             self._changed.notify_all()
         if must_wait and spec.sharing == "on":
@@ -199,10 +198,10 @@ class NativeEngine:
                 return False
             gone = self._gone()
             for dropped in gone:
-                self._waiting.remove(dropped)
+                self._waiting.remove(dropped.spec.tenant, dropped)
             request = self._next()
             if request is not None:
-                self._waiting.remove(request)
+                self._waiting.remove(request.spec.tenant, request)
                 slot = self._free.pop()
         for dropped in gone:
             self._finish(dropped, "abort")
@@ -213,12 +212,11 @@ class NativeEngine:
         return True
 
     def _next(self) -> Request | None:
-        """The longest waiting request that can start. Lock held."""
+        """The request that starts next, if one can. Lock held."""
         if not self._free:
             return None
         latest = time.perf_counter() - _MAX_HOLD_S
-        ready = (r for r in self._waiting if r.after <= self._captured or r.submitted <= latest)
-        return next(ready, None)
+        return self._waiting.next(lambda r: r.after <= self._captured or r.submitted <= latest)
 
     def _gone(self) -> list[Request]:
         """Waiting requests that nobody waits for any more. Lock held."""
@@ -241,6 +239,7 @@ class NativeEngine:
             self._fail(request, failure)
             return
         self._count(request)
+        self._charge(request, PROMPT_TOKEN * request.prefill.plan.num_computed)
         self._active.append(request)
         self._accept(request, request.prefill.logits)
 
@@ -282,7 +281,12 @@ class NativeEngine:
             [r.prefill.lead if r.prefill else 0 for r in batch],
         )
 
+    def _charge(self, request: Request, amount: int) -> None:
+        with self._changed:
+            self._waiting.charge(request.spec.tenant, amount)
+
     def _accept(self, request: Request, logits: torch.Tensor) -> None:
+        self._charge(request, ANSWER_TOKEN)
         left = self._max_model_len - len(request.spec.stream)
         try:
             reason = request.accept(logits, self._loaded.eos_token_ids, left)

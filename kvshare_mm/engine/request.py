@@ -43,6 +43,7 @@ class RequestSpec:
         sharing: what may be reused for it.
         policy: repairs for it; None: the engine's.
         store: whether it becomes a donor.
+        tenant: whose it is: tenants that wait get equal shares of the engine.
         cache_salt, repair: what `namespace` and `policy` were made from, in the user's words.
     """
 
@@ -53,6 +54,7 @@ class RequestSpec:
     sharing: Sharing = "on"
     policy: RepairPolicy | None = None
     store: bool = True
+    tenant: str = ""
     cache_salt: str = ""
     repair: str | None = None
 

@@ -186,7 +186,7 @@ def test_donors_found_by_meaning_are_used_if_they_come_in_time(open_llm: OpenLLM
     gate.wait()
     second = Inbox(llm, _PROMPTS[1], params(2))
     assert searched.wait(PATIENCE_S)
-    assert eventually(lambda: bool(llm._parts.engine._waiting[0].similar))
+    assert eventually(lambda: bool(next(iter(llm._parts.engine._waiting)).similar))
     gate.open()
     first.result()
     second.result()

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from kvshare_mm import QueueFullError, RequestOutput
+from kvshare_mm import QueueFullError, RequestOptions, RequestOutput, StreamChunk
 
 from .asking import _PROMPTS, Gate, Inbox, OpenLLM, idle, outcomes, params
 
@@ -42,3 +42,32 @@ def test_a_list_that_the_queue_cannot_take_leaves_nothing_running(open_llm: Open
     assert idle(llm)
     assert "finished_length" not in outcomes(llm)
     assert outcomes(llm)["finished_abort"] >= 2
+
+
+def test_a_tenant_with_many_requests_does_not_hold_up_one_with_few(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=1, max_queue=30)
+    gate = Gate(llm._parts.runner, "decode")
+    done: list[str] = []
+
+    def ask(tenant: str) -> None:
+        def sink(chunk: StreamChunk | Exception) -> None:
+            if isinstance(chunk, StreamChunk) and chunk.output is not None:
+                done.append(tenant)
+
+        options = RequestOptions(tenant=tenant, sharing="off", store=False)
+        llm._parts.engine.submit(llm._prompt(_PROMPTS[0], params(3), options), sink)
+
+    ask("large")
+    gate.wait()
+    for _ in range(25):
+        ask("large")
+    for _ in range(4):
+        ask("small")
+    with pytest.raises(QueueFullError):
+        for _ in range(2):
+            ask("large")
+    ask("other")  # who has less than a share of a full queue gets in
+    gate.open()
+    assert idle(llm)
+    assert len(done) >= 31
+    assert done[:10].count("small") == 4 and done[:4].count("other") == 1, done

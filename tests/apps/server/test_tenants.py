@@ -175,9 +175,7 @@ def test_a_deleted_line_ends_a_key(serve: Start, ring: tuple[Path, dict[str, str
     file.write_text("".join(line for line in lines if digest(keys["a"]) not in line))
     assert running.ask("GET", "/v1/models", keys["a"]).status_code == 401
     assert running.ask("GET", "/v1/models", keys["b"]).status_code == 200
-    file.write_text("nonsense")
-    assert running.ask("GET", "/v1/models", keys["b"]).status_code == 401
-    file.unlink()
+    file.write_text("")
     assert running.ask("GET", "/v1/models", keys["b"]).status_code == 401
 
 
@@ -189,7 +187,8 @@ def test_the_file_keeps_no_keys(ring: tuple[Path, dict[str, str]]) -> None:
         "shop-a", "shop-a", "shop-b", "office",
     ]  # fmt: skip
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert KeyRing(file).caller(keys["boss"]) == Caller("office", admin=True)
+    boss = KeyRing(file).caller(keys["boss"])
+    assert boss == Caller("office", admin=True, key=digest(keys["boss"]))
 
 
 @pytest.mark.parametrize(

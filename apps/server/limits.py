@@ -1,0 +1,167 @@
+"""What one API key may use in a minute: token buckets, in memory.
+
+Limits stand at a key, beside its tenant in the file of keys. How much a request will use is known
+when it is over: before, it is reserved by its size, as OpenAI does (a token every four characters,
+`max_tokens` of answer), and what it did not use is given back.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from kvshare_mm.apps.server.errors import ApiError
+from kvshare_mm.apps.server.keys import Limits
+
+_MINUTE_S = 60.0
+_LEAST_WAIT_S = 1.0  # until a place of a key whose requests all run may be free
+
+
+class Bucket:
+    """A minute's worth fits in and flows in within a minute. It can be overdrawn, and refills."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
+        self.capacity = per_minute
+        self._clock = clock
+        self._level = float(per_minute)
+        self._stamp = clock()
+
+    @property
+    def level(self) -> float:
+        now = self._clock()
+        flown = (now - self._stamp) * self.capacity / _MINUTE_S
+        self._level, self._stamp = min(self.capacity, self._level + flown), now
+        return self._level
+
+    def wait(self, amount: float) -> float:
+        """Seconds until so much can be taken; of more than fits in, until it is full."""
+        return self.filled_in(min(amount, self.capacity))
+
+    def filled_in(self, level: float) -> float:
+        """Seconds until it holds so much."""
+        return max(0.0, level - self.level) * _MINUTE_S / self.capacity
+
+    def take(self, amount: float) -> None:
+        """Less than nothing gives back."""
+        self._level = min(self.capacity, self.level - amount)
+
+
+class Meter:
+    """One key's use, against its limits. For one event loop.
+
+    Args:
+        limits: of the key.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self.running = 0
+        self._requests, self._prompt, self._output = (
+            None if rate is None else Bucket(rate, clock)
+            for rate in (
+                limits.requests_per_minute,
+                limits.prompt_tokens_per_minute,
+                limits.output_tokens_per_minute,
+            )
+        )
+
+    def begin(self) -> None:
+        """A request comes; `end` when it is over. Raises ApiError 429."""
+        most = self.limits.concurrent_requests
+        if most is not None and self.running >= most:
+            raise _refused(f"{most} requests at a time", _LEAST_WAIT_S)
+        self._check(self._requests, 1, "requests a minute")
+        if self._requests is not None:
+            self._requests.take(1)
+        self.running += 1
+
+    def end(self) -> None:
+        self.running -= 1
+
+    def reserve(self, prompt: int, output: int) -> Bill:
+        """Take what a request may use. Raises ApiError 429."""
+        self._check(self._prompt, prompt, "prompt tokens a minute")
+        self._check(self._output, output, "output tokens a minute")
+        self.take(prompt, output)
+        return Bill(self, prompt, output)
+
+    def take(self, prompt: int, output: int) -> None:
+        for bucket, amount in ((self._prompt, prompt), (self._output, output)):
+            if bucket is not None:
+                bucket.take(amount)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """OpenAI's: what is left, and when all of it is there again. `tokens` are those of the
+        prompt or of the answer, of which less is left."""
+        told = {"requests": self._requests}
+        tokens = [b for b in (self._prompt, self._output) if b is not None]
+        told["tokens"] = min(tokens, key=lambda b: b.level / b.capacity, default=None)
+        found = {}
+        for name, bucket in told.items():
+            if bucket is not None:
+                found[f"x-ratelimit-limit-{name}"] = str(bucket.capacity)
+                found[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(bucket.level)))
+                found[f"x-ratelimit-reset-{name}"] = f"{bucket.filled_in(bucket.capacity):.3f}s"
+        return found
+
+    @staticmethod
+    def _check(bucket: Bucket | None, amount: int, name: str) -> None:
+        if bucket is not None and (wait := bucket.wait(amount)) > 0:
+            raise _refused(f"{bucket.capacity} {name}", wait)
+
+
+class Bill:
+    """What one request has reserved, until it is known what it used.
+
+    Args:
+        meter: of its key; None: nothing is limited.
+    """
+
+    def __init__(self, meter: Meter | None = None, prompt: int = 0, output: int = 0) -> None:
+        self._meter, self._prompt, self._output = meter, prompt, output
+
+    def settle(self, prompt: int | None, output: int) -> None:
+        """It is over.
+
+        Args:
+            prompt: tokens of its prompts; None: unknown, as many as were reserved.
+            output: tokens of its answers.
+        """
+        if self._meter is not None:
+            used = self._prompt if prompt is None else prompt
+            self._meter.take(used - self._prompt, output - self._output)
+            self._meter = None
+
+
+class Meters:
+    """The meters of all keys that have limits. A file of keys that is read again resets nothing.
+
+    >>> Meters().of("", None) is None
+    True
+    """
+
+    def __init__(self) -> None:
+        self._meters: dict[str, Meter] = {}
+
+    def of(self, key: str, limits: Limits | None) -> Meter | None:
+        """The meter of a key (its hash); None: it has no limits. New limits begin anew."""
+        if limits is None:
+            return None
+        meter = self._meters.get(key)
+        if meter is None or meter.limits != limits:
+            running = 0 if meter is None else meter.running
+            meter = self._meters[key] = Meter(limits)
+            meter.running = running
+        return meter
+
+
+def _refused(limit: str, wait: float) -> ApiError:
+    return ApiError(
+        429,
+        f"this key may use {limit}; try again in {wait:.1f} s",
+        code="rate_limit_exceeded",
+        retry_after=wait,
+    )

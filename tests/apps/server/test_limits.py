@@ -1,0 +1,224 @@
+"""What one key may use."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvshare_mm.apps.server.errors import ApiError
+from kvshare_mm.apps.server.keys import KeyRing, Limits, add_key
+from kvshare_mm.apps.server.limits import Meter, Meters
+
+from .conftest import Running, Start, until
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def refused(call: Any, *arguments: Any) -> ApiError:
+    with pytest.raises(ApiError) as raised:
+        call(*arguments)
+    assert raised.value.status == 429 and raised.value.code == "rate_limit_exceeded"
+    return raised.value
+
+
+def test_requests_flow_in_again() -> None:
+    clock = Clock()
+    meter = Meter(Limits(requests_per_minute=2), clock)
+    for _ in range(2):
+        meter.begin()
+        meter.end()
+    assert refused(meter.begin).retry_after == pytest.approx(30)
+    clock.now += 29
+    refused(meter.begin)
+    clock.now += 1.01
+    meter.begin()
+    assert meter.headers["x-ratelimit-limit-requests"] == "2"
+    assert meter.headers["x-ratelimit-remaining-requests"] == "0"
+    assert re.fullmatch(r"(59|60)\.\d{3}s", meter.headers["x-ratelimit-reset-requests"])
+
+
+def test_requests_at_a_time() -> None:
+    meter = Meter(Limits(concurrent_requests=1))
+    meter.begin()
+    refused(meter.begin)
+    meter.end()
+    meter.begin()
+
+
+def test_what_was_not_used_is_given_back() -> None:
+    clock = Clock()
+    meter = Meter(Limits(prompt_tokens_per_minute=100, output_tokens_per_minute=60), clock)
+    bill = meter.reserve(40, 50)
+    assert "60 output tokens" in str(refused(meter.reserve, 10, 20))
+    bill.settle(40, 10)
+    bill.settle(0, 0)  # once only
+    second = meter.reserve(10, 50)
+    assert meter.headers["x-ratelimit-remaining-tokens"] == "0"  # of output, the scarcer
+    second.settle(None, 50)
+    assert refused(meter.reserve, 0, 30).retry_after == pytest.approx(30)
+    # More than fits in is served when all is there, and paid for afterwards.
+    clock.now += 60
+    meter.reserve(1000, 0)
+    assert refused(meter.reserve, 1, 0).retry_after == pytest.approx(60 * 901 / 100)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 50)), max_size=60))
+def test_over_time_no_more_is_used_than_flows_in(requests: list[tuple[int, int]]) -> None:
+    clock = Clock()
+    meter = Meter(Limits(output_tokens_per_minute=60), clock)
+    used = 0
+    for pause, tokens in requests:
+        clock.now += pause
+        try:
+            meter.reserve(0, tokens).settle(0, tokens)
+        except ApiError:
+            continue
+        used += tokens
+        assert used <= 60 + (clock.now - 100) + 1e-6
+
+
+def test_a_file_that_is_read_again_resets_nothing() -> None:
+    meters, limits = Meters(), Limits(requests_per_minute=1)
+    first = meters.of("k", limits)
+    assert first is not None and meters.of("k", Limits(requests_per_minute=1)) is first
+    first.begin()
+    wider = meters.of("k", Limits(requests_per_minute=5))
+    assert wider is not first and wider is not None and wider.running == 1
+    assert meters.of("k", None) is None and meters.of("other", limits) is not first
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "1"])
+def test_limits_are_whole_numbers(tmp_path: Path, bad: Any) -> None:
+    with pytest.raises(ValueError, match="requests_per_minute"):
+        Limits(requests_per_minute=bad)
+    file = tmp_path / "keys"
+    key = add_key(file, "shop", limits=Limits(2, 3, 4, 5))
+    caller = KeyRing(file).caller(key)
+    assert caller is not None and caller.limits == Limits(2, 3, 4, 5)
+    entry = json.loads(file.read_text())
+    entry["limits"]["concurrent_requests"] = bad
+    file.write_text(json.dumps(entry))
+    with pytest.raises(Exception, match="line 1"):
+        KeyRing(file)
+
+
+@pytest.fixture
+def limited(serve: Start, tmp_path: Path) -> tuple[Running, str, str]:
+    """A server, a key with limits and one without."""
+    file = tmp_path / "keys"
+    key = add_key(file, "shop", limits=Limits(3, None, 40, None))
+    free = add_key(file, "free")
+    return serve(keys_file=file, sharing="tenant", admin_key=None), key, free
+
+
+def test_a_key_beyond_its_limits_is_told_so(limited: tuple[Running, str, str]) -> None:
+    running, key, free = limited
+    reply = running.chat("x", key)
+    assert reply.status_code == 200
+    assert reply.headers["x-ratelimit-limit-requests"] == "3"
+    assert reply.headers["x-ratelimit-remaining-requests"] == "2"
+    assert reply.headers["x-ratelimit-limit-tokens"] == "40"
+    reply = running.chat("x", key, max_tokens=40)
+    assert reply.status_code == 429, "4 tokens of 40 were used a moment ago"
+    assert reply.json()["error"]["code"] == "rate_limit_exceeded"
+    assert reply.json()["error"]["type"] == "rate_limit_error"
+    assert 1 <= int(reply.headers["retry-after"]) <= 10
+    assert running.chat("x", key).status_code == 200
+    reply = running.ask("GET", "/v1/models", key)
+    assert reply.status_code == 429 and "3 requests a minute" in reply.text
+    assert reply.headers["x-ratelimit-remaining-requests"] == "0"
+    for _ in range(4):
+        reply = running.chat("x", free)
+        assert reply.status_code == 200 and "x-ratelimit-limit-requests" not in reply.headers
+
+
+def test_streams_and_those_left_give_back_what_they_did_not_use(
+    serve: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    key = add_key(file, "shop", limits=Limits(None, 10_000, 100, 2))
+    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+
+    def left() -> int:
+        reply = running.ask("GET", "/v1/models", key)
+        return int(reply.headers["x-ratelimit-remaining-tokens"])
+
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 90, "stream": True}
+    reply = running.ask(
+        "POST", "/v1/chat/completions", key, json={**body, "max_tokens": 3, "ignore_eos": True}
+    )
+    assert reply.status_code == 200 and 95 <= left() <= 98
+    with running.client(key) as client:
+        stream = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=90, stream=True
+        )
+        next(iter(stream))
+        stream.close()
+    until(lambda: left() > 50)  # of 90 reserved ones a few were made
+    bad = running.ask(
+        "POST", "/v1/chat/completions", key, json={**body, "stream": False, "top_p": 7}
+    )
+    assert bad.status_code == 400 and left() > 50
+
+
+def test_requests_of_a_key_at_a_time(serve: Start, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    key = add_key(file, "shop", limits=Limits(concurrent_requests=1))
+    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    begun, end = threading.Event(), threading.Event()
+    tokenizer = running.service.prepared
+
+    async def slow(make: Any, *arguments: Any) -> Any:
+        begun.set()
+        while not end.is_set():
+            await asyncio.sleep(0.01)
+        return await tokenizer(make, *arguments)
+
+    running.service.prepared = slow  # type: ignore[method-assign]
+    first: list[int] = []
+    thread = threading.Thread(target=lambda: first.append(running.chat("x", key).status_code))
+    thread.start()
+    assert begun.wait(30)
+    reply = running.ask("GET", "/v1/models", key)
+    assert reply.status_code == 429 and "1 requests at a time" in reply.text
+    end.set()
+    thread.join(60)
+    assert first == [200] and running.ask("GET", "/v1/models", key).status_code == 200
+
+
+def test_a_bad_line_locks_nobody_out(
+    serve: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys"
+    key = add_key(file, "shop-a")
+    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    good = file.read_text()
+    file.write_text(good + '{"tenant": "shop-b", "sha256": "typo"}\n')
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            assert running.ask("GET", "/v1/models", key).status_code == 200
+    told = [r.getMessage() for r in caplog.records if "last good keys" in r.getMessage()]
+    assert len(told) == 1 and "line 2 of" in told[0]
+    assert running.metric("kvshare:key_file_broken") == 1
+    file.unlink()
+    assert running.ask("GET", "/v1/models", key).status_code == 200
+    new = add_key(file, "shop-c")  # a file of its own: the others are gone from it
+    assert running.ask("GET", "/v1/models", new).status_code == 200
+    assert running.ask("GET", "/v1/models", key).status_code == 401
+    assert running.metric("kvshare:key_file_broken") == 0
+    file.write_text("")
+    assert running.ask("GET", "/v1/models", new).status_code == 401
