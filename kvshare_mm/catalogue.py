@@ -30,6 +30,8 @@ _MIN_STORED_TOKENS = 16
 # which may be lost with its owner.
 _PREFIX_CANDIDATES = 2
 _EXACT_CANDIDATES = 32
+# Those passed over because their very begin is lost.
+_MAX_LOST = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ class Catalogue:
                 whole = donor.readable >= len(keys) and np.array_equal(
                     donor.keys[: len(keys)], keys
                 )
-                if whole and _approximation(donor.drift, len(keys)) <= _approximation(node.drift):
+                if whole and _nowhere_looser(donor.drift, node.drift, len(keys)):
                     return donor.donor_id
         return None
 
@@ -208,19 +210,22 @@ class Catalogue:
     def _longest_exact(self, ns: str, keys: np.ndarray) -> list[str]:
         """The donor with the longest exact prefix of a prompt that can be read."""
         best: list[str] = []
-        reach = looked = 0
+        reach = looked = lost = 0
         for length, ids in self._exact.descending(ns, keys):
-            if reach >= length or looked >= _EXACT_CANDIDATES:
+            if reach >= length or looked >= _EXACT_CANDIDATES or lost >= _MAX_LOST:
                 break
-            for node_id in ids[: _EXACT_CANDIDATES - looked]:
-                looked += 1
+            for node_id in ids:
                 with self._lock:
+                    if not self.tree.begins(node_id):
+                        lost += 1
+                        continue
                     found = self._donors([node_id], ns)
+                looked += 1
                 for donor in found:
                     exact = min(common_prefix(donor.keys, keys), donor.exact_len)
                     if exact > reach:
                         reach, best = exact, [node_id]
-                if reach >= length:
+                if reach >= length or looked >= _EXACT_CANDIDATES:
                     break
         return best
 
@@ -241,6 +246,10 @@ class Catalogue:
         return list(found)
 
 
-def _approximation(drift: np.ndarray | None, length: int | None = None) -> float:
-    """How approximate the first `length` positions are, all told."""
-    return 0.0 if drift is None else float(np.linalg.norm(drift[:length].astype(np.float64)))
+def _nowhere_looser(drift: np.ndarray | None, other: np.ndarray | None, length: int) -> bool:
+    """Whether none of the first `length` positions is further off than with the `other` drift."""
+    padded = np.zeros((2, length), np.float16)
+    for row, values in zip(padded, (drift, other), strict=True):
+        if values is not None:
+            row[: len(values)] = values[:length]
+    return bool((padded[0] <= padded[1]).all())

@@ -296,6 +296,15 @@ class DeltaTree:
                 )
         return sorted(found, key=lambda p: p.start)
 
+    def begins(self, node_id: str) -> bool:
+        """Whether the KV of a node's first position can be read; cheap."""
+        node = self._nodes.get(node_id)
+        if node is None:
+            return False
+        first = node.pieces[0] if node.pieces else None
+        borrowed = first is not None and first.start == 0 and first.owner in self._nodes
+        return borrowed or bool(node.own and node.own[0].start == 0)
+
     def donor(self, node_id: str) -> Donor:
         """The node as the planner sees it."""
         node = self._nodes[node_id]

@@ -47,6 +47,8 @@ TAIL = 16
 FRONT = 2
 # An edited word or number is repaired to its end, at most so far.
 WORD = 16
+# A picture with fewer positions behind it has no question there: it may have read one before it.
+_QUESTION = 8
 _DISTANCE_POWER = -0.5
 _CHANGED_POWER = 1.4
 
@@ -133,6 +135,16 @@ def risk(plan: ReusePlan) -> np.ndarray:
     return looked_at(drift(plan), attention)
 
 
+def harmless(danger: np.ndarray, pictures: np.ndarray) -> None:
+    """Take pictures out of `danger`, in place; not those that must not be trusted at all."""
+    danger[pictures & np.isfinite(danger)] = 0
+
+
+def asked_before(pictures: np.ndarray) -> bool:
+    """Whether a prompt ends with a picture (``[N]`` bool), so that it may have read a question."""
+    return bool(pictures[-_QUESTION:].any())
+
+
 def fronts(plan: ReusePlan, width: int, to_word_end: bool = False) -> np.ndarray:
     """The first `width` positions behind every edit, int64, and on to the end of a cut word."""
     found = [np.empty(0, np.int64)]
@@ -166,8 +178,12 @@ def passed_on(plan: ReusePlan) -> np.ndarray | None:
     found[edited] = np.maximum(found[edited], _LEAST_DRIFT)
     stale = np.zeros(plan.num_tokens, dtype=bool)
     stale[fronts(plan, FRONT, to_word_end=True)] = True
-    stale[-TAIL:] = True
-    found[edited & stale] = np.inf
+    tail = np.zeros(plan.num_tokens, dtype=bool)
+    tail[-TAIL:] = True
+    if plan.pictures is not None:
+        stale &= ~plan.pictures
+        tail &= ~plan.pictures | asked_before(plan.pictures)
+    found[edited & (stale | tail)] = np.inf
     found[~reused] = 0
     return found.astype(np.float16)
 
@@ -183,7 +199,9 @@ def as_risky_as(drift: np.ndarray, attention: np.ndarray, risk: float) -> np.nda
     found = float(np.sqrt(np.square(danger[np.isfinite(danger)]).sum()))
     if found <= risk:
         return drift
-    return np.where(drift > 0, np.maximum(drift * np.float32(risk / found), _LEAST_DRIFT), drift)
+    known = (drift > 0) & np.isfinite(drift)
+    scaled = np.where(known, drift, 0) * np.float32(risk / found)
+    return np.where(known, np.maximum(scaled, _LEAST_DRIFT), drift)
 
 
 def riskiest(danger: np.ndarray, limit: float, fixed: np.ndarray) -> np.ndarray:
@@ -196,6 +214,8 @@ def riskiest(danger: np.ndarray, limit: float, fixed: np.ndarray) -> np.ndarray:
     Returns:
         int64 positions, the riskiest first.
     """
+    # What is no number is trusted by nobody.
+    danger = np.nan_to_num(danger, nan=np.inf, posinf=np.inf)
     if math.isfinite(limit):
         limit = math.sqrt(max(0.0, limit * limit - float(np.square(danger[fixed]).sum())))
     danger = np.where(fixed, 0, danger)

@@ -20,7 +20,7 @@ import numpy as np
 
 from kvshare_mm.align import align, common_prefix
 from kvshare_mm.cover import cover
-from kvshare_mm.divergence import Tolerance, looked_at
+from kvshare_mm.divergence import Tolerance, harmless, looked_at
 
 
 class Decline(StrEnum):
@@ -336,8 +336,10 @@ def _made(
         attention = np.full(n, 1 / n, np.float32)
         _carry(attention, runs, {d.donor_id: d.attention for d in donors})
         if any(d.drift is not None for d in donors):
+            drifts = {d.donor_id: d.drift for d in donors}
             inherited = np.zeros(n, np.float32)
-            _carry(inherited, runs, {d.donor_id: d.drift for d in donors})
+            _carry(inherited, runs, drifts)
+            _carry_what_was_read(inherited, runs, drifts)
             unedited = _unedited(target, runs, {d.donor_id: d.keys for d in donors})
     return ReusePlan(
         n,
@@ -359,6 +361,18 @@ def _carry(
         if values is not None and not run.exact:
             part = values[run.donor_start : run.donor_start + run.length]
             into[run.start : run.start + len(part)] = part
+
+
+def _carry_what_was_read(
+    into: np.ndarray, runs: Iterable[KeptRun], drifts: Mapping[str, np.ndarray | None]
+) -> None:
+    """What a donor computed behind approximate KV has read that: where something exact takes the
+    place of what it read, as much of it stays in what is continued as was worst there."""
+    for run in runs:
+        drift = drifts[run.donor]
+        if run.continued and drift is not None and run.start:
+            read = drift[: run.start].max(initial=0)
+            into[run.start : run.end] = np.maximum(into[run.start : run.end], read)
 
 
 def _unedited(
@@ -428,10 +442,10 @@ def _reach_within(
         looked[: len(donor.attention)] = donor.attention[: len(drift)]
     danger = looked_at(drift, looked)
     if tolerance.pictures and pictures is not None:
-        danger[pictures[: len(danger)]] = 0
+        harmless(danger, pictures[: len(danger)])
     # Drift is kept in 16 bits: what is just tolerated where it was made is so where it is read.
     limit = tolerance.risk * (1 + float(np.finfo(np.float16).eps))
-    beyond = np.flatnonzero(np.sqrt(np.cumsum(np.square(danger))) > limit)
+    beyond = np.flatnonzero(~(np.sqrt(np.cumsum(np.square(danger))) <= limit))
     return int(beyond[0]) if len(beyond) else shared
 
 

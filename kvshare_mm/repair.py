@@ -18,7 +18,9 @@ from kvshare_mm.divergence import (
     FRONT,
     TAIL,
     Tolerance,
+    asked_before,
     fronts,
+    harmless,
     looked_at,
     risk,
     risk_within,
@@ -28,8 +30,6 @@ from kvshare_mm.plan import Decline, ReusePlan
 
 # Nats that a reused picture may be worth; it was 0.0002 at the worst token of an answer.
 PICTURE_KL = 0.001
-# A picture with fewer positions behind it has no question there: it may have read one before it.
-_QUESTION = 8
 _MIN_REUSED_SHARE = 0.1
 # Nats that the default policy keeps to, and that others take over from approximate donors.
 _DEFAULT_KL = 0.01
@@ -155,8 +155,8 @@ class MaxDivergence:
         danger = risk(plan)
         if plan.pictures is not None and self.tolerance.pictures:
             behind = behind[~plan.pictures[behind]]
-            danger[plan.pictures] = 0
-            if not plan.pictures[-_QUESTION:].any():
+            harmless(danger, plan.pictures)
+            if not asked_before(plan.pictures):
                 tail = tail[~plan.pictures[tail]]
         always = np.concatenate((tail, behind))
         always = always[~plan.continued[always]]
@@ -198,7 +198,7 @@ def _not_tolerated(plan: ReusePlan, repaired: np.ndarray, policy: RepairPolicy) 
     danger = looked_at(plan.inherited, plan.attention)
     danger[repaired] = 0
     if plan.pictures is not None and policy.tolerance.pictures:
-        danger[plan.pictures] = 0
+        harmless(danger, plan.pictures)
     return riskiest(danger, policy.tolerance.risk, plan.continued)
 
 

@@ -1,7 +1,7 @@
 """The engine's loop: one prefill at a time, decode batched over all active requests.
 
 One thread runs the model. A second one captures finished requests as donors; their slots are free
-again once their KV has been copied. A request that is submitted after an answer was returned finds
+again once that is done. A request that is submitted after an answer was returned finds
 it as a donor: it waits for the capture, those of other namespaces and those that run do not.
 """
 
@@ -333,12 +333,20 @@ class NativeEngine:
                 self._ordered += 1
                 self._last_capture[request.spec.namespace] = self._ordered
             self._captures.put(request)
-            request.finish(reason)
+            self._tell(request, reason)
             with self._changed:
                 self._known.pop(request.request_id, None)
         else:
-            request.finish(reason)
+            self._tell(request, reason)
             self._release(request)
+
+    def _tell(self, request: Request, reason: FinishReason) -> None:
+        """Hand a request its output, or what became of it: it must not wait for ever."""
+        try:
+            request.finish(reason)
+        except Exception as failure:
+            logger.exception("the output of %s could not be made", request.request_id)
+            request.emit(failure)
 
     def _release(self, request: Request) -> None:
         if request.slot >= 0:

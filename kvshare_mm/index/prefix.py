@@ -78,10 +78,8 @@ class PrefixIndex(PostingsIndex[None]):
                 # Those told are among the first of them.
                 newest = slots[: _AT_ONCE + len(told)].tolist()
                 found = [node for s in newest if (node := postings.ids[s]) not in told]
-            if found:
-                told.update(found)
-                yield depth * self.block, found
-            depth -= 1
+            told.update(found)
+            yield depth * self.block, found
 
     def _chain(self, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """``[N // block]`` the hash of each block and all before it."""

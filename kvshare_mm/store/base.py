@@ -62,6 +62,9 @@ def check_finite(node: Node, embedding: np.ndarray | None, kv: NodeKV | None = N
     for name, vector in (("attention", node.attention), ("embedding", embedding)):
         if vector is not None and not np.isfinite(vector).all():
             raise _not_finite(node, name)
+    # Infinite drift is that of KV which nobody may trust.
+    if math.isnan(node.risk) or (node.drift is not None and np.isnan(node.drift).any()):
+        raise _not_finite(node, "drift")
     for name, tensor in (("K", kv.k), ("V", kv.v)) if kv is not None else ():
         # The extremes: a NaN becomes both, and they do not overflow as a sum would.
         if tensor.numel() and not all(math.isfinite(x) for x in torch.aminmax(tensor)):

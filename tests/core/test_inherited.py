@@ -14,11 +14,13 @@ from kvshare_mm.divergence import (
     FRONT,
     TAIL,
     Tolerance,
+    as_risky_as,
     drift,
     passed_on,
     residual_risk,
     risk,
     risk_within,
+    riskiest,
 )
 from kvshare_mm.plan import Decline, KeptRun, PlannerOptions, ReusePlan, make_plan
 from kvshare_mm.repair import RepairPolicy, make_policy, repaired_plan
@@ -148,12 +150,55 @@ def test_why_a_request_that_could_continue_another_one_does_not():
 
 def test_pictures_count_as_exact_for_those_who_trust_them_only():
     pictures = np.arange(41) >= 20
-    donor = replace(donor_of(blocks(*"AB"), exact_len=20), drift=np.where(pictures[:40], np.inf, 0))
+    donor = replace(donor_of(blocks(*"AB"), exact_len=20), drift=np.where(pictures[:40], 9.0, 0))
     target = to_keys([*blocks(*"AB"), 0])
     for trusted in (True, False):
         options = replace(EAGER, tolerance=Tolerance(0.1, pictures=trusted))
         plan = make_plan(target, [donor], options, pictures=pictures)
         assert plan.runs[-1].end == (40 if trusted else 20)
+    # What was always to be repaired and was not is no picture's affair.
+    stale = replace(donor, drift=np.where(np.arange(40) == 30, np.inf, 0))
+    options = replace(EAGER, tolerance=Tolerance(0.1))
+    assert make_plan(target, [stale], options, pictures=pictures).runs[-1].end == 30
+
+
+def test_a_picture_that_may_have_read_a_question_is_passed_on_as_stale():
+    """Where the question stands before the picture, the prompt's end has read it."""
+    runs = (KeptRun("d", 0, 0, 10, True), KeptRun("d", 12, 15, 84, False))
+    behind = ReusePlan(100, runs, pictures=(np.arange(100) >= 30) & (np.arange(100) < 90))
+    found = passed_on(behind)
+    assert found is not None
+    assert np.isfinite(found[30:90]).all() and np.isinf(found[90:99]).all()
+    before = passed_on(replace(behind, pictures=np.arange(100) >= 30))
+    assert before is not None
+    assert np.isfinite(before[30 : 100 - TAIL]).all() and np.isinf(before[100 - TAIL : 99]).all()
+
+
+def test_what_was_computed_behind_stale_kv_stays_so_behind_an_exact_prefix(sloppy):
+    """Its own drift is none, but it has read what the other donor's prefix takes the place of."""
+    tree, prompt = sloppy
+    answered = np.concatenate((prompt, to_keys(range(700, 720))))
+    plan = served(tree, prompt, make_policy("none"))
+    store(tree, "answered", answered, plan)
+    store(tree, "exact", prompt, ReusePlan(len(prompt)))
+    asked = np.concatenate((answered, to_keys([7, 8])))
+    taken = served(tree, asked, make_policy("none"))
+    assert taken.num_exact == len(prompt) and taken.continued[len(prompt) : len(answered)].all()
+    store(tree, "laundered", asked, taken)
+    for spec in ("auto:0", "auto:0.01"):
+        strict = served(tree, np.concatenate((asked, to_keys([9]))), make_policy(spec))
+        assert strict.num_exact >= len(prompt) and not strict.num_reused
+
+
+def test_stale_stays_stale_at_no_risk_and_what_is_no_number_is_trusted_by_nobody():
+    stale = np.array([0.0, np.inf, 0.5], np.float32)
+    found = as_risky_as(stale, np.ones(3, np.float32), 0.0)
+    assert found[0] == 0 and np.isinf(found[1]) and 0 < found[2] < 1e-6
+    danger = np.array([0.1, np.nan, 0.2, 0.0])
+    assert 1 in riskiest(danger, 0.5, np.zeros(4, dtype=bool))
+    donor = replace(donor_of(blocks(*"AB"), exact_len=20), drift=np.full(40, np.nan, np.float32))
+    options = replace(EAGER, tolerance=Tolerance(1e30))
+    assert make_plan(to_keys([*blocks(*"AB"), 0]), [donor], options).runs[-1].end == 20
 
 
 def test_a_request_that_looked_elsewhere_than_was_guessed_is_as_good_as_it_was_found():

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from kvshare_mm import EngineClosedError, ModelOutputError, RequestOutput, StreamChunk
+from kvshare_mm import (
+    EngineClosedError,
+    ModelOutputError,
+    RequestOptions,
+    RequestOutput,
+    StreamChunk,
+)
+from kvshare_mm.engine.detokenizer import Detokenizer
 
 from .asking import _PROMPTS, Gate, Inbox, OpenLLM, eventually, idle, outcomes, params
 
@@ -189,3 +196,20 @@ def test_even_a_request_between_queue_and_slot_hears_of_the_engines_death(
     monkeypatch.setattr(llm._parts.engine, "_count", broken)
     with pytest.raises(EngineClosedError, match="a bug"):
         llm.generate(_PROMPTS[0])
+
+
+def test_an_output_that_cannot_be_made_is_an_error_of_its_request_alone(
+    open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = open_llm(max_num_seqs=1)
+
+    def broken(self: Detokenizer) -> str:
+        raise ValueError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Detokenizer, "finish", broken)
+        for options in (RequestOptions(), RequestOptions(store=False)):
+            with pytest.raises(ValueError, match="a bug"):
+                llm.generate(_PROMPTS[0], params(), options)
+    assert len(llm.generate(_PROMPTS[0], params()).token_ids) == 12
+    assert llm.healthy and idle(llm)
