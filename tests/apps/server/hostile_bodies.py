@@ -137,6 +137,7 @@ _BIG = {
     "parts without end": json.dumps(
         [{"role": "user", "content": [{"type": "text", "text": "x"}] * 5_000}]
     ),
+    "lists in lists": "[" * 900 + "1.0" + "]" * 900,
     "deep": json.dumps(_nested(250)),
     "deeper": json.dumps(_nested(900)),
     "a message with a deep field": json.dumps([{**_USER[0], "name": _nested(300)}]),
