@@ -25,7 +25,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 STREAMS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "the answer; with `stream`, as server-sent events",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     }
 }
 

@@ -16,7 +16,7 @@ _LIMITS: dict[str, dict[str, Any]] = {
     "top_k": {"minimum": -1},
     "min_p": {"minimum": 0, "maximum": 1},
     "seed": {"minimum": -(2**63), "maximum": 2**64 - 1},
-    "stop": {"minLength": 1, "items": {"minLength": 1}},
+    "stop": {"items": {"minLength": 1}},
     "n": {"minimum": 1},
     "logprobs": {"minimum": 0, "maximum": 20},
     "top_logprobs": {"minimum": 0, "maximum": 20},
