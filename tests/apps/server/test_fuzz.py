@@ -1,12 +1,14 @@
 """Requests made up from the server's own description never break it, and are answered as it says.
 
-``KVSHARE_FUZZ_EXAMPLES=500`` makes up that many for each route and kind (`-k` picks routes).
+``KVSHARE_FUZZ_EXAMPLES=500`` makes up that many for each route and kind (`-k` picks routes). How
+many there were is printed (``pytest -s``).
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -77,6 +79,7 @@ _CASES = [(_VALID, o) for o in _OPERATIONS] + [
 )
 def test_no_request_is_a_server_error(shared: Running, operation: Any, mode: Any) -> None:
     headers = {"Authorization": f"Bearer {ADMIN}"}
+    statuses: Counter[int] = Counter()
 
     @given(case=operation.as_strategy(generation_mode=mode))
     @_SETTINGS
@@ -87,6 +90,7 @@ def test_no_request_is_a_server_error(shared: Running, operation: Any, mode: Any
             body["max_tokens"] = 1 if mode is _VALID else body.get("max_tokens", 1)
             body.pop("max_completion_tokens", None)
         reply = case.call(base_url=shared.url, headers=headers, timeout=60)
+        statuses[reply.status_code] += 1
         case.validate_response(reply, headers=headers)
         if reply.status_code >= 400 and reply.headers["content-type"] == "application/json":
             error = reply.json()["error"]
@@ -95,4 +99,5 @@ def test_no_request_is_a_server_error(shared: Running, operation: Any, mode: Any
                 assert _UNSAID.fullmatch(error["param"]), error
 
     check()
+    print(f"\n{mode.value} {operation.label}: {statuses.total()} requests, {dict(statuses)}")
     assert shared.ask("GET", "/health").status_code == 200
