@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import ipaddress
 import os
 import re
@@ -22,15 +21,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
 
 import httpcore2
 
 from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.modalities.addresses import is_cloud, is_cloud_name, is_public, is_public_name
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_LONGEST_URL = 8192
+_LONGEST_NAME = 253
+# What parsers read differently: they drop it, stop at it, or turn it into a slash.
+_AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]|^\s|\s$")
+_AUTHORITY = re.compile(
+    r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[^\[\]:%]+))(?::(?P<port>[0-9]{0,5}))?"
+)
+_LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+# Resolvers take such a name for an address: 127.1, 0x7f.1, 2130706433.
+_NUMBER_LAST = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
 _SHOWN = 80
 
 
@@ -46,7 +55,8 @@ class FetchPolicy:
         timeout_s: seconds for one medium, from resolving the name to the last byte, redirects
             included.
         max_redirects: redirects followed.
-        allow_private: also connect to addresses that are not public. For tests and closed networks.
+        allow_private: also connect to addresses that are not public, a cloud's own services aside.
+            For tests and closed networks.
     """
 
     schemes: frozenset[str] = frozenset({"https", "http", "data", "file"})
@@ -121,48 +131,55 @@ class MediaFetcher:
 
     async def _http(self, url: str) -> bytes:
         for _ in range(self.policy.max_redirects + 1):
-            parts, host = self._judged(url)
-            moved, content = await self._get(parts, host, url)
+            moved, content = await self._get(self._judged(url), url)
             if moved is None:
                 return content
-            url = urljoin(url, moved)
-            scheme = urlsplit(url).scheme.lower()
-            if scheme not in {"http", "https"} or scheme not in self.policy.schemes:
-                raise InvalidRequestError(f"a redirect to {_short(url)} is not followed")
+            url = self._moved(url, moved)
         raise InvalidRequestError(
             f"{_short(url)}: more than {self.policy.max_redirects} redirects are not followed"
         )
 
-    def _judged(self, url: str) -> tuple[SplitResult, str]:
-        """A URL taken apart, and its host as it is asked for; what can be refused is refused."""
+    def _moved(self, url: str, location: str) -> str:
+        """Where a redirect leads."""
         try:
-            parts = urlsplit(url)
-            _ = parts.port  # raises if it is no port
-            host = (parts.hostname or "").rstrip(".")
-            if ":" not in host and not host.isascii():
-                host = host.encode("idna").decode()
+            if _AMBIGUOUS.search(location):
+                raise ValueError(location)
+            target = urljoin(url, location)
+            scheme = urlsplit(target).scheme
+        except ValueError as error:
+            raise InvalidRequestError(f"{_short(url)} redirects to no valid URL") from error
+        if scheme not in {"http", "https"} or scheme not in self.policy.schemes:
+            raise InvalidRequestError(f"a redirect to {_short(target)} is not followed")
+        return target
+
+    def _judged(self, url: str) -> _Target:
+        """What a URL asks for, and of whom; what can be refused without asking is refused."""
+        if len(url) > _LONGEST_URL or _AMBIGUOUS.search(url):
+            raise InvalidRequestError(
+                f"{_short(url)} is no valid URL: it has up to {_LONGEST_URL} characters, and none "
+                "that a URL spells with %"
+            )
+        try:
+            target = _target(url)
         except ValueError as error:
             raise InvalidRequestError(f"{_short(url)} is no valid URL: {error}") from error
-        if not host or not (_is_address(host) or _HOST.fullmatch(host)):
-            raise InvalidRequestError(f"{_short(url)} has no valid host")
-        if "@" in parts.netloc:
-            raise InvalidRequestError("URLs with a user name or password are not fetched")
-        domains = self.policy.domains
+        host, domains = target.host, self.policy.domains
         if domains is not None and not any(host == d or host.endswith(f".{d}") for d in domains):
             raise InvalidRequestError(f"media are not fetched from {host}: it is not allowed")
-        return parts, host
+        if not _is_address(host):
+            good = not is_cloud_name(host) if self.policy.allow_private else is_public_name(host)
+            if not good:
+                raise _not_public(host)
+        return target
 
-    async def _get(self, parts: SplitResult, host: str, url: str) -> tuple[str | None, bytes]:
+    async def _get(self, target: _Target, url: str) -> tuple[str | None, bytes]:
         """Where a URL redirects to, or None and its content."""
-        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
-        if parts.query:
-            target += "?" + quote(parts.query, safe="/?%:@!$&'()*+,;=~-._")
         address = httpcore2.URL(
-            scheme=parts.scheme.lower(), host=host, port=parts.port, target=target
+            scheme=target.scheme, host=target.host, port=target.port, target=target.path
         )
         step = dict.fromkeys(("connect", "read", "write", "pool"), self.policy.timeout_s)
         headers: dict[bytes | str, bytes | str] = {
-            "host": parts.netloc.lower() if _is_address(host) else _authority(host, parts.port),
+            "host": target.authority,
             "accept": "*/*",
             "accept-encoding": "identity",  # nothing to unpack is no bomb
             "user-agent": "kvshare-mm",
@@ -205,12 +222,12 @@ class MediaFetcher:
         head, comma, body = url.partition(",")
         if not comma:
             raise InvalidRequestError("a data URL needs a comma before its content")
-        content = unquote_to_bytes(body)
-        if head.lower().replace(" ", "").endswith(";base64"):
-            try:
+        try:
+            content = unquote_to_bytes(body)
+            if head.lower().replace(" ", "").endswith(";base64"):
                 content = base64.b64decode(b"".join(content.split()), validate=True)
-            except (binascii.Error, ValueError) as error:
-                raise InvalidRequestError(f"a data URL is no base64: {error}") from error
+        except ValueError as error:  # no base64, or half a surrogate pair
+            raise InvalidRequestError(f"a data URL cannot be decoded: {error}") from error
         if len(content) > self.policy.max_bytes:
             raise self._too_large(url)
         return content
@@ -249,6 +266,63 @@ class MediaFetcher:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A URL taken apart.
+
+    Attributes:
+        scheme: "http" or "https".
+        host: an address without brackets, or a name in lower case.
+        port: None: the scheme's.
+        path: path and query, as they are sent.
+    """
+
+    scheme: str
+    host: str
+    port: int | None
+    path: str
+
+    @property
+    def authority(self) -> str:
+        """For the header ``Host``."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port is None else f"{host}:{self.port}"
+
+
+def _target(url: str) -> _Target:
+    """Raises ValueError: not a URL, or one whose host or port is in doubt."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        raise ValueError("user names and passwords are not sent")
+    # Not `parts.hostname`: what it makes of brackets differs between versions of Python.
+    found = _AUTHORITY.fullmatch(parts.netloc)
+    if found is None:
+        raise ValueError("it has no valid host")
+    port = int(found["port"]) if found["port"] else None
+    if port is not None and not 0 < port < 65536:
+        raise ValueError(f"{port} is no port")
+    if found["v6"] is not None:
+        host = str(ipaddress.IPv6Address(found["v6"]))
+    else:
+        host = _host(found["host"])
+    path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+    if parts.query:
+        path += "?" + quote(parts.query, safe="/?%:@!$&'()*+,;=~-._")
+    return _Target(parts.scheme, host, port, path)
+
+
+def _host(text: str) -> str:
+    """A host as it is asked for. Raises ValueError: there can be no such host."""
+    if not text.isascii():
+        text = text.encode("idna").decode()
+    host = text.lower().removesuffix(".")
+    if len(host) > _LONGEST_NAME or not _NAME.fullmatch(host):
+        raise ValueError("it has no valid host")
+    if _NUMBER_LAST.fullmatch(host) and not _is_address(host):
+        raise ValueError("its host is an address of an odd form")
+    return host
+
+
 class _JudgingBackend(httpcore2.AnyIOBackend):
     """Resolves names itself, and connects to addresses that the policy allows."""
 
@@ -267,14 +341,12 @@ class _JudgingBackend(httpcore2.AnyIOBackend):
         try:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise httpcore2.ConnectError(f"there is no host {host}") from error
+            raise _not_public(host) from error
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         # One private address among public ones is one too many: which is used would be luck.
-        if not self._policy.allow_private and not all(map(_is_public, addresses)):
-            raise InvalidRequestError(
-                f"{host} has an address that is not public; media are not fetched from there"
-            )
-        failure: Exception = httpcore2.ConnectError(f"there is no host {host}")
+        if not addresses or not all(map(self._allowed, addresses)):
+            raise _not_public(host)
+        failure: Exception = httpcore2.ConnectError("nobody answers")
         for address in addresses:
             try:
                 return await super().connect_tcp(
@@ -284,21 +356,15 @@ class _JudgingBackend(httpcore2.AnyIOBackend):
                 failure = error
         raise failure
 
+    def _allowed(self, address: str) -> bool:
+        return not is_cloud(address) if self._policy.allow_private else is_public(address)
 
-def _is_public(address: str) -> bool:
-    """Whether an address is one of the public Internet, also the one packed into another."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        packed = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in _NAT64:
-            packed.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if int(ip) >> 32 == 0:  # the old ::a.b.c.d
-            return False
-        if any(inner is not None and not _is_public(str(inner)) for inner in packed):
-            return False
-        if any(inner is not None for inner in packed):
-            return True
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+def _not_public(host: str) -> InvalidRequestError:
+    # The same words whether there is such a host or not: names of inside are nobody's business.
+    return InvalidRequestError(
+        f"{_short(host)} has no address, or one that is not public; nothing is fetched from there"
+    )
 
 
 def _is_address(host: str) -> bool:
@@ -307,10 +373,6 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _authority(host: str, port: int | None) -> str:
-    return host if port is None else f"{host}:{port}"
 
 
 def _short(url: str) -> str:

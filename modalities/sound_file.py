@@ -75,7 +75,7 @@ def _decoded(content: bytes, where: str, max_s: float) -> tuple[np.ndarray, int]
     except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
         raise InvalidRequestError(
             f"{where} is no sound that can be read ({', '.join(FORMATS)}); it begins with "
-            f"{content[:8]!r}: {error}",
+            f"{content[:8]!r}: {getattr(error, 'error_string', error)}",
             where,
         ) from error
     with file:

@@ -109,7 +109,8 @@ def router(service: Service) -> APIRouter:
             caller = Caller(body.tenant or "")
             options = scope(service.options.sharing, caller, body.cache_salt)
             name = service.llm.namespace(options.cache_salt)
-        return {"deleted": await service.prepared(service.cache.clear, name), "namespace": name}
+        deleted = await service.prepared(service.cache.clear, name)
+        return {"deleted": deleted, "namespace": clean(name)}
 
     @routes.post("/lookup")
     async def lookup(body: LookupBody) -> dict[str, Any]:

@@ -21,12 +21,20 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorBody, "description": "loading, shutting down, or a bug"},
 }
 
+# The 200 of a route that streams, beside its JSON.
+STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the answer; with `stream`, as server-sent events",
+        "content": {"text/event-stream": {}},
+    }
+}
+
 
 def router(service: Service) -> APIRouter:
     """The route, for one service."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", responses=ERRORS)
+    @routes.post("/v1/chat/completions", responses={**ERRORS, **STREAMS})
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a chat; with `stream`, as server-sent events."""
         llm = service.llm

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from kvshare_mm.apps.server.chat import ERRORS
+from kvshare_mm.apps.server.chat import ERRORS, STREAMS
 from kvshare_mm.apps.server.generation import Generation, num_choices, request_options
 from kvshare_mm.apps.server.replies import completion_logprobs
 from kvshare_mm.apps.server.schema import CompletionBody
@@ -23,7 +23,7 @@ def router(service: Service) -> APIRouter:
     """The route, for one service."""
     routes = APIRouter()
 
-    @routes.post("/v1/completions", responses=ERRORS)
+    @routes.post("/v1/completions", responses={**ERRORS, **STREAMS})
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue prompts of text or token ids; with `stream`, as server-sent events."""
         llm = service.llm

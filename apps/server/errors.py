@@ -20,6 +20,9 @@ from kvshare_mm.errors import (
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_MESSAGE = 1000
+_LONGEST_PARAM = 200
+
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -63,9 +66,9 @@ class ApiError(Exception):
         """The JSON that OpenAI's clients expect."""
         return {
             "error": {
-                "message": clean(str(self)),
+                "message": _bounded(str(self), _LONGEST_MESSAGE),
                 "type": _TYPES.get(self.status, "internal_error"),
-                "param": None if self.param is None else clean(self.param),
+                "param": None if self.param is None else _bounded(self.param, _LONGEST_PARAM),
                 "code": self.code,
             }
         }
@@ -82,6 +85,11 @@ class ApiError(Exception):
 def clean(text: str) -> str:
     """Text that can be sent: JSON can spell half surrogate pairs, UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _bounded(text: str, most: int) -> str:
+    # What was sent is quoted: a megabyte of it need not come back, nor fill a client's log.
+    return clean(text if len(text) <= most else f"{text[:most]}...")
 
 
 def as_api_error(error: Exception, retry_after: float = 1.0) -> ApiError:

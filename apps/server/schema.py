@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from kvshare_mm.apps.server.description import content_is_needed, limits
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.sampling import SamplingParams
 
@@ -52,8 +53,25 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 5.0 is the integer 5; also in lists, and in lists of lists."""
+    if not isinstance(value, list):
+        return _integer(value)
+    return [
+        [_integer(v) for v in each] if isinstance(each, list) else _integer(each) for each in value
+    ]
+
+
+def _integer(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_WHOLE = BeforeValidator(_whole)
+_Whole = Annotated[int, _WHOLE]
+
+
 class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra=limits)
 
     model: str | None = None
 
@@ -77,7 +95,7 @@ class StreamOptions(BaseModel):
 class Reuse(BaseModel):
     """Our own field `kvshare`: how one request may reuse."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=limits)
 
     sharing: Literal["on", "exact", "off"] | None = None
     repair: str | None = None
@@ -87,15 +105,15 @@ class Reuse(BaseModel):
 
 
 class _Generation(_Body):
-    max_tokens: int | None = None
+    max_tokens: _Whole | None = None
     temperature: float | None = Field(None, description="0 is greedy; default 1")
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: _Whole | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: _Whole | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool = False
-    n: int | None = Field(None, description="answers to each prompt; default 1")
+    n: _Whole | None = Field(None, description="answers to each prompt; default 1")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, description="only requests with the same salt share KV")
@@ -124,7 +142,7 @@ class ContentPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=content_is_needed)
 
     role: str
     content: str | list[ContentPart] | None = None
@@ -132,9 +150,9 @@ class ChatMessage(BaseModel):
 
 class ChatBody(_Generation):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: _Whole | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: _Whole | None = None
 
     @property
     def limit(self) -> int | None:
@@ -150,8 +168,8 @@ class ChatBody(_Generation):
 
 
 class CompletionBody(_Generation):
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = None
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], _WHOLE]
+    logprobs: _Whole | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -174,14 +192,14 @@ class TokenizeBody(_Body):
 
 
 class DetokenizeBody(_Body):
-    tokens: list[int]
+    tokens: Annotated[list[int], _WHOLE]
 
 
 class LookupBody(_Body):
     """A request that is only planned: a chat or a prompt, and whose it would be."""
 
     messages: list[ChatMessage] | None = None
-    prompt: str | list[int] | None = None
+    prompt: Annotated[str | list[int] | None, _WHOLE] = None
     tenant: str = ""
     cache_salt: str | None = None
     kvshare: Reuse = Reuse()
@@ -196,7 +214,7 @@ class PinBody(BaseModel):
 class ClearBody(BaseModel):
     """What is deleted: a namespace, by its name or by tenant and salt; or everything."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=limits)
 
     namespace: str | None = None
     tenant: str | None = None

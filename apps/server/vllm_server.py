@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.vllm.arguments import check_installed, command_line, engine_arguments
+from kvshare_mm.vllm.room import fitted
 
 # Options of `kvshare serve` with what they are called in KVShareConfig ...
 _CONFIG: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
@@ -63,8 +64,9 @@ def command(named: Mapping[str, Any], own: Sequence[str]) -> list[str]:
         for name, value in given.items()
         if name in _CONFIG
     }
+    engine = KVShareConfig.of(engine="vllm", **config)
     arguments: dict[str, Any] = {
-        **engine_arguments(KVShareConfig.of(engine="vllm", **config)),
+        **fitted(engine_arguments(engine), engine),
         "served_model_name": given["model"],
         "enable_prompt_tokens_details": True,
         **{_VLLM[name]: value for name, value in given.items() if name in _VLLM},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import weakref
@@ -39,6 +40,27 @@ def unsupported() -> str | None:
     if found.split(".")[:2] == SUPPORTED.split("."):
         return None
     return f"vLLM {found} is not among the supported versions ({SUPPORTED}.x)"
+
+
+def cpu_memory() -> tuple[int, int] | None:
+    """Bytes of memory in all, and free, as vLLM's first worker will count them; None: no CPU build.
+
+    What a container may use counts, and of several memory nodes the worker's.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return None
+    from vllm.utils import cpu_resource_utils as resources
+
+    node, visible = (
+        resources.get_allowed_cpu_list()[0].numa_node,
+        resources.get_visible_memory_node(),
+    )
+    memory = resources.get_memory_node_info(node if node in visible else visible[0])
+    return int(memory.total_memory), int(memory.available_memory)
 
 
 @cache

@@ -30,8 +30,10 @@ from kvshare_mm.outputs import (
 )
 from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm.arguments import check_installed, engine_arguments
+from kvshare_mm.vllm.failures import noted
 from kvshare_mm.vllm.options import RequestKnobs
 from kvshare_mm.vllm.pictures import picture_support, prompt_of, uses_of
+from kvshare_mm.vllm.room import fitted
 
 _MAX_SEED = 1 << 63
 # Donors on their way to the disk are written in this time.
@@ -98,7 +100,7 @@ def assemble_vllm(config: KVShareConfig) -> VLLMParts:
         ModelLoadError: there is no such model, or vLLM cannot serve it.
     """
     check_installed()
-    arguments = engine_arguments(config)
+    arguments = fitted(engine_arguments(config), config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     media = picture_support(config, str(arguments["model"]), tokenizer)
     return VLLMParts(Named(config.model, tokenizer), VLLMEngine(arguments), media)
@@ -337,10 +339,12 @@ async def _start(arguments: Mapping[str, Any]) -> Any:
         args = AsyncEngineArgs(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"vLLM does not take these options: {error}") from error
-    try:
-        return AsyncLLM.from_engine_args(args)
-    except Exception as error:  # in any of its processes
-        raise ModelLoadError(f"vLLM could not start with this model: {error}") from error
+    with noted() as cause:
+        try:
+            return AsyncLLM.from_engine_args(args)
+        except Exception as error:  # in any of its processes
+            said = cause() or error
+            raise ModelLoadError(f"vLLM could not start with this model: {said}") from error
 
 
 def _knobs(spec: RequestSpec) -> dict[str, Any]:

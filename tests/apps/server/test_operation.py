@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import socket
 import stat
 import threading
 from pathlib import Path
@@ -158,6 +159,7 @@ def test_donors_outlive_a_server(serve: Start, tmp_path: Path) -> None:
 
 def test_a_port_in_use_is_known_at_once() -> None:
     listening = run.bind("127.0.0.1", 0)
+    assert listening.proto == socket.IPPROTO_TCP  # else asyncio delays what it sends
     listening.listen()
     with listening, pytest.raises(ConfigError, match="cannot listen"):
         run.bind("127.0.0.1", listening.getsockname()[1])

@@ -1,0 +1,41 @@
+"""What the API's description says of fields beyond their types: ranges, as clients can check them.
+
+They are checked where they are used, with words of their own; this is how they are told.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TOKEN = {"minimum": 0}
+_LIMITS: dict[str, dict[str, Any]] = {
+    "max_tokens": {"minimum": 1},
+    "max_completion_tokens": {"minimum": 1},
+    "temperature": {"minimum": 0, "maximum": 100},
+    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "top_k": {"minimum": -1},
+    "min_p": {"minimum": 0, "maximum": 1},
+    "seed": {"minimum": -(2**63), "maximum": 2**64 - 1},
+    "stop": {"items": {"minLength": 1}},
+    "n": {"minimum": 1},
+    "logprobs": {"minimum": 0, "maximum": 20},
+    "top_logprobs": {"minimum": 0, "maximum": 20},
+    "cache_salt": {"pattern": r"^[^@/\\\x00]{1,128}$"},
+    "max_divergence": {"minimum": 0},
+    "tokens": {"items": {"type": "integer", **_TOKEN}},
+    "prompt": {"minItems": 1, "items": {"minItems": 1, **_TOKEN, "items": _TOKEN}},
+}
+
+
+def limits(schema: dict[str, Any]) -> None:
+    """Add the ranges of a body's fields to its JSON schema."""
+    for name, field in schema.get("properties", {}).items():
+        field.update(_LIMITS.get(name, {}))
+
+
+def content_is_needed(schema: dict[str, Any]) -> None:
+    """Say of a message's JSON schema that its content must be there."""
+    schema["required"] = [*schema.get("required", ()), "content"]
+    content = schema["properties"]["content"]
+    content["anyOf"] = [kind for kind in content["anyOf"] if kind != {"type": "null"}]
+    content.pop("default", None)
