@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticUseDefault
 
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.sampling import SamplingParams
@@ -52,6 +53,17 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _default_for_null(value: Any) -> Any:
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+# Clients spell out what they do not set as null: it is then as if it were not there.
+_Flag = Annotated[bool, BeforeValidator(_default_for_null, json_schema_input_type=bool | None)]
+_Text = Annotated[str, BeforeValidator(_default_for_null, json_schema_input_type=str | None)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -71,7 +83,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: _Flag = False
 
 
 class Reuse(BaseModel):
@@ -82,8 +94,11 @@ class Reuse(BaseModel):
     sharing: Literal["on", "exact", "off"] | None = None
     repair: str | None = None
     max_divergence: float | None = None
-    store: bool = True
-    spans: bool = False
+    store: _Flag = True
+    spans: _Flag = False
+
+
+_Reuse = Annotated[Reuse, BeforeValidator(_default_for_null, json_schema_input_type=Reuse | None)]
 
 
 class _Generation(_Body):
@@ -94,12 +109,12 @@ class _Generation(_Body):
     min_p: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    ignore_eos: bool = False
+    ignore_eos: _Flag = False
     n: int | None = Field(None, description="answers to each prompt; default 1")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, description="only requests with the same salt share KV")
-    kvshare: Reuse = Reuse()
+    kvshare: _Reuse = Reuse()
 
     def params(self, max_tokens: int | None, logprobs: int | None, choice: int) -> SamplingParams:
         """How one choice is decoded. Raises InvalidRequestError."""
@@ -169,8 +184,8 @@ class CompletionBody(_Generation):
 class TokenizeBody(_Body):
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
+    add_special_tokens: _Flag = True
+    return_token_strs: _Flag = False
 
 
 class DetokenizeBody(_Body):
@@ -182,9 +197,9 @@ class LookupBody(_Body):
 
     messages: list[ChatMessage] | None = None
     prompt: str | list[int] | None = None
-    tenant: str = ""
+    tenant: _Text = ""
     cache_salt: str | None = None
-    kvshare: Reuse = Reuse()
+    kvshare: _Reuse = Reuse()
 
 
 class PinBody(BaseModel):
@@ -201,7 +216,7 @@ class ClearBody(BaseModel):
     namespace: str | None = None
     tenant: str | None = None
     cache_salt: str | None = None
-    all: bool = False
+    all: _Flag = False
 
 
 class ErrorDetail(BaseModel):
