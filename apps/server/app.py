@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import kvshare_mm
 from kvshare_mm.apps.server import cache_admin, chat, completions, errors, info
@@ -66,4 +67,13 @@ def create_app(
         registry=service.metrics.registry,
         ui_path=ui_path,
     )
+    if service.options.cors_origins:
+        # Outside the gate: a browser asks without a key first, and may read why it was refused.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.options.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     return app

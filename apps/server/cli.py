@@ -98,6 +98,50 @@ def serve(
         Path | None,
         typer.Option(help="file of keys, see `kvshare keys add`", rich_help_panel=_SAFETY),
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="KVSHARE_SERVER_API_KEY",
+            help="the one key of all clients; better in the variable, which `ps` does not show",
+            rich_help_panel=_SAFETY,
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="name by which clients may ask, `*` for any; repeatable; default: localhost and "
+            "--host, with keys any",
+            rich_help_panel=_SAFETY,
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="origin whose pages may ask, like https://shop.example, or `*`; repeatable",
+            rich_help_panel=_SAFETY,
+        ),
+    ] = None,
+    private_pages: Annotated[
+        bool,
+        typer.Option(
+            "--private-pages",
+            help="/metrics, /docs and /openapi.json need an admin key",
+            rich_help_panel=_SAFETY,
+        ),
+    ] = False,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(help="certificate (PEM): serve HTTPS", rich_help_panel=_SAFETY)
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None,
+        typer.Option(help="its key (PEM), if in a file of its own", rich_help_panel=_SAFETY),
+    ] = None,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="open connections, in all", rich_help_panel=_SAFETY)
+    ] = 1024,
+    max_connections_per_client: Annotated[
+        int, typer.Option(min=1, help="of one address", rich_help_panel=_SAFETY)
+    ] = 256,
     expose_prompts: Annotated[
         bool,
         typer.Option(
@@ -151,9 +195,10 @@ def serve(
         if vllm_options:
             raise typer.BadParameter("only --engine vllm takes options after MODEL")
         _check_installed()
-        from kvshare_mm.apps.server import admin_key, logs, run
+        from kvshare_mm.apps.server import admin_key, hosts, logs, run
         from kvshare_mm.apps.server.options import ServerOptions
         from kvshare_mm.config import KVShareConfig
+        from kvshare_mm.errors import ConfigError
         from kvshare_mm.modalities.fetch import FetchPolicy
 
         level = logging.getLogger().getEffectiveLevel()
@@ -176,19 +221,33 @@ def serve(
             local_media=False,
             max_media_bytes=int(max_media_mib * 2**20),
         )
+        if api_keys and api_key is not None:
+            raise ConfigError("either --api-keys FILE or --api-key KEY (KVSHARE_SERVER_API_KEY)")
+        with_keys = api_keys is not None or api_key is not None
+        allowed_hosts = hosts.allowed_hosts(allowed_host or (), host, with_keys)
+        cors_origins = hosts.cors_origins(cors_origin or ())
+        run.check_certificate(ssl_certfile, ssl_keyfile)
         listening = run.bind(host, port)
         port = listening.getsockname()[1]
         key = None if api_keys else admin_key.write(port)
         schemes = {"https", "data"} | ({"http"} if allow_http else set())
         options = ServerOptions(
             model_name=served_model_name or model,
-            sharing=sharing or ("tenant" if api_keys else "global"),
+            sharing=sharing or ("tenant" if with_keys else "global"),
             keys_file=api_keys,
+            api_key=api_key,
             admin_key=key,
+            private_pages=private_pages,
+            allowed_hosts=allowed_hosts,
+            cors_origins=cors_origins,
+            max_connections=max_connections,
+            max_connections_per_client=max_connections_per_client,
             expose_prompts=expose_prompts,
             max_body_bytes=int(max_body_mib * 2**20),
             request_timeout_s=request_timeout,
             shutdown_timeout_s=shutdown_timeout,
+            ssl_certfile=ssl_certfile,
+            ssl_keyfile=ssl_keyfile,
             fetch=FetchPolicy(
                 schemes=frozenset(schemes | ({"file"} if media_root else set())),
                 domains=frozenset(allow_domain) if allow_domain else None,
@@ -197,9 +256,10 @@ def serve(
                 timeout_s=media_timeout,
             ),
         )
-        if api_keys is None and host not in {"127.0.0.1", "::1", "localhost"}:
+        if not with_keys and host not in {"127.0.0.1", "::1", "localhost"}:
             logging.getLogger(__name__).warning(
-                "everybody who reaches %s may use this server; --api-keys asks for keys", host
+                "everybody who reaches %s may use this server; --api-key(s) ask for keys",
+                host,
             )
         try:
             run.serve(lambda: _load(config), options, listening, otlp_traces, ui)

@@ -11,12 +11,14 @@ import re
 import time
 import uuid
 from typing import Any
+from urllib.parse import quote
 
 from prometheus_client import CollectorRegistry, Counter
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvshare_mm.apps.server.errors import ApiError
+from kvshare_mm.apps.server.hosts import HostCheck
 from kvshare_mm.apps.server.keys import Caller, KeyRing
 from kvshare_mm.apps.server.limits import Meter, Meters
 from kvshare_mm.apps.server.logs import request_id
@@ -27,8 +29,11 @@ logger = logging.getLogger(__name__)
 _OPEN = frozenset(
     {"/health", "/ping", "/version", "/metrics", "/openapi.json", "/docs", "/favicon.ico"}
 )
+_PRIVATE = frozenset({"/metrics", "/openapi.json", "/docs"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _CLIENT_GONE = 499
+# In the state of every request that arrives once the server is told to stop.
+STOPPING = "stopping"
 
 
 class Gate:
@@ -57,6 +62,7 @@ class Gate:
         self._keys = keys
         self._meters = meters
         self._ui_path = ui_path
+        self._hosts = HostCheck(options.allowed_hosts)
         self._requests = Counter(
             "kvshare:http_requests",
             "Requests by route and status; 499: the client went away.",
@@ -65,11 +71,15 @@ class Gate:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_ui(scope["path"]):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        refusal = self._refusal(scope, headers)
+        if refusal is None and self._is_ui(scope["path"]):
+            await self._app(scope, receive, send)
+            return
         asked = headers.get("x-request-id", "")
         this_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         token = request_id.set(this_id)
@@ -83,6 +93,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 more = {"x-request-id": this_id, **(meter.headers if meter else {})}
+                if state.get(STOPPING):
+                    more["connection"] = "close"
                 message.setdefault("headers", []).extend(
                     (name.encode(), value.encode()) for name, value in more.items()
                 )
@@ -90,7 +102,7 @@ class Gate:
 
         body = _Body(receive, self._options)
         try:
-            error = self._admit(scope, headers, state) or body.check(headers)
+            error = refusal or self._admit(scope, headers, state) or body.check(headers)
             if error is None:
                 meter = self._meters.of(state["caller"].key, state["caller"].limits)
                 error = _begun(meter)
@@ -108,11 +120,18 @@ class Gate:
             self._tell(scope, status or 500, started, state.get("caller"))
             request_id.reset(token)
 
+    def _refusal(self, scope: Scope, headers: dict[str, str]) -> ApiError | None:
+        """Why nobody is answered now, or not by this name."""
+        if scope.get("state", {}).get(STOPPING):
+            return ApiError(503, "the server is shutting down", code="stopping", retry_after=5)
+        return self._hosts.error(headers.get("host"))
+
     def _admit(
         self, scope: Scope, headers: dict[str, str], state: dict[str, Any]
     ) -> ApiError | None:
         path = scope["path"]
-        if path in _OPEN:
+        private = self._options.private_pages and path in _PRIVATE
+        if path in _OPEN and not private:
             state["caller"] = Caller()
             return None
         kind, _, key = headers.get("authorization", "").partition(" ")
@@ -122,6 +141,8 @@ class Gate:
             return ApiError(401, f"the API key {said}", code="invalid_api_key")
         if (path == "/v1/cache" or path.startswith("/v1/cache/")) and not caller.admin:
             return ApiError(403, "administrating the cache needs an admin key")
+        if private and not caller.admin:
+            return ApiError(403, f"{path} needs an admin key here")
         state["caller"] = caller
         return None
 
@@ -138,8 +159,8 @@ class Gate:
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
             "%s %s %d in %.3f s",
-            scope["method"],
-            scope["path"].encode("ascii", "backslashreplace").decode()[:200],
+            scope["method"][:20],
+            quote(scope["path"], "/:", errors="backslashreplace")[:200],
             status,
             seconds,
             extra={

@@ -20,6 +20,7 @@ from kvshare_mm.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_KEY = re.compile(r"[!-~]+")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -104,16 +105,22 @@ class KeyRing:
         path: JSON Lines: ``{"tenant": "shop", "admin": false, "sha256": "...", "limits": {...}}``,
             the last as in `Limits` or left out; None: no file.
         admin_key: a further key that may administrate, or None.
+        api_key: the one key of a server without a file, or None.
 
     Attributes:
         problem: why the file as it is now is not in force, or None.
 
     Raises:
-        ConfigError: the file cannot be read or has a bad line.
+        ConfigError: the file cannot be read or has a bad line; the one key cannot be sent.
     """
 
-    def __init__(self, path: Path | None, admin_key: str | None = None) -> None:
+    def __init__(
+        self, path: Path | None, admin_key: str | None = None, api_key: str | None = None
+    ) -> None:
         self._path = path
+        if api_key is not None and not _KEY.fullmatch(api_key):
+            raise ConfigError("the API key must be letters, digits and signs of ASCII, no spaces")
+        self._single = None if api_key is None else digest(api_key)
         self._admin = None if admin_key is None else digest(admin_key)
         self.problem: str | None = None
         self._stamp = _stamp(path)
@@ -122,7 +129,7 @@ class KeyRing:
     @property
     def required(self) -> bool:
         """Whether a request needs a key."""
-        return self._path is not None
+        return self._path is not None or self._single is not None
 
     def caller(self, key: str | None) -> Caller | None:
         """Whose key this is; None: nobody's.
@@ -134,8 +141,11 @@ class KeyRing:
         known = digest(key)
         if known == self._admin:
             return Caller(admin=True, key=known)
+        if known == self._single:
+            return Caller("default", key=known)
         if self._path is None:
-            return Caller()  # clients often send some key; none is asked for
+            # Clients often send some key where none is asked for.
+            return None if self.required else Caller()
         stamp = _stamp(self._path)
         if stamp != self._stamp:
             self._stamp = stamp

@@ -1,4 +1,8 @@
-"""Logging with request ids, as text or as one JSON object a line."""
+"""Logging with request ids, as text or as one JSON object a line.
+
+Much of what is logged was chosen by clients: paths, texts in errors. None of it may look like a
+line of its own, or steer the terminal that shows it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import logging
 import sys
 import time
 from contextvars import ContextVar
+from typing import Any
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
@@ -15,6 +20,27 @@ class _WithRequestId(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.request_id = request_id.get()
         return True
+
+
+def printable(text: str) -> str:
+    """Text on one line: line ends, escape codes, bidi controls and the like are spelt out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class TextFormatter(logging.Formatter):
+    """One line a record; those of a traceback begin with a bar."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s [%(request_id)s] %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        lines = _lines(super().formatException(ei))
+        return "\n".join(f"  | {line}" for line in lines)
 
 
 class JsonFormatter(logging.Formatter):
@@ -26,12 +52,12 @@ class JsonFormatter(logging.Formatter):
             + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": printable(record.getMessage()),
             "request_id": getattr(record, "request_id", "-"),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            entry["error"] = self.formatException(record.exc_info)
+            entry["error"] = "\n".join(_lines(self.formatException(record.exc_info)))
         return json.dumps(entry)
 
 
@@ -39,14 +65,14 @@ def configure(as_json: bool, level: int) -> None:
     """Send all logs to standard error, in one form."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_WithRequestId())
-    handler.setFormatter(
-        JsonFormatter()
-        if as_json
-        else logging.Formatter("%(asctime)s %(levelname)-7s [%(request_id)s] %(name)s: %(message)s")
-    )
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
     logging.getLogger("kvshare_mm.apps.server").setLevel(min(level, logging.INFO))
     for chatty in ("uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "httpcore2"):
         logging.getLogger(chatty).setLevel(max(level, logging.WARNING))
+
+
+def _lines(text: str) -> list[str]:
+    return [printable(line) for line in text.split("\n")]

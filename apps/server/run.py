@@ -6,14 +6,22 @@ import asyncio
 import logging
 import signal
 import socket
+import ssl
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import uvicorn
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
 
 from kvshare_mm.apps.server.app import create_app
+from kvshare_mm.apps.server.connections import Connections, Listener, quiet_about_files, room_for
+from kvshare_mm.apps.server.gate import STOPPING
 from kvshare_mm.apps.server.options import ServerOptions
+from kvshare_mm.apps.server.protocol import farewell, protocol
 from kvshare_mm.apps.server.service import Service
 from kvshare_mm.apps.server.sharing import in_words
 from kvshare_mm.apps.server.tracing import Tracer
@@ -25,28 +33,74 @@ logger = logging.getLogger(__name__)
 UI_PATH = "/ui"
 
 _SWITCH_INTERVAL_S = 0.0005
+# Connections that wait to be accepted: asyncio tries that often in a row when it has no files.
+_BACKLOG = 256
 
 
-class _Server(uvicorn.Server):
-    """Says that it ends, which may take as long as the requests in flight.
+class Server(uvicorn.Server):
+    """A server that bounds connections and, when it ends, says so.
+
+    While requests in flight end, those that arrive over open connections are told to come back.
 
     Args:
-        config: of the server.
+        app: what is served.
+        options: bounds and deadlines.
+        registry: where connections are counted.
         on_stop: called first when it ends.
     """
 
-    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
-        super().__init__(config)
+    def __init__(
+        self,
+        app: ASGIApp,
+        options: ServerOptions,
+        registry: CollectorRegistry,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="asyncio",  # `Listener` accepts for it
+                http=protocol(options),
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=_BACKLOG,
+                timeout_graceful_shutdown=max(1, int(options.shutdown_timeout_s)),
+                timeout_keep_alive=options.idle_timeout_s,  # type: ignore[arg-type]
+                ssl_certfile=options.ssl_certfile,
+                ssl_keyfile=options.ssl_keyfile,
+            )
+        )
+        self._connections = Connections(
+            room_for(options.max_connections), options.max_connections_per_client, registry
+        )
         self._on_stop = on_stop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        quiet_about_files(asyncio.get_running_loop())
+        # A client that waits for a handshake of TLS would not understand it.
+        last_words = b"" if self.config.is_ssl else farewell()
+        await super().startup(
+            [Listener(each, self._connections, last_words) for each in sockets or ()]
+        )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._on_stop()
+        self.lifespan.state[STOPPING] = True
+        for server in self.servers:
+            server.close()
         await asyncio.sleep(0)  # what was let go ends
-        logger.info(
-            "stopping; %d requests in flight have %d s to end",
-            len(self.server_state.tasks),
-            self.config.timeout_graceful_shutdown or 0,
-        )
+        running = set(self.server_state.tasks)
+        seconds = self.config.timeout_graceful_shutdown or 0
+        logger.info("stopping; %d requests in flight have %d s to end", len(running), seconds)
+        deadline = time.monotonic() + seconds
+        while not (self.force_exit or running.isdisjoint(self.server_state.tasks)):
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.05)
+        # What has not ended by now is cancelled, and idle connections are closed.
+        self.config.timeout_graceful_shutdown = 1
         await super().shutdown(sockets)
         logger.info("stopped")
 
@@ -64,10 +118,32 @@ def bind(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(_BACKLOG)
     except OSError as error:
         listening.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
     return listening
+
+
+def check_certificate(certfile: Path | None, keyfile: Path | None) -> None:
+    """See that HTTPS will work before a model is loaded.
+
+    Raises:
+        ConfigError: the files cannot be used.
+    """
+    if certfile is None:
+        if keyfile is not None:
+            raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+        return
+
+    def no_password() -> str:
+        raise ConfigError(f"the key in {keyfile or certfile} has a password; take it away")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, no_password)
+    except OSError as error:  # ssl.SSLError is one
+        named = certfile if keyfile is None else f"{certfile} and {keyfile}"
+        raise ConfigError(f"HTTPS cannot be served with {named}: {error}") from error
 
 
 def serve(
@@ -91,7 +167,7 @@ def serve(
         Exception: what `load` raised.
     """
     service = Service(load, options, Tracer(traces, options.model_name))
-    holder: list[uvicorn.Server] = []
+    holder: list[Server] = []
 
     def give_up() -> None:
         holder[0].should_exit = True
@@ -102,21 +178,14 @@ def serve(
         from kvshare_mm.apps.desk.mount import mount
 
         on_stop = mount(app, service, UI_PATH)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, int(options.shutdown_timeout_s)),
-        timeout_keep_alive=30,
-    )
     host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    logger.info("listening on http://%s:%d", shown, port)
+    scheme = "http" if options.ssl_certfile is None else "https"
+    shown = f"{scheme}://[{host}]" if ":" in host else f"{scheme}://{host}"
+    logger.info("listening on %s:%d", shown, port)
     logger.info("%s", in_words(options.sharing))
     if ui:
-        logger.info("desk on http://%s:%d%s", shown, port, UI_PATH)
-    holder.append(_Server(config, on_stop))
+        logger.info("desk on %s:%d%s", shown, port, UI_PATH)
+    holder.append(Server(app, options, service.metrics.registry, on_stop))
     # The engine's thread computes without a pause; a token should not wait 5 ms for its turn.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     # uvicorn sends itself the signal again once it has ended, which would leave no time to tidy up.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticUseDefault
 
 from kvshare_mm.apps.server.description import content_is_needed, limits
 from kvshare_mm.apps.server.errors import ApiError
@@ -70,6 +71,17 @@ _WHOLE = BeforeValidator(_whole)
 _Whole = Annotated[int, _WHOLE]
 
 
+def _default_for_null(value: Any) -> Any:
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+# Clients spell out what they do not set as null: it is then as if it were not there.
+_Flag = Annotated[bool, BeforeValidator(_default_for_null, json_schema_input_type=bool | None)]
+_Text = Annotated[str, BeforeValidator(_default_for_null, json_schema_input_type=str | None)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra=limits)
 
@@ -89,7 +101,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: _Flag = False
 
 
 class Reuse(BaseModel):
@@ -100,8 +112,11 @@ class Reuse(BaseModel):
     sharing: Literal["on", "exact", "off"] | None = None
     repair: str | None = None
     max_divergence: float | None = None
-    store: bool = True
-    spans: bool = False
+    store: _Flag = True
+    spans: _Flag = False
+
+
+_Reuse = Annotated[Reuse, BeforeValidator(_default_for_null, json_schema_input_type=Reuse | None)]
 
 
 class _Generation(_Body):
@@ -112,12 +127,12 @@ class _Generation(_Body):
     min_p: float | None = None
     seed: _Whole | None = None
     stop: str | list[str] | None = None
-    ignore_eos: bool = False
+    ignore_eos: _Flag = False
     n: _Whole | None = Field(None, description="answers to each prompt; default 1")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, description="only requests with the same salt share KV")
-    kvshare: Reuse = Reuse()
+    kvshare: _Reuse = Reuse()
 
     def params(self, max_tokens: int | None, logprobs: int | None, choice: int) -> SamplingParams:
         """How one choice is decoded. Raises InvalidRequestError."""
@@ -187,8 +202,8 @@ class CompletionBody(_Generation):
 class TokenizeBody(_Body):
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
+    add_special_tokens: _Flag = True
+    return_token_strs: _Flag = False
 
 
 class DetokenizeBody(_Body):
@@ -200,9 +215,9 @@ class LookupBody(_Body):
 
     messages: list[ChatMessage] | None = None
     prompt: Annotated[str | list[int] | None, _WHOLE] = None
-    tenant: str = ""
+    tenant: _Text = ""
     cache_salt: str | None = None
-    kvshare: Reuse = Reuse()
+    kvshare: _Reuse = Reuse()
 
 
 class PinBody(BaseModel):
@@ -219,7 +234,7 @@ class ClearBody(BaseModel):
     namespace: str | None = None
     tenant: str | None = None
     cache_salt: str | None = None
-    all: bool = False
+    all: _Flag = False
 
 
 class ErrorDetail(BaseModel):

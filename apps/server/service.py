@@ -44,7 +44,7 @@ class Service:
         self, load: Callable[[], KVShare], options: ServerOptions, tracer: Tracer | None = None
     ) -> None:
         self.options = options
-        self.keys = KeyRing(options.keys_file, options.admin_key)
+        self.keys = KeyRing(options.keys_file, options.admin_key, options.api_key)
         self.meters = Meters()
         self.fetcher = MediaFetcher(options.fetch)
         self.tracer = tracer or Tracer(None, options.model_name)

@@ -33,6 +33,8 @@ _VLLM: Mapping[str, str] = {
     "port": "port",
     "served_model_name": "served_model_name",
     "otlp_traces": "otlp_traces_endpoint",
+    "ssl_certfile": "ssl_certfile",
+    "ssl_keyfile": "ssl_keyfile",
 }
 _DEFAULTS = {"model": "smollm2", "host": "127.0.0.1", "port": 8000}
 
@@ -90,5 +92,7 @@ def _program() -> list[str]:
 def replace_process(named: Mapping[str, Any], own: Sequence[str]) -> NoReturn:
     """Become vLLM's server: signals reach it as they reach any server."""
     check_installed()
-    words = command(named, own)
+    words = command({name: named[name] for name in named if name != "api_key"}, own)
+    if api_key := named.get("api_key"):
+        os.environ["VLLM_API_KEY"] = api_key  # others do not see it there
     os.execv(words[0], words)

@@ -35,7 +35,8 @@ class DiskTier:
 
     Processes may share a folder: files appear whole or not at all, and one that another process
     removed reads as "evicted". Each process counts, and evicts, what it found at its opening and
-    wrote itself, so N processes that write may use up to N budgets.
+    wrote itself, so N processes that write may use up to N budgets. A folder that is removed is
+    made again by the next write.
 
     Parameters:
         folder: created if it does not exist.
@@ -46,6 +47,7 @@ class DiskTier:
 
     Attributes:
         num_corrupt: damaged files deleted since the opening.
+        num_recreated: times that the folder was removed by others and made again.
 
     Raises:
         StoreError: the folder cannot be created, read or written.
@@ -63,6 +65,7 @@ class DiskTier:
     ) -> None:
         self.folder = Path(folder)
         self.num_corrupt = 0
+        self.num_recreated = 0
         self._durable = durable
         self._ledger = EvictionLedger(max_bytes, clock)
         # Two locks, so that nobody waits for a write to learn what is here. `_changing` is held
@@ -83,14 +86,16 @@ class DiskTier:
         """Write or replace a node; evict others only once it is written.
 
         Returns:
-            Ids of the nodes that are no longer here: those evicted for it; or only its own, if it
-            cannot fit beside what is pinned, and then nothing else was evicted.
+            Ids of the nodes that are no longer here: those evicted for it, or that went with a
+            removed folder; or only its own, if it cannot fit beside what is pinned, and then
+            nothing else was evicted.
 
         Raises:
-            KVUnavailableError: "io_error" (disk full, folder gone); what was here still is.
+            KVUnavailableError: "io_error" (disk full); what was here still is.
             ValueError: K and V do not belong to the node, see `codec.write_node`.
         """
         node_id = stored.node.node_id
+        lost: list[str] = []
         with self._changing:
             with self._lock:
                 fits = self._ledger.can_fit(node_id, stored.kv.num_bytes)
@@ -99,12 +104,13 @@ class DiskTier:
                     self._ledger.discard(node_id)
                     evicted = [node_id]
             if fits:
+                lost = [each for each in self._recreate() if each != node_id]
                 num_bytes = write_node(self._path(node_id), stored, durable=self._durable)
                 with self._lock:
                     evicted = self._ledger.admit(node_id, num_bytes)
             for evicted_id in evicted:
                 self._unlink(self._path(evicted_id))
-        return evicted
+        return [*lost, *evicted]
 
     def get(self, node_id: str) -> StoredNode:
         """Read the node, verify every byte and mark it used.
@@ -193,6 +199,22 @@ class DiskTier:
         # Node ids may hold what file names may not, and must not lead out of the folder.
         digest = hashlib.blake2b(node_id.encode("utf-8", "surrogatepass"), digest_size=16)
         return self.folder / f"{digest.hexdigest()}{NODE_SUFFIX}"
+
+    def _recreate(self) -> list[str]:
+        """Make the folder again if it was removed; return the ids of what went with it."""
+        if self.folder.is_dir():
+            return []
+        try:
+            self.folder.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise KVUnavailableError("io_error", f"cannot make {self.folder}: {error}") from error
+        self.num_recreated += 1
+        logger.warning("%s was removed; it is made again, empty", self.folder)
+        with self._lock:
+            lost = list(self._ledger)
+            for node_id in lost:
+                self._ledger.discard(node_id)
+        return lost
 
     def _check_writable(self) -> None:
         # Asking the permission bits is not enough: a read-only mount or a quota says no later.

@@ -40,7 +40,7 @@ class TieredStore:
         counters: events by name: ``write_<reason>`` for nodes that did not get to disk
             ("io_error", "too_large" for the disk tier, "queue_full", "internal"), ``read_<reason>``
             for reads that raised (reasons of `KVUnavailableError`), ``not_finite`` for what was
-            refused.
+            refused, ``folder_recreated`` for a folder on disk that was removed and made again.
     """
 
     def __init__(
@@ -310,6 +310,8 @@ class TieredStore:
                     del self._queue[node_id]
                 if failure is not None:
                     self._write_failed(*failure)
+                if disk.num_recreated:
+                    self.counters["folder_recreated"] = disk.num_recreated
                 gone = self._forget([node_id, *dropped])
                 self._changed.notify_all()
             self._announce(gone)

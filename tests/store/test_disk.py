@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -215,13 +217,28 @@ def test_a_full_disk_is_an_io_error_and_leaves_everything_as_it_was(
     assert tier.put(wide) == ["a"]
 
 
-def test_a_folder_that_was_removed_is_an_io_error(tmp_path, make_stored):
+def test_a_folder_that_was_removed_is_made_again(tmp_path, make_stored, assert_same):
+    tier = DiskTier(tmp_path / "deep" / "cache", BUDGET)
+    for name in "abc":
+        tier.put(make_stored(name))
+    shutil.rmtree(tmp_path / "deep")
+    stored = make_stored("b", 20)
+    assert tier.put(stored) == ["a", "c"]  # they went with the folder
+    assert (list(tier), tier.num_recreated) == (["b"], 1)
+    assert tier.num_bytes == sum(path.stat().st_size for path in tier.folder.iterdir())
+    assert_same(tier.get("b"), stored)
+    assert stat.S_IMODE(tier.folder.stat().st_mode) == 0o700
+    assert tier.put(make_stored("d")) == []
+
+
+def test_a_folder_that_cannot_be_made_again_is_an_io_error(tmp_path, make_stored):
     tier = DiskTier(tmp_path / "cache", BUDGET)
     (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").write_text("in the way")
     with pytest.raises(KVUnavailableError) as caught:
         tier.put(make_stored("a"))
     assert caught.value.reason == "io_error"
-    assert list(tier) == []
+    assert (list(tier), tier.num_recreated) == ([], 0)
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/self", "/proc/none"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -112,6 +113,20 @@ def test_a_really_full_disk(open_store, make_stored, full_disk, gone):
     store.put(make_stored("next"))
     assert gone.wait_for("wide")
     assert store.resident("wide") is None
+
+
+def test_a_removed_folder_is_made_again_and_counted(open_store, make_stored, gone, tmp_path):
+    store = open_store(host_bytes=ram_bytes(make_stored("a")))
+    for name in "ab":
+        store.put(make_stored(name))
+    assert store.flush(PATIENCE_S)
+    shutil.rmtree(tmp_path / "kv")
+    store.put(make_stored("c"))
+    assert store.flush(PATIENCE_S)
+    assert store.counters == {"folder_recreated": 1}
+    assert gone.wait_for("a", "b")
+    assert store.resident("c") == "host"
+    assert list(DiskTier(tmp_path / "kv", 1 << 24)) == ["c"]
 
 
 def test_the_writer_outlives_a_bug(open_store, make_stored, gone):

@@ -151,3 +151,14 @@ def test_options_that_say_nothing_to_vllm_are_named(
 def test_vllms_words_are_no_options_of_the_native_engine() -> None:
     with pytest.raises(ConfigError, match="engine_options"):
         KVShareConfig.of(engine_options={"enforce_eager": True})
+
+
+def test_the_key_is_told_where_others_do_not_see_it(
+    folder: str, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "of before")
+    asked = ["--api-key", "the-key", "--ssl-certfile", "c.pem", "--ssl-keyfile", "k.pem"]
+    result = run(app, ["serve", folder, "--engine", "vllm", *asked])
+    assert result.exit_code == 0, result.output
+    assert os.environ["VLLM_API_KEY"] == "the-key" and "the-key" not in started
+    assert (after(started, "--ssl-certfile"), after(started, "--ssl-keyfile")) == ("c.pem", "k.pem")

@@ -52,6 +52,7 @@ class Running:
         self, method: str, path: str, key: str | None = None, **options: Any
     ) -> httpx2.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers |= options.pop("headers", {})
         return httpx2.request(method, self.url + path, headers=headers, timeout=60, **options)
 
     def chat(self, text: str, key: str | None = None, **fields: Any) -> httpx2.Response:
@@ -92,11 +93,10 @@ def start(load: Callable[[], KVShare], **options: Any) -> Running:
     defaults: dict[str, Any] = {"model_name": "tiny", "admin_key": ADMIN, "shutdown_timeout_s": 5}
     service = Service(load, ServerOptions(**{**defaults, **options}))
     listening = run.bind("127.0.0.1", 0)
-    config = uvicorn.Config(create_app(service), log_config=None, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = run.Server(create_app(service), service.options, service.metrics.registry)
+    port = listening.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
-    port = listening.getsockname()[1]
     until(lambda: server.started or not thread.is_alive())
     return Running(f"http://127.0.0.1:{port}", service, server, thread)
 

@@ -6,15 +6,20 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
@@ -48,17 +53,20 @@ class Process:
         return self.popen.wait(90)
 
 
-def start(state: Path, *options: str) -> Process:
+def start(state: Path, *options: str, max_files: int | None = None, **environment: str) -> Process:
     popen = subprocess.Popen(
         [sys.executable, "-m", "kvshare_mm.apps.cli", "serve", "smollm2", "--port", "0",
          "--embedder", "none", "--json-logs", *options],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "XDG_STATE_HOME": str(state)},
+        stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "XDG_STATE_HOME": str(state), **environment},
     )  # fmt: skip
+    if max_files is not None:
+        resource.prlimit(popen.pid, resource.RLIMIT_NOFILE, (max_files, max_files))
     assert popen.stderr is not None
     log: list[str] = []
     for line in popen.stderr:
         assert json.loads(line)["level"] in {"info", "warning"}
-        found = re.search(r"listening on (http://[\w.:]+)", line)
+        found = re.search(r"listening on (https?://[\w.:]+)", line)
         if found:
             threading.Thread(target=log.extend, args=[popen.stderr], daemon=True).start()
             return Process(found[1], popen, state, log)
@@ -189,6 +197,47 @@ def test_every_line_of_the_log_is_json(tmp_path: Path) -> None:
     assert any("smollm2 is ready after" in message for message in messages)
     assert messages[-1] == "stopped"
     assert {entry["level"] for entry in entries} == {"info"}
+
+
+def test_a_crowd_does_not_use_up_the_files(tmp_path: Path) -> None:
+    """600 clients that say half of a request, where 400 files may be open."""
+    made = start(tmp_path, "--max-connections-per-client", "200", max_files=400)
+    address = urlsplit(made.url)
+    place = (address.hostname, address.port)
+    with ExitStack() as crowd:
+        for i in range(600):
+            source = (f"127.0.0.{2 + i // 300}", 0)
+            client = socket.create_connection(place, timeout=30, source_address=source)
+            crowd.enter_context(closing(client))
+            with suppress(ConnectionError):  # it was refused
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        wait_ready(made.url)
+        # Not because they went: their time has run out.
+        open_now = "kvshare:connections 1.0\n"
+        deadline = time.monotonic() + 60
+        while open_now not in httpx2.get(f"{made.url}/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    assert made.stop() == 0
+    assert not any("Too many open files" in line for line in made.log)
+    told = [line for line in made.log if "connections are refused" in line]
+    assert 1 <= len(told) <= 3
+    assert len(made.log) < 1000
+
+
+def test_one_key_in_the_environment_over_https(tmp_path: Path) -> None:
+    certificate = Path(__file__).with_name("certificate.pem")
+    made = start(
+        tmp_path, "--ssl-certfile", str(certificate), KVSHARE_SERVER_API_KEY="only-this-key"
+    )
+    assert made.url.startswith("https://127.0.0.1:")
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    with httpx2.Client(base_url=made.url, verify=trusted) as client:
+        assert client.get("/v1/models").status_code == 401
+        key = {"Authorization": "Bearer only-this-key"}
+        assert client.get("/v1/models", headers=key).status_code in {200, 503}
+    assert made.stop() == 0
+    assert not any("only-this-key" in line for line in made.log)
 
 
 def test_a_model_that_is_not_there_ends_the_process(tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""Bodies as clients really send them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from kvshare_mm.apps.server import schema
+
+from .conftest import Running
+
+_NEEDED: dict[type[BaseModel], dict[str, Any]] = {
+    schema.ChatBody: {"messages": [{"role": "user", "content": "x"}]},
+    schema.CompletionBody: {"prompt": "x"},
+    schema.TokenizeBody: {},
+    schema.LookupBody: {},
+    schema.ClearBody: {},
+    schema.StreamOptions: {},
+    schema.Reuse: {},
+}
+_OPTIONAL = [
+    pytest.param(model, name, id=f"{model.__name__}.{name}")
+    for model in _NEEDED
+    for name, field in model.model_fields.items()
+    if not field.is_required()
+]
+
+
+@pytest.mark.parametrize(("model", "name"), _OPTIONAL)
+def test_null_is_as_if_it_were_not_there(model: type[BaseModel], name: str) -> None:
+    needed = _NEEDED[model]
+    assert getattr(model(**needed, **{name: None}), name) == getattr(model(**needed), name)
+    described = model.model_json_schema()["properties"][name]
+    assert {"type": "null"} in described["anyOf"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"kvshare": None}, {"stream_options": None}, {"stream_options": {"include_usage": None}},
+     {"kvshare": {"store": None, "spans": None}}, {"ignore_eos": None, "stop": None, "n": None},
+     {"response_format": None, "tools": None, "tool_choice": None, "logit_bias": None},
+     {"stream": True, "stream_options": {"include_usage": None}}],
+)  # fmt: skip
+def test_a_chat_with_nulls_is_answered(shared: Running, fields: dict[str, Any]) -> None:
+    assert shared.chat("hello", **fields).status_code == 200
+
+
+def test_what_is_needed_is_not_null(shared: Running) -> None:
+    reply = shared.ask("POST", "/v1/chat/completions", json={"messages": None})
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "messages"
