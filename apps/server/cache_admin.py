@@ -98,6 +98,8 @@ def router(service: Service) -> APIRouter:
     @routes.post("/clear")
     async def clear(body: ClearBody) -> dict[str, Any]:
         """Delete the donors of a namespace, or all."""
+        # What is wrong with a salt is told even where another field decides.
+        options = scope(service.options.sharing, Caller(body.tenant or ""), body.cache_salt)
         if body.all:
             return {"deleted": await service.prepared(service.cache.clear)}
         if body.namespace is None and body.tenant is None and body.cache_salt is None:
@@ -106,8 +108,6 @@ def router(service: Service) -> APIRouter:
             )
         name = body.namespace
         if name is None:
-            caller = Caller(body.tenant or "")
-            options = scope(service.options.sharing, caller, body.cache_salt)
             name = service.llm.namespace(options.cache_salt)
         deleted = await service.prepared(service.cache.clear, name)
         return {"deleted": deleted, "namespace": clean(name)}
