@@ -27,10 +27,32 @@ _LIMITS: dict[str, dict[str, Any]] = {
 }
 
 
+def _part(kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    return {"properties": {"type": {"const": kind}, kind: value}, "required": ["type", kind]}
+
+
+_URL = {"type": "object", "properties": {"url": {"type": "string"}}, "required": ["url"]}
+_SOUND = {
+    "type": "object",
+    "properties": {"data": {"type": "string"}, "format": {"enum": ["wav", "mp3", "flac"]}},
+    "required": ["data", "format"],
+}
+_PARTS = [
+    _part("text", {"type": "string"}),
+    _part("image_url", {"anyOf": [{"type": "string"}, _URL]}),
+    _part("input_audio", _SOUND),
+]
+
+
 def limits(schema: dict[str, Any]) -> None:
     """Add the ranges of a body's fields to its JSON schema."""
     for name, field in schema.get("properties", {}).items():
         field.update(_LIMITS.get(name, {}))
+
+
+def kinds_of_parts(schema: dict[str, Any]) -> None:
+    """Add the three kinds that a part of a message can be of to its JSON schema."""
+    schema["oneOf"] = _PARTS
 
 
 def content_is_needed(schema: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticUseDefault
 
-from kvshare_mm.apps.server.description import content_is_needed, limits
+from kvshare_mm.apps.server.description import content_is_needed, kinds_of_parts, limits
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.sampling import SamplingParams
 
@@ -153,7 +153,7 @@ class _Generation(_Body):
 
 
 class ContentPart(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=kinds_of_parts)
 
     type: str
 
