@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -31,8 +32,13 @@ def ui(
 
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         try:
+            import gradio  # noqa: F401
+
             from kvshare_mm.apps.desk import alone
         except ImportError as error:
             raise ConfigError("the desk needs `pip install kvshare-mm[demo]`") from error
+        from kvshare_mm.apps.server import logs
+
+        logs.configure(False, logging.getLogger().getEffectiveLevel())
         console.print(f"Loading [bold]{escape(model)}[/] ...")
         alone.run(model, host, port, store_dir)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI, Response
 from gradio.routes import App
 from starlette.routing import Mount
 
-from kvshare_mm.apps.desk.page import PICTURES, STYLE, build
-from kvshare_mm.apps.server.errors import ApiError
+from kvshare_mm.apps.desk.door import Door
+from kvshare_mm.apps.desk.events import Desk
+from kvshare_mm.apps.desk.limits import DeskLimits
+from kvshare_mm.apps.desk.page import STYLE, build
+from kvshare_mm.apps.desk.uploads import Uploads
+from kvshare_mm.apps.desk.visitors import Visitors
 from kvshare_mm.apps.server.service import Service
-from kvshare_mm.errors import KVShareError
-from kvshare_mm.llm import KVShare
-
-MAX_UPLOAD = "20mb"
+from kvshare_mm.errors import ConfigError
 
 _ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" '
@@ -29,7 +33,21 @@ def theme() -> gr.themes.Base:
     return gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"])
 
 
-def mount(app: FastAPI, service: Service, path: str) -> Callable[[], None]:
+def as_launched(page: gr.Blocks) -> gr.Blocks:
+    """A page that checks paths as one does that was launched.
+
+    Gradio lets a page that was not launched read any file, for scripts; and it never counts a
+    mounted page as launched.
+    """
+    if not hasattr(page, "has_launched"):
+        raise ConfigError("this version of Gradio keeps no account of what was launched")
+    page.has_launched = page.is_running = True
+    return page
+
+
+def mount(
+    app: FastAPI, service: Service, path: str, limits: DeskLimits | None = None
+) -> Callable[[], None]:
     """Put the desk under `path` of an application.
 
     Where keys are asked for, the desk asks for one too: a tenant's name and a key of it.
@@ -38,37 +56,55 @@ def mount(app: FastAPI, service: Service, path: str) -> Callable[[], None]:
         What lets go of the pages that are open in browsers: each holds a stream that would keep a
         server from ending.
     """
-
-    def llm() -> KVShare:
-        try:
-            return service.llm
-        except ApiError as error:
-            raise KVShareError(str(error)) from error
-
-    def knows(tenant: str, key: str) -> bool:
-        caller = service.keys.caller(key)
-        return caller is not None and caller.tenant == tenant
+    limits = limits or DeskLimits()
+    uploads = Uploads(limits)
+    visitors = Visitors(limits, uploads, service.keys.caller)
 
     @app.get("/favicon.ico", include_in_schema=False)
     async def icon() -> Response:
         """Browsers ask for it at the server's root, wherever the page is."""
         return Response(_ICON, media_type="image/svg+xml")
 
+    desk = Desk(service, visitors, uploads, limits, path)
+    page = build(desk, logout=service.keys.required).queue(max_size=limits.all_streams)
+    # What Gradio remembers of each open page.
+    page.state_session_capacity = limits.visitors * limits.pages
     gr.mount_gradio_app(
         app,
-        build(llm),
+        page,
         path,
-        auth=knows if service.keys.required else None,
-        auth_message="Your tenant's name, and a key of it.",
         css_paths=[STYLE],
-        allowed_paths=[str(PICTURES)],
         theme=theme(),
         footer_links=[],
-        max_file_size=MAX_UPLOAD,
-        show_error=True,
+        max_file_size=limits.upload_bytes,
+        show_error=False,
         ssr_mode=False,
         enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
     )
-    [desk] = [r.app for r in app.routes if isinstance(r, Mount) and isinstance(r.app, App)]
-    stop: Callable[[], None] = desk.stop_event.set
-    return stop
+    as_launched(page)
+    [(mounted, inner)] = [
+        (route, route.app)
+        for route in app.routes
+        if isinstance(route, Mount) and isinstance(route.app, App)
+    ]
+    mounted.app = Door(inner, path, service.keys, visitors, uploads, limits)
+    life = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def sweeping(application: FastAPI) -> AsyncIterator[Any]:
+        task = asyncio.create_task(visitors.keep_sweeping())
+        try:
+            async with life(application) as state:
+                yield state
+        finally:
+            task.cancel()
+
+    app.router.lifespan_context = sweeping
+
+    def let_go() -> None:
+        visitors.end_streams()
+        inner.stop_event.set()
+
+    return let_go

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from kvshare_mm.apps.desk.shop import Letter
 from kvshare_mm.cache import DonorInfo
 from kvshare_mm.engine.prefill import Sharing
+from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.llm import KVShare, RequestOptions
 from kvshare_mm.outputs import RequestOutput
 from kvshare_mm.sampling import SamplingParams
 
-_MAX_TOKENS = 40
+MAX_TOKENS = 40
 _REFERENCES = 2  # measurements of full recompute
+_MAX_TURNS = 200
 
 
 @dataclass(slots=True)
@@ -53,26 +56,42 @@ class Session:
         self._salt = json.dumps(["desk", uuid.uuid4().hex])
         self._numbers: dict[str, int] = {}
 
-    async def ask(self, llm: KVShare, letter: Letter, sharing: Sharing) -> AsyncIterator[Turn]:
+    async def ask(
+        self,
+        llm: KVShare,
+        letter: Letter,
+        sharing: Sharing,
+        tenant: str = "",
+        finished: Callable[[RequestOutput], None] = lambda _: None,
+    ) -> AsyncGenerator[Turn]:
         """Answer a letter; the turn is yielded as it grows, the last time with everything known.
 
+        Args:
+            tenant: whose share of the engine is used.
+            finished: told of every answer of the engine, those that only measure too.
+
         Raises:
-            InvalidRequestError: the letter, or a medium in it, cannot be taken.
+            InvalidRequestError: the letter, or a medium in it, cannot be taken, or there were
+                too many letters.
             QueueFullError: too many people ask.
         """
+        if len(self.turns) >= _MAX_TURNS:
+            raise InvalidRequestError(f"{_MAX_TURNS} questions were asked; please start over")
         messages = letter.messages()
-        options = RequestOptions(cache_salt=self._salt, sharing=sharing)
-        params = SamplingParams(max_tokens=_MAX_TOKENS)
+        options = RequestOptions(cache_salt=self._salt, sharing=sharing, tenant=tenant)
+        params = SamplingParams(max_tokens=MAX_TOKENS)
         stream = await asyncio.to_thread(llm.astream, messages, params, options)
         # Only now: a letter that is refused gets no number.
         turn = Turn(len(self.turns) + 1, letter.name)
         self.turns.append(turn)
-        async for chunk in stream:
-            turn.text += chunk.text
-            turn.output = chunk.output
-            if chunk.output is not None:
-                turn.donors = self._described(chunk.output)
-            yield turn
+        async with aclosing(stream):
+            async for chunk in stream:
+                turn.text += chunk.text
+                turn.output = chunk.output
+                if chunk.output is not None:
+                    finished(chunk.output)
+                    turn.donors = self._described(chunk.output)
+                yield turn
         async with self._settling:
             await asyncio.to_thread(llm.flush, 10)
             self._settle(llm, turn)
@@ -80,13 +99,14 @@ class Session:
         told = turn.output.provenance if turn.output is not None else None
         if told is not None and not told.exact + told.reused:
             return  # it was computed in full: that is what it cost
-        alone = RequestOptions(sharing="off", store=False)
+        alone = RequestOptions(cache_salt=self._salt, sharing="off", store=False, tenant=tenant)
         one = SamplingParams(max_tokens=1)
         times = []
         for _ in range(_REFERENCES):
             reference = await asyncio.to_thread(llm.astream, messages, one, alone)
             async for chunk in reference:
                 if chunk.output is not None:
+                    finished(chunk.output)
                     times.append(chunk.output.metrics.ttft - chunk.output.metrics.queue)
         turn.full_s = min(times)  # what else the machine did must not count for us
         yield turn

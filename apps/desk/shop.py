@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kvshare_mm.errors import InvalidRequestError
+
+MAX_NAME, MAX_ORDER, MAX_QUESTION = 40, 20, 1000  # characters
+
 _RULES = (
     "You work at the service desk of the Harbor store and know its rules. Goods can be returned "
     "within 30 days of delivery. A return costs 4 euros. Damaged goods must be reported within 14 "
@@ -36,6 +40,9 @@ class Letter:
         question: in the customer's words.
         photo: an image file's bytes, or None.
         voice: a sound file's bytes, or None.
+
+    Raises:
+        InvalidRequestError: name, order number or question is too long.
     """
 
     name: str
@@ -43,6 +50,11 @@ class Letter:
     question: str
     photo: bytes | None = None
     voice: bytes | None = None
+
+    def __post_init__(self) -> None:
+        for field, most in (("name", MAX_NAME), ("order", MAX_ORDER), ("question", MAX_QUESTION)):
+            if len(getattr(self, field)) > most:
+                raise InvalidRequestError(f"the {field} has more than {most} characters", field)
 
     def messages(self) -> list[dict[str, Any]]:
         """The letter as a chat: who writes comes first, as in a ticket, the rules behind it.

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
 from starlette.middleware.cors import CORSMiddleware
 
 import kvshare_mm
@@ -20,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(
-    service: Service, on_failure: Callable[[], None] = lambda: None, ui_path: str | None = None
+    service: Service,
+    on_failure: Callable[[], None] = lambda: None,
+    ui_path: str | None = None,
+    api: bool = True,
 ) -> FastAPI:
     """The application of a service.
 
@@ -28,6 +32,7 @@ def create_app(
         service: loaded when the application starts, closed when it ends.
         on_failure: called if the model cannot be loaded.
         ui_path: where pages with a login of their own will be mounted, or None.
+        api: whether there is more than those pages; if not, the root leads to them.
     """
 
     @asynccontextmanager
@@ -55,10 +60,13 @@ def create_app(
         description="OpenAI's API, with KV cache shared between similar requests.",
         lifespan=life,
         redoc_url=None,
+        openapi_url="/openapi.json" if api else None,
     )
     errors.install(app)
-    for module in (chat, completions, info, cache_admin):
+    for module in (chat, completions, info, cache_admin) if api else ():
         app.include_router(module.router(service))
+    if not api:
+        app.add_api_route("/", lambda: RedirectResponse(f"{ui_path}/"), include_in_schema=False)
     app.add_middleware(
         Gate,
         options=service.options,

@@ -77,9 +77,6 @@ class Gate:
         started = time.perf_counter()
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
         refusal = self._refusal(scope, headers)
-        if refusal is None and self._is_ui(scope["path"]):
-            await self._app(scope, receive, send)
-            return
         asked = headers.get("x-request-id", "")
         this_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         token = request_id.set(this_id)
@@ -131,7 +128,8 @@ class Gate:
     ) -> ApiError | None:
         path = scope["path"]
         private = self._options.private_pages and path in _PRIVATE
-        if path in _OPEN and not private:
+        # The pages below ui_path ask for a key themselves.
+        if self._is_ui(path) or (path in _OPEN and not private):
             state["caller"] = Caller()
             return None
         kind, _, key = headers.get("authorization", "").partition(" ")
@@ -151,7 +149,8 @@ class Gate:
         return ui is not None and (path == ui or path.startswith(f"{ui}/"))
 
     def _tell(self, scope: Scope, status: int, started: float, caller: Caller | None) -> None:
-        route = getattr(scope.get("route"), "path", None) or "other"
+        # Pages with a login of their own say which of theirs it was.
+        route = scope["state"].get("route") or getattr(scope.get("route"), "path", None) or "other"
         self._requests.labels(route, str(status)).inc()
         seconds = time.perf_counter() - started
         # While a model is loading, it is asked every second whether it is ready.

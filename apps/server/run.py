@@ -152,6 +152,7 @@ def serve(
     listening: socket.socket,
     traces: str | None = None,
     ui: bool = False,
+    api: bool = True,
 ) -> None:
     """Serve until SIGINT or SIGTERM; then let requests in flight end, and keep donors.
 
@@ -161,6 +162,7 @@ def serve(
         listening: a bound socket.
         traces: OTLP endpoint, or None.
         ui: also show the customer-service desk under ``/ui``.
+        api: whether there is more than the desk.
 
     Raises:
         ConfigError: keys or traces cannot be used.
@@ -172,7 +174,7 @@ def serve(
     def give_up() -> None:
         holder[0].should_exit = True
 
-    app = create_app(service, give_up, UI_PATH if ui else None)
+    app = create_app(service, give_up, UI_PATH if ui else None, api)
     on_stop: Callable[[], None] = lambda: None  # noqa: E731
     if ui:
         from kvshare_mm.apps.desk.mount import mount
@@ -182,7 +184,8 @@ def serve(
     scheme = "http" if options.ssl_certfile is None else "https"
     shown = f"{scheme}://[{host}]" if ":" in host else f"{scheme}://{host}"
     logger.info("listening on %s:%d", shown, port)
-    logger.info("%s", in_words(options.sharing))
+    if api:
+        logger.info("%s", in_words(options.sharing))
     if ui:
         logger.info("desk on %s:%d%s", shown, port, UI_PATH)
     holder.append(Server(app, options, service.metrics.registry, on_stop))

@@ -45,6 +45,7 @@ def test_an_open_page_lets_the_server_end() -> None:
     let_go = mount(app, service, "/ui")
 
     async def use(client: httpx2.AsyncClient) -> None:
+        await client.get("/ui")
         beating = asyncio.create_task(client.get("/ui/gradio_api/heartbeat/somebody"))
         done, _ = await asyncio.wait({beating}, timeout=0.5)
         assert not done  # it lasts as long as the page is open
@@ -64,6 +65,19 @@ def test_without_keys_everybody_sees_it() -> None:
     talk(application(), use)
 
 
+def test_alone_there_is_nothing_but_the_desk() -> None:
+    service = Service(KVShare, ServerOptions("tiny"))
+    app = create_app(service, ui_path="/ui", api=False)
+    mount(app, service, "/ui")
+
+    async def use(client: httpx2.AsyncClient) -> None:
+        assert "KVShare desk" in (await client.get("/")).text
+        for path in ("/v1/models", "/metrics", "/health", "/openapi.json", "/docs"):
+            assert (await client.get(path)).status_code == 404
+
+    talk(app, use)
+
+
 def test_with_keys_it_asks_for_one(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     key = add_key(file, "shop-a")
@@ -73,7 +87,7 @@ def test_with_keys_it_asks_for_one(tmp_path: Path) -> None:
         assert (await client.get("/ui/config")).status_code == 401
         for tenant, tried in (("shop-a", "wrong"), ("shop-b", key), ("shop-x", key)):
             form = {"username": tenant, "password": tried}
-            assert (await client.post("/ui/login", data=form)).status_code == 400
+            assert (await client.post("/ui/login", data=form)).status_code == 401
         assert (await client.get("/ui/config")).status_code == 401
         form = {"username": "shop-a", "password": key}
         assert (await client.post("/ui/login", data=form)).status_code == 200

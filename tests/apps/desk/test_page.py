@@ -22,6 +22,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from kvshare_mm.apps.desk.shop import PHOTO_EXAMPLES
+from kvshare_mm.apps.server.keys import add_key
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ui]
 
@@ -44,15 +45,15 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     """Starts `kvshare serve MODEL --ui`; gives the address of the desk."""
     started: list[subprocess.Popen[str]] = []
     state = tmp_path_factory.mktemp("state")
 
-    def start(model: str) -> str:
+    def start(model: str, *options: str) -> str:
         process = subprocess.Popen(
             [sys.executable, "-m", "kvshare_mm.apps.cli", "serve", model, "--ui", "--port", "0",
-             "--embedder", "none", "--served-model-name", "desk"],
+             "--embedder", "none", "--served-model-name", "desk", *options],
             stderr=subprocess.PIPE, text=True, env={**os.environ, "XDG_STATE_HOME": str(state)},
         )  # fmt: skip
         started.append(process)
@@ -81,7 +82,9 @@ def _drain(process: subprocess.Popen[str]) -> None:
 class Desk:
     """A page and what went wrong on it."""
 
-    def __init__(self, browser: Browser, url: str, width: int, scheme: Any = "light") -> None:
+    def __init__(
+        self, browser: Browser, url: str, width: int, scheme: Any = "light", key: str | None = None
+    ) -> None:
         self._context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme
         )
@@ -91,6 +94,10 @@ class Desk:
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(url)
+        if key is not None:
+            self.page.get_by_label("Tenant").fill("shop-a")
+            self.page.get_by_label("Key").fill(key)
+            self.page.get_by_role("button", name="Log in").click()
         self.page.get_by_role("button", name="Ask").first.wait_for()
 
     def customer(self, number: int) -> Any:
@@ -118,8 +125,8 @@ class Desk:
 def opened(browser: Browser) -> Iterator[Callable[..., Desk]]:
     desks: list[Desk] = []
 
-    def make(url: str, width: int = 1280, scheme: str = "light") -> Desk:
-        desks.append(Desk(browser, url, width, scheme))
+    def make(url: str, width: int = 1280, scheme: str = "light", key: str | None = None) -> Desk:
+        desks.append(Desk(browser, url, width, scheme, key))
         return desks[-1]
 
     yield make
@@ -129,7 +136,7 @@ def opened(browser: Browser) -> Iterator[Callable[..., Desk]]:
 
 
 @pytest.fixture(scope="module")
-def text_site(site: Callable[[str], str]) -> str:
+def text_site(site: Callable[..., str]) -> str:
     url = site("smollm2")
     _wait_until_loaded(url)
     return url
@@ -171,7 +178,7 @@ def test_the_second_customer_is_answered_sooner(
 
 
 @pytest.fixture(scope="module")
-def photo_site(site: Callable[[str], str]) -> str:
+def photo_site(site: Callable[..., str]) -> str:
     url = site("tiny-vl")
     _wait_until_loaded(url)
     return url
@@ -229,9 +236,25 @@ def test_an_own_question_streams_and_is_only_text(
     assert desk.page.title() == "KVShare desk"
 
 
+def test_a_tenant_logs_in_asks_and_logs_out(
+    opened: Callable[..., Desk], site: Callable[..., str], tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.jsonl"
+    key = add_key(file, "shop-a")
+    url = site("smollm2", "--api-keys", str(file))
+    _wait_until_loaded(url)
+    desk = opened(url, key=key)
+    desk.customer(1).get_by_role("button", name="Warehouse").click()
+    desk.done(1)
+    desk.page.get_by_role("button", name="Log out").click()
+    expect(desk.page.get_by_label("Tenant")).to_be_visible()
+    desk.page.goto(url)
+    expect(desk.page.get_by_label("Tenant")).to_be_visible()
+
+
 def test_an_uploaded_picture_is_reused(
     opened: Callable[..., Desk],
-    site: Callable[[str], str],
+    site: Callable[..., str],
     media_folder: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:

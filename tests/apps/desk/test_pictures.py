@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvshare_mm import KVShare
-from kvshare_mm.apps.desk.page import PICTURES
+from kvshare_mm.apps.desk.events import PICTURES
 from kvshare_mm.apps.desk.session import Session, Turn
 from kvshare_mm.apps.desk.shop import CUSTOMERS, PHOTO_EXAMPLES, Letter
 

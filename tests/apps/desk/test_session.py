@@ -12,14 +12,62 @@ import pytest
 from PIL import Image
 
 from kvshare_mm import InvalidRequestError, KVShare
-from kvshare_mm.apps.desk import page
-from kvshare_mm.apps.desk.page import _ask, _filled, _fitted, _restarted, build
+from kvshare_mm.apps.desk import events as desk_events
+from kvshare_mm.apps.desk.events import Desk
+from kvshare_mm.apps.desk.limits import DeskLimits
+from kvshare_mm.apps.desk.page import build
 from kvshare_mm.apps.desk.session import Session, Turn
 from kvshare_mm.apps.desk.shop import PHOTO_EXAMPLES, TEXT_EXAMPLES, Letter
+from kvshare_mm.apps.desk.uploads import Uploads
+from kvshare_mm.apps.desk.visitors import Visitors
+from kvshare_mm.apps.server.keys import Caller, Limits
+from kvshare_mm.apps.server.options import ServerOptions
+from kvshare_mm.apps.server.service import Service
 from kvshare_mm.errors import KVShareError
+from kvshare_mm.llm import RequestOptions
+from kvshare_mm.outputs import RequestOutput
 
 _ANNA = Letter("Anna", "48210", "How long does it take?")
 _BORIS = Letter("Boris", "77345", "How long does it take?")
+
+
+class Loaded(Service):
+    """A service around an engine of the tests."""
+
+    def __init__(self, get_llm: Callable[[], KVShare]) -> None:
+        super().__init__(get_llm, ServerOptions("tiny"))
+        self.get_llm = get_llm
+        self.told: list[RequestOutput] = []
+
+    @property
+    def llm(self) -> KVShare:
+        return self.get_llm()
+
+    def finished(self, output: RequestOutput, *_: Any) -> None:
+        self.told.append(output)
+
+
+class Page:
+    """An open page, and the desk behind it."""
+
+    session_hash = "page"
+
+    def __init__(self, llm: Callable[[], KVShare], caller: Caller = Caller("shop")) -> None:  # noqa: B008
+        limits = DeskLimits()
+        self.service = Loaded(llm)
+        self.uploads = Uploads(limits)
+        visitors = Visitors(limits, self.uploads, lambda _: caller)
+        self.visitor = visitors.of_cookie(visitors.enter(caller, None))
+        assert self.visitor is not None
+        visitors.claim(self.visitor, self.session_hash)
+        self.desk = Desk(self.service, visitors, self.uploads, limits, "/ui")
+
+    def ask(self, *arguments: Any) -> list[tuple[Any, ...]]:
+        async def collect() -> list[tuple[Any, ...]]:
+            request: Any = self
+            return [event async for event in self.desk.ask(*arguments, request)]
+
+        return asyncio.run(collect())
 
 
 def ask(session: Session, llm: KVShare, letter: Letter, sharing: Any = "on") -> list[Turn]:
@@ -87,7 +135,8 @@ def test_both_customers_may_ask_at_once(llm: KVShare) -> None:
 def test_starting_over_forgets(llm: KVShare) -> None:
     session = Session()
     ask(session, llm, _ANNA)
-    fresh, *_ = _restarted(lambda: llm, session)
+    page: Any = Page(lambda: llm)
+    fresh, *_ = page.desk.restarted(session, page)
     assert llm.cache is not None and llm.cache.list() == []
     assert fresh.turns == []
 
@@ -114,31 +163,56 @@ def test_a_model_of_text_refuses_a_photo(llm: KVShare) -> None:
         ask(Session(), llm, Letter("Anna", "1", "?", b"no picture"))
 
 
-def events(*arguments: Any) -> list[tuple[Any, ...]]:
-    async def collect() -> list[tuple[Any, ...]]:
-        return [event async for event in _ask(*arguments)]
-
-    return asyncio.run(collect())
-
-
 def test_the_page_says_what_is_wrong(llm: KVShare) -> None:
     def loading() -> KVShare:
         raise KVShareError("the model is loading")
 
     session = Session()
-    [empty] = events(lambda: llm, session, "KVShare", "Anna", "1", "  ", None, None)
+    page = Page(lambda: llm)
+    [empty] = page.ask(session, "KVShare", "Anna", "1", "  ", None, None)
     assert "write a question" in empty[0]
-    assert "is loading" in events(loading, session, "KVShare", "A", "1", "Hi?", None, None)[-1][0]
-    missing = events(lambda: llm, session, "KVShare", "A", "1", "Hi?", "/nowhere.png", None)
-    assert "desk-problem" in missing[-1][0]
-    good = events(lambda: llm, session, "KVShare", "", "", "Hi?", None, None)
+    waiting = Page(loading).ask(session, "KVShare", "A", "1", "Hi?", None, None)
+    assert "is loading" in waiting[-1][0]
+    for path in ("/nowhere.png", __file__):
+        missing = page.ask(session, "KVShare", "A", "1", "Hi?", path, None)
+        assert "choose it again" in missing[-1][0]
+    long = page.ask(session, "KVShare", "A", "1", "Hi?" * 1000, None, None)
+    assert "more than 1000 characters" in long[-1][0]
+    assert page.service.told == [] and session.turns == []
+    good = page.ask(session, "KVShare", "", "", "Hi?", None, None)
+    assert len(page.service.told) == 1
     assert "desk-bar" in good[-1][1] and "<svg" in good[-1][2] and "desk-log" in good[-1][3]
+
+
+def test_a_question_is_its_tenants_and_counts_for_its_key(
+    llm: KVShare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenants: list[str] = []
+    astream = llm.astream
+
+    def noting(prompt: Any, params: Any, options: RequestOptions) -> Any:
+        tenants.append(options.tenant)
+        return astream(prompt, params, options)
+
+    monkeypatch.setattr(llm, "astream", noting)
+    limits = Limits(requests_per_minute=3, prompt_tokens_per_minute=400)
+    page = Page(lambda: llm, Caller("shop", key="hash", limits=limits))
+    session = Session()
+    asked = [page.ask(session, "KVShare", "A", "1", "Hi?", None, None)[-1] for _ in range(3)]
+    assert "desk-bar" in asked[0][1]
+    # The prompt of the first was known only when it was computed; then there was nothing left.
+    assert all("prompt tokens a minute" in problem for problem, *_ in asked[1:])
+    fourth = page.ask(session, "KVShare", "A", "1", "Hi?", None, None)[-1]
+    assert "3 requests a minute" in fourth[0]
+    assert set(tenants) == {"shop"} and page.visitor is not None and page.visitor.questions == 0
+    meter = page.service.meters.of("hash", limits)
+    assert meter is not None and meter.running == 0
 
 
 def test_the_page_fits_the_model(
     llm: KVShare, media_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "_LOADING_POLL_S", 0)
+    monkeypatch.setattr(desk_events, "_LOADING_POLL_S", 0)
     asked: list[int] = []
 
     def loading_for_a_while() -> KVShare:
@@ -147,18 +221,22 @@ def test_the_page_fits_the_model(
             raise KVShareError("the model is loading")
         return llm
 
-    build(loading_for_a_while)  # a page can be made before there is a model
+    waiting = Page(loading_for_a_while)
+    build(waiting.desk)  # a page can be made before there is a model
     assert len(TEXT_EXAMPLES) == len(PHOTO_EXAMPLES)
-    updates = asyncio.run(_fitted(loading_for_a_while))
+    updates = asyncio.run(waiting.desk.fitted())
     assert len(asked) == 4 and len(updates) == 2 * (2 + len(TEXT_EXAMPLES))
     assert not updates[0]["visible"] and not updates[1]["visible"]
     assert [u["value"] for u in updates[2:6]] == [e.label for e in TEXT_EXAMPLES]
     assert all(u["interactive"] for u in updates[2:6])
-    assert _filled(lambda: llm, 0) == (TEXT_EXAMPLES[0].question, None, None)
+    request: Any = waiting
+    assert waiting.desk.filled(0)(request) == (TEXT_EXAMPLES[0].question, None, None)
     with KVShare(str(media_folder("qwen2_5_vl")), embedder=None) as seeing:
-        updates = asyncio.run(_fitted(lambda: seeing))
+        updates = asyncio.run(Page(lambda: seeing).desk.fitted())
         assert updates[0]["visible"]
         assert [u["value"] for u in updates[2:6]] == [e.label for e in PHOTO_EXAMPLES]
-        question, photo, _ = _filled(lambda: seeing, 0)
+        page: Any = Page(lambda: seeing)
+        question, photo, _ = page.desk.filled(0)(page)
         assert question == PHOTO_EXAMPLES[0].question
-        assert Image.open(photo).size[0] > 0
+        sent = page.uploads.get(page.visitor.name, photo["path"])
+        assert Image.open(io.BytesIO(sent.content)).size[0] > 0

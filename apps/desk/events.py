@@ -1,0 +1,198 @@
+"""What happens when a visitor clicks."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from kvshare_mm.apps.desk import tree_svg, views
+from kvshare_mm.apps.desk.limits import DeskLimits
+from kvshare_mm.apps.desk.parts import shown
+from kvshare_mm.apps.desk.session import MAX_TOKENS, Session, Turn
+from kvshare_mm.apps.desk.shop import CUSTOMERS, PHOTO_EXAMPLES, TEXT_EXAMPLES, Example, Letter
+from kvshare_mm.apps.desk.uploads import Uploads
+from kvshare_mm.apps.desk.visitors import Visitor, Visitors
+from kvshare_mm.apps.server.errors import ApiError
+from kvshare_mm.apps.server.limits import Bill
+from kvshare_mm.apps.server.service import Service
+from kvshare_mm.engine.prefill import Sharing
+from kvshare_mm.errors import InvalidRequestError, KVShareError
+from kvshare_mm.llm import KVShare
+from kvshare_mm.outputs import RequestOutput
+from kvshare_mm.stream import Modality
+
+PICTURES = Path(__file__).with_name("pictures")
+MODES: dict[str, Sharing] = {"off": "off", "exact prefix": "exact", "KVShare": "on"}
+_LOADING_POLL_S = 0.5
+
+
+class Desk:
+    """Answers the page's events, each for the session whose page sent it.
+
+    Args:
+        service: what answers.
+        visitors: sessions.
+        uploads: their files.
+        limits: of the desk.
+        path: where it is mounted.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        visitors: Visitors,
+        uploads: Uploads,
+        limits: DeskLimits,
+        path: str,
+    ) -> None:
+        self._service = service
+        self._visitors = visitors
+        self._uploads = uploads
+        self._limits = limits
+        self._path = path
+
+    async def ask(
+        self,
+        session: Session,
+        mode: str,
+        name: str,
+        order: str,
+        question: str,
+        photo: str | None,
+        voice: str | None,
+        request: gr.Request,
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """Answer a letter."""
+        if not question.strip() and voice is None:
+            yield views.problem("Please write a question."), "", gr.skip(), gr.skip()
+            return
+        yield views.answer(None, waiting=True), "", gr.skip(), gr.skip()
+        try:
+            visitor = self._visitors.of_page(request.session_hash)
+            if visitor.questions >= self._limits.questions:
+                raise InvalidRequestError("please wait for the answers to your other questions")
+            llm = self._service.llm
+            letter = Letter(
+                name.strip() or "Anna",
+                order.strip() or "0",
+                question.strip(),
+                self._file(visitor, photo),
+                self._file(visitor, voice),
+            )
+            with self._charged(visitor) as finished:
+                turns = session.ask(llm, letter, MODES[mode], visitor.caller.tenant, finished)
+                async with aclosing(turns):
+                    async for turn in turns:
+                        self._visitors.of_page(request.session_hash)  # a key may end meanwhile
+                        yield _shown(turn, session, llm)
+        except (KVShareError, ApiError) as error:
+            yield views.problem(str(error)), "", gr.skip(), gr.skip()
+
+    @contextmanager
+    def _charged(self, visitor: Visitor) -> Iterator[Callable[[RequestOutput], None]]:
+        """Around a question, which counts as a request of its key.
+
+        Yields:
+            What is told of every answer.
+
+        Raises:
+            ApiError: 429, the key may use no more now.
+        """
+        caller = visitor.caller
+        meter = self._service.meters.of(caller.key, caller.limits)
+        outputs: list[RequestOutput] = []
+
+        def finished(output: RequestOutput) -> None:
+            outputs.append(output)
+            self._service.finished(output, f"desk-{uuid.uuid4().hex}", {})
+
+        if meter is not None:
+            meter.begin()
+        visitor.questions += 1
+        try:
+            # How long the prompt is, and how often it is computed, is known when it is over.
+            bill = Bill() if meter is None else meter.reserve(0, MAX_TOKENS)
+            try:
+                yield finished
+            finally:
+                bill.settle(
+                    sum(len(output.prompt_token_ids) for output in outputs),
+                    sum(len(output.token_ids) for output in outputs),
+                )
+        finally:
+            visitor.questions -= 1
+            if meter is not None:
+                meter.end()
+
+    def _file(self, visitor: Visitor, token: str | None) -> bytes | None:
+        if token is None:
+            return None
+        upload = self._uploads.get(visitor.name, token)
+        if upload is None:
+            raise InvalidRequestError("the file was sent too long ago; please choose it again")
+        return upload.content
+
+    def filled(self, number: int) -> Callable[[gr.Request], tuple[Any, ...]]:
+        """What fills in an example: its question, its photo, no voice."""
+
+        def fill(request: gr.Request) -> tuple[Any, ...]:
+            visitor = self._visitors.of_page(request.session_hash)
+            try:
+                example = _examples(self._service.llm)[number]
+            except (KVShareError, ApiError):
+                example = TEXT_EXAMPLES[number]
+            if example.photo is None:
+                return example.question, None, None
+            content = (PICTURES / example.photo).read_bytes()
+            token = self._uploads.keep(visitor.name, content, "image/png")
+            return example.question, shown(self._path, token, example.photo, "image/png"), None
+
+        return fill
+
+    async def fitted(self) -> list[Any]:
+        """The parts of the page that depend on the model, once it is there."""
+        while True:
+            try:
+                llm = self._service.llm
+            except (KVShareError, ApiError):
+                await asyncio.sleep(_LOADING_POLL_S)
+            else:
+                break
+        # One update a component: Gradio changes those it has sent.
+        return [
+            update
+            for _ in CUSTOMERS
+            for update in (
+                gr.update(visible=Modality.IMAGE in llm.modalities),
+                gr.update(visible=Modality.AUDIO in llm.modalities),
+                *(gr.update(value=example.label, interactive=True) for example in _examples(llm)),
+            )
+        ]
+
+    def restarted(self, session: Session, request: gr.Request) -> tuple[Any, ...]:
+        """A page as it was, with nothing stored."""
+        self._visitors.of_page(request.session_hash)
+        session.close(self._service.llm)
+        empty = views.answer(None)
+        return Session(), empty, "", empty, "", tree_svg.draw([]), ""
+
+
+def _shown(turn: Turn, session: Session, llm: KVShare) -> tuple[Any, ...]:
+    if turn.output is None:
+        return views.answer(turn), gr.skip(), gr.skip(), gr.skip()
+    return (
+        views.answer(turn),
+        views.report(turn, llm.tokenizer),
+        tree_svg.draw(session.donors(llm)),
+        views.log(session.turns),
+    )
+
+
+def _examples(llm: KVShare) -> tuple[Example, ...]:
+    return PHOTO_EXAMPLES if Modality.IMAGE in llm.modalities else TEXT_EXAMPLES

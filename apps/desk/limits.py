@@ -1,0 +1,42 @@
+"""How much visitors of the desk may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DeskLimits:
+    """Bounds of the desk.
+
+    Attributes:
+        visitors: sessions at once; above, those idle for longest end.
+        idle_s: seconds without a request after which a session ends.
+        lifetime_s: seconds after which it ends in any case.
+        pages: open pages of one session.
+        questions: questions of one session that are answered at once.
+        streams: open event streams of one session.
+        all_streams: of all together.
+        upload_bytes: largest picture or clip.
+        visitor_bytes: pictures and clips of one session; its oldest make room.
+        all_bytes: of all together; the oldest of who holds most make room.
+        upload_s: seconds that a picture or clip is kept.
+        uploading: uploads at once, of all together.
+        logins: attempts to log in per minute and address.
+        all_logins: of all addresses together.
+    """
+
+    visitors: int = 512
+    idle_s: float = 3600.0
+    lifetime_s: float = 12 * 3600.0
+    pages: int = 8
+    questions: int = 4
+    streams: int = 16
+    all_streams: int = 256
+    upload_bytes: int = 20 << 20
+    visitor_bytes: int = 64 << 20
+    all_bytes: int = 256 << 20
+    upload_s: float = 3600.0
+    uploading: int = 8
+    logins: int = 10
+    all_logins: int = 100
