@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.modalities.bounded import BoundedFile, TooManyReads
+from kvshare_mm.modalities.picture_bounds import MAX_EXIF_BYTES, frames, refused, refused_open
 
 # Not every format that Pillow knows: EPS runs Ghostscript, others are old and hardly tested.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_ASPECT = 200  # of transformers' own resize
+_EXIF = ("exif", "Raw profile type exif")
 _DAMAGED = (
     OSError,
     SyntaxError,
@@ -26,6 +28,7 @@ _DAMAGED = (
     MemoryError,
     struct.error,
     ZeroDivisionError,
+    TooManyReads,
 )
 
 
@@ -45,7 +48,8 @@ def load_picture(source: bytes | Image.Image, where: str, max_pixels: int) -> Pi
     """Decode a picture.
 
     EXIF orientation is applied, transparency is put on white, the first frame of an animation is
-    taken, 16-bit and other modes become 8-bit RGB.
+    taken, 16-bit and other modes become 8-bit RGB. What would take unreasonably long is refused
+    before it is decoded: see `kvshare_mm.modalities.picture_bounds`.
 
     Args:
         source: a file's content, or a picture that is open already.
@@ -55,6 +59,7 @@ def load_picture(source: bytes | Image.Image, where: str, max_pixels: int) -> Pi
     Raises:
         InvalidRequestError: no picture, a damaged, an empty or a too large one.
     """
+    content = source if isinstance(source, bytes) else None
     image = _opened(source, where) if isinstance(source, bytes) else source
     width, height = image.size
     if width < 1 or height < 1:
@@ -71,11 +76,19 @@ def load_picture(source: bytes | Image.Image, where: str, max_pixels: int) -> Pi
         )
     notes: list[str] = []
     try:
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":  # a camera's: the others are previews
-            image.seek(0)
-            notes.append(f"the first of {frames} frames")
+        if content is None:
+            shown = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+        else:
+            if (reason := refused_open(image, max_pixels)) is not None:
+                raise InvalidRequestError(f"{where} {reason}", where)
+            shown = frames(image, content)
+        if shown != 1:
+            if content is None:
+                image.seek(0)
+            notes.append(f"the first of {shown or 'several'} frames")
         image.load()
+    except InvalidRequestError:
+        raise
     except _DAMAGED as error:
         raise InvalidRequestError(f"{where} is a damaged picture: {error}", where) from error
     upright = _upright(image, notes)
@@ -88,10 +101,12 @@ def load_picture(source: bytes | Image.Image, where: str, max_pixels: int) -> Pi
 
 
 def _opened(content: bytes, where: str) -> Image.Image:
+    if (reason := refused(content)) is not None:
+        raise InvalidRequestError(f"{where} {reason}", where)
     Image.init()
     built = [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every build
     try:
-        return Image.open(BytesIO(content), formats=built)
+        return Image.open(BoundedFile(content), formats=built)
     except Image.DecompressionBombError as error:
         raise InvalidRequestError(f"{where} is too large a picture: {error}", where) from error
     except UnidentifiedImageError as error:
@@ -106,6 +121,9 @@ def _opened(content: bytes, where: str) -> Image.Image:
 
 def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
     try:
+        # Each of its entries may name all of it.
+        if max(len(image.info.get(key) or b"") for key in _EXIF) > 2 * MAX_EXIF_BYTES:
+            raise ValueError("too much of it")
         return ImageOps.exif_transpose(image)
     except Exception:  # of whatever the broken block makes Pillow do
         notes.append("its orientation could not be read")
