@@ -84,7 +84,7 @@ def _decoded(content: bytes, where: str, max_s: float) -> tuple[np.ndarray, int]
 
     if content.startswith(_OGG) and content.count(_OGG) > 1_000 + len(content) // _OGG_PAGE:
         raise InvalidRequestError(f"{where} is made of too many parts", where)
-    # It calls back from C, where an exception is lost: the end of reading looks like that of a file.
+    # It calls back from C, where exceptions are lost: the end of reading looks like the file's.
     bounded = BoundedFile(content, raises=False)
     try:
         file = soundfile.SoundFile(bounded)

@@ -87,8 +87,8 @@ _TAGS = [
 ]  # fmt: skip
 
 
-def tiff(directories: int, cycle: bool = False, more: list[tuple[int, int, int, int]] = []) -> bytes:  # noqa: B006
-    tags = sorted(_TAGS + more)
+def tiff(directories: int, cycle: bool = False, tile: int | None = None) -> bytes:
+    tags = _TAGS if tile is None else [*_TAGS, (322, 4, 1, tile), (323, 4, 1, tile)]
     size = 2 + 12 * len(tags) + 4
     out = [b"II*\0" + struct.pack("<I", 24) + bytes(16)]
     for i in range(directories):
