@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from kvshare_mm.modalities.picture_bounds import MAX_EXIF_BYTES, frames, refused
 
 # Not every format that Pillow knows: EPS runs Ghostscript, others are old and hardly tested.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_BAND_PIXELS = 1 << 18
 MAX_ASPECT = 200  # of transformers' own resize
 _EXIF = ("exif", "Raw profile type exif")
 _DAMAGED = (
@@ -38,10 +40,12 @@ class Picture:
 
     Attributes:
         notes: what was done to it that its sender may not expect.
+        cpu_s: seconds that decoding took.
     """
 
     image: Image.Image
     notes: tuple[str, ...] = ()
+    cpu_s: float = 0.0
 
 
 def load_picture(source: bytes | Image.Image, where: str, max_pixels: int) -> Picture:
@@ -59,6 +63,7 @@ def load_picture(source: bytes | Image.Image, where: str, max_pixels: int) -> Pi
     Raises:
         InvalidRequestError: no picture, a damaged, an empty or a too large one.
     """
+    started = time.thread_time()
     content = source if isinstance(source, bytes) else None
     image = _opened(source, where) if isinstance(source, bytes) else source
     width, height = image.size
@@ -90,14 +95,21 @@ def load_picture(source: bytes | Image.Image, where: str, max_pixels: int) -> Pi
     except InvalidRequestError:
         raise
     except _DAMAGED as error:
-        raise InvalidRequestError(f"{where} is a damaged picture: {error}", where) from error
-    upright = _upright(image, notes)
+        raise InvalidRequestError(f"{where} is a damaged picture: {_why(error)}", where) from error
+    image = _upright(image, notes, in_place=content is not None)
     try:
-        return Picture(_rgb(upright, where, notes), tuple(notes))
+        rgb = _rgb(image, where, notes)
+        return Picture(rgb, tuple(notes), time.thread_time() - started)
     except InvalidRequestError:
         raise
     except _DAMAGED as error:
-        raise InvalidRequestError(f"{where} cannot be turned into RGB: {error}", where) from error
+        raise InvalidRequestError(
+            f"{where} cannot be turned into RGB: {_why(error)}", where
+        ) from error
+
+
+def _why(error: BaseException) -> str:
+    return "there is not enough memory for it" if isinstance(error, MemoryError) else str(error)
 
 
 def _opened(content: bytes, where: str) -> Image.Image:
@@ -119,12 +131,12 @@ def _opened(content: bytes, where: str) -> Image.Image:
         raise InvalidRequestError(f"{where} is a damaged picture: {error}", where) from error
 
 
-def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
+def _upright(image: Image.Image, notes: list[str], in_place: bool) -> Image.Image:
     try:
         # Each of its entries may name all of it.
         if max(len(image.info.get(key) or b"") for key in _EXIF) > 2 * MAX_EXIF_BYTES:
             raise ValueError("too much of it")
-        return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image, in_place=in_place) or image
     except Exception:  # of whatever the broken block makes Pillow do
         notes.append("its orientation could not be read")
         return image
@@ -134,12 +146,23 @@ def _rgb(image: Image.Image, where: str, notes: list[str]) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bits(image, where)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        if rgba.getchannel("A").getextrema() != (255, 255):
-            notes.append("transparent parts on white")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return _on_white(image, notes)
     return image.convert("RGB")
+
+
+def _on_white(image: Image.Image, notes: list[str]) -> Image.Image:
+    """Piece by piece: at once, it would take five times a picture's memory."""
+    opaque = True
+    made = Image.new("RGB", image.size)
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(image.height, top + rows))).convert("RGBA")
+        opaque &= band.getchannel("A").getextrema() == (255, 255)
+        white = Image.new("RGBA", band.size, "white")
+        made.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    if not opaque:
+        notes.append("transparent parts on white")
+    return made
 
 
 def _eight_bits(image: Image.Image, where: str) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ FORMATS = ("wav", "mp3", "flac", "ogg")
 _CONTAINERS = {"WAV", "WAVEX", "RF64", "MP3", "MPEG", "FLAC", "OGG"}
 _RATES = range(1_000, 768_001)
 _MAX_CHANNELS = 32
-_MAX_VALUES = 50_000_000  # of all channels: 200 MB as floats
+MAX_VALUES = 50_000_000  # of all channels: 200 MB as floats
 _OGG, _OGG_PAGE = b"OggS", 256  # encoders' pages have 4 KiB; junk is searched page by page
 _LOUDEST = 10.0  # floats beyond are integers that were not scaled
 
@@ -28,11 +29,13 @@ class Sound:
         samples: ``[num_samples]`` float32 at the rate that was asked for.
         rate: samples a second as it was sent.
         channels: as it was sent.
+        cpu_s: seconds that decoding took.
     """
 
     samples: np.ndarray
     rate: int
     channels: int
+    cpu_s: float = 0.0
 
 
 def load_sound(source: bytes | tuple[Any, Any], where: str, rate: int, max_s: float) -> Sound:
@@ -48,6 +51,7 @@ def load_sound(source: bytes | tuple[Any, Any], where: str, rate: int, max_s: fl
     Raises:
         InvalidRequestError: no sound, a damaged, an empty or a too long one.
     """
+    started = time.thread_time()
     if isinstance(source, bytes):
         samples, own_rate = _decoded(source, where, max_s)
     else:
@@ -66,7 +70,8 @@ def load_sound(source: bytes | tuple[Any, Any], where: str, rate: int, max_s: fl
     mono = samples.T.mean(axis=0)
     if own_rate != rate:
         mono = _resampled(mono, own_rate, rate)
-    return Sound(np.ascontiguousarray(mono, dtype=np.float32), own_rate, samples.shape[1])
+    made = np.ascontiguousarray(mono, dtype=np.float32)
+    return Sound(made, own_rate, samples.shape[1], time.thread_time() - started)
 
 
 def _resampled(mono: np.ndarray, own_rate: int, rate: int) -> np.ndarray:
@@ -106,7 +111,7 @@ def _decoded(content: bytes, where: str, max_s: float) -> tuple[np.ndarray, int]
         _check_length(file.frames, file.samplerate, where, max_s)
         _check_values(file.frames * file.channels, where)
         try:
-            limit = min(int(max_s * file.samplerate), _MAX_VALUES // file.channels) + 1
+            limit = min(int(max_s * file.samplerate), MAX_VALUES // file.channels) + 1
             samples = file.read(frames=limit, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:
             raise InvalidRequestError(f"{where} is damaged sound: {error}", where) from error
@@ -159,9 +164,9 @@ def _check_shape(rate: int, channels: int, where: str) -> None:
 
 
 def _check_values(num_values: int, where: str) -> None:
-    if num_values > _MAX_VALUES:
+    if num_values > MAX_VALUES:
         raise InvalidRequestError(
-            f"{where} has {num_values} values in all its channels; at most {_MAX_VALUES} are read",
+            f"{where} has {num_values} values in all its channels; at most {MAX_VALUES} are read",
             where,
         )
 

@@ -144,7 +144,7 @@ def test_sound_in_too_many_parts_is_refused() -> None:
 def test_sound_of_many_channels_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     content = hostile.sound("FLAC", seconds=1, rate=48_000, channels=8)
     assert len(load_sound(content, WHERE, 16_000, 30.0).samples) == 16_000
-    monkeypatch.setattr(sound_file, "_MAX_VALUES", 300_000)
+    monkeypatch.setattr(sound_file, "MAX_VALUES", 300_000)
     with pytest.raises(InvalidRequestError, match="384000 values in all its channels"):
         load_sound(content, WHERE, 16_000, 30.0)
     with pytest.raises(InvalidRequestError, match="values in all its channels"):
