@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -30,6 +30,8 @@ from kvshare_mm.modalities.picture_file import Picture
 from kvshare_mm.modalities.sound_file import MAX_VALUES, Sound
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _START_S = 60.0  # for a new process on a busy machine
 _HEAD = 1 << 20  # most bytes of what a worker says of a result
@@ -108,8 +110,8 @@ class DecodePool:
         content: bytes,
         where: str,
         job: dict[str, Any],
-        read: Callable[[Mapping[str, Any], Callable[[int], bytearray]], Any],
-    ) -> Any:
+        read: Callable[[Mapping[str, Any], Callable[[int], bytearray]], T],
+    ) -> T:
         worker = self._taken()
         waits = asker.get()
         try:

@@ -136,7 +136,10 @@ def _upright(image: Image.Image, notes: list[str], in_place: bool) -> Image.Imag
         # Each of its entries may name all of it.
         if max(len(image.info.get(key) or b"") for key in _EXIF) > 2 * MAX_EXIF_BYTES:
             raise ValueError("too much of it")
-        return ImageOps.exif_transpose(image, in_place=in_place) or image
+        if not in_place:
+            return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # without a copy
+        return image
     except Exception:  # of whatever the broken block makes Pillow do
         notes.append("its orientation could not be read")
         return image
