@@ -276,6 +276,11 @@ class KVShare:
         when it is tried alone."""
         return self._parts.engine.healthy
 
+    @property
+    def stuck_s(self) -> float:
+        """Seconds for which requests have been there and the model has not computed one layer."""
+        return self._parts.engine.stuck_s
+
     def stats(self) -> dict[str, Any]:
         """Counters since the start and sizes now; see `kvshare_mm.assemble.Parts.stats`."""
         return self._parts.stats()

@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from kvshare_mm.errors import ConfigError, EngineClosedError, InvalidRequestError, KVShareError
+from kvshare_mm.errors import ConfigError, EngineClosedError, InvalidRequestError
 from kvshare_mm.modalities.decode_worker import bands
-from kvshare_mm.modalities.decoding import asker
+from kvshare_mm.modalities.decoding import DecoderFailedError, asker
 from kvshare_mm.modalities.framing import receive, send
 from kvshare_mm.modalities.picture_file import Picture
 from kvshare_mm.modalities.sound_file import MAX_VALUES, Sound
@@ -35,10 +35,6 @@ T = TypeVar("T")
 
 _START_S = 60.0  # for a new process on a busy machine
 _HEAD = 1 << 20  # most bytes of what a worker says of a result
-
-
-class DecoderFailedError(KVShareError):
-    """No process that decodes media can be started."""
 
 
 class DecodePool:

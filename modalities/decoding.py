@@ -9,11 +9,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
-from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.errors import InvalidRequestError, KVShareError
 from kvshare_mm.modalities.picture_file import Picture, load_picture
 from kvshare_mm.modalities.sound_file import Sound, load_sound
 
 QUICK_S = 1.0  # what takes no longer may be decoded anywhere again
+
+
+class DecoderFailedError(KVShareError):
+    """No process that decodes media can be started."""
 
 
 class Decoder(Protocol):

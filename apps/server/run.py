@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 
 import uvicorn
 
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 UI_PATH = "/ui"
 
+# Beyond the time that requests get to end, the process has so long to tidy up.
+MARGIN_S = 10.0
 _SWITCH_INTERVAL_S = 0.0005
 
 
@@ -33,13 +37,32 @@ class _Server(uvicorn.Server):
     Args:
         config: of the server.
         on_stop: called first when it ends.
+        service: told that the end has begun.
     """
 
-    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, on_stop: Callable[[], None], service: Service
+    ) -> None:
         super().__init__(config)
         self._on_stop = on_stop
+        self._service = service
+        self._ends = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._end()
+        super().handle_exit(sig, frame)
+
+    def _end(self) -> None:
+        """From now on the process ends in time, whatever hangs: this needs no thread of Python's,
+        and no lock."""
+        if not self._ends:
+            self._ends = True
+            self._service.ends()
+            limit = self._service.options.shutdown_timeout_s + MARGIN_S
+            faulthandler.dump_traceback_later(limit, exit=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._end()
         self._on_stop()
         await asyncio.sleep(0)  # what was let go ends
         logger.info(
@@ -76,6 +99,9 @@ def serve(
     ui: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM; then let requests in flight end, and keep donors.
+
+    From the signal on, the process has ``shutdown_timeout_s`` and `MARGIN_S` more; what hangs then
+    is told on stderr, and the process ends with status 1.
 
     Args:
         load: makes the engine.
@@ -114,7 +140,7 @@ def serve(
     logger.info("%s", in_words(options.sharing))
     if ui:
         logger.info("desk on http://%s:%d%s", shown, port, UI_PATH)
-    holder.append(_Server(config, on_stop))
+    holder.append(_Server(config, on_stop, service))
     # The engine's thread computes without a pause; a token should not wait 5 ms for its turn.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     # uvicorn sends itself the signal again once it has ended, which would leave no time to tidy up.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.sampling import SamplingParams
@@ -50,6 +50,9 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "prompt_embeds": (),
 }
+
+
+_MAX_PARTS = 10_000
 
 
 class _Body(BaseModel):
@@ -130,8 +133,26 @@ class ChatMessage(BaseModel):
     content: str | list[ContentPart] | None = None
 
 
+def _few(messages: Any) -> Any:
+    """Refuses more messages and parts than any chat has, before each is looked at."""
+    count = 0
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        count += 1 + (len(content) if isinstance(content, list) else 0)
+        if count > _MAX_PARTS:
+            raise ValueError(f"more than {_MAX_PARTS} messages and parts of messages")
+    return messages
+
+
+# A body is validated on the thread that answers everybody: none of these lists may be as long as
+# a body can be, and the first wrong item is enough.
+Messages = Annotated[list[ChatMessage], BeforeValidator(_few)]
+TokenIds = Annotated[list[int], Field(max_length=1 << 20, fail_fast=True)]
+_Prompts = Field(max_length=1_024, fail_fast=True)
+
+
 class ChatBody(_Generation):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Messages, Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -150,7 +171,7 @@ class ChatBody(_Generation):
 
 
 class CompletionBody(_Generation):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Annotated[list[str], _Prompts] | TokenIds | Annotated[list[TokenIds], _Prompts]
     logprobs: int | None = None
 
     @property
@@ -168,20 +189,20 @@ class CompletionBody(_Generation):
 
 class TokenizeBody(_Body):
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
 
 class DetokenizeBody(_Body):
-    tokens: list[int]
+    tokens: TokenIds
 
 
 class LookupBody(_Body):
     """A request that is only planned: a chat or a prompt, and whose it would be."""
 
-    messages: list[ChatMessage] | None = None
-    prompt: str | list[int] | None = None
+    messages: Messages | None = None
+    prompt: str | TokenIds | None = None
     tenant: str = ""
     cache_salt: str | None = None
     kvshare: Reuse = Reuse()
