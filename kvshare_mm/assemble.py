@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from kvshare_mm.engine.prefill import Prefiller
 from kvshare_mm.engine.runner import ModelRunner, PlainRunner, SlotRunner
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.index.semantic import Opened
+from kvshare_mm.modalities.decode_pool import DecodePool
+from kvshare_mm.modalities.decoding import Decoder, InProcess
 from kvshare_mm.modalities.registry import adapters_for
 from kvshare_mm.modalities.seen import SeenMedia, opener
 from kvshare_mm.modalities.sources import MediaSources
@@ -47,6 +49,7 @@ class Parts:
     media: MediaSupport = TEXT_ONLY
     encoder: MediaEncoder | None = None
     seen: SeenMedia | None = None
+    decoder: Decoder = field(default_factory=InProcess)
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start and sizes now.
@@ -75,7 +78,14 @@ class Parts:
             }
         if self.encoder is not None:
             seen = self.seen.counters if self.seen else {}
-            stats["media"] = {"tower_runs": 0, "tower_hits": 0, **self.encoder.counters, **seen}
+            decoded = self.decoder.counters
+            stats["media"] = {
+                "tower_runs": 0,
+                "tower_hits": 0,
+                **self.encoder.counters,
+                **seen,
+                **{f"decoder_{name}": count for name, count in decoded.items()},
+            }
         return stats
 
     def flush(self, timeout_s: float | None) -> bool:
@@ -84,6 +94,7 @@ class Parts:
         return captured and seen and (self.donors is None or self.donors.flush(timeout_s))
 
     def close(self) -> None:
+        self.decoder.close()
         self.engine.close()
         if self.seen is not None:
             self.seen.close()
@@ -126,23 +137,35 @@ def assemble(config: KVShareConfig) -> Parts:
         encoder = MediaEncoder(loaded, donors.store if donors else None)
     prefiller = Prefiller(runner, donors, editor, config.planner, config.policy, encoder)
     engine = NativeEngine(loaded, runner, prefiller, donors, max_len, config.max_queue)
-    media = media_support(loaded, config)
     seen = None
-    if loaded.family is not None and config.media_embedder:
-        seen = SeenMedia(opener(config.media_embedder))
-    return Parts(loaded, runner, prefiller, donors, engine, media, encoder, seen)
+    decoder: Decoder = InProcess()
+    if loaded.family is not None:
+        if config.media_embedder:
+            seen = SeenMedia(opener(config.media_embedder))
+        if config.media_workers:
+            decoder = DecodePool(
+                config.media_workers, config.media_deadline_s, config.max_image_pixels
+            )
+    media = media_support(loaded, config, decoder)
+    return Parts(loaded, runner, prefiller, donors, engine, media, encoder, seen, decoder)
 
 
-def media_support(loaded: LoadedModel, config: KVShareConfig) -> MediaSupport:
+def media_support(
+    loaded: LoadedModel, config: KVShareConfig, decoder: Decoder | None = None
+) -> MediaSupport:
     """What a model can take beside text."""
     family = loaded.family
     if family is None:
         return TEXT_ONLY
-    return media_of(config, loaded.processor, family.placeholders, family.mrope)
+    return media_of(config, loaded.processor, family.placeholders, family.mrope, decoder)
 
 
 def media_of(
-    config: KVShareConfig, processor: Any, placeholders: Mapping[Modality, int], mrope: bool
+    config: KVShareConfig,
+    processor: Any,
+    placeholders: Mapping[Modality, int],
+    mrope: bool,
+    decoder: Decoder | None = None,
 ) -> MediaSupport:
     """What a multimodal model can take beside text.
 
@@ -150,9 +173,10 @@ def media_of(
         processor: transformers' processor of the model.
         placeholders: the token that stands for a medium, by modality.
         mrope: whether its positions have three axes.
+        decoder: of files; None: they are decoded in this process.
     """
     sources = MediaSources(config.max_media_bytes, config.local_media)
-    adapters = adapters_for(processor, placeholders, sources, config.max_image_pixels)
+    adapters = adapters_for(processor, placeholders, sources, config.max_image_pixels, decoder)
     return MediaSupport(adapters, placeholders, mrope)
 
 

@@ -11,6 +11,7 @@ request over its own slot. Decoding is the case of one row a request.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -116,10 +117,12 @@ class SlotCache(Cache):
     Attributes:
         keys: ``[num_layers, num_slots, num_kv_heads, max_len, head_dim]``.
         values: the same (head_dim may differ).
+        moved_s: `time.perf_counter` of the last layer.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__(layers=[])
+        self.moved_s = 0.0
         self.keys = keys
         self.values = values
         self.layout: Layout | None = None
@@ -136,6 +139,7 @@ class SlotCache(Cache):
         layout = self.layout
         if layout is None:
             raise RuntimeError("SlotCache.layout must be set before a forward")
+        self.moved_s = time.perf_counter()
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         if len(layout.requests) == 1:
             slot = layout.requests[0].slot

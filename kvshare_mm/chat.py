@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.modalities.base import Adapters
 from kvshare_mm.stream import MediaItem, Modality, SegmentStream, media_stream, text_stream
+from kvshare_mm.text_bound import TextBound
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
@@ -35,15 +36,23 @@ TEXT_ONLY = MediaSupport(Adapters([]))
 
 
 def prompt_stream(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, media: MediaSupport = TEXT_ONLY
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    media: MediaSupport = TEXT_ONLY,
+    bound: TextBound | None = None,
 ) -> tuple[SegmentStream, str]:
     """The stream and the text of a prompt given as text or as token ids.
 
+    Args:
+        bound: of texts that are tokenised; None: there is none.
+
     Raises:
-        InvalidRequestError: empty, not text, ids outside the vocabulary, or ids that stand for
-            media, which only messages can bring.
+        InvalidRequestError: empty, not text, beyond the bound, ids outside the vocabulary, or ids
+            that stand for media, which only messages can bring.
     """
     if isinstance(prompt, str):
+        if bound is not None:
+            bound.check([prompt], "prompt")
         if not prompt.strip():
             raise InvalidRequestError("the prompt is empty", "prompt")
         ids = _token_ids(prompt, tokenizer, "prompt")
@@ -51,6 +60,8 @@ def prompt_stream(
         return text_stream(ids), prompt
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise InvalidRequestError("a prompt is text or a list of token ids", "prompt")
+    if bound is not None:
+        bound.check_ids(len(prompt), "prompt")
     ids = [t for t in prompt if isinstance(t, int) and not isinstance(t, bool)]
     if len(ids) != len(prompt):
         raise InvalidRequestError("a prompt is text or a list of token ids", "prompt")
@@ -78,6 +89,7 @@ def chat_stream(
     tokenizer: PreTrainedTokenizerBase,
     media: MediaSupport = TEXT_ONLY,
     tenant: str = "",
+    bound: TextBound | None = None,
 ) -> tuple[SegmentStream, str]:
     """The stream and the text of a chat, through the model's own template.
 
@@ -85,13 +97,16 @@ def chat_stream(
         messages: as in OpenAI's API; content is text or a list of parts.
         media: what the model can take beside text.
         tenant: whose request it is.
+        bound: of all texts together, before any is tokenised or a medium is decoded.
 
     Raises:
-        InvalidRequestError: no messages, a bad role or content, a part that this model cannot
-            take, or a model without a chat template.
+        InvalidRequestError: no messages, a bad role or content, texts beyond the bound, a part that
+            this model cannot take, or a model without a chat template.
     """
     if isinstance(messages, Mapping | str) or not isinstance(messages, Sequence) or not messages:
         raise InvalidRequestError("messages must be a list with at least one message", "messages")
+    if bound is not None:
+        bound.check(_texts(messages), "messages")
     reader = _Reader(tokenizer, media, tenant)
     plain = [reader.message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if not reader.items and not any(text.strip() for text in reader.texts):
@@ -114,6 +129,17 @@ def chat_stream(
             f"the model's chat template has no place for these media: {error}", "messages"
         ) from error
     return stream, "\n".join(reader.texts)
+
+
+def _texts(messages: Sequence[Message]) -> Iterator[str]:
+    """What will be tokenised, as far as it is text; the rest is refused later."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, str):
+            yield content
+        elif isinstance(content, Sequence):
+            texts = (part.get("text") for part in content if isinstance(part, Mapping))
+            yield from (text for text in texts if isinstance(text, str))
 
 
 def _token_ids(

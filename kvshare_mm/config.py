@@ -69,6 +69,16 @@ class KVShareConfig(BaseModel):
     max_media_bytes: int = Field(
         64 << 20, ge=1, description="largest picture or sound file, as it is sent"
     )
+    media_workers: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="processes that decode pictures and sound, each killed when it hangs or grows; "
+        "0: they are decoded in this process",
+    )
+    media_deadline_s: float = Field(
+        10.0, gt=0, description="seconds that such a process gets for a picture or a clip"
+    )
     media_embedder: str | None = Field(
         None,
         description="open_clip model that finds similar pictures, for showing: tiny-clip, a folder "

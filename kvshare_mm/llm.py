@@ -24,6 +24,7 @@ from kvshare_mm.outputs import RequestOutput, StreamChunk
 from kvshare_mm.repair import policy_of
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import Modality, SegmentStream
+from kvshare_mm.text_bound import TextBound
 
 if TYPE_CHECKING:
     from kvshare_mm.vllm.offline import VLLMParts
@@ -98,6 +99,8 @@ class KVShare:
     def __init__(self, model: str = "smollm2", **options: Any) -> None:
         self.config = KVShareConfig.of(model=model, **options)
         self._parts = _assemble(self.config)
+        #: What is tokenised at most.
+        self.text_bound = TextBound(self._parts.loaded.tokenizer, self.max_model_len)
         donors = self._parts.donors
         self._cache = (
             None
@@ -273,6 +276,11 @@ class KVShare:
         when it is tried alone."""
         return self._parts.engine.healthy
 
+    @property
+    def stuck_s(self) -> float:
+        """Seconds for which requests have been there and the model has not computed one layer."""
+        return self._parts.engine.stuck_s
+
     def stats(self) -> dict[str, Any]:
         """Counters since the start and sizes now; see `kvshare_mm.assemble.Parts.stats`."""
         return self._parts.stats()
@@ -344,7 +352,9 @@ class KVShare:
     ) -> RequestSpec:
         parts = self._parts
         return self._spec(
-            *prompt_stream(prompt, parts.loaded.tokenizer, parts.media), params, options
+            *prompt_stream(prompt, parts.loaded.tokenizer, parts.media, self.text_bound),
+            params,
+            options,
         )
 
     def _chat(
@@ -359,6 +369,7 @@ class KVShare:
             self._parts.loaded.tokenizer,
             self._parts.media,
             self.config.cache_salt if given is None else given,
+            self.text_bound,
         )
         spec = self._spec(stream, text, params, options)
         if self._parts.seen is not None and spec.store:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.modalities.decoding import QUICK_S, Decoder, InProcess
 from kvshare_mm.modalities.hashing import Seen, content_digest, row_hashes, settings_digest
-from kvshare_mm.modalities.sound_file import FORMATS, load_sound
+from kvshare_mm.modalities.sound_file import FORMATS, Sound, load_sound
 from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.stream import MediaItem, Modality
 
@@ -38,14 +39,18 @@ class AudioAdapter:
     Args:
         extractor: transformers' feature extractor of the model.
         sources: reads files and URLs.
+        decoder: of files that were not seen before.
     """
 
     modality = Modality.AUDIO
     part_types = frozenset({"input_audio", "audio"})
 
-    def __init__(self, extractor: Any, sources: MediaSources) -> None:
+    def __init__(
+        self, extractor: Any, sources: MediaSources, decoder: Decoder | None = None
+    ) -> None:
         self._extractor = extractor
         self._sources = sources
+        self._decoder = decoder or InProcess()
         self._rate = int(extractor.sampling_rate)
         self._max_s = extractor.n_samples / extractor.sampling_rate
         self._settings = settings_digest(extractor)
@@ -57,12 +62,16 @@ class AudioAdapter:
             known = self._seen.get(source, tenant)
             if known is not None:
                 return self._item(
-                    known, source, field, lambda: self._inputs(self._load(source, field)[0])
+                    known, source, field, lambda: self._inputs(self._here(source, field).samples)
                 )
-        samples, known = self._load(source, field)
-        if isinstance(source, bytes):
+            sound = self._decoder.sound(source, field, self._rate, self._max_s)
+        else:
+            sound = self._here(source, field)
+        known = self._known(sound, field)
+        # One that takes long is decoded again here, not later by the thread that runs the model.
+        if isinstance(source, bytes) and sound.cpu_s <= QUICK_S:
             self._seen.put(source, tenant, known)
-        return self._item(known, source, field, lambda: self._inputs(samples))
+        return self._item(known, source, field, lambda: self._inputs(sound.samples))
 
     def _source(self, part: Mapping[str, Any], where: str) -> tuple[bytes | tuple[Any, Any], str]:
         kind = part["type"]
@@ -86,8 +95,11 @@ class AudioAdapter:
             )
         return self._sources.base64(given.get("data"), field), field
 
-    def _load(self, source: bytes | tuple[Any, Any], field: str) -> tuple[np.ndarray, _Known]:
-        sound = load_sound(source, field, self._rate, self._max_s)
+    def _here(self, source: bytes | tuple[Any, Any], field: str) -> Sound:
+        """Decoded in this process: what was decoded before, or is an array already."""
+        return load_sound(source, field, self._rate, self._max_s)
+
+    def _known(self, sound: Sound, field: str) -> _Known:
         hop = int(self._extractor.hop_length)
         length = num_tokens(math.ceil(len(sound.samples) / hop))
         if length < 1:
@@ -99,7 +111,7 @@ class AudioAdapter:
         )
         channels = {1: "mono", 2: "stereo"}.get(sound.channels, f"{sound.channels} channels")
         label = f"{len(sound.samples) / self._rate:.2f} s, {sound.rate} Hz {channels}"
-        return sound.samples, _Known(digest, length, label)
+        return _Known(digest, length, label)
 
     def window_hashes(self, samples: np.ndarray) -> np.ndarray:
         """Hash of every window that becomes a token: ``[n]`` -> ``[windows, 32]`` uint8."""
@@ -116,7 +128,7 @@ class AudioAdapter:
             None,
             known.label,
             inputs,
-            content=lambda: (self._load(source, field)[0], self._rate),
+            content=lambda: (self._here(source, field).samples, self._rate),
         )
 
     def _inputs(self, samples: np.ndarray) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.modalities.decoding import QUICK_S, Decoder, InProcess
 from kvshare_mm.modalities.hashing import Seen, content_digest, row_hashes, settings_digest
-from kvshare_mm.modalities.picture_file import load_picture
+from kvshare_mm.modalities.picture_file import Picture, load_picture
 from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.stream import MediaItem, Modality
 
@@ -35,15 +36,23 @@ class ImageAdapter:
         processor: transformers' image processor of the model.
         sources: reads files and URLs.
         max_pixels: of a picture as it is sent.
+        decoder: of files that were not seen before.
     """
 
     modality = Modality.IMAGE
     part_types = frozenset({"image_url", "image"})
 
-    def __init__(self, processor: Any, sources: MediaSources, max_pixels: int = 50_000_000) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        sources: MediaSources,
+        max_pixels: int = 50_000_000,
+        decoder: Decoder | None = None,
+    ) -> None:
         self._processor = processor
         self._sources = sources
         self._max_pixels = max_pixels
+        self._decoder = decoder or InProcess()
         self._settings = settings_digest(processor)
         self._merge = int(processor.merge_size)
         self._seen: Seen[_Known] = Seen()
@@ -54,10 +63,17 @@ class ImageAdapter:
             known = self._seen.get(source, tenant)
             if known is not None:
                 return self._item(
-                    known, source, field, lambda: self._inputs(self._load(source, field)[0])
+                    known,
+                    source,
+                    field,
+                    lambda: self._inputs(self._made(self._here(source, field))[0]),
                 )
-        patches, known = self._load(source, field)
-        if isinstance(source, bytes):
+            picture = self._decoder.picture(source, field, self._max_pixels)
+        else:
+            picture = self._here(source, field)
+        patches, known = self._made(picture)
+        # One that takes long is decoded again here, not later by the thread that runs the model.
+        if isinstance(source, bytes) and picture.cpu_s <= QUICK_S:
             self._seen.put(source, tenant, known)
         return self._item(known, source, field, lambda: self._inputs(patches))
 
@@ -76,10 +92,11 @@ class ImageAdapter:
             raise InvalidRequestError(f"{field} must be a URL or an object with a url", field)
         return self._sources.read(given, field), field
 
-    def _load(
-        self, source: bytes | Image.Image, field: str
-    ) -> tuple[tuple[torch.Tensor, tuple[int, int]], _Known]:
-        picture = load_picture(source, field, self._max_pixels)
+    def _here(self, source: bytes | Image.Image, field: str) -> Picture:
+        """Decoded in this process: what was decoded before, or is open already."""
+        return load_picture(source, field, self._max_pixels)
+
+    def _made(self, picture: Picture) -> tuple[tuple[torch.Tensor, tuple[int, int]], _Known]:
         width, height = picture.image.size
         # Not rescaled and not normalized: the pixels themselves, as uint8.
         made = self._processor(
@@ -125,7 +142,7 @@ class ImageAdapter:
             known.label,
             inputs,
             known.notes,
-            lambda: load_picture(source, field, self._max_pixels).image,
+            lambda: self._here(source, field).image,
         )
 
     def _inputs(self, loaded: tuple[torch.Tensor, tuple[int, int]]) -> dict[str, torch.Tensor]:

@@ -7,13 +7,18 @@ from typing import Any
 
 from kvshare_mm.modalities.audio import AudioAdapter
 from kvshare_mm.modalities.base import Adapters, ModalityAdapter
+from kvshare_mm.modalities.decoding import Decoder
 from kvshare_mm.modalities.image import ImageAdapter
 from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.stream import Modality
 
 
 def adapters_for(
-    processor: Any, modalities: Iterable[Modality], sources: MediaSources, max_pixels: int
+    processor: Any,
+    modalities: Iterable[Modality],
+    sources: MediaSources,
+    max_pixels: int,
+    decoder: Decoder | None = None,
 ) -> Adapters:
     """The adapters of a multimodal model.
 
@@ -22,11 +27,12 @@ def adapters_for(
         modalities: what the model can take.
         sources: reads files and URLs.
         max_pixels: of a picture as it is sent.
+        decoder: of files; None: they are decoded in this process.
     """
     adapters: list[ModalityAdapter] = []
     for modality in modalities:
         if modality is Modality.IMAGE:
-            adapters.append(ImageAdapter(processor.image_processor, sources, max_pixels))
+            adapters.append(ImageAdapter(processor.image_processor, sources, max_pixels, decoder))
         elif modality is Modality.AUDIO:
-            adapters.append(AudioAdapter(processor.feature_extractor, sources))
+            adapters.append(AudioAdapter(processor.feature_extractor, sources, decoder))
     return Adapters(adapters)

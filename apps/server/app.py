@@ -51,7 +51,10 @@ def create_app(
         try:
             yield
         finally:
-            await loading  # a thread cannot be stopped; what it opens must be closed
+            # What it opens should be closed; but a thread cannot be stopped.
+            await asyncio.wait({loading}, timeout=service.left_s)
+            if not loading.done():
+                logger.warning("ending while the model is still loading")
             await service.close()
 
     app = FastAPI(

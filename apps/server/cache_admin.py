@@ -126,7 +126,7 @@ def router(service: Service) -> APIRouter:
                 service.options.max_media,
             )
         options = request_options(service, Caller(body.tenant), body.cache_salt, body.kvshare)
-        found = await service.prepared(service.llm.lookup, prompt, options)
+        found = await service.lines.of(prompt).run(service.llm.lookup, prompt, options)
         namespace = service.llm.namespace(options.cache_salt)
         if found is None:
             return {"namespace": namespace, "exact": 0, "similar": 0, "declined": "sharing_off"}

@@ -171,12 +171,29 @@ def serve(
     media_timeout: Annotated[
         float, typer.Option(min=0.1, help="seconds to fetch a medium", rich_help_panel=_SAFETY)
     ] = 10.0,
+    media_workers: Annotated[
+        int,
+        typer.Option(
+            min=0, help="processes that decode media; 0: in the server", rich_help_panel=_SAFETY
+        ),
+    ] = 2,
+    decode_timeout: Annotated[
+        float, typer.Option(min=0.1, help="seconds to decode a medium", rich_help_panel=_SAFETY)
+    ] = 10.0,
     request_timeout: Annotated[
         float, typer.Option(min=0.1, help="seconds for a request", rich_help_panel=_SAFETY)
     ] = 600.0,
     shutdown_timeout: Annotated[
         float, typer.Option(min=1, help="seconds to end requests", rich_help_panel=_OPERATION)
     ] = 30.0,
+    stall_after: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            help="seconds without progress after which /health says 503",
+            rich_help_panel=_OPERATION,
+        ),
+    ] = 120.0,
     json_logs: Annotated[
         bool,
         typer.Option("--json-logs", help="one JSON object a line", rich_help_panel=_OPERATION),
@@ -220,6 +237,8 @@ def serve(
             device=device,
             local_media=False,
             max_media_bytes=int(max_media_mib * 2**20),
+            media_workers=media_workers,
+            media_deadline_s=decode_timeout,
         )
         if api_keys and api_key is not None:
             raise ConfigError("either --api-keys FILE or --api-key KEY (KVSHARE_SERVER_API_KEY)")
@@ -248,6 +267,8 @@ def serve(
             shutdown_timeout_s=shutdown_timeout,
             ssl_certfile=ssl_certfile,
             ssl_keyfile=ssl_keyfile,
+            stall_after_s=stall_after,
+            media_threads=max(1, media_workers),
             fetch=FetchPolicy(
                 schemes=frozenset(schemes | ({"file"} if media_root else set())),
                 domains=frozenset(allow_domain) if allow_domain else None,

@@ -17,6 +17,7 @@ from kvshare_mm.errors import (
     ModelOutputError,
     QueueFullError,
 )
+from kvshare_mm.modalities.decoding import DecoderFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,9 @@ def as_api_error(error: Exception, retry_after: float = 1.0) -> ApiError:
         return ApiError(429, str(error), code="queue_full", retry_after=retry_after)
     if isinstance(error, EngineClosedError):
         return ApiError(503, "the server is shutting down", retry_after=5)
+    if isinstance(error, DecoderFailedError):
+        logger.error("%s", error)
+        return ApiError(503, str(error), code="decoder_failed", retry_after=5)
     if isinstance(error, TimeoutError):
         return ApiError(408, "the request took longer than this server allows", code="timeout")
     logger.error("a request failed", exc_info=error)
@@ -116,6 +120,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     @app.exception_handler(InvalidRequestError)
+    @app.exception_handler(DecoderFailedError)
+    @app.exception_handler(EngineClosedError)
     async def known(_: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 

@@ -201,7 +201,7 @@ class Generation:
             self._bill = meter.reserve(size, sum(p.max_tokens or 0 for _, p in self._runs))
         # One after the other: what is wrong with a prompt is known before any is submitted.
         return [
-            await service.prepared(llm.astream, prompt, params, self._options)
+            await service.lines.of(prompt).run(llm.astream, prompt, params, self._options)
             for prompt, params in self._runs
         ]
 

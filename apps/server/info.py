@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 import kvshare_mm
 from kvshare_mm.apps.server.chat import ERRORS
@@ -45,9 +46,13 @@ def router(service: Service) -> APIRouter:
     @routes.get("/ping", include_in_schema=False)
     @routes.post("/ping", include_in_schema=False)
     async def health() -> dict[str, str]:
-        """Status 200 while requests can be answered, 503 before, and once the engine fails."""
+        """Status 200 while requests can be answered, 503 before, once the engine fails, and while
+        requests are there and nothing moves (code `stalled`)."""
         if not service.llm.healthy:
             raise ApiError(503, "the engine does not answer requests any more", code="unhealthy")
+        stuck = service.stuck_s
+        if stuck > service.options.stall_after_s:
+            raise ApiError(503, f"nothing has moved for {stuck:.0f} s", code="stalled")
         return {"status": "ok"}
 
     @routes.get("/version")
@@ -58,10 +63,24 @@ def router(service: Service) -> APIRouter:
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Metrics in Prometheus' format."""
-        return Response(await service.prepared(service.metrics.render), media_type=CONTENT_TYPE)
+        return Response(
+            await service.lines.metrics.run(service.metrics.render), media_type=CONTENT_TYPE
+        )
 
-    @routes.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    def told(tokens: Sequence[int], with_strings: bool) -> Response:
+        """Made in a thread, like the tokens: they may be a million."""
+        llm = service.llm
+        reply: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": llm.max_model_len,
+            "tokens": list(tokens),
+        }
+        if with_strings:
+            reply["token_strs"] = llm.tokenizer.convert_ids_to_tokens(list(tokens))
+        return JSONResponse(reply)
+
+    @routes.post("/tokenize", response_class=JSONResponse)
+    async def tokenize(body: TokenizeBody) -> Response:
         """Token ids of a prompt, or of a chat as the model gets it."""
         llm = service.llm
         body.check(service.options.model_name)
@@ -73,32 +92,34 @@ def router(service: Service) -> APIRouter:
                 service.fetcher,
                 service.options.max_media,
             )
-            tokens = list(await service.prepared(llm.tokenize, messages))
-        else:
-            prompt = clean(body.prompt or "")
-            special = body.add_special_tokens
-            encoded = await service.prepared(
-                lambda: llm.tokenizer(prompt, add_special_tokens=special)
+            return await service.lines.of(messages).run(
+                lambda: told(llm.tokenize(messages), body.return_token_strs)
             )
-            tokens = list(encoded["input_ids"])
-        reply: dict[str, Any] = {
-            "count": len(tokens),
-            "max_model_len": llm.max_model_len,
-            "tokens": tokens,
-        }
-        if body.return_token_strs:
-            reply["token_strs"] = llm.tokenizer.convert_ids_to_tokens(tokens)
-        return reply
+        prompt = clean(body.prompt or "")
+        llm.text_bound.check([prompt], "prompt")
+        special = body.add_special_tokens
+        return await service.lines.tokens.run(
+            lambda: told(
+                llm.tokenizer(prompt, add_special_tokens=special)["input_ids"],
+                body.return_token_strs,
+            )
+        )
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
         """The text of token ids."""
         llm = service.llm
         body.check(service.options.model_name)
-        size = len(llm.tokenizer)
-        if any(not 0 <= token < size for token in body.tokens):
-            raise ApiError(400, f"token ids must lie in 0..{size - 1}", "tokens")
-        text = await service.prepared(llm.tokenizer.decode, body.tokens)
-        return {"prompt": clean(text)}
+        most = llm.text_bound.max_bytes  # of a text that /tokenize takes: a token has a byte
+        if len(body.tokens) > most:
+            raise ApiError(400, f"{len(body.tokens)} tokens; at most {most} are taken", "tokens")
+
+        def decoded() -> str:
+            size = len(llm.tokenizer)
+            if any(not 0 <= token < size for token in body.tokens):
+                raise ApiError(400, f"token ids must lie in 0..{size - 1}", "tokens")
+            return clean(llm.tokenizer.decode(body.tokens))
+
+        return {"prompt": await service.lines.tokens.run(decoded)}
 
     return routes

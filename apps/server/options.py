@@ -36,6 +36,10 @@ class ServerOptions:
         write_timeout_s: seconds for a client to take next to nothing of its answer.
         request_timeout_s: seconds for a whole request.
         shutdown_timeout_s: seconds that requests in flight get to end.
+        stall_after_s: seconds without any progress after which waiting requests are stuck.
+        max_waiting: requests of text that may wait to be tokenised; more get status 429.
+        media_threads: requests with media that are prepared at a time.
+        max_media_waiting: those that may wait to be prepared; more get status 429.
         max_choices: most answers of one request.
         max_media: most pictures and clips of one request.
         ssl_certfile: certificate chain (PEM) for HTTPS, or None.
@@ -61,6 +65,10 @@ class ServerOptions:
     write_timeout_s: float = 30.0
     request_timeout_s: float = 600.0
     shutdown_timeout_s: float = 30.0
+    stall_after_s: float = 120.0
+    max_waiting: int = 512
+    media_threads: int = 2
+    max_media_waiting: int = 32
     max_choices: int = 16
     max_media: int = 8
     ssl_certfile: Path | None = None

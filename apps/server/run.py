@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 UI_PATH = "/ui"
 
+# Beyond the time that requests get to end, the process has so long to tidy up.
+MARGIN_S = 10.0
 _SWITCH_INTERVAL_S = 0.0005
 # Connections that wait to be accepted: asyncio tries that often in a row when it has no files.
 _BACKLOG = 256
@@ -76,6 +80,16 @@ class Server(uvicorn.Server):
             room_for(options.max_connections), options.max_connections_per_client, registry
         )
         self._on_stop = on_stop
+        self._timed = False
+        self._limit_s = options.shutdown_timeout_s + MARGIN_S
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """From a signal on the process ends in time, whatever hangs: this needs no thread of
+        Python's, and no lock."""
+        if not self._timed:
+            self._timed = True
+            faulthandler.dump_traceback_later(self._limit_s, exit=True)
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         quiet_about_files(asyncio.get_running_loop())
@@ -156,6 +170,9 @@ def serve(
 ) -> None:
     """Serve until SIGINT or SIGTERM; then let requests in flight end, and keep donors.
 
+    From the signal on, the process has ``shutdown_timeout_s`` and `MARGIN_S` more; what hangs then
+    is told on stderr, and the process ends with status 1.
+
     Args:
         load: makes the engine.
         options: of the server.
@@ -175,11 +192,16 @@ def serve(
         holder[0].should_exit = True
 
     app = create_app(service, give_up, UI_PATH if ui else None, api)
-    on_stop: Callable[[], None] = lambda: None  # noqa: E731
+    let_go: Callable[[], None] = lambda: None  # noqa: E731
     if ui:
         from kvshare_mm.apps.desk.mount import mount
 
-        on_stop = mount(app, service, UI_PATH)
+        let_go = mount(app, service, UI_PATH)
+
+    def stop() -> None:
+        service.ends()
+        let_go()
+
     host, port = listening.getsockname()[:2]
     scheme = "http" if options.ssl_certfile is None else "https"
     shown = f"{scheme}://[{host}]" if ":" in host else f"{scheme}://{host}"
@@ -188,7 +210,7 @@ def serve(
         logger.info("%s", in_words(options.sharing))
     if ui:
         logger.info("desk on %s:%d%s", shown, port, UI_PATH)
-    holder.append(Server(app, options, service.metrics.registry, on_stop))
+    holder.append(Server(app, options, service.metrics.registry, stop))
     # The engine's thread computes without a pause; a token should not wait 5 ms for its turn.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     # uvicorn sends itself the signal again once it has ended, which would leave no time to tidy up.

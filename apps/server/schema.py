@@ -54,10 +54,16 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
 }
 
 
+_MAX_PARTS = 10_000
+_MAX_TOKENS = 1 << 20
+
+
 def _whole(value: Any) -> Any:
     """JSON has one kind of number: 5.0 is the integer 5; also in lists, and in lists of lists."""
     if not isinstance(value, list):
         return _integer(value)
+    if len(value) > _MAX_TOKENS:
+        return value  # it is refused anyway
     return [
         [_integer(v) for v in each] if isinstance(each, list) else _integer(each) for each in value
     ]
@@ -165,8 +171,26 @@ class ChatMessage(BaseModel):
     content: str | list[ContentPart] | None = None
 
 
+def _few(messages: Any) -> Any:
+    """Refuses more messages and parts than any chat has, before each is looked at."""
+    count = 0
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        count += 1 + (len(content) if isinstance(content, list) else 0)
+        if count > _MAX_PARTS:
+            raise ValueError(f"more than {_MAX_PARTS} messages and parts of messages")
+    return messages
+
+
+# A body is validated on the thread that answers everybody: none of these lists may be as long as
+# a body can be, and the first wrong item is enough.
+Messages = Annotated[list[ChatMessage], BeforeValidator(_few)]
+TokenIds = Annotated[list[int], Field(max_length=_MAX_TOKENS, fail_fast=True)]
+_Prompts = Field(max_length=1_024, fail_fast=True)
+
+
 class ChatBody(_Generation):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Messages, Field(min_length=1)]
     max_completion_tokens: _Whole | None = None
     logprobs: bool | None = None
     top_logprobs: _Whole | None = None
@@ -185,7 +209,10 @@ class ChatBody(_Generation):
 
 
 class CompletionBody(_Generation):
-    prompt: Annotated[str | list[str] | list[int] | list[list[int]], _WHOLE]
+    prompt: Annotated[
+        str | Annotated[list[str], _Prompts] | TokenIds | Annotated[list[TokenIds], _Prompts],
+        _WHOLE,
+    ]
     logprobs: _Whole | None = None
 
     @property
@@ -203,20 +230,20 @@ class CompletionBody(_Generation):
 
 class TokenizeBody(_Body):
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
     add_special_tokens: _Flag = True
     return_token_strs: _Flag = False
 
 
 class DetokenizeBody(_Body):
-    tokens: Annotated[list[int], _WHOLE]
+    tokens: Annotated[TokenIds, _WHOLE]
 
 
 class LookupBody(_Body):
     """A request that is only planned: a chat or a prompt, and whose it would be."""
 
-    messages: list[ChatMessage] | None = None
-    prompt: Annotated[str | list[int] | None, _WHOLE] = None
+    messages: Messages | None = None
+    prompt: Annotated[str | TokenIds | None, _WHOLE] = None
     tenant: _Text = ""
     cache_salt: str | None = None
     kvshare: _Reuse = Reuse()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from prometheus_client import Gauge
@@ -16,6 +17,7 @@ from prometheus_client import Gauge
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.keys import KeyRing
 from kvshare_mm.apps.server.limits import Meters
+from kvshare_mm.apps.server.lines import Lines
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.tracing import Tracer
 from kvshare_mm.cache import CacheAdmin
@@ -27,6 +29,8 @@ from kvshare_mm.outputs import RequestOutput
 logger = logging.getLogger(__name__)
 
 _LONGEST_RETRY_S = 60.0
+# Finished donors are written in this time, when requests in flight have used up theirs.
+_FLUSH_S = 5.0
 # Answers that tell how fast places in the queue get free.
 _RECENT = 32
 
@@ -58,9 +62,11 @@ class Service:
         self.failure: Exception | None = None
         self._load = load
         self._llm: KVShare | None = None
+        self._closed = False
         self._ends: deque[float] = deque(maxlen=_RECENT)
+        self._ending: float | None = None
         # Tokenising, templates and pictures are work: not on the thread that answers everybody.
-        self._preparing = ThreadPoolExecutor(4, thread_name_prefix="kvshare-prepare")
+        self.lines = Lines(options)
 
     @property
     def llm(self) -> KVShare:
@@ -84,15 +90,53 @@ class Service:
     async def load(self) -> None:
         """Load the model; what goes wrong is kept in `failure`."""
         try:
-            self._llm = await asyncio.to_thread(self._load)
+            self._llm = await asyncio.wrap_future(self._loading())
         except Exception as error:
             self.failure = error
             raise
 
+    def _loading(self) -> Future[KVShare]:
+        """Loads in a thread that nobody waits for at the process' end: it cannot be stopped."""
+        loaded: Future[KVShare] = Future()
+
+        loaded.set_running_or_notify_cancel()  # who waits for it may leave, it goes on
+
+        def load() -> None:
+            try:
+                llm = self._load()
+            except BaseException as error:
+                loaded.set_exception(error)
+                return
+            if self._closed:
+                llm.close()
+            loaded.set_result(llm)
+
+        threading.Thread(target=load, name="kvshare-load", daemon=True).start()
+        return loaded
+
     async def prepared(self, make: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a function that takes its time in a thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._preparing, make, *arguments)
+        """Run a function of the cache's administration, which takes its time, in a thread."""
+        return await self.lines.admin.run(make, *arguments)
+
+    @property
+    def stuck_s(self) -> float:
+        """Seconds for which requests have been there and nothing has moved: neither a layer of the
+        model, nor a request that is being prepared. Long prefills, full queues and slow machines
+        move."""
+        engine = 0.0 if self._llm is None else self._llm.stuck_s
+        return max(engine, self.lines.media.stuck_s, self.lines.tokens.stuck_s)
+
+    def ends(self) -> None:
+        """The server ends; requests in flight have their time from now on."""
+        if self._ending is None:
+            self._ending = time.monotonic() + self.options.shutdown_timeout_s
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the end, those for tidying up not counted."""
+        self.ends()
+        assert self._ending is not None
+        return max(0.0, self._ending - time.monotonic())
 
     def finished(self, output: RequestOutput, request_id: str, headers: dict[str, str]) -> None:
         """Count an answer."""
@@ -114,13 +158,15 @@ class Service:
 
     async def close(self) -> None:
         """Keep what is finished, release everything."""
+        self._closed = True
+        for line in self.lines.all:
+            line.close()
         llm = self._llm
         if llm is not None:
-            flushed = await asyncio.to_thread(llm.flush, self.options.shutdown_timeout_s)
+            flushed = await asyncio.to_thread(llm.flush, max(_FLUSH_S, self.left_s))
             if not flushed:
                 logger.warning("not all donors could be kept in time")
             await asyncio.to_thread(llm.close)
-        self._preparing.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.tracer.close)
 
     def _tree_depth(self) -> int:

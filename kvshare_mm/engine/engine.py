@@ -151,6 +151,14 @@ class NativeEngine:
         return not self._closing and self._failures < _MAX_FAILURES
 
     @property
+    def stuck_s(self) -> float:
+        """Seconds for which requests have been there and no layer of the model was computed."""
+        oldest = min((r.submitted for r in [*self._known.values()]), default=None)
+        if oldest is None:
+            return 0.0
+        return time.perf_counter() - max(oldest, self._runner.moved_s)
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 

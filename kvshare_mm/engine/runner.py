@@ -7,6 +7,7 @@ cannot run, with transformers' own cache, whole prompts only.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -20,9 +21,17 @@ from kvshare_mm.models.loader import LoadedModel
 
 
 class ModelRunner(Protocol):
-    """Prefill and decode over numbered slots."""
+    """Prefill and decode over numbered slots.
+
+    Attributes:
+        num_slots: requests at a time.
+        moved_s: `time.perf_counter` when the model last computed something.
+    """
 
     num_slots: int
+
+    @property
+    def moved_s(self) -> float: ...
 
     def prefill(
         self,
@@ -99,6 +108,10 @@ class SlotRunner:
     def max_bytes(self) -> int:
         """Bytes that the slots take when all are full."""
         return self._cache.keys.nbytes + self._cache.values.nbytes
+
+    @property
+    def moved_s(self) -> float:
+        return self._cache.moved_s
 
     def slot_kv(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a slot, ``[num_layers, num_kv_heads, max_len, head_dim]``, as views."""
@@ -234,6 +247,7 @@ class PlainRunner:
         self._model = loaded.model
         self._device = loaded.device
         self._caches: dict[int, Any] = {}
+        self.moved_s = 0.0
         # As `generate` does: recurrent models have another name for the cache, some do not return
         # it, and some count positions only if they are told.
         accepted = inspect.signature(loaded.model.forward).parameters
@@ -284,4 +298,5 @@ class PlainRunner:
         logits: torch.Tensor = self._model(
             use_cache=True, **inputs, **{self._cache_name: self._caches[slot]}
         ).logits
+        self.moved_s = time.perf_counter()
         return logits[0, -1]

@@ -235,6 +235,11 @@ class VLLMEngine:
     def num_running(self) -> int:
         return len(self._tasks)
 
+    @property
+    def stuck_s(self) -> float:
+        """Not known: vLLM watches its own processes."""
+        return 0.0
+
     def close(self) -> None:
         """Abort what is in flight, end vLLM's processes."""
         if self._closed:

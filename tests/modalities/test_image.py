@@ -167,8 +167,8 @@ def test_a_file_that_comes_again_is_not_decoded(
     data = encoded(picture())
     first = read(images, data, "tenant")
     loads = []
-    load = images._load
-    monkeypatch.setattr(images, "_load", lambda *a: loads.append(a) or load(*a))
+    made = images._made
+    monkeypatch.setattr(images, "_made", lambda *a: loads.append(a) or made(*a))
     again = read(images, data, "tenant")
     assert (again.digest, again.grid, again.label) == (first.digest, first.grid, first.label)
     assert not loads

@@ -1,0 +1,309 @@
+"""Decoding in other processes: the same results, and whatever happens there stays there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from transformers import Qwen2VLImageProcessor, WhisperFeatureExtractor
+
+from kvshare_mm.errors import EngineClosedError, InvalidRequestError
+from kvshare_mm.modalities.audio import AudioAdapter
+from kvshare_mm.modalities.decode_pool import DecodePool
+from kvshare_mm.modalities.decoding import Asker, asker
+from kvshare_mm.modalities.image import ImageAdapter
+from kvshare_mm.modalities.picture_file import load_picture
+from kvshare_mm.modalities.sound_file import load_sound
+from kvshare_mm.modalities.sources import MediaSources
+
+from . import hostile
+from .media import encoded, picture, recorded, tone
+
+WHERE = "messages[0].content[0].image"
+MAX_PIXELS = 1_000_000
+_PNG = encoded(picture())
+_TURNED = Image.Exif()
+_TURNED[0x112] = 6
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[DecodePool]:
+    made = DecodePool(1, 30.0, MAX_PIXELS)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., DecodePool]]:
+    pools: list[DecodePool] = []
+
+    def make(deadline_s: float = 30.0, **options: Any) -> DecodePool:
+        pools.append(DecodePool(1, deadline_s, MAX_PIXELS, **options))
+        assert load(pools[-1]) is not None  # it runs
+        return pools[-1]
+
+    yield make
+    for each in pools:
+        each.close()
+
+
+def load(pool: DecodePool, content: bytes = _PNG) -> Image.Image:
+    return pool.picture(content, WHERE, MAX_PIXELS).image
+
+
+def process_of(pool: DecodePool) -> psutil.Process:
+    [worker] = pool._all
+    assert worker._process is not None
+    return psutil.Process(worker._process.pid)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+PICTURES = {
+    "png": _PNG,
+    "large": encoded(picture(900, 700), "JPEG"),
+    "grey": encoded(picture(mode="L"), "PNG"),
+    "palette": encoded(picture(mode="P"), "GIF"),
+    "transparent": encoded(picture(700, 500).convert("RGBA").rotate(20, expand=True), "PNG"),
+    "turned": encoded(picture(), "JPEG", exif=_TURNED),
+    "16 bits": encoded(Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)), "PNG"),
+    "frames": hostile.gif(3),
+    "none": b"no picture",
+    "torn": _PNG[:200],
+    "scans": hostile.jpeg_of_scans(100),
+    "too large": hostile.png(width=3000, height=3000),
+}  # fmt: skip
+SOUNDS = {
+    "wav": recorded(tone()),
+    "stereo": recorded(np.stack([tone(), tone(hertz=300)], axis=1), 44_100, "FLAC"),
+    "mp3": recorded(tone(), format="MP3"),
+    "none": b"no sound",
+    "long": recorded(np.zeros(31 * 16_000, np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_those_decoded_here(pool: DecodePool, name: str) -> None:
+    content = PICTURES[name]
+    try:
+        want = load_picture(content, WHERE, MAX_PIXELS)
+    except InvalidRequestError as error:
+        with pytest.raises(InvalidRequestError) as caught:
+            pool.picture(content, WHERE, MAX_PIXELS)
+        assert (str(caught.value), caught.value.field) == (str(error), error.field)
+        return
+    got = pool.picture(content, WHERE, MAX_PIXELS)
+    assert (got.image.mode, got.image.size) == ("RGB", want.image.size)
+    assert got.image.tobytes() == want.image.tobytes()
+    assert got.notes == want.notes
+    assert got.cpu_s > 0
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_sounds_are_those_decoded_here(pool: DecodePool, name: str) -> None:
+    content = SOUNDS[name]
+    try:
+        want = load_sound(content, WHERE, 16_000, 30.0)
+    except InvalidRequestError as error:
+        with pytest.raises(InvalidRequestError) as caught:
+            pool.sound(content, WHERE, 16_000, 30.0)
+        assert (str(caught.value), caught.value.field) == (str(error), error.field)
+        return
+    got = pool.sound(content, WHERE, 16_000, 30.0)
+    assert got.samples.dtype == want.samples.dtype
+    assert np.array_equal(got.samples, want.samples)
+    assert (got.rate, got.channels) == (want.rate, want.channels)
+
+
+def test_digests_do_not_depend_on_where_media_are_decoded(
+    pool: DecodePool, image_processor: Qwen2VLImageProcessor, extractor: WhisperFeatureExtractor
+) -> None:
+    part = {"type": "image", "image": _PNG}
+    here, there = (
+        ImageAdapter(image_processor, MediaSources(), MAX_PIXELS, decoder).read(part, "x", "")
+        for decoder in (None, pool)
+    )
+    assert here.digest == there.digest
+    part = {"type": "audio", "audio": SOUNDS["wav"]}
+    here, there = (
+        AudioAdapter(extractor, MediaSources(), decoder).read(part, "x", "")
+        for decoder in (None, pool)
+    )
+    assert here.digest == there.digest
+
+
+def test_what_was_seen_is_not_decoded_again(
+    opened: Callable[..., DecodePool], image_processor: Qwen2VLImageProcessor
+) -> None:
+    pool = opened()
+    adapter = ImageAdapter(image_processor, MediaSources(), MAX_PIXELS, pool)
+    before = pool.counters["decoded"]
+    for _ in range(3):
+        adapter.read({"type": "image", "image": _PNG}, "x", "")
+    assert pool.counters["decoded"] == before + 1
+
+
+def test_what_took_long_is_decoded_at_the_door_again(
+    opened: Callable[..., DecodePool],
+    image_processor: Qwen2VLImageProcessor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvshare_mm.modalities.image.QUICK_S", 0.0)
+    pool = opened()
+    adapter = ImageAdapter(image_processor, MediaSources(), MAX_PIXELS, pool)
+    before = pool.counters["decoded"]
+    for _ in range(3):
+        adapter.read({"type": "image", "image": _PNG}, "x", "")
+    assert pool.counters["decoded"] == before + 3
+
+
+def test_a_file_that_takes_too_long_is_given_up(opened: Callable[..., DecodePool]) -> None:
+    pool = opened(deadline_s=1.0)
+    hung = process_of(pool)
+    hung.suspend()
+    with pytest.raises(InvalidRequestError, match="took more than 1 s to decode") as caught:
+        load(pool)
+    assert caught.value.field == WHERE
+    assert not hung.is_running()
+    assert load(pool).size == (80, 60)
+    assert pool.counters["killed"] == 1
+
+
+def test_a_process_that_dies_takes_one_file_with_it(opened: Callable[..., DecodePool]) -> None:
+    pool = opened()
+    dying = process_of(pool)
+    dying.suspend()
+    errors: list[Exception] = []
+
+    def asking() -> None:
+        try:
+            load(pool)
+        except InvalidRequestError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=asking)
+    thread.start()
+    until(lambda: not pool._idle)
+    dying.kill()
+    thread.join(30)
+    assert ["ended the process" in str(error) for error in errors] == [True]
+    assert load(pool).size == (80, 60)
+
+
+def test_one_that_died_while_it_had_nothing_to_do_is_replaced(
+    opened: Callable[..., DecodePool],
+) -> None:
+    pool = opened()
+    gone = process_of(pool)
+    gone.kill()
+    until(lambda: not gone.is_running() or gone.status() == psutil.STATUS_ZOMBIE)
+    assert load(pool).size == (80, 60)
+
+
+def test_memory_has_a_ceiling(opened: Callable[..., DecodePool]) -> None:
+    pool = opened(memory=200 << 20)
+    content = encoded(Image.new("L", (9_000, 9_000)))
+    with pytest.raises(InvalidRequestError, match="memory") as caught:
+        pool.picture(content, WHERE, 100_000_000)
+    assert caught.value.field == WHERE
+    assert load(pool).size == (80, 60)
+
+
+def test_who_goes_away_ends_the_work(opened: Callable[..., DecodePool]) -> None:
+    pool = opened()
+    hung = process_of(pool)
+    hung.suspend()
+    waits = Asker()
+    asker.set(waits)
+    thread = threading.Thread(
+        target=copy_context().run, args=(pytest.raises, InvalidRequestError, load, pool)
+    )
+    thread.start()
+    asker.set(None)
+    until(lambda: waits._stop is not None)
+    waits.leave()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert not hung.is_running()
+    assert pool.counters["killed"] == 0  # nothing was wrong with the file
+    assert load(pool).size == (80, 60)
+
+
+def test_who_went_away_before_gets_nothing_decoded(opened: Callable[..., DecodePool]) -> None:
+    pool = opened()
+    before = pool.counters["decoded"]
+    waits = Asker()
+    waits.leave()
+    context = copy_context()
+    context.run(asker.set, waits)
+    with pytest.raises(InvalidRequestError, match="nobody waits"):
+        context.run(load, pool)
+    assert pool.counters["decoded"] == before
+
+
+def test_closing_ends_what_runs(opened: Callable[..., DecodePool]) -> None:
+    pool = opened()
+    hung = process_of(pool)
+    hung.suspend()
+    errors: list[type[Exception]] = []
+
+    def asking() -> None:
+        try:
+            load(pool)
+        except Exception as error:
+            errors.append(type(error))
+
+    threads = [threading.Thread(target=asking) for _ in range(3)]  # one is served, two wait
+    for thread in threads:
+        thread.start()
+    until(lambda: not pool._idle)
+    pool.close()
+    for thread in threads:
+        thread.join(30)
+    assert errors == [EngineClosedError] * 3
+    assert not hung.is_running()
+
+
+def test_processes_end_with_the_one_that_started_them() -> None:
+    program = (
+        "import os, signal\n"
+        "from kvshare_mm.modalities.decode_pool import DecodePool\n"
+        "pool = DecodePool(2, 30.0, 1000)\n"
+        "[worker.ready() for worker in pool._all]\n"
+        "print(*[worker._process.pid for worker in pool._all], flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) == 2 and os.getpid() not in pids
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+def test_they_import_no_torch() -> None:
+    """Which would take seconds and hundreds of megabytes, each."""
+    program = (
+        "import sys; import kvshare_mm.modalities.decode_worker; print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "False"
