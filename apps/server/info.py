@@ -92,18 +92,20 @@ def router(service: Service) -> APIRouter:
                 service.fetcher,
                 service.options.max_media,
             )
-            return await service.lines.of(messages).run(
+            reply: Response = await service.lines.of(messages).run(
                 lambda: told(llm.tokenize(messages), body.return_token_strs)
             )
+            return reply
         prompt = clean(body.prompt or "")
         llm.text_bound.check([prompt], "prompt")
         special = body.add_special_tokens
-        return await service.lines.tokens.run(
+        reply = await service.lines.tokens.run(
             lambda: told(
                 llm.tokenizer(prompt, add_special_tokens=special)["input_ids"],
                 body.return_token_strs,
             )
         )
+        return reply
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:

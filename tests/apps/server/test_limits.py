@@ -180,15 +180,16 @@ def test_requests_of_a_key_at_a_time(serve: Start, tmp_path: Path) -> None:
     key = add_key(file, "shop", limits=Limits(concurrent_requests=1))
     running = serve(keys_file=file, sharing="tenant", admin_key=None)
     begun, end = threading.Event(), threading.Event()
-    tokenizer = running.service.prepared
+    line = running.service.lines.tokens
+    run = line.run
 
     async def slow(make: Any, *arguments: Any) -> Any:
         begun.set()
         while not end.is_set():
             await asyncio.sleep(0.01)
-        return await tokenizer(make, *arguments)
+        return await run(make, *arguments)
 
-    running.service.prepared = slow  # type: ignore[method-assign]
+    line.run = slow  # type: ignore[method-assign]
     first: list[int] = []
     thread = threading.Thread(target=lambda: first.append(running.chat("x", key).status_code))
     thread.start()
