@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEY = re.compile(r"[!-~]+")
 _HASH = re.compile(r"[0-9a-f]{64}")
+_UNREAD = ()  # of no file
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,10 @@ def add_key(path: Path, tenant: str, admin: bool = False, limits: Limits | None 
         entry["limits"] = {name: n for name, n in asdict(limits).items() if n is not None}
     line = json.dumps(entry)
     try:
+        torn = path.exists() and path.read_bytes()[-1:] not in {b"", b"\n"}
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with open(descriptor, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write("\n" * torn + line + "\n")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
     return key
@@ -152,27 +154,34 @@ class KeyRing:
             try:
                 self._callers, self.problem = _read(self._path), None
             except ConfigError as error:
+                unread = isinstance(error.__cause__, OSError)
+                if not unread or str(error) != self.problem:
+                    logger.error("the last good keys stay in force: %s", error)
+                if unread:
+                    self._stamp = _UNREAD  # it may be readable again without having changed
                 self.problem = str(error)
-                logger.error("the last good keys stay in force: %s", error)
         return self._callers.get(known)
 
 
-def _stamp(path: Path | None) -> tuple[int, int] | None:
+def _stamp(path: Path | None) -> tuple[int, ...] | None:
+    """What differs once a file does: times of changes can be set back, but for the second one."""
     try:
         status = None if path is None else path.stat()
     except OSError:
         return None
-    return None if status is None else (status.st_mtime_ns, status.st_size)
+    if status is None:
+        return None
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
 
 
 def _read(path: Path) -> dict[str, Caller]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
         raise ConfigError(f"cannot read the keys in {path}: {error}") from error
     callers: dict[str, Caller] = {}
     for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("#"):
+        if not line.strip() or line.startswith(b"#"):
             continue
         try:
             entry = json.loads(line)
@@ -182,7 +191,7 @@ def _read(path: Path) -> dict[str, Caller]:
             if not isinstance(admin, bool):
                 raise ValueError("admin is true or false")
             limits = Limits(**entry["limits"]) if "limits" in entry else None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ConfigError(f"line {number} of {path} is no key: {error}") from error
         callers[known] = Caller(tenant, admin, known, limits)
     return callers

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,53 @@ def test_a_deleted_line_ends_a_key(serve: Start, ring: tuple[Path, dict[str, str
     assert running.ask("GET", "/v1/models", keys["b"]).status_code == 401
 
 
+def test_a_key_ends_whatever_the_file_looks_like_from_outside(
+    ring: tuple[Path, dict[str, str]],
+) -> None:
+    """As copying with preserved times leaves it: as old and as large as before."""
+    file, keys = ring
+    known = KeyRing(file)
+    before = file.stat()
+    new = "kvs-another"
+    file.write_text(file.read_text().replace(digest(keys["a"]), digest(new)))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert known.caller(keys["a"]) is None
+    assert known.caller(new) == Caller("shop-a", key=digest(new))
+
+
+def test_a_file_that_could_not_be_read_for_a_moment_is_read_later(
+    ring: tuple[Path, dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As when all file descriptors are in use: nothing about the file changes afterwards."""
+    file, keys = ring
+    known = KeyRing(file)
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    with monkeypatch.context() as short, caplog.at_level(logging.ERROR):
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        short.setattr(Path, "open", refuse)
+        for _ in range(3):
+            assert known.caller(keys["a"]) is not None
+    assert sum("Too many open files" in r.getMessage() for r in caplog.records) == 1
+    assert known.problem is not None
+    assert known.caller(keys["a"]) is None and known.caller(keys["b"]) is not None
+    assert known.problem is None
+
+
+def test_a_key_is_added_behind_a_line_that_has_no_end(ring: tuple[Path, dict[str, str]]) -> None:
+    file, keys = ring
+    file.write_text(file.read_text().rstrip("\n"))
+    new = add_key(file, "shop-c")
+    known = KeyRing(file)
+    for key, tenant in ((keys["boss"], "office"), (new, "shop-c")):
+        caller = known.caller(key)
+        assert caller is not None and caller.tenant == tenant
+
+
 def test_the_file_keeps_no_keys(ring: tuple[Path, dict[str, str]]) -> None:
     file, keys = ring
     text = file.read_text()
@@ -200,11 +249,14 @@ def test_the_file_keeps_no_keys(ring: tuple[Path, dict[str, str]]) -> None:
         '{"tenant": "a", "sha256": "short"}',
         '{"tenant": "", "sha256": "%s"}' % ("0" * 64),
         '{"tenant": "a", "admin": "no", "sha256": "%s"}' % ("0" * 64),
+        '{"tenant": "a", "sha256": "%s", "limits": {"cups_of_tea": 1}}' % ("0" * 64),
+        "[" * 100_000,
+        "\udcff",  # a byte that is no UTF-8
     ],
 )
 def test_bad_files_of_keys_are_refused(tmp_path: Path, line: str) -> None:
     file = tmp_path / "keys"
-    file.write_text(f"# a comment\n\n{line}\n")
+    file.write_bytes(f"# a comment\n\n{line}\n".encode("utf-8", "surrogateescape"))
     with pytest.raises(ConfigError, match="line 3"):
         KeyRing(file)
     with pytest.raises(ConfigError, match="line 3"):
