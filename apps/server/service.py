@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -19,6 +17,7 @@ from kvshare_mm.apps.server.keys import KeyRing
 from kvshare_mm.apps.server.limits import Meters
 from kvshare_mm.apps.server.lines import Lines
 from kvshare_mm.apps.server.options import ServerOptions
+from kvshare_mm.apps.server.pace import Pace
 from kvshare_mm.apps.server.tracing import Tracer
 from kvshare_mm.cache import CacheAdmin
 from kvshare_mm.llm import KVShare
@@ -28,11 +27,8 @@ from kvshare_mm.outputs import RequestOutput
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_RETRY_S = 60.0
 # Finished donors are written in this time, when requests in flight have used up theirs.
 _FLUSH_S = 5.0
-# Answers that tell how fast places in the queue get free.
-_RECENT = 32
 
 
 class Service:
@@ -63,7 +59,7 @@ class Service:
         self._load = load
         self._llm: KVShare | None = None
         self._closed = False
-        self._ends: deque[float] = deque(maxlen=_RECENT)
+        self._pace = Pace()
         self._ending: float | None = None
         # Tokenising, templates and pictures are work: not on the thread that answers everybody.
         self.lines = Lines(options)
@@ -142,15 +138,12 @@ class Service:
         """Count an answer."""
         self.metrics.observe(output)
         self.tracer.record(output, request_id, headers)
-        self._ends.append(time.monotonic())
+        self._pace.ended(output.metrics.total - output.metrics.queue)
 
     @property
     def retry_after(self) -> float:
-        """Seconds until a place in the queue may be free: as answers have ended in the last minute,
-        one place each."""
-        now = time.monotonic()
-        recent = [end for end in self._ends if end > now - _LONGEST_RETRY_S]
-        return math.ceil((now - recent[0]) / len(recent)) if recent else 1
+        """Seconds until a place in the queue may be free."""
+        return self._pace.seconds
 
     def stats(self) -> dict[str, Any] | None:
         """The engine's counters; None while it is loading."""
