@@ -197,17 +197,32 @@ class KVShare:
         spec = await asyncio.to_thread(self._chat, messages, params, options)
         return await answer(self._parts.engine, spec)
 
-    def astream(
+    def read(
         self,
         prompt: Prompt | Sequence[Message],
+        params: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+    ) -> RequestSpec:
+        """A prompt or a chat as the engine takes it, for `astream`; nothing is run.
+
+        Raises:
+            InvalidRequestError: as `generate` and `chat`.
+        """
+        return self._any(prompt, params, options)
+
+    def astream(
+        self,
+        prompt: Prompt | Sequence[Message] | RequestSpec,
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
     ) -> AsyncGenerator[StreamChunk]:
         """`stream`; leaving the iterator early cancels the request.
 
-        The prompt is read at the call: messages with media are best given from another thread.
+        The prompt is read at the call, unless `read` did so: messages with media are best given
+        from another thread.
         """
-        return achunks(self._parts.engine, self._any(prompt, params, options))
+        spec = prompt if isinstance(prompt, RequestSpec) else self._any(prompt, params, options)
+        return achunks(self._parts.engine, spec)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -19,6 +19,7 @@ from kvshare_mm.apps.server.replies import provenance, usage
 from kvshare_mm.apps.server.schema import Reuse
 from kvshare_mm.apps.server.service import Service
 from kvshare_mm.apps.server.sharing import scope
+from kvshare_mm.engine.request import RequestSpec
 from kvshare_mm.llm import RequestOptions
 from kvshare_mm.outputs import RequestOutput, StreamChunk, TokenLogprob
 from kvshare_mm.sampling import SamplingParams
@@ -197,13 +198,18 @@ class Generation:
         llm, service = self._service.llm, self._service
         caller = self._request.state.caller
         if (meter := service.meters.of(caller.key, caller.limits)) is not None:
-            size = sum(_size(prompt) for prompt, _ in self._runs)
+            prompts = {id(prompt): prompt for prompt, _ in self._runs}  # one may have many answers
+            size = sum(map(_size, prompts.values()))
             self._bill = meter.reserve(size, sum(p.max_tokens or 0 for _, p in self._runs))
         # One after the other: what is wrong with a prompt is known before any is submitted.
-        return [
-            await service.lines.of(prompt).run(llm.astream, prompt, params, self._options)
-            for prompt, params in self._runs
-        ]
+        specs: list[RequestSpec] = []
+        sizes: dict[int, int] = {}
+        for prompt, params in self._runs:
+            line = service.lines.of(prompt)
+            specs.append(await line.run(llm.read, prompt, params, self._options))
+            sizes[id(prompt)] = len(specs[-1].stream)
+            self._bill.read(sum(sizes.values()))
+        return [llm.astream(spec) for spec in specs]
 
     def _provenance(self) -> dict[str, Any]:
         return provenance([self._outputs[i] for i in sorted(self._outputs)], self._spans)
@@ -213,6 +219,7 @@ class Generation:
         output = chunk.output
         if output is None:
             self._num_tokens[index] = self._num_tokens.get(index, 0) + len(chunk.token_ids)
+            self._bill.answered(sum(self._num_tokens.values()))
             return
         self._outputs[index] = output
         self._num_tokens[index] = len(output.token_ids)

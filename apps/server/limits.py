@@ -2,7 +2,7 @@
 
 Limits stand at a key, beside its tenant in the file of keys. How much a request will use is known
 when it is over: before, it is reserved by its size, as OpenAI does (a token every four characters,
-`max_tokens` of answer), and what it did not use is given back.
+`max_tokens` of answer), then by what was read and answered; what it did not use is given back.
 """
 
 from __future__ import annotations
@@ -56,10 +56,15 @@ class Meter:
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits = limits
+        self._clock = clock
         self.running = 0
+        self.change(limits)
+
+    def change(self, limits: Limits) -> None:
+        """Other limits begin anew, with what runs."""
+        self.limits = limits
         self._requests, self._prompt, self._output = (
-            None if rate is None else Bucket(rate, clock)
+            None if rate is None else Bucket(rate, self._clock)
             for rate in (
                 limits.requests_per_minute,
                 limits.prompt_tokens_per_minute,
@@ -82,10 +87,14 @@ class Meter:
 
     def reserve(self, prompt: int, output: int) -> Bill:
         """Take what a request may use. Raises ApiError 429."""
-        self._check(self._prompt, prompt, "prompt tokens a minute")
+        self.check_prompt(prompt)
         self._check(self._output, output, "output tokens a minute")
         self.take(prompt, output)
         return Bill(self, prompt, output)
+
+    def check_prompt(self, tokens: int) -> None:
+        """Raises ApiError 429: there is not so much left."""
+        self._check(self._prompt, tokens, "prompt tokens a minute")
 
     def take(self, prompt: int, output: int) -> None:
         for bucket, amount in ((self._prompt, prompt), (self._output, output)):
@@ -123,17 +132,33 @@ class Bill:
     def __init__(self, meter: Meter | None = None, prompt: int = 0, output: int = 0) -> None:
         self._meter, self._prompt, self._output = meter, prompt, output
 
+    def read(self, prompt: int) -> None:
+        """Its prompts have so many tokens as far as they are read. Raises ApiError 429."""
+        if self._meter is not None and prompt > self._prompt:
+            self._take(-self._prompt, 0)
+            self._meter.check_prompt(prompt)
+            self._take(prompt, 0)
+
+    def answered(self, output: int) -> None:
+        """Its answers have so many tokens by now: who names no `max_tokens` pays as they grow."""
+        self._take(0, max(0, output - self._output))
+
     def settle(self, prompt: int | None, output: int) -> None:
         """It is over.
 
         Args:
-            prompt: tokens of its prompts; None: unknown, as many as were reserved.
+            prompt: tokens of its prompts; None: unknown, as many as were reserved or read.
             output: tokens of its answers.
         """
+        used = self._prompt if prompt is None else prompt
+        self._take(used - self._prompt, output - self._output)
+        self._meter = None
+
+    def _take(self, prompt: int, output: int) -> None:
         if self._meter is not None:
-            used = self._prompt if prompt is None else prompt
-            self._meter.take(used - self._prompt, output - self._output)
-            self._meter = None
+            self._meter.take(prompt, output)
+            self._prompt += prompt
+            self._output += output
 
 
 class Meters:
@@ -151,10 +176,10 @@ class Meters:
         if limits is None:
             return None
         meter = self._meters.get(key)
-        if meter is None or meter.limits != limits:
-            running = 0 if meter is None else meter.running
+        if meter is None:
             meter = self._meters[key] = Meter(limits)
-            meter.running = running
+        elif meter.limits != limits:
+            meter.change(limits)
         return meter
 
 

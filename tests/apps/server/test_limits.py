@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.keys import KeyRing, Limits, add_key
 from kvshare_mm.apps.server.limits import Meter, Meters
@@ -97,8 +99,54 @@ def test_a_file_that_is_read_again_resets_nothing() -> None:
     assert first is not None and meters.of("k", Limits(requests_per_minute=1)) is first
     first.begin()
     wider = meters.of("k", Limits(requests_per_minute=5))
-    assert wider is not first and wider is not None and wider.running == 1
+    assert wider is not None and wider.headers["x-ratelimit-remaining-requests"] == "5"
     assert meters.of("k", None) is None and meters.of("other", limits) is not first
+
+
+def test_what_runs_while_limits_change_is_not_counted_for_ever() -> None:
+    meters = Meters()
+    before = meters.of("k", Limits(concurrent_requests=1))
+    assert before is not None
+    before.begin()
+    after = meters.of("k", Limits(output_tokens_per_minute=60, concurrent_requests=2))
+    assert after is not None
+    after.begin()
+    refused(after.begin)  # the one from before still runs
+    before.end()
+    after.end()
+    for _ in range(2):
+        after.begin()
+    refused(after.begin)
+
+
+def test_an_answer_longer_than_reserved_is_paid_for_as_it_grows() -> None:
+    meter = Meter(Limits(output_tokens_per_minute=60), Clock())
+    bill = meter.reserve(0, 0)  # a request without max_tokens
+    bill.answered(50)
+    assert meter.headers["x-ratelimit-remaining-tokens"] == "10"
+    bill.answered(90)
+    assert refused(meter.reserve, 0, 0).retry_after == pytest.approx(30)
+    bill.settle(0, 90)
+    assert refused(meter.reserve, 0, 0).retry_after == pytest.approx(30)
+
+
+def test_a_prompt_is_paid_for_once_it_is_read() -> None:
+    clock = Clock()
+    meter = Meter(Limits(prompt_tokens_per_minute=600), clock)
+    first, second = meter.reserve(10, 0), meter.reserve(10, 0)
+    first.read(500)
+    assert meter.headers["x-ratelimit-remaining-tokens"] == "90"
+    # It looked small enough: nothing is computed for it.
+    assert refused(second.read, 200).retry_after == pytest.approx(10)
+    second.settle(None, 0)
+    first.settle(None, 0)  # its client has gone
+    assert meter.headers["x-ratelimit-remaining-tokens"] == "100"
+    # More than a minute's worth is computed when all is there, and paid for afterwards.
+    clock.now += 60
+    large = meter.reserve(10, 0)
+    large.read(900)
+    refused(meter.reserve, 0, 0)
+    Meter(Limits(None, 600, 60), clock).reserve(0, 1000).read(500)  # the output is overdrawn
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "1"])
@@ -114,6 +162,28 @@ def test_limits_are_whole_numbers(tmp_path: Path, bad: Any) -> None:
     file.write_text(json.dumps(entry))
     with pytest.raises(Exception, match="line 1"):
         KeyRing(file)
+
+
+def test_keys_are_made_with_limits(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    some = ["keys", "add", str(file), "--tenant", "shop"]
+    limits = (
+        "--requests-per-minute 60 --prompt-tokens-per-minute 9000 "
+        "--output-tokens-per-minute 800 --concurrent-requests 2"
+    )
+    made = CliRunner().invoke(app, [*some, *limits.split()])
+    assert made.exit_code == 0, made.output
+    assert json.loads(file.read_text())["limits"] == {
+        "requests_per_minute": 60,
+        "prompt_tokens_per_minute": 9000,
+        "output_tokens_per_minute": 800,
+        "concurrent_requests": 2,
+    }
+    caller = KeyRing(file).caller(made.output.strip())
+    assert caller is not None and caller.limits == Limits(60, 9000, 800, 2)
+    assert CliRunner().invoke(app, some).exit_code == 0
+    assert "limits" not in json.loads(file.read_text().splitlines()[1])
+    assert CliRunner().invoke(app, [*some, "--requests-per-minute", "0"]).exit_code == 2
 
 
 @pytest.fixture
@@ -173,6 +243,27 @@ def test_streams_and_those_left_give_back_what_they_did_not_use(
         "POST", "/v1/chat/completions", key, json={**body, "stream": False, "top_p": 7}
     )
     assert bad.status_code == 400 and left() > 50
+
+
+def test_a_client_that_leaves_pays_for_its_whole_prompt(serve: Start, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    key = add_key(file, "shop", limits=Limits(prompt_tokens_per_minute=600))
+    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    dense = [{"role": "user", "content": "\u4e00\u9f98" * 60}]  # more tokens than it has characters
+    size = len(running.llm.tokenize(dense))
+    assert size > 240
+    with running.client(key) as client:
+        stream = client.chat.completions.create(model="tiny", messages=dense, stream=True)  # type: ignore[call-overload]
+        next(iter(stream))
+        stream.close()
+    until(lambda: running.llm.stats()["queue"] == {"waiting": 0, "running": 0})
+    reply = running.ask("GET", "/v1/models", key)
+    assert int(reply.headers["x-ratelimit-remaining-tokens"]) < 600 - size + 30
+    for stream in (False, True):
+        reply = running.ask(
+            "POST", "/v1/chat/completions", key, json={"messages": dense * 2, "stream": stream}
+        )
+        assert reply.status_code in {400, 429}
 
 
 def test_requests_of_a_key_at_a_time(serve: Start, tmp_path: Path) -> None:
