@@ -11,7 +11,7 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -63,6 +63,7 @@ class Door:
     Args:
         app: Gradio's.
         path: where it is mounted.
+        clicks: how many values each of the page's functions takes, by its number.
         keys: who may log in.
         visitors: sessions.
         uploads: their files.
@@ -73,6 +74,7 @@ class Door:
         self,
         app: ASGIApp,
         path: str,
+        clicks: Mapping[int, int],
         keys: KeyRing,
         visitors: Visitors,
         uploads: Uploads,
@@ -80,6 +82,7 @@ class Door:
     ) -> None:
         self._app = app
         self._path = path
+        self._clicks = clicks
         self._keys = keys
         self._visitors = visitors
         self._uploads = uploads
@@ -244,6 +247,8 @@ class Door:
         except ValidationError as error:
             place = ".".join(str(part) for part in error.errors()[0]["loc"][:1]) or "the body"
             raise ApiError(400, f"{place} is not what the desk's page sends") from error
+        if self._clicks.get(event.fn_index) != len(event.data):
+            raise ApiError(400, "fn_index and data are not what the desk's page sends")
         self._visitors.claim(visitor, event.session_hash)
         body = {**event.model_dump(), "data": list(self._tokens(visitor, event.data))}
         await self._pass(request, send, body=json.dumps(body).encode())
@@ -354,6 +359,8 @@ class Door:
         headers = [(name, value) for name, value in request.scope["headers"] if name in _HEADERS]
         receive = request.receive
         if body is not None:
+            headers = [(name, value) for name, value in headers if name != b"content-type"]
+            headers.append((b"content-type", b"application/json"))
             headers.append((b"content-length", str(len(body)).encode()))
             receive = once(body, receive)
         scope = {

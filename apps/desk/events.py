@@ -61,15 +61,16 @@ class Desk:
         self,
         session: Session,
         mode: str,
-        name: str,
-        order: str,
-        question: str,
+        name: str | None,
+        order: str | None,
+        question: str | None,
         photo: str | None,
         voice: str | None,
         request: gr.Request,
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Answer a letter."""
-        if not question.strip() and voice is None:
+        name, order, question = ((text or "").strip() for text in (name, order, question))
+        if not question and voice is None:
             yield views.problem("Please write a question."), "", gr.skip(), gr.skip()
             return
         yield views.answer(None, waiting=True), "", gr.skip(), gr.skip()
@@ -79,9 +80,9 @@ class Desk:
                 raise InvalidRequestError("please wait for the answers to your other questions")
             llm = self._service.llm
             letter = Letter(
-                name.strip() or "Anna",
-                order.strip() or "0",
-                question.strip(),
+                name or "Anna",
+                order or "0",
+                question,
                 self._file(visitor, photo),
                 self._file(visitor, voice),
             )

@@ -89,7 +89,8 @@ def mount(
         for route in app.routes
         if isinstance(route, Mount) and isinstance(route.app, App)
     ]
-    mounted.app = Door(inner, path, service.keys, visitors, uploads, limits)
+    clicks = {number: len(function.inputs) for number, function in page.fns.items()}
+    mounted.app = Door(inner, path, clicks, service.keys, visitors, uploads, limits)
     life = app.router.lifespan_context
 
     @asynccontextmanager

@@ -220,25 +220,40 @@ def test_nothing_names_a_path_of_the_server(site: Callable[..., Site]) -> None:
                  "assets/nowhere.js", "assets/..%2f..%2f..%2froutes.py", "static/%2e%2e/x",
                  "config?deep_link=../x", "?page=nowhere"):  # fmt: skip
         texts.append(client.get(f"/ui/{path}").text)
-    texts += [
-        client.post("/ui/gradio_api/queue/join", content=body).text
-        for body in (
-            b"",
-            b"{}",
-            b"[]",
-            b'{"data": {}}',
-            b"\xff",
-            b'{"fn_index": 1e9}',
-            b'{"data": [], "fn_index": 999, "session_hash": "page"}',
-            b'{"data": [], "fn_index": -1, "session_hash": "page"}',
-            b'{"data": [NaN], "fn_index": 0, "session_hash": "page"}',
-            b'{"data": ["\\ud800"], "fn_index": 0, "session_hash": "page"}',
-        )
-    ]
     package = str(Path(gradio.__file__).parent)
     for text in texts:
         for path in (tempfile.gettempdir(), os.getcwd(), str(Path.home()), package, "Traceback"):
             assert path not in text, text[:300]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{}", b"[]", b"null", b'{"data": {}}', b"\xff", b"[" * 60_000, b"1" * 60_000,
+        b'{"data": [], "fn_index": 1e9, "session_hash": "page"}',
+        b'{"data": [], "fn_index": 999, "session_hash": "page"}',
+        b'{"data": [], "fn_index": -1, "session_hash": "page"}',
+        b'{"data": [1, 2], "fn_index": 0, "session_hash": "page"}',
+        b'{"data": [NaN], "fn_index": 0, "session_hash": "page"}',
+        b'{"data": ["\\ud800"], "fn_index": 0, "session_hash": "page"}',
+        b'{"data": [{"path": ["x"]}], "fn_index": 0, "session_hash": "page"}',
+        b'{"data": [{"__type__": "update"}], "fn_index": 0, "session_hash": "page"}',
+        b'{"data": [], "fn_index": 0, "session_hash": "../../x"}',
+        b'{"data": [], "fn_index": 0, "session_hash": null}',
+    ],
+)  # fmt: skip
+def test_what_no_page_sends_is_refused(site: Callable[..., Site], body: bytes) -> None:
+    client = site().visitor()
+    reply = client.post("/ui/gradio_api/queue/join", content=body)
+    assert reply.status_code == 400, reply.text
+    assert tempfile.gettempdir() not in reply.text
+
+
+def test_values_of_other_kinds_are_answered(site: Callable[..., Site]) -> None:
+    client = site().visitor()
+    for number, photo in enumerate((True, 7, 1.5, "x", "/etc/passwd", "http://127.0.0.1/")):
+        status, told = ask(client, photo, f"page{number}")
+        assert status == 200 and "desk-problem" in told
 
 
 def test_only_what_the_page_needs_is_answered(site: Callable[..., Site]) -> None:
@@ -383,7 +398,7 @@ def test_another_sites_page_cannot_act(
 ) -> None:
     file, key, _ = keys
     client = site(file).visitor("shop-a", key)
-    event = {"data": [None], "fn_index": 0, "session_hash": "x"}
+    event = {"data": [], "fn_index": 0, "session_hash": "x"}
     join = client.post("/ui/gradio_api/queue/join", json=event, headers=headers)
     assert join.status_code == 403
     form = {"username": "shop-a", "password": key}
