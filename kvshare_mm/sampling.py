@@ -11,6 +11,8 @@ from kvshare_mm.errors import InvalidRequestError, ModelOutputError
 from kvshare_mm.outputs import TokenLogprob
 
 _MAX_LOGPROBS = 20
+_MAX_STOPS, _MAX_STOP_CHARACTERS = 64, 1024
+_SHOWN = 100
 _MIN_TEMPERATURE = 1e-5  # below it the division would overflow; the answer is greedy anyway
 
 
@@ -56,16 +58,19 @@ class SamplingParams:
             "top_k": _whole(self.top_k) and self.top_k >= -1,
             "min_p": _number(self.min_p) and 0 <= self.min_p <= 1,
             "seed": self.seed is None or (_whole(self.seed) and -(2**63) <= self.seed < 2**64),
+            # Each is looked for in every piece of text, in the engine's only thread.
             "stop": isinstance(self.stop, tuple)
-            and all(isinstance(s, str) and s for s in self.stop),
+            and len(self.stop) <= _MAX_STOPS
+            and all(isinstance(s, str) and 0 < len(s) <= _MAX_STOP_CHARACTERS for s in self.stop),
             "ignore_eos": isinstance(self.ignore_eos, bool),
             "logprobs": self.logprobs is None
             or (_whole(self.logprobs) and 0 <= self.logprobs <= _MAX_LOGPROBS),
         }
         for name, good in checks.items():
             if not good:
+                shown = repr(getattr(self, name))[:_SHOWN]
                 raise InvalidRequestError(
-                    f"{name}={getattr(self, name)!r} is not allowed; see SamplingParams", name
+                    f"{name}={shown} is not allowed; see SamplingParams", name
                 )
 
 

@@ -7,6 +7,7 @@ event names them by the token that its own session was given.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import re
@@ -249,8 +250,10 @@ class Door:
             raise ApiError(400, f"{place} is not what the desk's page sends") from error
         if self._clicks.get(event.fn_index) != len(event.data):
             raise ApiError(400, "fn_index and data are not what the desk's page sends")
-        self._visitors.claim(visitor, event.session_hash)
-        body = {**event.model_dump(), "data": list(self._tokens(visitor, event.data))}
+        page = _own(visitor, event.session_hash)
+        self._visitors.claim(visitor, page)
+        data = list(self._tokens(visitor, event.data))
+        body = {**event.model_dump(), "session_hash": page, "data": data}
         await self._pass(request, send, body=json.dumps(body).encode())
 
     def _tokens(self, visitor: Visitor, data: Iterable[Any]) -> Iterable[Any]:
@@ -267,7 +270,7 @@ class Door:
 
     async def _events(self, request: Request, path: str, send: Send) -> None:
         visitor = self._visitor(request)
-        page = request.query_params.get("session_hash", "")
+        page = _own(visitor, request.query_params.get("session_hash", ""))
         if page not in visitor.pages:
             raise ApiError(404, "there is no such page")
         async with self._visitors.streaming(visitor):
@@ -278,9 +281,10 @@ class Door:
         page = path.rpartition("/")[2]
         if not PAGE.fullmatch(page):
             raise ApiError(404, "there is no such page")
+        page = _own(visitor, page)
         self._visitors.claim(visitor, page)
         async with self._visitors.streaming(visitor):
-            await self._pass(request, send)
+            await self._pass(request, send, path=f"{API}/heartbeat/{page}")
 
     async def _progress(self, request: Request, path: str, send: Send) -> None:
         """An upload is answered once it is here: there is nothing to tell before."""
@@ -295,12 +299,15 @@ class Door:
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._limits.upload_bytes + _FORM_OVERHEAD:
             raise self._too_large()
-        if self._uploading >= self._limits.uploading:
+        limits = self._limits
+        if visitor.uploading >= limits.own_uploading or self._uploading >= limits.uploading:
             raise ApiError(429, "too many files are being uploaded", retry_after=5)
+        visitor.uploading += 1
         self._uploading += 1
         try:
             tokens = await self._received(request, visitor)
         finally:
+            visitor.uploading -= 1
             self._uploading -= 1
         await JSONResponse(tokens)(request.scope, request.receive, send)
 
@@ -354,6 +361,7 @@ class Door:
         send: Send,
         query: dict[str, str] | None = None,
         body: bytes | None = None,
+        path: str | None = None,
     ) -> None:
         """Let Gradio answer, knowing nothing that it need not know."""
         headers = [(name, value) for name, value in request.scope["headers"] if name in _HEADERS]
@@ -369,4 +377,13 @@ class Door:
             "query_string": urlencode(query or {}).encode(),
             "state": {},
         }
+        if path is not None:
+            scope["path"] = f"{self._path}{path}"
+            scope["raw_path"] = scope["path"].encode()
         await self._app(scope, receive, send)
+
+
+def _own(visitor: Visitor, page: str) -> str:
+    """Gradio keeps what a page holds by the name that its browser chose, which stands in URLs and
+    logs. Under this one nobody else can ask for it, also when the session is over."""
+    return hashlib.blake2b(f"{visitor.name} {page}".encode(), digest_size=16).hexdigest()

@@ -21,7 +21,8 @@ class DeskLimits:
         visitor_bytes: pictures and clips of one session; its oldest make room.
         all_bytes: of all together; the oldest of who holds most make room.
         upload_s: seconds that a picture or clip is kept.
-        uploading: uploads at once, of all together.
+        own_uploading: uploads of one session at once.
+        uploading: of all together.
         logins: attempts to log in per minute and address.
         all_logins: of all addresses together.
     """
@@ -37,6 +38,7 @@ class DeskLimits:
     visitor_bytes: int = 64 << 20
     all_bytes: int = 256 << 20
     upload_s: float = 3600.0
-    uploading: int = 8
+    own_uploading: int = 2
+    uploading: int = 32
     logins: int = 10
     all_logins: int = 100

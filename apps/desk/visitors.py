@@ -30,6 +30,7 @@ class Visitor:
         pages: the session hashes of its open pages, the oldest first.
         streams: its open event streams, each ended by its timeout.
         questions: how many are being answered.
+        uploading: how many of its files are on their way.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Visitor:
     pages: dict[str, None] = field(default_factory=dict)
     streams: set[asyncio.Timeout] = field(default_factory=set)
     questions: int = 0
+    uploading: int = 0
 
 
 class Visitors:

@@ -134,7 +134,7 @@ class _Generation(_Body):
     top_k: _Whole | None = None
     min_p: float | None = None
     seed: _Whole | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: _Flag = False
     n: _Whole | None = Field(None, description="answers to each prompt; default 1")
     stream: bool | None = None

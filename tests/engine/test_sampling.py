@@ -315,3 +315,12 @@ def test_stop_becomes_a_tuple() -> None:
     assert SamplingParams(stop="end").stop == ("end",)  # type: ignore[arg-type]
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
     assert SamplingParams(stop=None).stop == ()  # type: ignore[arg-type]
+
+
+def test_stops_are_bounded() -> None:
+    """Each is looked for in every piece of text: 400,000 of them held all others up for 11 s."""
+    assert len(SamplingParams(stop=["x" * 1024] * 64).stop) == 64
+    for stop in (["x"] * 65, ["x" * 1025], "x" * 1_000_000):
+        with pytest.raises(InvalidRequestError, match="stop=") as raised:
+            SamplingParams(stop=stop)
+        assert len(str(raised.value)) < 300
