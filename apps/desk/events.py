@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import gradio as gr
 from kvshare_mm.apps.desk import tree_svg, views
 from kvshare_mm.apps.desk.limits import DeskLimits
 from kvshare_mm.apps.desk.parts import shown
-from kvshare_mm.apps.desk.session import MAX_TOKENS, Session, Turn
+from kvshare_mm.apps.desk.session import MAX_TOKENS, Session, Terms, Turn
 from kvshare_mm.apps.desk.shop import CUSTOMERS, PHOTO_EXAMPLES, TEXT_EXAMPLES, Example, Letter
 from kvshare_mm.apps.desk.uploads import Uploads
 from kvshare_mm.apps.desk.visitors import Visitor, Visitors
@@ -22,6 +22,7 @@ from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.limits import Bill
 from kvshare_mm.apps.server.service import Service
 from kvshare_mm.engine.prefill import Sharing
+from kvshare_mm.engine.request import RequestSpec
 from kvshare_mm.errors import InvalidRequestError, KVShareError
 from kvshare_mm.llm import KVShare
 from kvshare_mm.outputs import RequestOutput
@@ -67,7 +68,7 @@ class Desk:
         photo: str | None,
         voice: str | None,
         request: gr.Request,
-    ) -> AsyncIterator[tuple[Any, ...]]:
+    ) -> AsyncGenerator[tuple[Any, ...]]:
         """Answer a letter."""
         name, order, question = ((text or "").strip() for text in (name, order, question))
         if not question and voice is None:
@@ -86,8 +87,8 @@ class Desk:
                 self._file(visitor, photo),
                 self._file(visitor, voice),
             )
-            with self._charged(visitor) as finished:
-                turns = session.ask(llm, letter, MODES[mode], visitor.caller.tenant, finished)
+            with self._charged(visitor) as terms:
+                turns = session.ask(llm, letter, MODES[mode], terms)
                 async with aclosing(turns):
                     async for turn in turns:
                         self._visitors.of_page(request.session_hash)  # a key may end meanwhile
@@ -96,37 +97,41 @@ class Desk:
             yield views.problem(str(error)), "", gr.skip(), gr.skip()
 
     @contextmanager
-    def _charged(self, visitor: Visitor) -> Iterator[Callable[[RequestOutput], None]]:
+    def _charged(self, visitor: Visitor) -> Iterator[Terms]:
         """Around a question, which counts as a request of its key.
-
-        Yields:
-            What is told of every answer.
 
         Raises:
             ApiError: 429, the key may use no more now.
         """
-        caller = visitor.caller
-        meter = self._service.meters.of(caller.key, caller.limits)
-        outputs: list[RequestOutput] = []
+        service, caller = self._service, visitor.caller
+        meter = service.meters.of(caller.key, caller.limits)
+        read_tokens = answered = 0
+        done = False
+
+        async def read(make: Callable[..., RequestSpec], prompt: Any, *more: Any) -> RequestSpec:
+            nonlocal read_tokens
+            spec: RequestSpec = await service.lines.of(prompt).run(make, prompt, *more)
+            bill.read(read_tokens + len(spec.stream))
+            read_tokens += len(spec.stream)
+            return spec
 
         def finished(output: RequestOutput) -> None:
-            outputs.append(output)
-            self._service.finished(output, f"desk-{uuid.uuid4().hex}", {})
+            nonlocal answered
+            answered += len(output.token_ids)
+            service.finished(output, f"desk-{uuid.uuid4().hex}", {})
 
         if meter is not None:
             meter.begin()
         visitor.questions += 1
+        bill = Bill()
         try:
-            # How long the prompt is, and how often it is computed, is known when it is over.
-            bill = Bill() if meter is None else meter.reserve(0, MAX_TOKENS)
-            try:
-                yield finished
-            finally:
-                bill.settle(
-                    sum(len(output.prompt_token_ids) for output in outputs),
-                    sum(len(output.token_ids) for output in outputs),
-                )
+            if meter is not None:
+                bill = meter.reserve(0, MAX_TOKENS)
+            yield Terms(caller.tenant, read, finished)
+            done = True
         finally:
+            # Of an answer that was given up nobody has counted the tokens.
+            bill.settle(None, answered if done else max(answered, MAX_TOKENS))
             visitor.questions -= 1
             if meter is not None:
                 meter.end()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvshare_mm.apps.desk.shop import Letter
+from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.cache import DonorInfo
 from kvshare_mm.engine.prefill import Sharing
-from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.errors import InvalidRequestError, QueueFullError
 from kvshare_mm.llm import KVShare, RequestOptions
 from kvshare_mm.outputs import RequestOutput
 from kvshare_mm.sampling import SamplingParams
@@ -46,6 +48,21 @@ class Turn:
     donors: list[tuple[int | None, str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How the requests of a letter are run, and on whose account.
+
+    Attributes:
+        tenant: whose share of the engine is used.
+        read: runs `KVShare.read` in a thread; raises ApiError if it cannot be now.
+        finished: told of every answer, those that only measure too.
+    """
+
+    tenant: str = ""
+    read: Callable[..., Awaitable[Any]] = asyncio.to_thread
+    finished: Callable[[RequestOutput], None] = lambda _: None
+
+
 class Session:
     """What one visitor has asked since they came, or started over. Shares with nobody else."""
 
@@ -61,16 +78,12 @@ class Session:
         llm: KVShare,
         letter: Letter,
         sharing: Sharing,
-        tenant: str = "",
-        finished: Callable[[RequestOutput], None] = lambda _: None,
+        terms: Terms = Terms(),
     ) -> AsyncGenerator[Turn]:
         """Answer a letter; the turn is yielded as it grows, the last time with everything known.
 
-        Args:
-            tenant: whose share of the engine is used.
-            finished: told of every answer of the engine, those that only measure too.
-
         Raises:
+            ApiError: what `terms` do not allow.
             InvalidRequestError: the letter, or a medium in it, cannot be taken, or there were
                 too many letters.
             QueueFullError: too many people ask.
@@ -78,9 +91,9 @@ class Session:
         if len(self.turns) >= _MAX_TURNS:
             raise InvalidRequestError(f"{_MAX_TURNS} questions were asked; please start over")
         messages = letter.messages()
-        options = RequestOptions(cache_salt=self._salt, sharing=sharing, tenant=tenant)
+        options = RequestOptions(cache_salt=self._salt, sharing=sharing, tenant=terms.tenant)
         params = SamplingParams(max_tokens=MAX_TOKENS)
-        stream = await asyncio.to_thread(llm.astream, messages, params, options)
+        stream = llm.astream(await terms.read(llm.read, messages, params, options))
         # Only now: a letter that is refused gets no number.
         turn = Turn(len(self.turns) + 1, letter.name)
         self.turns.append(turn)
@@ -89,7 +102,7 @@ class Session:
                 turn.text += chunk.text
                 turn.output = chunk.output
                 if chunk.output is not None:
-                    finished(chunk.output)
+                    terms.finished(chunk.output)
                     turn.donors = self._described(chunk.output)
                 yield turn
         async with self._settling:
@@ -99,17 +112,28 @@ class Session:
         told = turn.output.provenance if turn.output is not None else None
         if told is not None and not told.exact + told.reused:
             return  # it was computed in full: that is what it cost
-        alone = RequestOptions(cache_salt=self._salt, sharing="off", store=False, tenant=tenant)
+        try:
+            turn.full_s = await self._measured(llm, messages, terms)
+        except (ApiError, QueueFullError):
+            return  # others wait, or there is nothing left on the account
+        yield turn
+
+    async def _measured(self, llm: KVShare, messages: list[dict[str, Any]], terms: Terms) -> float:
+        """Seconds to the first token of a letter without any reuse."""
+        alone = RequestOptions(
+            cache_salt=self._salt, sharing="off", store=False, tenant=terms.tenant
+        )
         one = SamplingParams(max_tokens=1)
         times = []
         for _ in range(_REFERENCES):
-            reference = await asyncio.to_thread(llm.astream, messages, one, alone)
-            async for chunk in reference:
-                if chunk.output is not None:
-                    finished(chunk.output)
-                    times.append(chunk.output.metrics.ttft - chunk.output.metrics.queue)
-        turn.full_s = min(times)  # what else the machine did must not count for us
-        yield turn
+            async with aclosing(
+                llm.astream(await terms.read(llm.read, messages, one, alone))
+            ) as reference:
+                async for chunk in reference:
+                    if chunk.output is not None:
+                        terms.finished(chunk.output)
+                        times.append(chunk.output.metrics.ttft - chunk.output.metrics.queue)
+        return min(times)  # what else the machine did must not count for us
 
     def donors(self, llm: KVShare) -> list[tuple[DonorInfo, int | None]]:
         """The stored requests of this session with their numbers, the oldest first."""

@@ -6,6 +6,7 @@ import asyncio
 import http.server
 import json
 import os
+import re
 import tempfile
 import threading
 import time
@@ -255,6 +256,13 @@ def test_values_of_other_kinds_are_answered(site: Callable[..., Site]) -> None:
     for number, photo in enumerate((True, 7, 1.5, "x", "/etc/passwd", "http://127.0.0.1/")):
         status, told = ask(client, photo, f"page{number}")
         assert status == 200 and "desk-problem" in told
+
+
+def test_the_page_runs_nothing_from_elsewhere(site: Callable[..., Site]) -> None:
+    running = site()
+    page = running.visitor().get("/ui/").text.replace(running.url, "")
+    scripts = re.findall(r"""<(?:script|link)[^>]*?\s(?:src|href)=["']([^"']+)""", page)
+    assert scripts and not [s for s in scripts if re.match(r"(?:https?:)?//", s)]
 
 
 def test_only_what_the_page_needs_is_answered(site: Callable[..., Site]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from kvshare_mm.apps.desk import events as desk_events
 from kvshare_mm.apps.desk.events import Desk
 from kvshare_mm.apps.desk.limits import DeskLimits
 from kvshare_mm.apps.desk.page import build
-from kvshare_mm.apps.desk.session import Session, Turn
+from kvshare_mm.apps.desk.session import MAX_TOKENS, Session, Turn
 from kvshare_mm.apps.desk.shop import PHOTO_EXAMPLES, TEXT_EXAMPLES, Letter
 from kvshare_mm.apps.desk.uploads import Uploads
 from kvshare_mm.apps.desk.visitors import Visitors
@@ -188,25 +189,41 @@ def test_a_question_is_its_tenants_and_counts_for_its_key(
     llm: KVShare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tenants: list[str] = []
-    astream = llm.astream
+    read = llm.read
 
     def noting(prompt: Any, params: Any, options: RequestOptions) -> Any:
         tenants.append(options.tenant)
-        return astream(prompt, params, options)
+        return read(prompt, params, options)
 
-    monkeypatch.setattr(llm, "astream", noting)
+    monkeypatch.setattr(llm, "read", noting)
     limits = Limits(requests_per_minute=3, prompt_tokens_per_minute=400)
     page = Page(lambda: llm, Caller("shop", key="hash", limits=limits))
     session = Session()
     asked = [page.ask(session, "KVShare", "A", "1", "Hi?", None, None)[-1] for _ in range(3)]
     assert "desk-bar" in asked[0][1]
-    # The prompt of the first was known only when it was computed; then there was nothing left.
     assert all("prompt tokens a minute" in problem for problem, *_ in asked[1:])
     fourth = page.ask(session, "KVShare", "A", "1", "Hi?", None, None)[-1]
     assert "3 requests a minute" in fourth[0]
     assert set(tenants) == {"shop"} and page.visitor is not None and page.visitor.questions == 0
     meter = page.service.meters.of("hash", limits)
     assert meter is not None and meter.running == 0
+
+
+def test_a_question_that_is_given_up_is_paid_for(llm: KVShare) -> None:
+    limits = Limits(output_tokens_per_minute=MAX_TOKENS)
+    page = Page(lambda: llm, Caller("shop", key="hash", limits=limits))
+
+    async def give_up() -> None:
+        request: Any = page
+        answer = page.desk.ask(Session(), "KVShare", "A", "1", "Hi?", None, None, request)
+        async with aclosing(answer):
+            async for shown, *_ in answer:
+                if "desk-number" in shown:
+                    break
+
+    asyncio.run(give_up())
+    again = page.ask(Session(), "KVShare", "A", "1", "Hi?", None, None)
+    assert "output tokens a minute" in again[-1][0]
 
 
 def test_the_page_fits_the_model(
