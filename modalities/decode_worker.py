@@ -84,6 +84,7 @@ def _limit(memory: int) -> None:
         with contextlib.suppress(ValueError, OSError):  # macOS takes only some values
             resource.setrlimit(limit, (wanted, wanted))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(10)  # who asks without a picture goes first
 
 
 if __name__ == "__main__":
