@@ -71,7 +71,7 @@ def _core(words: str) -> NoReturn:
             raise RuntimeError("WorkerProc initialization failed") from None
     except RuntimeError:
         logger.exception("EngineCore failed to start.")
-    sys.exit(1)
+    sys.exit(3)
 
 
 class _Args:
@@ -88,7 +88,7 @@ class _LLM:
             core = way.Process(target=_core, args=(words,))
             core.start()
             core.join()
-            assert core.exitcode == 1
+            assert core.exitcode == 3
         raise RuntimeError("Engine core initialization failed. See root cause above.")
 
 
@@ -109,7 +109,8 @@ _WAYS = ["spawn"] if importlib.util.find_spec("vllm") else ["spawn", "fork"]
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("way", _WAYS)
-def test_the_process_that_failed_says_why(way: str) -> None:
+def test_the_process_that_failed_says_why(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where another process finds `_core`
     with pytest.raises(ModelLoadError) as told:
         VLLMEngine({"words": CAUSE, "way": way})
     assert str(told.value) == f"vLLM could not start with this model: ValueError: {CAUSE}"
