@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvshare_mm.index.base import Candidate, IndexRecord
 from kvshare_mm.index.ngrams import NGRAM, smallest_ngrams
-from kvshare_mm.index.postings import Postings, PostingsIndex
+from kvshare_mm.index.postings import Postings, PostingsIndex, ranges
 
 _U64 = NDArray[np.uint64]
 
@@ -44,8 +44,7 @@ def _search(
     if not postings.runs:  # all live records are shorter than n
         return []
     # [runs, Q]: where the postings of each n-gram begin and end in each run.
-    left = np.stack([np.searchsorted(run.hashes, query, side="left") for run in postings.runs])
-    right = np.stack([np.searchsorted(run.hashes, query, side="right") for run in postings.runs])
+    left, right = np.stack([run.holders(query) for run in postings.runs], axis=1)
     frequency = (right - left).sum(axis=0)
     if not frequency.any():
         return []
@@ -82,23 +81,23 @@ def _best(
     count: int,
 ) -> dict[int, float]:
     """Sum weights over the postings ``begin:end [runs, Q]``; the `count` best live slots."""
-    scores = np.zeros(len(postings.ids))
+    slots, lengths = [], []
     for run, first, last in zip(postings.runs, begin, end, strict=True):
-        lengths = last - first
-        offsets = np.cumsum(lengths)
-        # The indices first[i]..last[i] - 1 of all n-grams, one after the other.
-        flat = np.arange(offsets[-1]) + np.repeat(last - offsets, lengths)
-        scores += np.bincount(
-            run.slots[flat], weights=np.repeat(weights, lengths), minlength=len(scores)
-        )
-    scores[~postings.alive[: len(scores)]] = 0.0
-    count = min(count, len(scores))
+        lengths.append(last - first)
+        slots.append(run.slots[ranges(first, lengths[-1])])
+    repeated = np.repeat(np.tile(weights, len(lengths)), np.concatenate(lengths))
+    scores = np.bincount(np.concatenate(slots), repeated, minlength=len(postings.ids))
+    found = np.flatnonzero(scores * postings.alive[: len(scores)])
+    if not len(found):
+        return {}
+    count = min(count, len(found))
+    scores = scores[found]
     threshold = np.partition(scores, -count)[-count]
     above = np.flatnonzero(scores > threshold)
     # Of equal records the newest, whose KV is likeliest to be in a near tier.
     equal = np.flatnonzero(scores == threshold)[len(above) - count :]
-    top = np.concatenate((above, equal)).tolist()
-    return {slot: float(scores[slot]) for slot in top if scores[slot] > 0}
+    top = np.concatenate((above, equal))
+    return dict(zip(found[top].tolist(), scores[top].tolist(), strict=True))
 
 
 def _shared(
@@ -117,10 +116,11 @@ class LexicalIndex(PostingsIndex[_Sample]):
     postings, the most common are read only in their newest part, and the best records found so
     are then scored exactly. So a store filled from one template still tells its records apart.
 
-    Memory is 20 bytes per unique n-gram kept, at most ``20 * max_ngrams`` plus about 0.5 KiB per
-    record: 8 KiB for a prompt of 400 tokens. Removed records keep theirs until a quarter of a
-    namespace is dead. Longer prompts are sampled (the smallest hashes, the same in every prompt)
-    and scores scaled up, so long and short prompts stay comparable.
+    Memory is 12 bytes per unique n-gram of a record and 16 more for one that no other has, at most
+    ``28 * max_ngrams``, plus about 0.5 KiB per record: 5 to 12 KiB for a prompt of 400 tokens.
+    Removed records keep theirs until a quarter of a namespace is dead. Longer prompts are sampled
+    (the smallest hashes, the same in every prompt) and scores scaled up, so long and short prompts
+    stay comparable.
 
     Args:
         n: n-gram length in positions.
@@ -139,8 +139,7 @@ class LexicalIndex(PostingsIndex[_Sample]):
     ) -> None:
         if min(n, max_ngrams, max_query_ngrams, budget) < 1:
             raise ValueError("n, max_ngrams, max_query_ngrams and budget must be at least 1")
-        # 12 bytes of a posting, and the n-gram once more by record.
-        super().__init__(posting_bytes=20)
+        super().__init__(posting_bytes=8)  # the n-gram once more by record
         self.n = n
         self._max_ngrams = max_ngrams
         self._max_query_ngrams = max_query_ngrams

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import compress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress, pairwise
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -31,6 +31,9 @@ and each posting is moved only a logarithmic number of times."""
 _AT_ONCE = 1 << 16
 """Postings that are merged by who adds: less than a millisecond."""
 
+_PIECE = 1 << 17
+"""Postings that are merged in one go: a few milliseconds."""
+
 _FEW = 32
 """Removed records that are not worth a thread."""
 
@@ -40,18 +43,101 @@ _RECORD_BYTES = 300
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Postings sorted by (hash, slot): ``hashes [P]`` uint64, ``slots [P]`` int32."""
+    """Postings sorted by (hash, slot).
+
+    Attributes:
+        hashes: ``[U]`` uint64 distinct, ascending.
+        starts: ``[U + 1]`` int64: where the slots of each hash begin, and where the last end.
+        slots: ``[P]`` int32.
+    """
 
     hashes: _U64
+    starts: NDArray[np.int64]
     slots: NDArray[np.int32]
 
+    @property
+    def num_bytes(self) -> int:
+        return self.hashes.nbytes + self.starts.nbytes + self.slots.nbytes
 
-def merged(runs: Sequence[Run]) -> Run:
-    """One run of several, the older ones first."""
+    def holders(self, query: _U64) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where in `slots` those of each hash of ``query [Q]`` begin and end."""
+        at = np.minimum(np.searchsorted(self.hashes, query), len(self.hashes) - 1)
+        begin = self.starts[at]
+        return begin, np.where(self.hashes[at] == query, self.starts[at + 1], begin)
+
+    def split(self, borders: _U64) -> list[tuple[int, int]]:
+        """Where the hashes begin and end that are below, between and above the `borders`."""
+        at = [0, *np.searchsorted(self.hashes, borders).tolist(), len(self.hashes)]
+        return list(pairwise(at))
+
+    def part(self, begin: int, end: int) -> Run:
+        """The postings of hashes ``begin:end``."""
+        starts = self.starts[begin : end + 1]
+        return Run(self.hashes[begin:end], starts - starts[0], self.slots[starts[0] : starts[-1]])
+
+    def only(self, alive: NDArray[np.bool_], number: NDArray[np.int32]) -> Run:
+        """The postings of slots that are `alive`, by their new `number`; both by slot."""
+        kept = alive[self.slots]
+        before = np.concatenate(([0], np.cumsum(kept)))[self.starts]
+        some = np.diff(before) > 0
+        starts = np.append(before[:-1][some], before[-1])
+        return Run(self.hashes[some], starts, number[self.slots[kept]])
+
+
+_EMPTY = Run(np.empty(0, np.uint64), np.zeros(1, np.int64), np.empty(0, np.int32))
+
+
+def ranges(begin: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers ``begin[i] .. begin[i] + lengths[i] - 1`` of all i, one after the other."""
+    ends = np.cumsum(lengths)
+    count = int(ends[-1]) if len(ends) else 0
+    return np.arange(count) + np.repeat(begin + lengths - ends, lengths)
+
+
+def merged(runs: Sequence[Run], change: Callable[[Run], Run] = lambda run: run) -> Run:
+    """One run of several, the older ones first, each with a `change` to its postings.
+
+    Done in pieces: much of numpy holds the interpreter's lock, and others search meanwhile.
+    """
+    largest = max(runs, key=lambda run: len(run.slots))
+    pieces = np.searchsorted(largest.starts, np.arange(_PIECE, len(largest.slots), _PIECE))
+    borders = largest.hashes[np.unique(pieces[pieces < len(largest.hashes)])]
+    parts = [
+        _merged([change(run.part(a, b)) for run, (a, b) in zip(runs, edges, strict=True)])
+        for edges in zip(*(run.split(borders) for run in runs), strict=True)
+    ]
+    before = np.cumsum([0, *(len(part.slots) for part in parts[:-1])])
+    return Run(
+        np.concatenate([part.hashes for part in parts]),
+        np.concatenate(
+            [part.starts[:-1] + n for part, n in zip(parts, before, strict=True)]
+            + [[before[-1] + len(parts[-1].slots)]]
+        ),
+        np.concatenate([part.slots for part in parts]),
+    )
+
+
+def _merged(runs: Sequence[Run]) -> Run:
     hashes = np.concatenate([run.hashes for run in runs])
+    lengths = np.concatenate([np.diff(run.starts) for run in runs])
+    slots = np.concatenate([run.slots for run in runs])
+    begin = np.cumsum(lengths) - lengths
     # Stable, and every slot of a newer run is above those of older ones: (hash, slot) order.
     order = np.argsort(hashes, kind="stable")
-    return Run(hashes[order], np.concatenate([run.slots for run in runs])[order])
+    hashes, lengths = hashes[order], lengths[order]
+    first = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)])
+    starts = np.append((np.cumsum(lengths) - lengths)[first], len(slots))
+    return Run(hashes[first], starts, slots[ranges(begin[order], lengths)])
+
+
+def _run(hashes: Sequence[_U64], first: int) -> Run:
+    """The postings of new records: ``[U]`` hashes of each, which have slots from `first` on."""
+    flat = np.concatenate(hashes)
+    slots = np.arange(first, first + len(hashes), dtype=np.int32)
+    every = np.repeat(slots, [len(h) for h in hashes])
+    order = np.argsort(flat, kind="stable")
+    distinct, starts = np.unique(flat[order], return_index=True)
+    return Run(distinct, np.append(starts, len(flat)), every[order])
 
 
 class Postings(Generic[T]):
@@ -83,8 +169,9 @@ class Postings(Generic[T]):
 
     def num_bytes(self, posting_bytes: int) -> int:
         """Bytes held; removed records count until they are left out."""
-        count = sum(len(run.hashes) for run in self.runs)
-        return posting_bytes * count + self.alive.nbytes + _RECORD_BYTES * len(self.ids)
+        count = sum(len(run.slots) for run in self.runs)
+        held = sum(run.num_bytes for run in self.runs) + self.alive.nbytes
+        return held + posting_bytes * count + _RECORD_BYTES * len(self.ids)
 
     def add(self, records: Sequence[tuple[str, T, _U64]]) -> None:
         """Add new records: (id, value, ``[U]`` hashes) of each."""
@@ -97,15 +184,13 @@ class Postings(Generic[T]):
             self.alive = grown
         self.alive[first : len(self.ids)] = True
         self._slots.update(zip(self.ids[first:], range(first, len(self.ids)), strict=True))
-        hashes = [hashes for _, _, hashes in records]
-        slots = np.arange(first, len(self.ids), dtype=np.int32)
-        new = Run(np.concatenate(hashes), np.repeat(slots, [len(h) for h in hashes]))
-        if len(new.hashes):
-            self.runs.append(merged([new]))
+        new = _run([hashes for _, _, hashes in records], first)
+        if len(new.slots):
+            self.runs.append(new)
         begin = self._unbalanced()
         if begin is not None and begin >= self._frozen:
             last = self.runs[begin:]
-            if sum(len(run.hashes) for run in last) <= _AT_ONCE:
+            if sum(len(run.slots) for run in last) <= _AT_ONCE:
                 self.runs[begin:] = [merged(last)]
         self._tidy()
 
@@ -122,10 +207,10 @@ class Postings(Generic[T]):
     def _unbalanced(self) -> int | None:
         """Where the last runs begin that should be one."""
         begin = len(self.runs) - 1
-        size = len(self.runs[-1].hashes) if self.runs else 0
-        while begin > 0 and len(self.runs[begin - 1].hashes) <= _RUN_RATIO * size:
+        size = len(self.runs[-1].slots) if self.runs else 0
+        while begin > 0 and len(self.runs[begin - 1].slots) <= _RUN_RATIO * size:
             begin -= 1
-            size += len(self.runs[begin].hashes)
+            size += len(self.runs[begin].slots)
         return begin if begin < len(self.runs) - 1 else None
 
     @property
@@ -180,11 +265,7 @@ class Postings(Generic[T]):
             ids, values, runs = self.ids[:n], self.values[:n], list(self.runs)
             self._frozen = len(runs)
         number = np.cumsum(alive, dtype=np.int32) - np.int32(1)
-        kept = []
-        for run in runs:
-            still_here = alive[run.slots]
-            kept.append(Run(run.hashes[still_here], number[run.slots[still_here]]))
-        one = merged(kept) if kept else None
+        one = merged(runs or [_EMPTY], lambda run: run.only(alive, number))
         mask = alive.tolist()
         ids, values = list(compress(ids, mask)), list(compress(values, mask))
         slots = dict(zip(ids, range(len(ids)), strict=True))
@@ -199,8 +280,8 @@ class Postings(Generic[T]):
             for slot in range(len(ids) - len(self.ids[n:]), len(ids)):
                 if still[slot]:
                     slots[ids[slot]] = slot
-            self.runs = [one] if one is not None and len(one.hashes) else []
-            self.runs += [Run(run.hashes, run.slots + shift) for run in newer]
+            self.runs = [one] if len(one.slots) else []
+            self.runs += [replace(run, slots=run.slots + shift) for run in newer]
             self.alive = np.concatenate((still, np.zeros(len(still) + 16, dtype=bool)))
             self.ids, self.values, self._slots = ids, values, slots
             self._frozen = 0
@@ -210,7 +291,7 @@ class PostingsIndex(Generic[T]):
     """Postings of many namespaces. Safe to use from many threads.
 
     Args:
-        posting_bytes: bytes of a posting, those of the values included.
+        posting_bytes: bytes of the values by posting.
     """
 
     def __init__(self, posting_bytes: int) -> None:

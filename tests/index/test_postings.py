@@ -30,9 +30,11 @@ def contents(postings: Postings[int]) -> dict[str, tuple[int, set[int]]]:
             assert node_id not in found
             found[node_id] = value, set()
     for run in postings.runs:
-        order = np.lexsort((run.slots, run.hashes))
+        hashes = np.repeat(run.hashes, np.diff(run.starts))
+        order = np.lexsort((run.slots, hashes))
         assert (order == np.arange(len(order))).all(), "runs are sorted"
-        for hash_, slot in zip(run.hashes.tolist(), run.slots.tolist(), strict=True):
+        assert len(np.unique(run.hashes)) == len(run.hashes)
+        for hash_, slot in zip(hashes.tolist(), run.slots.tolist(), strict=True):
             if postings.alive[slot]:
                 found[postings.ids[slot]][1].add(hash_)
     return found
@@ -48,6 +50,7 @@ def test_any_history_reads_as_a_dict_does(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_AT_ONCE", data.draw(st.sampled_from([0, 20])))
         patch.setattr(module, "_FEW", 1)
+        patch.setattr(module, "_PIECE", data.draw(st.sampled_from([1, 7, 1 << 17])))
         for count in range(data.draw(st.integers(1, 40))):
             if model and data.draw(st.integers(0, 2)) == 0:
                 gone = data.draw(st.sampled_from(sorted(model)))
