@@ -1,4 +1,4 @@
-"""Administration of stored requests: list, inspect, pin, delete, clear, and try a lookup."""
+"""Administration of stored requests: list, inspect, pin, delete, clear."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.delta_tree import Node
-from kvshare_mm.donors import DonorPool, Found
+from kvshare_mm.donors import DonorPool
 from kvshare_mm.modalities.seen import SeenMedia
-from kvshare_mm.plan import PlannerOptions
 from kvshare_mm.store.media import media_ids
-from kvshare_mm.stream import MEDIA_BIT, SegmentStream
+from kvshare_mm.stream import MEDIA_BIT
 
 _FOREVER_S = 10 * 365 * 86400.0
 
@@ -141,12 +140,6 @@ class CacheAdmin:
             self._seen.forget(namespace)
         # Donors are taken up while this runs: it deletes what it finds at its start.
         return sum(self.delete(info.donor_id) for info in self.list(namespace))
-
-    def lookup(self, stream: SegmentStream, namespace: str, options: PlannerOptions) -> Found:
-        """What would be planned for a prompt now. Repairs are chosen later, by the model."""
-        return self._donors.find(
-            stream.keys, namespace, options, positions=stream.positions, pictures=stream.pictures
-        )
 
     def _pinned(self) -> dict[str, float]:
         now = time.monotonic()

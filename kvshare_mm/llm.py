@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard, get_args, overload
 
@@ -13,15 +13,16 @@ from transformers import PreTrainedTokenizerBase
 from kvshare_mm.answers import achunks, answer, answers, chunks
 from kvshare_mm.assemble import Parts, assemble
 from kvshare_mm.cache import CacheAdmin
+from kvshare_mm.catalogue import Found
 from kvshare_mm.chat import Message, Prompt, chat_stream, prompt_stream
 from kvshare_mm.config import KVShareConfig
-from kvshare_mm.donors import Found, namespace
 from kvshare_mm.engine.prefill import Sharing
 from kvshare_mm.engine.request import RequestSpec
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 from kvshare_mm.modalities.seen import SeenMedium
 from kvshare_mm.outputs import RequestOutput, StreamChunk
 from kvshare_mm.repair import policy_of
+from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import Modality, SegmentStream
 from kvshare_mm.text_bound import TextBound
@@ -262,13 +263,13 @@ class KVShare:
         spec = self._any(prompt, None, options)
         if self.config.engine == "vllm":
             raise ConfigError("lookup: the donors are in vLLM's processes; see a request's answer")
-        if self._cache is None or spec.sharing == "off":
+        if self._parts.donors is None or spec.sharing == "off":
             return None
         policy = spec.policy or self.config.policy
-        planner = replace(self.config.planner, tolerance=policy.tolerance)
+        planner = self.config.planner
         if spec.sharing == "exact":
             planner = planner.but_exact_only()
-        return self._cache.lookup(spec.stream, spec.namespace, planner)
+        return self._parts.donors.find(spec.stream, spec.namespace, planner, policy)
 
     def tokenize(self, prompt: Prompt | Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a prompt or a chat, as the model would get it."""

@@ -135,7 +135,7 @@ def test_the_default_embedders_index_outlives_a_process_that_is_killed(tmp_path:
         assert donors is not None
         events = llm.stats()["donors"]["events"]
         assert events == {"restored": 3}
-        semantic: Any = donors._semantic
+        semantic: Any = donors.reuse.semantic
         assert semantic._opened[0].ids() == set(stored)
         namespace = donors.tree[stored[0]].namespace
         [nearest, *_] = donors.similar(STORIES[0].target, namespace)

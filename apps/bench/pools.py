@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -58,14 +57,14 @@ class PlannedPool:
         max_candidates: int = 4,
     ) -> None:
         self._donors = DonorPool("plan-only", HostTier(_PLENTY), max_candidates=max_candidates)
-        self._options = replace(options, tolerance=policy.tolerance)
+        self._options = options
         self._policy = policy
         self._whole = whole
         self._window = _Window(self._donors, size)
         self._kv = torch.zeros((1, 1, 1, 1), dtype=torch.int8)
 
     def admit(self, stream: SegmentStream) -> tuple[ReusePlan, float]:
-        found = self._donors.find(stream.keys, "plan-only", self._options)
+        found = self._donors.find(stream, "plan-only", self._options, self._policy)
         plan = found.plan
         if plan.num_reused:
             plan = plan.with_repair(self._policy.positions(plan, _NoModel()))

@@ -20,13 +20,14 @@ from kvshare_mm.apps.bench.methods import Method
 from kvshare_mm.apps.bench.work import LayerCounter
 from kvshare_mm.assemble import media_support
 from kvshare_mm.config import KVShareConfig
-from kvshare_mm.donors import DonorPool, namespace
+from kvshare_mm.donors import DonorPool
 from kvshare_mm.editor import KVEditor
 from kvshare_mm.engine.encoder import MediaEncoder
 from kvshare_mm.engine.prefill import Prefiller, PrefillResult
 from kvshare_mm.engine.runner import SlotRunner
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.models.loader import LoadedModel, load_model
+from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.stream import SegmentStream

@@ -22,10 +22,10 @@ from kvshare_mm.answers import answers
 from kvshare_mm.apps.bench.rig import machine
 from kvshare_mm.chat import chat_stream, prompt_stream
 from kvshare_mm.config import KVShareConfig
-from kvshare_mm.donors import namespace
 from kvshare_mm.engine.request import RequestSpec
 from kvshare_mm.models.loader import load_tokenizer
 from kvshare_mm.outputs import RequestOutput
+from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import SegmentStream, text_stream
 from kvshare_mm.vllm.arguments import check_installed, engine_arguments

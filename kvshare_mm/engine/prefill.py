@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -165,19 +165,10 @@ class Prefiller:
             return ReusePlan(n, declined=Decline.UNSUPPORTED_MODEL), None, 0.0, 0.0
         if self._donors is None or sharing == "off":
             return ReusePlan(n, declined=Decline.SHARING_OFF), None, 0.0, 0.0
-        options = replace(self._options, tolerance=policy.tolerance)
-        if sharing == "exact":
-            options = options.but_exact_only()
-        try:
-            found = self._donors.find(
-                stream.keys, ns, options, similar, stream.positions, stream.pictures
-            )
-        except Exception:
-            # A cache problem is never a request's problem.
-            self._donors.counters["lookup_error"] += 1
-            logger.exception("donor lookup failed; computing in full")
-            return ReusePlan(n, declined=Decline.LOOKUP_ERROR), "lookup_error", 0.0, 0.0
-        return found.plan, None, found.lookup, found.planning
+        options = self._options.but_exact_only() if sharing == "exact" else self._options
+        found = self._donors.find(stream, ns, options, policy, similar)
+        failed = "lookup_error" if found.plan.declined is Decline.LOOKUP_ERROR else None
+        return found.plan, failed, found.lookup, found.planning
 
     def _edited(
         self,

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from kvshare_mm.editor import KVEditor
+from kvshare_mm.index.semantic import SemanticIndex
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.vllm import compat
-from kvshare_mm.vllm.dense import Dense
 from kvshare_mm.vllm.forward import PartialForward
 from kvshare_mm.vllm.gate import deployment_obstacle, picture_merge
 from kvshare_mm.vllm.options import ConnectorOptions
@@ -46,23 +46,16 @@ def build_scheduler(vllm_config: Any, kv_cache_config: Any, options: ConnectorOp
         from vllm.tokenizers import cached_tokenizer_from_config
 
         tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-        scheduler.catalogue.joining = joining_tokens(tokenizer)
+        scheduler.tokenizer = tokenizer
+        scheduler.reuse.catalogue.joining = joining_tokens(tokenizer)
         if options.core.embedder:
-            scheduler.dense = _dense(vllm_config, options, scheduler, tokenizer)
+            from kvshare_mm.assemble import open_dense
+
+            opened = open_dense(options.core, compat.fingerprint(vllm_config))
+            scheduler.reuse.semantic = SemanticIndex(
+                opened, [], lambda node_id, embedding: True, scheduler.counters
+            )
     return scheduler
-
-
-def _dense(
-    vllm_config: Any, options: ConnectorOptions, scheduler: Scheduler, tokenizer: Any
-) -> Dense:
-    from kvshare_mm.assemble import open_dense
-
-    return Dense(
-        open_dense(options.core, compat.fingerprint(vllm_config)),
-        tokenizer,
-        options.core.max_candidates,
-        scheduler.counters,
-    )
 
 
 def build_runner(

@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.build import build_runner, build_scheduler
-from kvshare_mm.vllm.meta import Orders, Report
+from kvshare_mm.vllm.meta import Orders, WorkerReport
 from kvshare_mm.vllm.options import ConnectorOptions
 from kvshare_mm.vllm.runner import Runner
 from kvshare_mm.vllm.scheduler import Scheduler
@@ -72,7 +72,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._scheduler is None:
             return
         report = connector_output.kv_connector_worker_meta
-        if isinstance(report, Report):
+        if isinstance(report, WorkerReport):
             self._scheduler.reported(report, self._requests.get)
         for request_id in connector_output.finished_recving or ():
             self._scheduler.loaded(request_id)
@@ -130,10 +130,10 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         sent, received, failed = self._runner.finished()
         return KVConnectorTransferResults(sent, received, failed)
 
-    def build_connector_worker_meta(self) -> Report | None:
+    def build_connector_worker_meta(self) -> WorkerReport | None:
         if self._runner is not None:
             return self._runner.report()
-        return Report(obstacle=self._obstacle) if self._obstacle is not None else None
+        return WorkerReport(obstacle=self._obstacle) if self._obstacle is not None else None
 
     # -- both -------------------------------------------------------------------------------
 

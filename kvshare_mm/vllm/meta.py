@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvshare_mm.delta_tree import Node, Piece, Span
+from kvshare_mm.reuse.orders import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,45 +76,26 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
 
 
 @dataclass
-class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
+class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """What happened in a step, of one rank or of all together.
 
     Attributes:
-        ranks: how many reports were merged.
-        stored: ranks that hold a node, by its id.
-        attention: sum over ranks of what the node's last prompt position looked at.
-        gone: nodes that a rank holds no longer, or could not store.
-        restored: nodes found on disk at the start, as each rank has them.
+        kv: what became of stored KV.
         failed: why loads failed, by request.
         obstacle: why a rank cannot take part at all, or None.
     """
 
-    ranks: int = 1
-    stored: dict[str, int] = field(default_factory=dict)
-    attention: dict[str, np.ndarray] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)
-    restored: list[Node] = field(default_factory=list)
+    kv: Report = field(default_factory=Report)
     failed: dict[str, str] = field(default_factory=dict)
     obstacle: str | None = None
 
-    def aggregate(self, other: Any) -> Report:
+    def aggregate(self, other: Any) -> WorkerReport:
         """Both reports as one."""
-        stored = dict(self.stored)
-        for node_id, ranks in other.stored.items():
-            stored[node_id] = stored.get(node_id, 0) + ranks
-        attention = dict(self.attention)
-        for node_id, mass in other.attention.items():
-            attention[node_id] = attention[node_id] + mass if node_id in attention else mass
-        return Report(
-            self.ranks + other.ranks,
-            stored,
-            attention,
-            self.gone | other.gone,
-            [*self.restored, *other.restored],
-            {**self.failed, **other.failed},
-            self.obstacle or other.obstacle,
-        )
+        self.kv.add(other.kv)
+        self.failed.update(other.failed)
+        self.obstacle = self.obstacle or other.obstacle
+        return self
 
     @property
     def empty(self) -> bool:
-        return not (self.stored or self.gone or self.restored or self.failed or self.obstacle)
+        return self.kv.empty and not (self.failed or self.obstacle)

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from kvshare_mm.delta_tree import Span
-from kvshare_mm.donors import owned_rows
+from kvshare_mm.donors import owned_rows, stored
 from kvshare_mm.editor import KVEditor
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.vllm.forward import PartialForward
-from kvshare_mm.vllm.meta import Load, Orders, Report, Save
+from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.pages import PageLayout
 
 logger = logging.getLogger(__name__)
@@ -75,10 +75,10 @@ class Runner:
         self._waiting: deque[Load] = deque()
         self._received: set[str] = set()
         self._sent: set[str] = set()
-        self._report = Report()
+        self._report = WorkerReport()
         self._greeted = False
         for node, _ in store.records():
-            self._report.restored.append(node)
+            self._report.kv.restored.append(node)
 
     def step(self, orders: Orders) -> None:
         """Carry out a step's orders, as far as the budget goes; saves always."""
@@ -107,11 +107,11 @@ class Runner:
         self._sent, self._received = set(), set()
         return sent, received, received & self._report.failed.keys()
 
-    def report(self) -> Report | None:
+    def report(self) -> WorkerReport | None:
         """What happened since the last report; None: nothing, but for the first."""
         while self._gone:
-            self._report.gone.add(self._gone.popleft())
-        report, self._report = self._report, Report()
+            self._report.kv.gone.add(self._gone.popleft())
+        report, self._report = self._report, WorkerReport()
         first, self._greeted = not self._greeted, True
         return report if first or not report.empty else None
 
@@ -188,21 +188,19 @@ class Runner:
     def _save(self, save: Save) -> None:
         """Take up a request; whatever happens, its blocks are given back."""
         self._sent.add(save.request_id)
-        node = save.node
         try:
-            attention = self._store_node(save)
+            node = self._read(save)
         except Exception:
-            logger.exception("storing %s failed", save.request_id)
-            self._report.gone.add(node.node_id)
+            # A cache problem is never a request's problem.
+            logger.exception("%s could not be read", save.request_id)
+            self._report.kv.not_saved[save.node.node_id] = "failed"
             return
-        if self._store.resident(node.node_id) is None:
-            self._report.gone.add(node.node_id)
-            return
-        self._report.stored[node.node_id] = 1
-        if attention is not None:
-            self._report.attention[node.node_id] = attention
+        report = stored(self._store, node)
+        if node.node.attention is not None:
+            report.attention[node.node.node_id] = node.node.attention
+        self._report.kv.add(report)
 
-    def _store_node(self, save: Save) -> Any:
+    def _read(self, save: Save) -> StoredNode:
         node = save.node
         length = max(save.last + 1, node.own[-1].end if node.own else 0)
         caches = [layer.kv_cache for layer in self._layers.values()]
@@ -215,6 +213,4 @@ class Runner:
                 save.last, save.last_token, place, save.block_ids, [k for k, _ in kv]
             )
         k, v = (owned_rows(torch.stack([each[i] for each in kv]), node) for i in range(2))
-        stored = StoredNode(replace(node, attention=attention), NodeKV(k, v))
-        self._store.put(stored)
-        return attention
+        return StoredNode(replace(node, attention=attention), NodeKV(k, v))

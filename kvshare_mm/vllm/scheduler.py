@@ -9,25 +9,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from kvshare_mm.catalogue import Catalogue, Found
-from kvshare_mm.delta_tree import Node
-from kvshare_mm.donors import namespace
+from kvshare_mm.catalogue import Found
 from kvshare_mm.errors import InvalidRequestError, KVUnavailableError
 from kvshare_mm.plan import Decline, ReusePlan
 from kvshare_mm.repair import RepairPolicy, repaired_plan
-from kvshare_mm.stream import SegmentStream
+from kvshare_mm.reuse.scheduler import ReuseScheduler, namespace
+from kvshare_mm.stream import MEDIA_BIT, SegmentStream
 from kvshare_mm.vllm import compat
-from kvshare_mm.vllm.dense import Dense
 from kvshare_mm.vllm.gate import request_obstacle
 from kvshare_mm.vllm.media import request_stream
-from kvshare_mm.vllm.meta import Load, Orders, Report, Save
+from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.options import ConnectorOptions, RequestKnobs
 from kvshare_mm.vllm.spans import behind, cut, kept_in_the_end, loadable_end, spans_of
 from kvshare_mm.vllm.stats import Provenance
@@ -76,10 +73,10 @@ class Scheduler:
             are declined.
 
     Attributes:
+        reuse: the donors.
         counters: events since they were last told to vLLM.
         obstacle: why nothing is shared in this deployment, or None.
-        catalogue: the donors.
-        dense: finds donors by meaning; None: none is used.
+        tokenizer: turns prompts back into text, for a search by meaning, which needs one.
     """
 
     def __init__(
@@ -90,24 +87,19 @@ class Scheduler:
         num_ranks: int,
         merge: int | None = None,
     ) -> None:
-        self.counters: Counter[str] = Counter()
+        core = options.core
+        self.reuse = ReuseScheduler(core.host_bytes, core.max_candidates, num_ranks)
+        self.counters = self.reuse.counters
         self.obstacle: str | None = None
-        self.catalogue = Catalogue(self.counters, options.core.max_candidates)
+        self.tokenizer: Any = None
         self._options = options
         self._fingerprint = fingerprint
         self._block_size = block_size
-        self._num_ranks = num_ranks
         self._merge = merge
-        self.dense: Dense | None = None
-        self._planner = options.core.planner
+        self._planner = core.planner
         self._lookups: dict[str, _Lookup] = {}
-        self._saving: dict[str, Node] = {}
         self._loads: list[Load] = []
         self._saves: list[Save] = []
-        self._touched: list[str] = []
-        self._dropped: list[str] = []
-        self._settled = threading.Condition()
-        self._restored: dict[str, int] = {}  # by how many ranks, those that not all have told
         self._heard = threading.Event()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="kvshare-lookup")
 
@@ -148,7 +140,7 @@ class Scheduler:
             return
         policy = lookup.knobs.policy or self._options.core.policy
         # Who asks after an answer finds it, though it is still being stored.
-        saving = [i for i, node in self._saving.items() if node.namespace == lookup.namespace]
+        saving = self.reuse.saving(lookup.namespace)
         asked = lookup.stream, lookup.namespace, policy, sharing == "exact", saving
         lookup.future = self._threads.submit(self._plan, *asked)
 
@@ -163,24 +155,16 @@ class Scheduler:
         """In a thread of its own."""
         # What the workers found on disk comes with their first report.
         self._heard.wait(self._options.lookup_deadline_s)
-        with self._settled:
-            self._settled.wait_for(
-                lambda: not any(node_id in self._saving for node_id in saving),
-                self._options.lookup_deadline_s / 2,
-            )
-        options = replace(self._planner, tolerance=policy.tolerance)
-        if exact:
-            options = options.but_exact_only()
+        self.reuse.wait_saved(saving, self._options.lookup_deadline_s / 2)
+        options = self._planner.but_exact_only() if exact else self._planner
 
         def find(similar: tuple[str, ...] = ()) -> Found:
-            return self.catalogue.find(
-                stream.keys, ns, options, similar, stream.positions, stream.pictures
-            )
+            return self.reuse.find(stream, ns, options, policy, similar)
 
         found = find()
         plan = found.plan
-        if not exact and self.dense is not None and not plan.num_reused:
-            similar = self.dense.search(stream.keys, ns)
+        if not exact and not plan.num_reused and self.reuse.semantic is not None:
+            similar = self.reuse.similar(self._text(stream.keys), ns)
             if similar:
                 plan = find(similar).plan
         self.counters["lookup_microseconds"] += round((found.lookup + found.planning) * 1e6)
@@ -205,7 +189,7 @@ class Scheduler:
             lookup.declined = lookup.declined or ("prefix_cache" if plan.runs else None)
             return 0, False
         try:
-            self.catalogue.pieces(cut(plan, end))
+            self.reuse.catalogue.pieces(cut(plan, end))
         except KVUnavailableError as error:
             lookup.declined, lookup.plan = error.reason, None
             return 0, False
@@ -251,7 +235,7 @@ class Scheduler:
         load = Load(
             request_id=request.request_id,
             namespace=lookup.namespace,
-            pieces=tuple(behind(self.catalogue.pieces(plan), local, end)),
+            pieces=tuple(behind(self.reuse.catalogue.pieces(plan), local, end)),
             kept=spans_of(kept),
             compute=spans_of(compute),
             token_ids=np.asarray(request.all_token_ids[:end], np.int64),
@@ -285,17 +269,16 @@ class Scheduler:
 
     def orders(self) -> Orders:
         """What the workers shall do in this step."""
-        orders = Orders(self._loads, self._saves, self._touched, self._dropped)
-        self._loads, self._saves, self._touched, self._dropped = [], [], [], []
+        orders = Orders(self._loads, self._saves, *self.reuse.orders())
+        self._loads, self._saves = [], []
         return orders
 
     @property
     def busy(self) -> bool:
         """Whether workers have something to do even if no request runs."""
-        ordered = self._loads or self._saves or self._touched or self._dropped
-        return bool(ordered or self._saving)
+        return bool(self._loads or self._saves or self.reuse.busy)
 
-    def reported(self, report: Report, requests: Any) -> None:
+    def reported(self, report: WorkerReport, requests: Any) -> None:
         """Take up what the workers did.
 
         Args:
@@ -304,31 +287,10 @@ class Scheduler:
         if report.obstacle is not None and self.obstacle is None:
             self.obstacle = report.obstacle
             logger.warning("KVShare is off: %s", report.obstacle)
-        for node in report.restored:
-            held = self._restored.pop(node.node_id, 0) + 1
-            if held < self._num_ranks:
-                self._restored[node.node_id] = held
-            else:
-                self._add(node)
-                self.counters["restored"] += 1
-        for node_id, ranks in report.stored.items():
-            saved = self._saving.get(node_id)
-            if saved is not None and ranks == self._num_ranks and node_id not in report.gone:
-                mass = report.attention.get(node_id)
-                attention = None if mass is None else (mass / ranks).astype(np.float32)
-                self._add(replace(saved, attention=attention))
-                self.counters["captured"] += 1
-            # Only now: who waits for it looks for it the moment that it is no longer being saved.
-            self._saving.pop(node_id, None)
-        for node_id in report.gone:
-            if self._saving.pop(node_id, None) is not None:
-                self.counters["capture_failed"] += 1
-            self._forget(node_id)
+        self.reuse.reported(report.kv)
         for request_id, reason in report.failed.items():
             self._failed(request_id, reason, requests(request_id))
         self._heard.set()
-        with self._settled:
-            self._settled.notify_all()
 
     def _failed(self, request_id: str, reason: str, request: Any) -> None:
         lookup = self._lookups.get(request_id)
@@ -394,45 +356,29 @@ class Scheduler:
         if plan is None:
             plan = lookup.plan or ReusePlan(len(stream))
             plan = ReusePlan(plan.num_tokens, tuple(r for r in plan.runs if r.exact))
-        node = self.catalogue.derive(
-            np.concatenate((stream.keys, answer)),
+        keys = np.concatenate((stream.keys, answer))
+        node = self.reuse.save(
+            keys,
             lookup.namespace,
             plan,
+            self._text(keys) if self.reuse.semantic is not None else "",
             positions=stream.positions_to(length),
             media=stream.media,
         )
         if node is None:
             return False
-        if (twin := self.catalogue.twin(node)) is not None:
-            self._touched.append(twin)
-            self.counters["capture_known"] += 1
-            return False
         token = int(request.all_token_ids[last])
         self._saves.append(Save(request.request_id, node, tuple(block_ids), last, token))
-        self._saving[node.node_id] = node
         return True
 
-    def _add(self, node: Node) -> None:
-        self.catalogue.add(node)
-        if self.dense is not None:
-            self.dense.add(node)
-        # The scheduler's process holds no KV: what is known of donors has the half of a budget.
-        for node_id in self.catalogue.beyond(self._options.core.host_bytes // 2):
-            self.counters["forgotten_for_room"] += 1
-            self._dropped.append(node_id)
-            self._forget(node_id)
-
-    def _forget(self, node_id: str) -> None:
-        if self.catalogue.remove(node_id):
-            self.counters["forgotten"] += 1
-        if self.dense is not None:
-            self.dense.remove(node_id)
+    def _text(self, keys: np.ndarray) -> str:
+        words = keys[keys < MEDIA_BIT].astype(np.int64).tolist()
+        return str(self.tokenizer.decode(words, skip_special_tokens=True))
 
     def close(self) -> None:
         self._heard.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        if self.dense is not None:
-            self.dense.close()
+        self.reuse.close()
 
 
 class _NoProbe:

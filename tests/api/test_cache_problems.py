@@ -110,7 +110,7 @@ def test_a_lookup_that_raises(open_llm: OpenLLM, full: RequestOutput) -> None:
     def broken(*args: Any) -> None:
         raise RuntimeError("a bug in an index")
 
-    llm._parts.donors.find = broken  # type: ignore[assignment, method-assign]
+    llm._parts.donors.reuse.catalogue.find = broken  # type: ignore[assignment, method-assign]
     output = llm.generate(_TARGET, _PARAMS)
     assert output.token_ids == full.token_ids
     assert output.provenance.fallback == output.provenance.declined == "lookup_error"

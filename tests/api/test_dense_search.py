@@ -66,7 +66,7 @@ def test_donors_are_in_the_dense_index_and_back_after_a_restart(
 
     def dense_ids(llm: KVShare) -> set[str]:
         assert llm._parts.donors is not None
-        semantic: Any = llm._parts.donors._semantic
+        semantic: Any = llm._parts.donors.reuse.semantic
         ids: set[str] = semantic._opened[0].ids()
         return ids
 

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvshare_mm.donors import DonorPool, namespace
+from kvshare_mm.donors import DonorPool
 from kvshare_mm.editor import KVEditor
 from kvshare_mm.engine.prefill import Prefiller, PrefillResult, provenance
 from kvshare_mm.engine.runner import SlotRunner
 from kvshare_mm.outputs import Provenance
 from kvshare_mm.plan import PlannerOptions
 from kvshare_mm.repair import make_policy
+from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.rotary import rerotate
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier

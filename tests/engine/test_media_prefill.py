@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm.donors import DonorPool, namespace
+from kvshare_mm.donors import DonorPool
 from kvshare_mm.editor import KVEditor
 from kvshare_mm.engine.encoder import MediaEncoder
 from kvshare_mm.engine.inputs import MediaInputs
@@ -21,6 +21,7 @@ from kvshare_mm.engine.runner import SlotRunner
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.plan import PlannerOptions
 from kvshare_mm.repair import make_policy
+from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.store.media import media_id, media_ids

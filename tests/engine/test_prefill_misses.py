@@ -103,7 +103,7 @@ def test_a_lookup_that_fails_is_a_miss(server: Server, monkeypatch: pytest.Monke
     def fail(*_: Any) -> Any:
         raise RuntimeError("index on fire")
 
-    monkeypatch.setattr(server.pool.catalogue._lexical, "search", fail)
+    monkeypatch.setattr(server.pool.reuse.catalogue._lexical, "search", fail)
     result = server.prefill(_edited(ids, 30))
     server.assert_full(_edited(ids, 30), result)
     assert result.fallback == "lookup_error"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from kvshare_mm.donors import namespace
 from kvshare_mm.engine.prefill import provenance
+from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.stream import text_stream
 
 from ..collisions import twin_texts
@@ -56,7 +56,7 @@ def test_the_namespace_is_checked_again_when_kv_is_read(
     ids = _ids(60, 0)
     _, theirs = server.serve(ids)
     find = server.pool.find
-    monkeypatch.setattr(server.pool, "find", lambda keys, ns, *rest: find(keys, NS, *rest))
+    monkeypatch.setattr(server.pool, "find", lambda stream, ns, *rest: find(stream, NS, *rest))
     result = server.prefiller.prefill(1, text_stream(ids), OTHER_NS)
     assert result.fallback == "wrong_namespace"
     server.assert_full(ids, result)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvshare_mm.donors import namespace
+from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.store.disk import DiskTier
 
 from .donor_server import ATOL, OTHER_NS, Server, _edited, _ids

@@ -76,9 +76,9 @@ class Shared:
     def forget(self) -> None:
         """As if just started: no donors, nothing in the prefix cache."""
         self.settle()
-        for node in self.scheduler.catalogue.nodes():
+        for node in self.scheduler.reuse.catalogue.nodes():
             self.runner._store.delete(node.node_id)
-            self.scheduler.catalogue.remove(node.node_id)
+            self.scheduler.reuse.catalogue.remove(node.node_id)
         self.runner._gone.clear()
         assert self.llm.reset_prefix_cache()
 

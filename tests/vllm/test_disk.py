@@ -47,10 +47,10 @@ def test_pictures_on_disk_outlive_the_engine(tmp_path: Path) -> None:
         engine.serve(prompt("Tom"))
         before = engine.serve(prompt("Alexandra 17"), store=False, repair="tail:16")
         assert engine.runner._store.flush(60)
-        (node,) = engine.scheduler.catalogue.nodes()
+        (node,) = engine.scheduler.reuse.catalogue.nodes()
     with shared_engine(locate("tiny-vl"), options, max_model_len=512) as engine:
         after = engine.serve(prompt("Alexandra 17"), store=False, repair="tail:16")
-        (found,) = engine.scheduler.catalogue.nodes()
+        (found,) = engine.scheduler.reuse.catalogue.nodes()
     assert found.media == node.media and len(node.media) == 1
     assert np.array_equal(found.positions, node.positions)
     assert told(after)["reused"] == told(before)["reused"] > 16

@@ -48,7 +48,7 @@ def fresh(engine: Shared) -> Iterator[None]:
     yield
     engine.settle()
     assert engine.num_free == free, "blocks leaked"
-    assert not engine.scheduler._lookups and not engine.scheduler._saving
+    assert not engine.scheduler._lookups and not engine.scheduler.reuse._saving
 
 
 def ids(length: int, seed: int = 0) -> list[int]:
@@ -185,14 +185,14 @@ def test_a_donor_lost_before_its_load(
 def test_a_donor_evicted_between_plan_and_load(engine: Shared, stock: Any) -> None:
     first = ids(300)
     engine.serve(first)
-    for node in engine.scheduler.catalogue.nodes():
+    for node in engine.scheduler.reuse.catalogue.nodes():
         engine.runner._store.delete(node.node_id)  # the scheduler does not know yet
     second = edited(first, 100)
     output = engine.serve(second, 12)
     assert told(output)["reused"] == 0
     assert tokens(output) == stock_tokens(stock, second, 12)
     assert told(output)["declined"] in ("evicted", "no_donor")
-    assert len(engine.scheduler.catalogue.nodes()) == 1  # the new one
+    assert len(engine.scheduler.reuse.catalogue.nodes()) == 1  # the new one
 
 
 def test_a_late_lookup_is_done_without(
@@ -203,13 +203,13 @@ def test_a_late_lookup_is_done_without(
     options = engine.scheduler._options.model_copy(update={"lookup_deadline_s": 0.05})
     monkeypatch.setattr(engine.scheduler, "_options", options)
     release = threading.Event()
-    find = engine.scheduler.catalogue.find
+    find = engine.scheduler.reuse.catalogue.find
 
     def slow(*args: Any) -> Any:
         release.wait(60)
         return find(*args)
 
-    monkeypatch.setattr(engine.scheduler.catalogue, "find", slow)
+    monkeypatch.setattr(engine.scheduler.reuse.catalogue, "find", slow)
     second = edited(first, 100)
     output = engine.serve(second, 8)
     release.set()
@@ -223,7 +223,7 @@ def test_a_lookup_that_fails_is_a_miss(
     def fail(*_: Any) -> Any:
         raise RuntimeError("index on fire")
 
-    monkeypatch.setattr(engine.scheduler.catalogue, "find", fail)
+    monkeypatch.setattr(engine.scheduler.reuse.catalogue, "find", fail)
     prompt = ids(100, 4)
     output = engine.serve(prompt, 8)
     assert told(output)["declined"] == "lookup_error"
@@ -236,7 +236,7 @@ def test_wrong_knobs_are_told(engine: Shared) -> None:
 
 def test_a_request_that_is_not_to_be_stored(engine: Shared) -> None:
     engine.serve(ids(100), store=False)
-    assert not engine.scheduler.catalogue.nodes()
+    assert not engine.scheduler.reuse.catalogue.nodes()
 
 
 def test_salts_are_apart(engine: Shared) -> None:

@@ -262,8 +262,8 @@ def test_a_preempted_request_whose_kept_photo_is_gone(
     while not any(r.num_output_tokens >= 2 for r in requests.values()):
         assert not engine.step()
     assert seen == []
-    for node in engine.scheduler.catalogue.nodes():
-        engine.scheduler.catalogue.remove(node.node_id)
+    for node in engine.scheduler.reuse.catalogue.nodes():
+        engine.scheduler.reuse.catalogue.remove(node.node_id)
     assert engine.core.reset_prefix_cache(reset_running_requests=True)
     output = engine.run()["one"]
     assert seen == [1]
@@ -282,7 +282,7 @@ def test_a_prompt_that_cannot_be_read_is_a_miss(
     output = serve(engine, stream)
     assert told(output)["declined"] == "lookup_error"
     assert tokens(output) == stock_tokens(stock, prompt_of(stream), LENGTH)
-    assert not engine.scheduler.catalogue.nodes()
+    assert not engine.scheduler.reuse.catalogue.nodes()
 
 
 REQUESTS = [

@@ -49,7 +49,7 @@ def test_a_full_host_tier_forgets_the_oldest(small: Shared) -> None:
     before = counted("kvshare:donor_events", event="forgotten")
     for prompt in prompts:
         small.serve(prompt)
-    assert 1 <= len(small.scheduler.catalogue.nodes()) <= 2
+    assert 1 <= len(small.scheduler.reuse.catalogue.nodes()) <= 2
     assert counted("kvshare:donor_events", event="forgotten") - before >= 3
     assert told(small.serve(edited(prompts[-1])))["reused"] > 100
     assert small.llm.reset_prefix_cache()
@@ -62,8 +62,8 @@ def test_without_milvus_words_still_find_donors(small: Shared) -> None:
     small.serve(first)
     use = told(small.serve(edited(first)))
     assert use["reused"] > 100
-    assert small.scheduler.dense is not None
-    small.scheduler.dense._index.flush(60)
+    assert small.scheduler.reuse.semantic is not None
+    small.scheduler.reuse.semantic.flush(60)
     small.serve(ids(40, 21))  # so that what was counted is told
     assert counted("kvshare:donor_events", event="dense_open_failed") >= 1
 

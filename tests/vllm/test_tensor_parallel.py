@@ -60,7 +60,7 @@ def test_a_donor_that_one_rank_lost_is_lost_for_both(engine: Shared) -> None:
     rng = np.random.default_rng(1)
     donor = rng.integers(3, 250, 300).tolist()
     engine.serve(donor)
-    (node,) = [n for n in engine.scheduler.catalogue.nodes() if n.keys[0] == donor[0]]
+    (node,) = [n for n in engine.scheduler.reuse.catalogue.nodes() if n.keys[0] == donor[0]]
     store = engine.scheduler._options.core.store_dir
     assert store is not None
     # Rank 1 forgets it and says nothing.

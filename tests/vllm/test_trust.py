@@ -64,7 +64,7 @@ def test_a_request_that_repeats_an_approximate_one_is_stored_once(engine: Shared
     for _ in range(4):
         engine.serve(edited(first, 40), repair="none")
         assert engine.llm.reset_prefix_cache()
-    assert len(engine.scheduler.catalogue.nodes()) == 2
+    assert len(engine.scheduler.reuse.catalogue.nodes()) == 2
 
 
 def test_every_turn_of_an_agent_that_does_not_pause_begins_with_the_turn_before(
@@ -111,13 +111,14 @@ def test_a_preempted_request_does_not_call_its_own_approximate_blocks_exact(
 
 def test_what_was_restored_is_not_kept_twice(engine: Shared) -> None:
     engine.serve(ids(300))
-    node = engine.scheduler.catalogue.nodes()[0]
-    engine.scheduler.catalogue.remove(node.node_id)
-    from kvshare_mm.vllm.meta import Report
+    node = engine.scheduler.reuse.catalogue.nodes()[0]
+    engine.scheduler.reuse.catalogue.remove(node.node_id)
+    from kvshare_mm.reuse.orders import Report
+    from kvshare_mm.vllm.meta import WorkerReport
 
-    engine.scheduler.reported(Report(restored=[node]), lambda _: None)
-    assert [n.node_id for n in engine.scheduler.catalogue.nodes()] == [node.node_id]
-    assert not engine.scheduler._restored
+    engine.scheduler.reported(WorkerReport(Report(restored=[node])), lambda _: None)
+    assert [n.node_id for n in engine.scheduler.reuse.catalogue.nodes()] == [node.node_id]
+    assert not engine.scheduler.reuse._restored
 
 
 def test_what_is_known_of_donors_counts_in_a_budget(
@@ -125,11 +126,9 @@ def test_what_is_known_of_donors_counts_in_a_budget(
 ) -> None:
     for seed in range(4):
         engine.serve(ids(200, seed), 1)
-    catalogue = engine.scheduler.catalogue
+    catalogue = engine.scheduler.reuse.catalogue
     assert len(catalogue.nodes()) == 4
-    core = engine.scheduler._options.core.model_copy(update={"host_bytes": catalogue.num_bytes})
-    options = engine.scheduler._options.model_copy(update={"core": core})
-    monkeypatch.setattr(engine.scheduler, "_options", options)
+    monkeypatch.setattr(engine.scheduler.reuse, "_max_bytes", catalogue.num_bytes // 2)
     engine.serve(ids(200, 9), 1)
     left = catalogue.nodes()
     assert 1 <= len(left) <= 3

@@ -1,0 +1,1 @@
+"""Reuse of similar requests' KV, whatever runs the model."""

@@ -1,0 +1,230 @@
+"""Decides what is reused and what is kept; holds no KV and no tensors.
+
+Natively it lives in the engine's process, inside vLLM in the scheduler's, and the KV it decides
+about in the workers'. Nothing in here may fail a request: what goes wrong is counted with its
+reason and the request is computed in full.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from kvshare_mm.catalogue import Catalogue, Found
+from kvshare_mm.delta_tree import Node
+from kvshare_mm.identity import text_identity
+from kvshare_mm.index.base import IndexRecord
+from kvshare_mm.index.semantic import SemanticIndex
+from kvshare_mm.plan import Decline, PlannerOptions, ReusePlan
+from kvshare_mm.repair import RepairPolicy
+from kvshare_mm.reuse.orders import Report
+from kvshare_mm.stream import Segment, SegmentStream
+
+logger = logging.getLogger(__name__)
+
+# Of donors on disk something is known even where RAM is for nothing else.
+_LEAST_KNOWN_BYTES = 1 << 20
+
+
+def namespace(fingerprint: str, salt: str) -> str:
+    """The namespace of a model's requests under one salt, which its sender chooses."""
+    return f"{fingerprint}-{text_identity(salt)}"
+
+
+class ReuseScheduler:
+    """Donors of one model: finds them, plans with them, takes up finished requests. Thread-safe.
+
+    Args:
+        host_bytes: budget of RAM; what is known of donors takes half of it at most, from where on
+            the oldest of them are dropped.
+        max_candidates: donors aligned with a target.
+        num_holders: those that must hold a node's KV before it is a donor.
+
+    Attributes:
+        counters: events by name.
+        catalogue: the donors.
+        semantic: finds donors by meaning; None: nobody does.
+    """
+
+    def __init__(self, host_bytes: int, max_candidates: int = 4, num_holders: int = 1) -> None:
+        self.counters: Counter[str] = Counter()
+        self.catalogue = Catalogue(self.counters, max_candidates)
+        self.semantic: SemanticIndex | None = None
+        self._max_bytes = max(_LEAST_KNOWN_BYTES, host_bytes // 2)
+        self._num_holders = num_holders
+        # Nodes whose KV is on its way, with their words; and by how many holders nodes were
+        # restored that not all have told of.
+        self._saving: dict[str, tuple[Node, str]] = {}
+        self._restored: dict[str, int] = {}
+        self._touched: list[str] = []
+        self._dropped: list[str] = []
+        self._changed = threading.Condition()
+
+    # -- a new request ----------------------------------------------------------------------
+
+    def find(
+        self,
+        stream: SegmentStream,
+        ns: str,
+        options: PlannerOptions,
+        policy: RepairPolicy,
+        similar: tuple[str, ...] = (),
+    ) -> Found:
+        """Plan the reuse of stored requests for a prompt, repairs not chosen yet.
+
+        Args:
+            ns: its namespace; donors of others are never looked at.
+            options: when reuse is worth it.
+            policy: what it takes over from approximate donors.
+            similar: ids that a search by meaning brought in time, if any.
+        """
+        try:
+            return self.catalogue.find(
+                stream.keys,
+                ns,
+                replace(options, tolerance=policy.tolerance),
+                similar,
+                stream.positions,
+                stream.pictures,
+            )
+        except Exception:
+            # A cache problem is never a request's problem.
+            self.counters["lookup_error"] += 1
+            logger.exception("donor lookup failed; computing in full")
+            return Found(ReusePlan(len(stream), declined=Decline.LOOKUP_ERROR), 0.0, 0.0)
+
+    def similar(self, text: str, ns: str) -> tuple[str, ...]:
+        """Donors that mean something similar; takes as long as embedding a prompt does."""
+        if self.semantic is None:
+            return ()
+        return self.semantic.search(ns, text, self.catalogue.max_candidates)
+
+    # -- a finished request -----------------------------------------------------------------
+
+    def save(
+        self,
+        keys: np.ndarray,
+        ns: str,
+        plan: ReusePlan,
+        text: str,
+        attention: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
+        media: tuple[Segment, ...] = (),
+    ) -> Node | None:
+        """What a finished request is to be stored as; it is a donor once that is reported.
+
+        Args:
+            keys: ``[N]`` uint64 keys of prompt and answer, as far as KV was computed.
+            ns: its namespace.
+            plan: what it was served with.
+            text: what it shall be found by.
+            attention: ``[P]`` float32, how much the prompt's last position looked at each.
+            positions: ``[3, N]`` rotary positions; None: the index.
+            media: where its pictures and clips are.
+
+        Returns:
+            The node, or None if there is nothing to gain from storing it.
+        """
+        node = self.catalogue.derive(keys, ns, plan, attention, positions, media)
+        if node is None:
+            return None
+        twin = self.catalogue.twin(node)
+        with self._changed:
+            if twin is not None:
+                # Stored again with each repetition, it would push others out.
+                self._touched.append(twin)
+                self.counters["capture_known"] += 1
+                return None
+            self._saving[node.node_id] = node, text
+        return node
+
+    def saving(self, ns: str) -> list[str]:
+        """Nodes of a namespace whose KV is on its way."""
+        with self._changed:
+            return [i for i, (node, _) in self._saving.items() if node.namespace == ns]
+
+    def wait_saved(self, node_ids: list[str], timeout_s: float) -> bool:
+        """Wait until these are donors, or never will be; False if time ran out."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: not any(node_id in self._saving for node_id in node_ids), timeout_s
+            )
+
+    # -- what became of the KV --------------------------------------------------------------
+
+    def reported(self, report: Report) -> None:
+        """Take up what the holders of the KV tell."""
+        for node in report.restored:
+            held = self._restored.pop(node.node_id, 0) + 1
+            if held < self._num_holders:
+                self._restored[node.node_id] = held
+            else:
+                self.counters["restored"] += 1
+                self._add(node)
+        for node_id, reason in report.not_saved.items():
+            self.counters[f"capture_{reason}"] += 1
+            self.forget(node_id)
+        for node_id in report.gone:
+            self.forget(node_id)
+        for node_id, holders in report.stored.items():
+            with self._changed:
+                saved = self._saving.get(node_id)
+            if saved is not None and holders == self._num_holders:
+                mass = report.attention.get(node_id)
+                attention = None if mass is None else (mass / holders).astype(np.float32)
+                self._saved(*saved, attention)
+
+    def _saved(self, node: Node, text: str, attention: np.ndarray | None) -> None:
+        self._add(node if attention is None else replace(node, attention=attention))
+        self.counters["captured"] += 1
+        if self.semantic is not None:
+            record = IndexRecord(node.node_id, node.namespace, node.alignment_keys)
+            self.semantic.add(record, text)
+        # Only now: who waits for it looks for it the moment that it is no longer being saved.
+        if not self._over(node.node_id):
+            self.forget(node.node_id)  # its KV went meanwhile
+
+    def _over(self, node_id: str) -> bool:
+        """A node's saving is over; False: it was before."""
+        with self._changed:
+            was = self._saving.pop(node_id, None) is not None
+            self._changed.notify_all()
+        return was
+
+    def forget(self, node_id: str) -> None:
+        """A node's KV is gone, or never came."""
+        self._over(node_id)
+        if self.catalogue.remove(node_id):
+            self.counters["forgotten"] += 1
+            if self.semantic is not None:
+                self.semantic.remove(node_id)
+
+    def _add(self, node: Node) -> None:
+        self.catalogue.add(node)
+        for node_id in self.catalogue.beyond(self._max_bytes):
+            self.counters["forgotten_for_room"] += 1
+            with self._changed:
+                self._dropped.append(node_id)
+            self.forget(node_id)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are orders, or reports to come."""
+        return bool(self._saving or self._touched or self._dropped)
+
+    def orders(self) -> tuple[list[str], list[str]]:
+        """Nodes that were asked for again, and nodes whose KV is to be deleted, since the last
+        call."""
+        with self._changed:
+            orders = self._touched, self._dropped
+            self._touched, self._dropped = [], []
+        return orders
+
+    def close(self) -> None:
+        """Finish what was given to the index of meaning, then stop it."""
+        if self.semantic is not None:
+            self.semantic.close()
