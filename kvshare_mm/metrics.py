@@ -21,15 +21,29 @@ _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75
                 10, 20, 40, 80)  # fmt: skip
 _NEXT_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
 _WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
-_SMALL = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+SMALL_SECONDS = (
+    0.0001,
+    0.00025,
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1,
+)
 
 _TIMES = {
     "queue": ("vllm:request_queue_time_seconds", "Waiting for a slot.", _WHOLE),
     "prefill": ("vllm:request_prefill_time_seconds", "The forward over what is computed.", _WHOLE),
     "total": ("vllm:e2e_request_latency_seconds", "From submission to the last token.", _WHOLE),
-    "lookup": ("kvshare:lookup_seconds", "Finding candidate donors.", _SMALL),
-    "plan": ("kvshare:plan_seconds", "Alignment and planning.", _SMALL),
-    "edit": ("kvshare:edit_seconds", "Choosing repairs; donors' KV into the slot.", _SMALL),
+    "lookup": ("kvshare:lookup_seconds", "Finding candidate donors.", SMALL_SECONDS),
+    "plan": ("kvshare:plan_seconds", "Alignment and planning.", SMALL_SECONDS),
+    "edit": ("kvshare:edit_seconds", "Choosing repairs; donors' KV into the slot.", SMALL_SECONDS),
 }  # fmt: skip
 
 
@@ -135,7 +149,11 @@ class _EngineState(Collector):
             "kvshare:prompt_tokens",
             "Prompt tokens by where their KV came from.",
             "source",
-            {"exact": exact, "reused": reused, "recomputed": seen.get("prompt_tokens_computed", 0)},
+            {
+                "exact": exact,
+                "reused": reused,
+                "recomputed": seen.get("prompt_tokens_recomputed", 0),
+            },
         )
         yield self._labelled(
             "kvshare:declined",

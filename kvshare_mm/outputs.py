@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -89,6 +90,20 @@ class Provenance:
     fallback: str | None = None
     spans: tuple[Span, ...] = field(default=(), repr=False)
     media: tuple[MediaUse, ...] = ()
+
+
+def count_use(counters: Counter[str], use: Provenance) -> None:
+    """Count a request and where its prompt's KV came from."""
+    counters["requests"] += 1
+    counters["prompt_tokens_exact"] += use.exact
+    counters["prompt_tokens_reused"] += use.reused
+    counters["prompt_tokens_recomputed"] += use.recomputed
+    if use.declined:
+        counters[f"declined_{use.declined}"] += 1
+    if use.fallback:
+        counters[f"fallback_{use.fallback}"] += 1
+    for medium in use.media:
+        counters[f"media_{medium.source}"] += 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import torch
 
 from kvshare_mm.donors import DonorPool
 from kvshare_mm.engine.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN, FairQueue
-from kvshare_mm.engine.prefill import Prefiller
+from kvshare_mm.engine.prefill import Prefiller, PrefillResult, provenance
 from kvshare_mm.engine.request import Request, RequestSpec, Sink
 from kvshare_mm.engine.runner import ModelRunner, SlotRunner
 from kvshare_mm.errors import (
@@ -29,7 +29,7 @@ from kvshare_mm.errors import (
 )
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.one_core import start_on_one_core
-from kvshare_mm.outputs import FinishReason
+from kvshare_mm.outputs import FinishReason, count_use
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class NativeEngine:
         except Exception as failure:
             self._fail(request, failure)
             return
-        self._count(request)
+        self._count(request.prefill)
         self._charge(request, PROMPT_TOKEN * request.prefill.plan.num_computed)
         self._active.append(request)
         self._accept(request, request.prefill.logits)
@@ -365,20 +365,9 @@ class NativeEngine:
                 self._free.append(request.slot)
             self._changed.notify_all()
 
-    def _count(self, request: Request) -> None:
-        assert request.prefill is not None
-        plan = request.prefill.plan
-        self.counters["requests"] += 1
-        self.counters["prompt_tokens"] += plan.num_tokens
-        self.counters["prompt_tokens_exact"] += plan.num_exact
-        self.counters["prompt_tokens_reused"] += plan.num_reused
-        self.counters["prompt_tokens_computed"] += plan.num_computed
-        if plan.declined:
-            self.counters[f"declined_{plan.declined}"] += 1
-        for use in request.prefill.media:
-            self.counters[f"media_{use.source}"] += 1
-        if request.prefill.fallback:
-            self.counters[f"fallback_{request.prefill.fallback}"] += 1
+    def _count(self, prefill: PrefillResult) -> None:
+        count_use(self.counters, provenance(prefill))
+        self.counters["prompt_tokens"] += prefill.plan.num_tokens
 
     # -- the search thread ------------------------------------------------------------------
 

@@ -139,7 +139,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_kv_connector_stats(self) -> KVShareStats | None:
         side = self._scheduler or self._runner
-        return None if side is None else drained(side.counters)
+        return None if side is None else drained(side.counters, side.times)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVShareStats:

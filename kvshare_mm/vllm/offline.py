@@ -27,6 +27,7 @@ from kvshare_mm.outputs import (
     RequestOutput,
     StreamChunk,
     TokenLogprob,
+    count_use,
 )
 from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm.arguments import check_installed, engine_arguments
@@ -281,16 +282,10 @@ class VLLMEngine:
             sink(EngineClosedError(f"vLLM failed: {error}"))
 
     def _count(self, output: RequestOutput) -> None:
-        use = output.provenance
-        self.counters["requests"] += 1
+        count_use(self.counters, output.provenance)
         self.counters[f"finished_{output.finish_reason}"] += 1
         self.counters["generation_tokens"] += len(output.token_ids)
         self.counters["prompt_tokens"] += len(output.prompt_token_ids)
-        self.counters["prompt_tokens_exact"] += use.exact
-        self.counters["prompt_tokens_reused"] += use.reused
-        self.counters["prompt_tokens_computed"] += use.recomputed
-        if use.declined:
-            self.counters[f"declined_{use.declined}"] += 1
 
     async def _end(self) -> None:
         tasks = list(self._tasks.values())
@@ -322,17 +317,15 @@ def provenance_of(last: Any, stream: SegmentStream) -> Provenance:
     reused = int(told.get("reused") or 0)
     exact = told.get("exact")
     exact = (last.num_cached_tokens or 0) if exact is None else int(exact)
-    donor = told.get("donor")
-    donors = (donor,) if isinstance(donor, str) else tuple(donor or ())
     return Provenance(
         exact=exact,
         reused=reused,
         recomputed=num_tokens - exact - reused,
-        donors=donors,
+        donors=tuple(told.get("donors") or ()),
         similarity=(exact + reused) / num_tokens,
         declined=told.get("declined"),
         fallback=told.get("fallback"),
-        media=uses_of(stream, num_tokens - int(told.get("computed", num_tokens - exact))),
+        media=uses_of(stream, exact + reused + int(told.get("gaps") or 0)),
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from kvshare_mm.catalogue import Found
 from kvshare_mm.errors import InvalidRequestError, KVUnavailableError
+from kvshare_mm.outputs import Provenance, count_use
 from kvshare_mm.plan import Decline, ReusePlan
 from kvshare_mm.repair import RepairPolicy, repaired_plan
 from kvshare_mm.reuse.scheduler import ReuseScheduler, namespace
@@ -27,7 +28,7 @@ from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.options import ConnectorOptions, RequestKnobs
 from kvshare_mm.vllm.spans import behind, cut, kept_in_the_end, loadable_end, spans_of
-from kvshare_mm.vllm.stats import Provenance
+from kvshare_mm.vllm.stats import told
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class _Lookup:
         asked: tokens of vLLM's own prefix cache when it was last asked about.
         local: the same when it first got blocks; None: it has had none.
         used: the plan that was loaded; None: none was.
+        gaps: positions that its load computed.
     """
 
     namespace: str
@@ -58,6 +60,8 @@ class _Lookup:
     asked: int = 0
     local: int | None = None
     used: ReusePlan | None = None
+    gaps: int = 0
+    fallback: str | None = None
     provenance: Provenance = field(default_factory=Provenance)
 
 
@@ -75,6 +79,7 @@ class Scheduler:
     Attributes:
         reuse: the donors.
         counters: events since they were last told to vLLM.
+        times: seconds by name, the same.
         obstacle: why nothing is shared in this deployment, or None.
         tokenizer: turns prompts back into text, for a search by meaning, which needs one.
     """
@@ -90,6 +95,7 @@ class Scheduler:
         core = options.core
         self.reuse = ReuseScheduler(core.host_bytes, core.max_candidates, num_ranks)
         self.counters = self.reuse.counters
+        self.times: dict[str, list[float]] = {}
         self.obstacle: str | None = None
         self.tokenizer: Any = None
         self._options = options
@@ -167,7 +173,8 @@ class Scheduler:
             similar = self.reuse.similar(self._text(stream.keys), ns)
             if similar:
                 plan = find(similar).plan
-        self.counters["lookup_microseconds"] += round((found.lookup + found.planning) * 1e6)
+        self.times.setdefault("lookup_seconds", []).append(found.lookup)
+        self.times.setdefault("plan_seconds", []).append(found.planning)
         return repaired_plan(plan, policy, _NoProbe())
 
     def matched(self, request: Any, local: int) -> tuple[int | None, bool]:
@@ -247,8 +254,8 @@ class Scheduler:
         if approximate.any() and lookup.apart is None:
             first = int(np.flatnonzero(approximate)[0]) // self._block_size
             lookup.apart = compat.SetApart(request, first)
-        recomputed = int(compute.sum())
-        compat.count_cached(request, local, external - recomputed)
+        lookup.gaps = int(compute.sum())
+        compat.count_cached(request, local, external - lookup.gaps)
         exact = local
         if lookup.used is not None:
             # A preempted request finds its own blocks, which may be of its first load.
@@ -261,8 +268,7 @@ class Scheduler:
         lookup.provenance = Provenance(
             exact=exact + int((kept & ~approximate)[local:].sum()),
             reused=int(approximate.sum()),
-            recomputed=recomputed + int((~approximate[exact:local]).sum()),
-            donor=plan.donors[0] if plan.donors else None,
+            donors=plan.donors,
         )
 
     # -- a step -----------------------------------------------------------------------------
@@ -296,10 +302,10 @@ class Scheduler:
         lookup = self._lookups.get(request_id)
         if lookup is None:
             return
-        self.counters[f"fallback_{reason}"] += 1
-        lookup.declined = reason
+        lookup.declined = lookup.fallback = reason
         lookup.plan = None
         lookup.used = None
+        lookup.gaps = 0
         lookup.provenance = Provenance()
         lookup.local = None
         if request is not None and lookup.apart is not None:
@@ -318,22 +324,21 @@ class Scheduler:
             return False, {}
         if lookup.future is not None:
             lookup.future.cancel()
-        told = self._told(request, lookup)
-        return self._keep(request, lookup, block_ids), {"kvshare": told}
+        use = self._use(request, lookup)
+        return self._keep(request, lookup, block_ids), {"kvshare": use}
 
-    def _told(self, request: Any, lookup: _Lookup) -> dict[str, Any]:
-        total = request.num_prompt_tokens
-        p = lookup.provenance
+    def _use(self, request: Any, lookup: _Lookup) -> dict[str, Any]:
+        use, gaps = lookup.provenance, lookup.gaps
         if lookup.loading or lookup.local is None:
-            p = Provenance()  # it ended before anything was computed
-        p = replace(p, declined=lookup.declined and str(lookup.declined))
-        told = p.told(total)
-        for name in ("exact", "reused", "recomputed", "computed"):
-            self.counters[f"prompt_tokens_{name}"] += told[name]
-        self.counters["requests"] += 1
-        if p.declined is not None:
-            self.counters[f"declined_{p.declined}"] += 1
-        return told
+            use, gaps = Provenance(), 0  # it ended before anything was computed
+        use = replace(
+            use,
+            recomputed=request.num_prompt_tokens - use.exact - use.reused,
+            declined=lookup.declined and str(lookup.declined),
+            fallback=lookup.fallback,
+        )
+        count_use(self.counters, use)
+        return told(use, gaps)
 
     def _keep(self, request: Any, lookup: _Lookup, block_ids: list[int]) -> bool:
         """Order a finished request's KV to be stored, if it is worth it."""

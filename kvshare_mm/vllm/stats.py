@@ -1,9 +1,8 @@
-"""What is counted: a request's provenance, and counters on their way to vLLM's metrics."""
+"""What is told of a request, and what is counted, on its way to vLLM's metrics."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import REGISTRY
@@ -12,58 +11,55 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
+from kvshare_mm.metrics import SMALL_SECONDS
+from kvshare_mm.outputs import Provenance
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where a prompt's KV came from.
 
-    Attributes:
-        exact: tokens of an identical prefix, from vLLM's own cache or from a donor.
-        reused: tokens whose KV was edited from a similar request.
-        recomputed: tokens that a load computed between them.
-        donor: the donor that gave most, or None.
-        declined: why nothing (more) was reused, or None.
+def told(use: Provenance, gaps: int) -> dict[str, Any]:
+    """A prompt's provenance as it stands in a response.
+
+    Args:
+        gaps: how many of the recomputed tokens a load computed, between what it kept; vLLM's own
+            prefill did the others.
     """
-
-    exact: int = 0
-    reused: int = 0
-    recomputed: int = 0
-    donor: str | None = None
-    declined: str | None = None
-
-    def told(self, total: int) -> dict[str, Any]:
-        """As it stands in a response; ``computed`` is what vLLM's own prefill did."""
-        return {
-            "exact": self.exact,
-            "reused": self.reused,
-            "recomputed": self.recomputed,
-            "computed": total - self.exact - self.reused - self.recomputed,
-            "donor": self.donor,
-            "declined": self.declined,
-        }
+    return {
+        "exact": use.exact,
+        "reused": use.reused,
+        "recomputed": use.recomputed,
+        "gaps": gaps,
+        "donors": list(use.donors),
+        "declined": use.declined,
+        "fallback": use.fallback,
+    }
 
 
 class KVShareStats(KVConnectorStats):  # type: ignore[misc]
-    """Counters since the last report."""
+    """What was counted and timed since the last report: numbers, and lists of seconds."""
 
     def reset(self) -> None:
-        self.data: dict[str, int] = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: Any) -> KVShareStats:
-        self.data = dict(Counter(self.data) + Counter(other.data))
+        for name, found in other.data.items():
+            known = self.data.get(name)
+            self.data[name] = found if known is None else known + found
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        return {name: self.data[name] for name in sorted(self.data)}
+        """Counts, and the mean of what was timed."""
+        means = {n: sum(x) / len(x) if isinstance(x, list) else x for n, x in self.data.items()}
+        return {name: means[name] for name in sorted(means)}
 
     def is_empty(self) -> bool:
         return not self.data
 
 
-def drained(counters: Counter[str]) -> KVShareStats | None:
-    """What was counted since the last call, or None."""
-    counted = {name: count for name, count in list(counters.items()) if count}
+def drained(counters: Counter[str], times: dict[str, list[float]]) -> KVShareStats | None:
+    """What was counted and timed since the last call, or None."""
+    counted: dict[str, Any] = {name: count for name, count in list(counters.items()) if count}
     counters.subtract(counted)  # other threads may have counted on
+    for name in list(times):
+        counted[name] = times.pop(name)
     return KVShareStats(data=counted) if counted else None
 
 
@@ -74,15 +70,19 @@ _FAMILIES = (
     ("fallback_", "kvshare:fallback", "cause", "Planned reuses that were given up."),
     ("", "kvshare:donor_events", "event", "What happened to donors."),
 )
-_SECONDS = {
-    "lookup_microseconds": ("kvshare:lookup_seconds", "Finding donors and planning."),
-    "load_microseconds": ("kvshare:load_seconds", "Editing donors' KV and computing the gaps."),
+_TIMES = {
+    "lookup_seconds": ("kvshare:lookup_seconds", "Finding candidate donors."),
+    "plan_seconds": ("kvshare:plan_seconds", "Alignment and planning."),
+    "load_seconds": (
+        "kvshare:load_seconds",
+        "A step's work on loads: donors' KV into the pages, the gaps computed.",
+    ),
 }
 
 
 def _unregister_former() -> None:
     """Take the counters of a former engine of this process away, as vLLM does with its own."""
-    names = {name for _, name, *_ in _FAMILIES} | {name for name, _ in _SECONDS.values()}
+    names = {name for _, name, *_ in _FAMILIES} | {name for name, _ in _TIMES.values()}
     for collector in list(REGISTRY._collector_to_names):
         if getattr(collector, "_name", None) in names:
             REGISTRY.unregister(collector)
@@ -107,16 +107,20 @@ class KVShareProm(KVConnectorPromMetrics):  # type: ignore[misc]
             )
             for prefix, name, by, about in _FAMILIES
         ]
-        self._seconds = {
-            key: self._counter_cls(name=name, documentation=about, labelnames=labelnames)
-            for key, (name, about) in _SECONDS.items()
+        self._times = {
+            key: self._histogram_cls(
+                name=name, documentation=about, buckets=SMALL_SECONDS, labelnames=labelnames
+            )
+            for key, (name, about) in _TIMES.items()
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         labels = self.per_engine_labelvalues[engine_idx]
         for key, count in transfer_stats_data.items():
-            if key in self._seconds:
-                self._seconds[key].labels(*labels).inc(count / 1e6)
+            if key in self._times:
+                histogram = self._times[key].labels(*labels)
+                for seconds in count:
+                    histogram.observe(seconds)
                 continue
             for prefix, counter in self._families:
                 if key.startswith(prefix):

@@ -57,6 +57,6 @@ def test_counters_follow_provenance(open_llm: OpenLLM) -> None:
     assert counts["requests"] == 3
     assert counts["generation_tokens"] == 9
     assert counts["prompt_tokens"] == sum(len(o.prompt_token_ids) for o in outputs)
-    for counter, kind in (("exact", "exact"), ("reused", "reused"), ("computed", "recomputed")):
+    for kind in ("exact", "reused", "recomputed"):
         expected = sum(getattr(o.provenance, kind) for o in outputs)
-        assert counts[f"prompt_tokens_{counter}"] == expected
+        assert counts[f"prompt_tokens_{kind}"] == expected

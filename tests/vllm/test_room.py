@@ -69,12 +69,12 @@ def test_without_milvus_words_still_find_donors(small: Shared) -> None:
 
 
 def test_metrics_tell_exact_reused_and_recomputed_apart(small: Shared) -> None:
-    kinds = ("exact", "reused", "recomputed", "computed")
+    kinds = ("exact", "reused", "recomputed")
     before = {k: counted("kvshare:prompt_tokens", source=k) for k in kinds}
     first = ids(300, 30)
     uses = [told(small.serve(p)) for p in (first, edited(first), first)]
     small.serve(ids(20, 31), store=False)
-    uses.append({"exact": 0, "reused": 0, "recomputed": 0, "computed": 20})
+    uses.append({"exact": 0, "reused": 0, "recomputed": 20})
     for kind in kinds:
         told_so = sum(use[kind] for use in uses)
         assert counted("kvshare:prompt_tokens", source=kind) - before[kind] == told_so

@@ -105,7 +105,7 @@ def test_a_preempted_request_does_not_call_its_own_approximate_blocks_exact(
     for name, use in reused.items():
         at = 50 + int(name.split("-")[0])
         assert use["exact"] <= at + 5 + 32, (name, use)
-        total = use["exact"] + use["reused"] + use["recomputed"] + use["computed"]
+        total = use["exact"] + use["reused"] + use["recomputed"]
         assert total == 382
 
 
