@@ -131,11 +131,10 @@ def assemble(config: KVShareConfig) -> Parts:
         runner = SlotRunner(loaded, config.max_num_seqs, max_len, config.prefill_chunk)
         if config.sharing != "off":
             donors = _donors(config, loaded, disk)
-    editor = KVEditor(loaded.rotary, loaded.attention_backend)
     encoder = None
     if loaded.family is not None:
         encoder = MediaEncoder(loaded, donors.store if donors else None)
-    prefiller = Prefiller(runner, donors, editor, config.planner, config.policy, encoder)
+    prefiller = Prefiller(runner, donors, config.planner, config.policy, encoder)
     engine = NativeEngine(loaded, runner, prefiller, donors, max_len, config.max_queue)
     seen = None
     decoder: Decoder = InProcess()
@@ -183,6 +182,7 @@ def media_of(
 def _donors(config: KVShareConfig, loaded: LoadedModel, disk: DiskTier | None) -> DonorPool:
     return DonorPool(
         loaded.fingerprint,
+        KVEditor(loaded.rotary, loaded.attention_backend),
         HostTier(config.host_bytes),
         disk,
         open_dense(config, loaded.fingerprint) if config.embedder else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
@@ -10,22 +9,19 @@ import numpy as np
 import torch
 
 from kvshare_mm.catalogue import Found
-from kvshare_mm.delta_tree import Node, Piece
+from kvshare_mm.delta_tree import Node
+from kvshare_mm.editor import KVEditor
 from kvshare_mm.index.base import IndexRecord
 from kvshare_mm.index.semantic import Opened, SemanticIndex
 from kvshare_mm.plan import PlannerOptions, ReusePlan
 from kvshare_mm.repair import RepairPolicy
 from kvshare_mm.reuse.orders import Report
 from kvshare_mm.reuse.scheduler import ReuseScheduler
-from kvshare_mm.store.base import NodeKV, StoredNode
+from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.stream import Segment, SegmentStream
-
-logger = logging.getLogger(__name__)
-
-__all__ = ["DonorPool", "Found", "owned_rows"]
 
 
 class DonorPool:
@@ -33,6 +29,7 @@ class DonorPool:
 
     Args:
         fingerprint: the model's; stored nodes of other models are left alone.
+        editor: of its KV.
         host: RAM tier.
         disk: disk tier, or None.
         open_dense: opens the index of meaning and its embedder, or None: none is used.
@@ -43,6 +40,7 @@ class DonorPool:
     def __init__(
         self,
         fingerprint: str,
+        editor: KVEditor,
         host: HostTier,
         disk: DiskTier | None = None,
         open_dense: Callable[[], Opened] | None = None,
@@ -50,6 +48,7 @@ class DonorPool:
         joining: np.ndarray | None = None,
     ) -> None:
         self.store = TieredStore(host, disk, self.forget)
+        self.worker = ReuseWorker(self.store, editor)
         self.reuse = ReuseScheduler(self.store.host_bytes, max_candidates)
         self.reuse.catalogue.joining = joining
         self.counters = self.reuse.counters
@@ -79,13 +78,16 @@ class DonorPool:
         """Donors that mean something similar; takes as long as embedding a prompt does."""
         return self.reuse.similar(text, ns)
 
-    def pieces(self, plan: ReusePlan) -> list[Piece]:
-        """Who owns the KV of a plan's kept runs. Raises KVUnavailableError("evicted")."""
-        return self.reuse.catalogue.pieces(plan)
-
-    def read(self, node_id: str, ns: str) -> StoredNode:
-        """A donor's KV, its namespace checked once more. Raises KVUnavailableError."""
-        return self.store.get(node_id, ns)
+    def load(
+        self,
+        plan: ReusePlan,
+        ns: str,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: np.ndarray | None,
+    ) -> None:
+        """Write what a plan keeps into a slot, see `ReuseWorker.load`."""
+        self.worker.load(self.reuse.catalogue.pieces(plan), ns, keys, values, positions)
 
     def nodes(self) -> list[Node]:
         """All donors as they are now."""
@@ -116,8 +118,7 @@ class DonorPool:
         """
         node = self.reuse.save(keys, ns, plan, text, attention, positions, media)
         if node is not None:
-            kv = NodeKV(owned_rows(k, node), owned_rows(v, node))
-            self.reuse.reported(stored(self.store, StoredNode(node, kv)))
+            self.reuse.reported(self.worker.save(node, k, v))
         self._carry_out()
         return node.node_id if node is not None and node.node_id in self.tree else None
 
@@ -145,11 +146,7 @@ class DonorPool:
     # -- inside -----------------------------------------------------------------------------
 
     def _carry_out(self) -> None:
-        touched, dropped = self.reuse.orders()
-        for node_id in touched:
-            self.store.touch(node_id)
-        for node_id in dropped:
-            self.store.delete(node_id)
+        self.worker.carry_out(*self.reuse.orders())
         # What is known of donors takes from the budget of their KV.
         self.store.reserve(self.reuse.catalogue.num_bytes)
 
@@ -167,23 +164,3 @@ class DonorPool:
         self.reuse.reported(report)
         self._carry_out()
         return [record for record in embedded if record.node_id in self.tree]
-
-
-def stored(store: TieredStore, node: StoredNode) -> Report:
-    """Put a node's KV into a store, and tell what became of that."""
-    node_id = node.node.node_id
-    try:
-        store.put(node)
-    except Exception:
-        # A cache problem is never a request's problem.
-        logger.exception("%s could not be stored", node_id)
-        return Report(not_saved={node_id: "failed"})
-    if store.resident(node_id) is None:
-        return Report(not_saved={node_id: "too_large"})
-    return Report(stored={node_id: 1})
-
-
-def owned_rows(tensor: torch.Tensor, node: Node) -> torch.Tensor:
-    """The rows a node owns of ``[layers, heads, >= N, dim]``, copied to the CPU."""
-    parts = [tensor[:, :, s.start : s.end] for s in node.own]
-    return torch.cat(parts, dim=2).cpu().contiguous()

@@ -11,6 +11,7 @@ import torch
 from kvshare_mm.apps.bench.methods import Method
 from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.donors import DonorPool
+from kvshare_mm.editor import KVEditor
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.plan import PlannerOptions, ReusePlan
 from kvshare_mm.repair import RepairPolicy
@@ -56,7 +57,9 @@ class PlannedPool:
         whole: bool = False,
         max_candidates: int = 4,
     ) -> None:
-        self._donors = DonorPool("plan-only", HostTier(_PLENTY), max_candidates=max_candidates)
+        self._donors = DonorPool(
+            "plan-only", KVEditor(None), HostTier(_PLENTY), max_candidates=max_candidates
+        )
         self._options = options
         self._policy = policy
         self._whole = whole

@@ -81,6 +81,7 @@ class Rig:
         disk = DiskTier(folder, config.disk_bytes) if folder else None
         self.donors = DonorPool(
             self.loaded.fingerprint,
+            KVEditor(self.loaded.rotary, self.loaded.attention_backend),
             HostTier(config.host_bytes),
             disk,
             max_candidates=config.max_candidates,
@@ -91,7 +92,6 @@ class Rig:
         self.prefiller = Prefiller(
             self.runner,
             self.donors,
-            KVEditor(self.loaded.rotary, self.loaded.attention_backend),
             config.planner,
             config.policy,
             self.encoder,

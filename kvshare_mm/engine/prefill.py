@@ -14,7 +14,6 @@ import torch
 
 from kvshare_mm.attention import TailAttention
 from kvshare_mm.donors import DonorPool
-from kvshare_mm.editor import KVEditor
 from kvshare_mm.engine.encoder import MediaEncoder
 from kvshare_mm.engine.inputs import MediaInputs
 from kvshare_mm.engine.runner import ModelRunner, SlotRunner
@@ -66,7 +65,6 @@ class Prefiller:
     Args:
         runner: runs the model; reuse needs a `SlotRunner`.
         donors: where reuse comes from, or None.
-        editor: puts donor KV into a slot.
         options: when reuse is worth it.
         policy: which kept positions are recomputed.
         encoder: of a multimodal model, or None.
@@ -76,14 +74,12 @@ class Prefiller:
         self,
         runner: ModelRunner,
         donors: DonorPool | None,
-        editor: KVEditor,
         options: PlannerOptions,
         policy: RepairPolicy,
         encoder: MediaEncoder | None = None,
     ) -> None:
         self._runner = runner
         self._donors = donors
-        self._editor = editor
         self._options = options
         self._policy = policy
         self._encoder = encoder
@@ -194,16 +190,7 @@ class Prefiller:
 
     def _edit(self, plan: ReusePlan, slot: int, ns: str, positions: np.ndarray | None) -> None:
         assert self._donors is not None and isinstance(self._runner, SlotRunner)
-        donors = self._donors
-        keys, values = self._runner.slot_kv(slot)
-        with torch.inference_mode():
-            self._editor.edit(
-                donors.pieces(plan),
-                lambda node_id: donors.read(node_id, ns),
-                keys,
-                values,
-                positions,
-            )
+        self._donors.load(plan, ns, *self._runner.slot_kv(slot), positions)
 
 
 class _Media:

@@ -11,6 +11,7 @@ import torch
 
 from kvshare_mm.editor import KVEditor
 from kvshare_mm.index.semantic import SemanticIndex
+from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.store.tiered import TieredStore
@@ -91,8 +92,7 @@ def build_runner(
         layers,
         PageLayout(next(iter(layers.values()))),
         forward,
-        KVEditor(rotary_spec(model)),
-        store,
+        ReuseWorker(store, KVEditor(rotary_spec(model))),
         gone,
         _agreement(ranks),
         options.recompute_per_step,

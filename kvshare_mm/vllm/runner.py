@@ -14,14 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvshare_mm.delta_tree import Span
-from kvshare_mm.donors import owned_rows, stored
-from kvshare_mm.editor import KVEditor
 from kvshare_mm.errors import KVUnavailableError
-from kvshare_mm.store.base import NodeKV, StoredNode
-from kvshare_mm.store.tiered import TieredStore
+from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.vllm.forward import PartialForward
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.pages import PageLayout
@@ -44,8 +42,7 @@ class Runner:
         layers: the model's attention layers in order, caches bound.
         pages: where K and V are in their pages.
         forward: runs the model.
-        editor: re-rotates donors' keys.
-        store: this rank's share of the donors' KV.
+        worker: this rank's share of the donors' KV.
         gone: what the store dropped; it is appended to from any thread.
         agree: whether all ranks say yes.
         budget: most tokens that loads compute in one step.
@@ -56,8 +53,7 @@ class Runner:
         layers: dict[str, Any],
         pages: PageLayout,
         forward: PartialForward,
-        editor: KVEditor,
-        store: TieredStore,
+        worker: ReuseWorker,
         gone: deque[str],
         agree: Callable[[bool], bool],
         budget: int,
@@ -67,8 +63,7 @@ class Runner:
         self._layers = layers
         self._pages = pages
         self._forward = forward
-        self._editor = editor
-        self._store = store
+        self._worker = worker
         self._gone = gone
         self._agree = agree
         self._budget = budget
@@ -78,7 +73,7 @@ class Runner:
         self._sent: set[str] = set()
         self._report = WorkerReport()
         self._greeted = False
-        for node, _ in store.records():
+        for node, _ in worker.store.records():
             self._report.kv.restored.append(node)
 
     def step(self, orders: Orders) -> None:
@@ -97,10 +92,7 @@ class Runner:
             self.times.setdefault("load_seconds", []).append(time.perf_counter() - start)
         for save in orders.saves:
             self._save(save)
-        for node_id in orders.touched:
-            self._store.touch(node_id)
-        for node_id in orders.dropped:
-            self._store.delete(node_id)
+        self._worker.carry_out(orders.touched, orders.dropped)
 
     def finished(self) -> tuple[set[str], set[str], set[str]]:
         """Requests saved, requests loaded, and those of the latter whose load failed."""
@@ -117,7 +109,7 @@ class Runner:
         return report if first or not report.empty else None
 
     def close(self) -> None:
-        self._store.close()
+        self._worker.store.close()
 
     # -- loads ------------------------------------------------------------------------------
 
@@ -153,17 +145,8 @@ class Runner:
         shape = (len(self._layers), load.end, heads, dim)
         like = first.kv_cache
         keys, values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
-
-        def read(node_id: str) -> StoredNode:
-            stored = self._store.get(node_id, load.namespace)
-            layers, held, _, width = stored.kv.k.shape
-            if (layers, held, width) != (len(self._layers), heads, dim):
-                raise KVUnavailableError("corrupt", f"node {node_id} is not of this model")
-            return stored
-
         slot = keys.transpose(1, 2), values.transpose(1, 2)
-        with torch.inference_mode():
-            self._editor.edit(load.pieces, read, *slot, load.positions)
+        self._worker.load(load.pieces, load.namespace, *slot, load.positions)
         return keys, values
 
     def _advance(self, running: _Running, budget: int) -> int:
@@ -190,18 +173,19 @@ class Runner:
         """Take up a request; whatever happens, its blocks are given back."""
         self._sent.add(save.request_id)
         try:
-            node = self._read(save)
+            attention, kv = self._read(save)
         except Exception:
             # A cache problem is never a request's problem.
             logger.exception("%s could not be read", save.request_id)
             self._report.kv.not_saved[save.node.node_id] = "failed"
             return
-        report = stored(self._store, node)
-        if node.node.attention is not None:
-            report.attention[node.node.node_id] = node.node.attention
+        report = self._worker.save(replace(save.node, attention=attention), *kv)
+        if attention is not None:
+            report.attention[save.node.node_id] = attention
         self._report.kv.add(report)
 
-    def _read(self, save: Save) -> StoredNode:
+    def _read(self, save: Save) -> tuple[np.ndarray | None, list[torch.Tensor]]:
+        """What the prompt's last position looks at, and the request's K and V."""
         node = save.node
         length = max(save.last + 1, node.own[-1].end if node.own else 0)
         caches = [layer.kv_cache for layer in self._layers.values()]
@@ -213,5 +197,4 @@ class Runner:
             attention = self._forward.looked_at(
                 save.last, save.last_token, place, save.block_ids, [k for k, _ in kv]
             )
-        k, v = (owned_rows(torch.stack([each[i] for each in kv]), node) for i in range(2))
-        return StoredNode(replace(node, attention=attention), NodeKV(k, v))
+        return attention, [torch.stack([each[i] for each in kv]) for i in range(2)]

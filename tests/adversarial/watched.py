@@ -256,7 +256,7 @@ class Watched:
         self._full(stream, node.namespace, tuple(keys[len(stream) :].astype(int).tolist()))
         for piece in self.donors.tree.resolve(node.node_id, 0, node.exact_len):
             try:
-                stored = self.donors.read(piece.owner, node.namespace)
+                stored = self.donors.store.get(piece.owner, node.namespace)
             except KVUnavailableError:
                 continue
             row = stored.node.owned_row(piece.owner_start, piece.length)

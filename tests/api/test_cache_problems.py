@@ -128,7 +128,7 @@ def test_an_edit_that_raises(open_llm: OpenLLM, full: RequestOutput) -> None:
     def broken(*args: Any) -> None:
         raise MemoryError
 
-    llm._parts.donors.read = broken  # type: ignore[assignment, method-assign]
+    llm._parts.donors.store.get = broken  # type: ignore[assignment, method-assign]
     output = llm.generate(_TARGET, _PARAMS)
     assert output.token_ids == full.token_ids
     assert output.provenance.fallback == "edit_error"

@@ -46,12 +46,10 @@ class Server:
     ) -> None:
         self.tiny = tiny
         self.runner = SlotRunner(tiny.loaded, 2, MAX_LEN, chunk)
-        self.pool = DonorPool("tiny", HostTier(host_bytes), disk)
+        self.pool = DonorPool("tiny", KVEditor(tiny.loaded.rotary), HostTier(host_bytes), disk)
         self.served: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.namespaces: dict[str, str] = {}
-        self.prefiller = Prefiller(
-            self.runner, self.pool, KVEditor(tiny.loaded.rotary), OPTIONS, NO_REPAIR
-        )
+        self.prefiller = Prefiller(self.runner, self.pool, OPTIONS, NO_REPAIR)
 
     def prefill(self, ids: np.ndarray, ns: str = NS, **options: Any) -> PrefillResult:
         """Prefill in a slot full of NaN, and check all that must hold whatever was reused."""

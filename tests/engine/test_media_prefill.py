@@ -70,12 +70,11 @@ class Server:
     def __init__(self, oracle: Oracle, disk: DiskTier | None = None, host_bytes: int = 1 << 26):
         self.oracle = oracle
         self.runner = SlotRunner(oracle.loaded, 1, MAX_LEN, 4096)
-        self.pool = DonorPool("tiny", HostTier(host_bytes), disk)
+        self.pool = DonorPool("tiny", KVEditor(oracle.loaded.rotary), HostTier(host_bytes), disk)
         self.encoder = MediaEncoder(oracle.loaded, self.pool.store)
         self.prefiller = Prefiller(
             self.runner,
             self.pool,
-            KVEditor(oracle.loaded.rotary),
             OPTIONS,
             NO_REPAIR,
             self.encoder,

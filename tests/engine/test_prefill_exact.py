@@ -112,5 +112,5 @@ def test_borrowed_exact_positions_are_material(server: Server) -> None:
     server.serve(b)
     plan = server.prefill(_edited(b, 0, 40)).plan
     assert plan.num_reused > 40
-    pieces = server.pool.pieces(plan)
+    pieces = server.pool.reuse.catalogue.pieces(plan)
     assert sum(p.length for p in pieces if p.owner != node_a) == 1  # B's own token, exact too

@@ -120,7 +120,7 @@ def test_an_edit_that_fails_otherwise_is_a_miss(
     def fail(*_: Any) -> Any:
         raise ValueError("does not own")
 
-    monkeypatch.setattr(server.prefiller._editor, "edit", fail)
+    monkeypatch.setattr(server.pool.worker._editor, "edit", fail)
     target = _edited(ids, 30)
     result = server.prefill(target)
     assert result.fallback == "edit_error"

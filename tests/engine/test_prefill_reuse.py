@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from kvshare_mm.divergence import Tolerance
-from kvshare_mm.editor import KVEditor
 from kvshare_mm.engine.prefill import Prefiller, provenance
 from kvshare_mm.plan import Decline
 from kvshare_mm.repair import RepairPolicy, make_policy
@@ -27,7 +26,7 @@ def test_the_first_request_is_computed_and_becomes_a_donor(server: Server) -> No
     assert server.pool.counters["captured"] == 1
     node = server.pool.tree[node_id]
     assert node.num_owned == 60 and node.exact_len == 60
-    stored = server.pool.read(node_id, NS)
+    stored = server.pool.store.get(node_id, NS)
     assert torch.equal(stored.kv.k, server.served[node_id][0])
     assert torch.equal(stored.kv.v, server.served[node_id][1])
 
@@ -124,8 +123,10 @@ def test_donors_are_read_once_and_not_for_a_plan_that_is_given_up(
 ) -> None:
     ids = _ids(60, 0)
     server.serve(ids)
-    edit, calls = server.prefiller._editor.edit, []
-    monkeypatch.setattr(server.prefiller._editor, "edit", lambda *a: (calls.append(a), edit(*a))[1])
+    edit, calls = server.pool.worker._editor.edit, []
+    monkeypatch.setattr(
+        server.pool.worker._editor, "edit", lambda *a: (calls.append(a), edit(*a))[1]
+    )
     target = np.concatenate((_ids(3, 5), ids))
     result = server.prefill(target, policy=make_policy(spec))
     assert len(calls) == reads
@@ -143,9 +144,7 @@ def test_default_policy_is_used_unless_the_request_has_one(tiny_llama: Any) -> N
 
     server = Server(tiny_llama)
     policy: RepairPolicy = Recorded()
-    server.prefiller = Prefiller(
-        server.runner, server.pool, KVEditor(tiny_llama.loaded.rotary), OPTIONS, policy
-    )
+    server.prefiller = Prefiller(server.runner, server.pool, OPTIONS, policy)
     ids = _ids(60, 0)
     server.serve(ids)
     assert Recorded.calls == 0  # nothing was reused

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvshare_mm.editor import KVEditor
 from kvshare_mm.engine.prefill import Prefiller, provenance
 from kvshare_mm.engine.runner import PlainRunner, SlotRunner
 from kvshare_mm.plan import Decline
@@ -55,8 +54,7 @@ def test_sharing_exact_is_not_asked_for_similar_ones(server: Server) -> None:
 
 def test_without_donors_or_with_a_plain_runner(tiny_llama: Any) -> None:
     ids = _ids(30, 0)
-    editor = KVEditor(None)
-    alone = Prefiller(SlotRunner(tiny_llama.loaded, 1, 64, 64), None, editor, OPTIONS, NO_REPAIR)
+    alone = Prefiller(SlotRunner(tiny_llama.loaded, 1, 64, 64), None, OPTIONS, NO_REPAIR)
     result = alone.prefill(0, text_stream(ids), NS)
     assert result.plan.declined == Decline.SHARING_OFF
     assert torch.allclose(result.logits, tiny_llama.full(ids).logits[-1], atol=ATOL)
@@ -65,7 +63,7 @@ def test_without_donors_or_with_a_plain_runner(tiny_llama: Any) -> None:
         model, device = tiny_llama.reference, torch.device("cpu")
 
     runner = PlainRunner(Reference(), 1)  # type: ignore[arg-type]
-    plain = Prefiller(runner, None, editor, OPTIONS, NO_REPAIR)
+    plain = Prefiller(runner, None, OPTIONS, NO_REPAIR)
     result = plain.prefill(0, text_stream(ids), NS)
     assert result.plan.declined == Decline.UNSUPPORTED_MODEL
     assert torch.allclose(result.logits, tiny_llama.full(ids).logits[-1], atol=ATOL)

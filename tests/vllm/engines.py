@@ -77,7 +77,7 @@ class Shared:
         """As if just started: no donors, nothing in the prefix cache."""
         self.settle()
         for node in self.scheduler.reuse.catalogue.nodes():
-            self.runner._store.delete(node.node_id)
+            self.runner._worker.store.delete(node.node_id)
             self.scheduler.reuse.catalogue.remove(node.node_id)
         self.runner._gone.clear()
         assert self.llm.reset_prefix_cache()

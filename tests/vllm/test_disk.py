@@ -46,7 +46,7 @@ def test_pictures_on_disk_outlive_the_engine(tmp_path: Path) -> None:
     with shared_engine(locate("tiny-vl"), options, max_model_len=512) as engine:
         engine.serve(prompt("Tom"))
         before = engine.serve(prompt("Alexandra 17"), store=False, repair="tail:16")
-        assert engine.runner._store.flush(60)
+        assert engine.runner._worker.store.flush(60)
         (node,) = engine.scheduler.reuse.catalogue.nodes()
     with shared_engine(locate("tiny-vl"), options, max_model_len=512) as engine:
         after = engine.serve(prompt("Alexandra 17"), store=False, repair="tail:16")
@@ -74,7 +74,7 @@ def test_donors_on_disk_outlive_the_engine_and_damage(
         # Not all fit into RAM: some of these come from the disk.
         before = [serve(engine, edited(prompt)) for prompt in prompts]
         assert all(use["reused"] > 100 for use, _ in before)
-        assert engine.runner._store.flush(60)
+        assert engine.runner._worker.store.flush(60)
     with shared_engine(random_model("llama"), options) as engine:
         assert [serve(engine, edited(prompt)) for prompt in prompts] == before
         files = [f for f in store_dir.rglob("*") if f.is_file() and f.stat().st_size > 100_000]

@@ -173,7 +173,7 @@ def test_a_donor_lost_before_its_load(
     def lost(*_: Any) -> Any:
         raise KVUnavailableError(reason, "gone")
 
-    monkeypatch.setattr(engine.runner._store, "get", lost)
+    monkeypatch.setattr(engine.runner._worker.store, "get", lost)
     output = engine.serve(second, 12)
     use = told(output)
     assert (use["declined"], use["reused"], use["exact"]) == (reason, 0, 96)
@@ -187,7 +187,7 @@ def test_a_donor_evicted_between_plan_and_load(engine: Shared, stock: Any) -> No
     first = ids(300)
     engine.serve(first)
     for node in engine.scheduler.reuse.catalogue.nodes():
-        engine.runner._store.delete(node.node_id)  # the scheduler does not know yet
+        engine.runner._worker.store.delete(node.node_id)  # the scheduler does not know yet
     second = edited(first, 100)
     output = engine.serve(second, 12)
     assert told(output)["reused"] == 0

@@ -81,6 +81,6 @@ def _lose(worker: object, node_id: str, rank: int) -> bool:
     if worker.rank != rank:  # type: ignore[attr-defined]
         return False
     runner = get_kv_transfer_group()._runner
-    runner._store.delete(node_id)
+    runner._worker.store.delete(node_id)
     runner._gone.clear()
     return True

@@ -133,4 +133,4 @@ def test_what_is_known_of_donors_counts_in_a_budget(
     left = catalogue.nodes()
     assert 1 <= len(left) <= 3
     assert left[-1].keys[:200].tolist() == ids(200, 9)
-    assert sorted(engine.runner._store.ids()) == sorted(node.node_id for node in left)
+    assert sorted(engine.runner._worker.store.ids()) == sorted(node.node_id for node in left)

@@ -1,0 +1,95 @@
+"""Holds the KV of donors: edits it into what a request computes in, and keeps finished requests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kvshare_mm.delta_tree import Node, Piece
+from kvshare_mm.editor import KVEditor
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.reuse.orders import Report
+from kvshare_mm.store.base import NodeKV, StoredNode
+from kvshare_mm.store.tiered import TieredStore
+
+logger = logging.getLogger(__name__)
+
+
+class ReuseWorker:
+    """Carries out what a `ReuseScheduler` decides: natively in its process, inside vLLM in each
+    rank's.
+
+    Args:
+        store: the donors' KV, or this rank's share of it.
+        editor: re-rotates donors' keys.
+    """
+
+    def __init__(self, store: TieredStore, editor: KVEditor) -> None:
+        self.store = store
+        self._editor = editor
+
+    def load(
+        self,
+        pieces: Sequence[Piece],
+        ns: str,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: np.ndarray | None,
+    ) -> None:
+        """Write donors' KV where a request computes. All is read before the first byte is written.
+
+        Args:
+            pieces: who owns the KV of what is kept, in the request's coordinates.
+            ns: the request's namespace; a donor of another one is refused.
+            keys: ``[num_layers, num_kv_heads, >= N, head_dim]``, written.
+            values: the same.
+            positions: ``[3, N]`` rotary positions of the request; None: the index.
+
+        Raises:
+            KVUnavailableError: a donor cannot be had, or is not of this model.
+        """
+        layers, heads, _, dim = keys.shape
+
+        def read(node_id: str) -> StoredNode:
+            stored = self.store.get(node_id, ns)
+            if stored.kv.k.shape[:2] + stored.kv.k.shape[3:] != (layers, heads, dim):
+                raise KVUnavailableError("corrupt", f"node {node_id} is not of this model")
+            return stored
+
+        with torch.inference_mode():
+            self._editor.edit(pieces, read, keys, values, positions)
+
+    def save(self, node: Node, keys: torch.Tensor, values: torch.Tensor) -> Report:
+        """Keep what a node owns of a finished request's KV, and tell what became of that.
+
+        Args:
+            keys: ``[num_layers, num_kv_heads, >= N, head_dim]``; copied.
+            values: the same.
+        """
+        node_id = node.node_id
+        try:
+            kv = NodeKV(_owned_rows(keys, node), _owned_rows(values, node))
+            self.store.put(StoredNode(node, kv))
+        except Exception:
+            # A cache problem is never a request's problem.
+            logger.exception("%s could not be stored", node_id)
+            return Report(not_saved={node_id: "failed"})
+        if self.store.resident(node_id) is None:
+            return Report(not_saved={node_id: "too_large"})
+        return Report(stored={node_id: 1})
+
+    def carry_out(self, touched: Sequence[str], dropped: Sequence[str]) -> None:
+        """Nodes that were asked for again, and nodes to be deleted."""
+        for node_id in touched:
+            self.store.touch(node_id)
+        for node_id in dropped:
+            self.store.delete(node_id)
+
+
+def _owned_rows(tensor: torch.Tensor, node: Node) -> torch.Tensor:
+    """The rows a node owns of ``[layers, heads, >= N, dim]``, copied to the CPU."""
+    parts = [tensor[:, :, s.start : s.end] for s in node.own]
+    return torch.cat(parts, dim=2).cpu().contiguous()
