@@ -14,11 +14,11 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from kvshare_mm.apps.bench.cli import bench
-from kvshare_mm.apps.bench.terminal import plain_errors, report_file
 from kvshare_mm.apps.desk.cli import ui
 from kvshare_mm.apps.kernels import kernels
 from kvshare_mm.apps.server.cache_cli import cache
 from kvshare_mm.apps.server.cli import keys, serve
+from kvshare_mm.apps.terminal import plain_errors, report_file, write_report
 
 app = typer.Typer(
     name="kvshare",
@@ -117,7 +117,6 @@ def demo(
     Three of words, and two of pictures if tiny-vl is installed.
     """
     from kvshare_mm.apps import showcase
-    from kvshare_mm.apps.bench.terminal import write_report
     from kvshare_mm.apps.stories import picture_stories
     from kvshare_mm.models.loader import is_installed
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvshare_mm.apps.bench.terminal import plain_errors, report_file
+from kvshare_mm.apps.terminal import plain_errors, report_file
 from kvshare_mm.errors import ConfigError
 
 kernels = typer.Typer(help="The GPU kernels.", no_args_is_help=True)

@@ -7,31 +7,34 @@ import json
 import secrets
 import threading
 from collections import OrderedDict
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from kvshare_mm.identity import DIGEST_SIZE, identity
-
 T = TypeVar("T")
+
+# 256 bits: who sends media chooses what is hashed, and must not find two of one name.
+DIGEST_SIZE = 32
+_blake2b = partial(hashlib.blake2b, digest_size=DIGEST_SIZE)
 
 
 def row_hashes(rows: np.ndarray) -> np.ndarray:
-    """Hash of every row, as of `identity`: ``[n, ...]``, any dtype -> ``[n, 32]`` uint8."""
+    """Hash of every row: ``[n, ...]``, any dtype -> ``[n, 32]`` uint8."""
     flat = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
-    hashes = b"".join(hashlib.blake2b(row, digest_size=DIGEST_SIZE).digest() for row in flat)
+    hashes = b"".join(_blake2b(row).digest() for row in flat)
     return np.frombuffer(hashes, dtype=np.uint8).reshape(len(rows), DIGEST_SIZE)
 
 
 def content_digest(hashes: np.ndarray, *facts: Any) -> str:
     """64 hex digits over a medium's parts and all that decides what becomes of them."""
-    return identity(json.dumps(facts).encode(), hashes.tobytes())
+    return _blake2b(json.dumps(facts).encode() + hashes.tobytes()).hexdigest()
 
 
 def settings_digest(processor: Any) -> str:
     """Names all settings of a processor of transformers: other settings, other inputs."""
     settings = json.dumps(processor.to_dict(), sort_keys=True, default=str)
-    return identity(settings.encode())
+    return _blake2b(settings.encode()).hexdigest()
 
 
 class Seen(Generic[T]):
@@ -70,5 +73,5 @@ class Seen(Generic[T]):
         # The tenant goes into the key of the hash: before the content, some tenant's name and the
         # begin of a file could be another tenant's name.
         name = tenant.encode("utf-8", "surrogatepass")
-        own = hashlib.blake2b(name, key=self._secret, digest_size=DIGEST_SIZE).digest()
-        return hashlib.blake2b(content, key=own, digest_size=DIGEST_SIZE).digest()
+        own = _blake2b(name, key=self._secret).digest()
+        return _blake2b(content, key=own).digest()

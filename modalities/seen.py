@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.modalities.embed import ImageEmbedder, embed_sound
-from kvshare_mm.one_core import start_on_one_core
+from kvshare_mm.modalities.one_core import start_on_one_core
 from kvshare_mm.stream import MediaItem, Modality
 
 logger = logging.getLogger(__name__)

@@ -29,6 +29,7 @@ from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import SegmentStream, text_stream
 from kvshare_mm.vllm.arguments import check_installed, engine_arguments
+from kvshare_mm.vllm.compat import version
 from kvshare_mm.vllm.offline import VLLMEngine
 
 # Donors are stored behind the answer; the next request shall neither miss one nor pay for it.
@@ -81,8 +82,6 @@ def run(
         InvalidRequestError: a prompt is longer than the model's context.
     """
     check_installed()
-    import vllm
-
     longest = max(len(s) for case in cases for s in (case.donor, case.target)) + max_new_tokens
     rounds: list[_Rounds] = [([], []) for _ in cases]
     # Of two engines alike the one that was started later is some percent faster here.
@@ -102,7 +101,7 @@ def run(
         "kind": "vllm",
         "machine": machine(),
         "model": model,
-        "vllm": vllm.__version__,
+        "vllm": version(),
         "eager": True,
         "repeats": repeats,
         "max_new_tokens": max_new_tokens,

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from kvshare_mm.apps.bench.terminal import plain_errors
+from kvshare_mm.apps.terminal import plain_errors
 
 console = Console()
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from kvshare_mm.apps.bench.terminal import plain_errors
+from kvshare_mm.apps.terminal import plain_errors
 from kvshare_mm.errors import KVShareError
 
 cache = typer.Typer(help="List, pin, delete and look up the stored requests of a running server.")

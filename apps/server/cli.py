@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from kvshare_mm.apps.bench.terminal import plain_errors
+from kvshare_mm.apps.terminal import plain_errors
 
 console = Console()
 keys = typer.Typer(help="API keys: each bound to a tenant, kept as hashes in a file.")

@@ -27,8 +27,8 @@ from kvshare_mm.errors import (
     ModelOutputError,
     QueueFullError,
 )
+from kvshare_mm.modalities.one_core import start_on_one_core
 from kvshare_mm.models.loader import LoadedModel
-from kvshare_mm.one_core import start_on_one_core
 from kvshare_mm.outputs import FinishReason, count_use
 
 logger = logging.getLogger(__name__)

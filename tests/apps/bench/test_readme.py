@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.bench.readme import filled
-from kvshare_mm.apps.bench.terminal import write_report
+from kvshare_mm.apps.terminal import write_report
 
 
 def template(tokens: int) -> dict[str, Any]:

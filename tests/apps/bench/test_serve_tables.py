@@ -15,7 +15,7 @@ from kvshare_mm.apps.bench.readme import filled
 from kvshare_mm.apps.bench.report import page, read_results, sections
 from kvshare_mm.apps.bench.serve import Sample, summary
 from kvshare_mm.apps.bench.server_overhead import prompts
-from kvshare_mm.apps.bench.terminal import write_report
+from kvshare_mm.apps.terminal import write_report
 
 
 def serve(concurrency: int, rate: float | None = None, silent: bool = False) -> dict[str, Any]:

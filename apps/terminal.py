@@ -1,0 +1,61 @@
+"""What commands share: errors in one sentence, and a file for what they found."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from kvshare_mm.errors import KVShareError
+
+console = Console()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors that a user can act on, as one sentence and exit code 1."""
+    try:
+        yield
+    except KVShareError as error:
+        Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def report_file(path: Path | None) -> Path | None:
+    """The path, if a report can be written there; known before anything is measured."""
+    if path:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not path.exists()
+            path.open("a").close()
+            if is_new:  # a run that is killed must not leave what looks like a result
+                path.unlink()
+        except OSError as error:
+            raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def write_report(report: dict[str, Any], out: Path | None) -> None:
+    """Write a report as JSON, if a file was asked for, with the command that made it."""
+    if out:
+        report = {**report, "command": _command(sys.argv)}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=2), encoding="utf-8")
+        console.print(f"Report written to {out}", markup=False)
+
+
+def _command(argv: list[str]) -> str:
+    """As somebody else would type it: no folders of this machine, and no name of the report."""
+    words = ["kvshare", *(w if "://" in w else w.rpartition("/")[2] for w in argv[1:])]
+    if "--json" in words:
+        at = words.index("--json")
+        del words[at : at + 2]
+    return shlex.join(words)
