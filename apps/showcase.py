@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from kvshare_mm.apps.bench.rig import machine
 from kvshare_mm.apps.stories import STORIES, Story
 from kvshare_mm.apps.token_view import legend, token_view
 from kvshare_mm.engine.prefill import Sharing
@@ -95,7 +94,6 @@ def run(
         _save_picture(llm, told[0], picture)
     return {
         "kind": "demo",
-        "machine": machine(),
         "model": llm.config.model,
         "stories": [_as_data(one) for one in told],
     }

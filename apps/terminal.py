@@ -44,9 +44,11 @@ def report_file(path: Path | None) -> Path | None:
 
 
 def write_report(report: dict[str, Any], out: Path | None) -> None:
-    """Write a report as JSON, if a file was asked for, with the command that made it."""
+    """Write a report as JSON, if a file was asked for, with the command and the machine."""
     if out:
-        report = {**report, "command": _command(sys.argv)}
+        from kvshare_mm.apps.machine import machine
+
+        report = {**report, "machine": machine(), "command": _command(sys.argv)}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=2), encoding="utf-8")
         console.print(f"Report written to {out}", markup=False)

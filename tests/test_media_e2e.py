@@ -84,7 +84,7 @@ def test_reuse_costs_no_right_answers_and_leaks_nothing() -> None:
     rig = Rig(KVShareConfig(model="tiny-vl", max_model_len=2048, embedder=None), num_slots=3)
     try:
         methods = [METHODS["prefix"], METHODS["kvshare"]]
-        report = pictures.run(rig, methods, num_pairs=96, num_leak_pairs=48, progress=False)
+        report = pictures.run(rig, methods, num_pairs=96, num_leak_pairs=48)
     finally:
         rig.close()
     full, kvshare = (report["methods"][name]["accuracy"] for name in ("full", "kvshare"))

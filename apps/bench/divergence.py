@@ -1,14 +1,16 @@
-"""How far a served request is from full recompute."""
+"""How far served requests are from full recompute, and how numbers of many are told."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvshare_mm.apps.bench.rig import Served
 from kvshare_mm.plan import ReusePlan
 
 
@@ -16,6 +18,25 @@ def kl_divergence(full: torch.Tensor, other: torch.Tensor) -> float:
     """KL(full || other) in nats of two logit vectors ``[vocab_size]``."""
     p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
     return max(0.0, float((p.exp() * (p - q)).sum()))
+
+
+def against(full: Served, other: Served) -> dict[str, Any]:
+    """A prompt served in some way beside full recompute of it, JSON-ready."""
+    one, two = full.result.logits, other.result.logits
+    return {
+        **other.cost,
+        "kl_first_token": kl_divergence(one, two),
+        "first_token_same": bool(one.argmax() == two.argmax()),
+    }
+
+
+def spread(values: Sequence[float], *percentiles: int) -> dict[str, float | None]:
+    """The mean, and percentiles by name: p50, p90, ...; each is None if there are no values."""
+    if not values:
+        return dict.fromkeys(("mean", *(f"p{p}" for p in percentiles)))
+    found = np.percentile(values, percentiles)
+    named = {f"p{p}": float(v) for p, v in zip(percentiles, found, strict=True)}
+    return {"mean": float(np.mean(values)), **named}
 
 
 def agreement(full: Sequence[int], other: Sequence[int]) -> float:

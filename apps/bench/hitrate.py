@@ -6,32 +6,33 @@ need no recomputation, for prefix caching and KVShare, and how it grows with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from kvshare_mm.apps.bench.methods.gptcache import counts_as_hit
-from kvshare_mm.apps.bench.pools import StreamPool
+from kvshare_mm.apps.bench.divergence import spread
+from kvshare_mm.apps.bench.gptcache import counts_as_hit
+from kvshare_mm.apps.bench.pools import OpenPool
+from kvshare_mm.apps.bench.prompts import prompt
 from kvshare_mm.apps.bench.similar import nearest_before
 from kvshare_mm.errors import ConfigError
+from kvshare_mm.models.loader import load_tokenizer
 from kvshare_mm.plan import ReusePlan
 from kvshare_mm.stream import SegmentStream
 
-OpenPool = Callable[[int], StreamPool]
+Span = tuple[int, int]
 
 
 def run(
     streams: Sequence[SegmentStream],
-    user_spans: Sequence[tuple[int, int]],
+    user_spans: Sequence[Span],
     open_pools: dict[str, OpenPool],
     pool_sizes: Sequence[int],
     num_measured: int,
     embeddings: NDArray[np.float32] | None = None,
-    *,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Send a stream through pools of several sizes and measure its last prompts.
 
@@ -59,7 +60,7 @@ def run(
         raise ConfigError(f"cannot measure {num_measured} of {n} prompts: some must come before")
     first = n - num_measured
     sizes: dict[str, Any] = {}
-    with Progress(disable=not progress, transient=True) as bar:
+    with Progress(transient=True) as bar:
         for size in pool_sizes:
             begin = max(0, first - size)
             pools = {name: open_pool(size) for name, open_pool in open_pools.items()}
@@ -91,7 +92,7 @@ def run(
                         "token_share": kept[name] / tokens,
                         "prompt_share": float(np.mean(found[name])),
                         "shares": [round(share, 3) for share in found[name]],
-                        "planner_ms": _percentiles(seconds[name]),
+                        "planner_ms": spread([1000 * s for s in seconds[name]], 50, 99),
                     }
                     for name in pools
                 },
@@ -100,7 +101,17 @@ def run(
     return {"kind": "hitrate", "prompts": n, "measured": num_measured, "pool_sizes": sizes}
 
 
-def user_span(stream: SegmentStream, head: int, tail: int) -> tuple[int, int]:
+def encoded(texts: Sequence[str], model: str, raw: bool) -> tuple[list[SegmentStream], list[Span]]:
+    """Prompts as a model is asked them, and the user's tokens in each."""
+    tokenizer = load_tokenizer(model)
+    streams = [prompt(text, tokenizer, not raw) for text in texts]
+    head, tail = 0, 0
+    if not raw:
+        head, tail = template_length(*(prompt(text, tokenizer) for text in ("Why?", "5")))
+    return streams, [user_span(stream, head, tail) for stream in streams]
+
+
+def user_span(stream: SegmentStream, head: int, tail: int) -> Span:
     """The user's tokens of a prompt between a template's `head` and `tail` tokens."""
     end = max(len(stream) - tail, head + 1)
     return head, min(end, len(stream))
@@ -117,7 +128,7 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
     return int(differing[0]) if len(differing) else length
 
 
-def _saved(plan: ReusePlan, span: tuple[int, int]) -> int:
+def _saved(plan: ReusePlan, span: Span) -> int:
     """Positions of `span` that the model does not run on."""
     computed = plan.compute
     return span[1] - span[0] - int(((computed >= span[0]) & (computed < span[1])).sum())
@@ -128,8 +139,3 @@ def _gptcache(embeddings: NDArray[np.float32] | None, first: int, size: int) -> 
         return None
     nearest = [nearest_before(embeddings, i, size) for i in range(first, len(embeddings))]
     return float(counts_as_hit(np.array(nearest)).mean())
-
-
-def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    p50, p99 = np.percentile(seconds, [50, 99]) * 1000
-    return {"p50": float(p50), "p99": float(p99)}

@@ -46,7 +46,13 @@ class Journal:
     @classmethod
     def beside(cls, report: Path | None, settings: Any) -> Journal:
         """The journal of a report, in the same folder: ``name.json.partial``."""
-        return cls(report.with_name(report.name + ".partial") if report else None, settings)
+        return cls(_partial(report) if report else None, settings)
+
+    @staticmethod
+    def forget(report: Path | None) -> None:
+        """The report is written: its journal is no longer needed."""
+        if report:
+            _partial(report).unlink(missing_ok=True)
 
     def get(self, key: str) -> Any | None:
         """The result of `key`, or None if it is not known yet."""
@@ -58,11 +64,6 @@ class Journal:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(self._line(key, result))
-
-    def complete(self) -> None:
-        """The report is written: the journal is no longer needed."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
     @staticmethod
     def _line(key: str, result: Any) -> str:
@@ -78,3 +79,7 @@ class Journal:
                 continue
             results[key] = result
         return results if results.pop("settings", None) == self._header else {}
+
+
+def _partial(report: Path) -> Path:
+    return report.with_name(report.name + ".partial")

@@ -11,15 +11,12 @@ from rich.progress import track
 
 from kvshare_mm.apps.bench.methods import METHODS
 from kvshare_mm.apps.bench.prompts import encode
-from kvshare_mm.apps.bench.rig import Rig, machine
+from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.apps.stories import lab_report, random_values
 
 
-def run(rig: Rig, *, num_requests: int = 100, host_bytes: int) -> dict[str, Any]:
+def run(rig: Rig, *, num_requests: int = 100) -> dict[str, Any]:
     """Serve lab reports with other numbers each, storing all, and look at the bytes.
-
-    Args:
-        host_bytes: the budget that the rig's RAM tier was given.
 
     Returns:
         Bytes held, bytes if each request were stored whole, and the process's memory: before,
@@ -28,8 +25,7 @@ def run(rig: Rig, *, num_requests: int = 100, host_bytes: int) -> dict[str, Any]
     rng = random.Random(0)
     ns = rig.namespace("memory")
     before = psutil.Process().memory_info().rss
-    slot = rig.runner.max_bytes
-    saved = whole = 0
+    slots, host_bytes = rig.runner.max_bytes, rig.config.host_bytes
     for i in track(range(num_requests), "Serving lab reports", transient=True):
         text = lab_report(random_values(rng), str(10_000 + i), "Question: What is the urea value?")
         stream = encode(rig, text)
@@ -40,7 +36,6 @@ def run(rig: Rig, *, num_requests: int = 100, host_bytes: int) -> dict[str, Any]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "kind": "memory",
-        "machine": machine(),
         "model": rig.loaded.name,
         "requests": num_requests,
         "donors": len(rig.donors.tree),
@@ -50,6 +45,6 @@ def run(rig: Rig, *, num_requests: int = 100, host_bytes: int) -> dict[str, Any]
         "times_less": whole / saved,
         "rss_before_bytes": before,
         "rss_peak_bytes": peak,
-        "budget_bytes": {"host": host_bytes, "slots": slot},
-        "within_budget": peak - before <= host_bytes + slot,
+        "budget_bytes": {"host": host_bytes, "slots": slots},
+        "within_budget": peak - before <= host_bytes + slots,
     }

@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 
 from kvshare_mm.apps.bench.methods import METHODS
-from kvshare_mm.apps.bench.rig import Rig, machine
+from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.plan import ReusePlan
 from kvshare_mm.stream import text_stream
 
@@ -71,7 +71,6 @@ def run(
     cost = medians["lookup_and_plan_s"] + medians["capture_s"]
     return {
         "kind": "overhead",
-        "machine": machine(),
         "model": rig.loaded.name,
         "donors": stored,
         "tokens": num_tokens,

@@ -13,16 +13,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tqdm import tqdm
+from rich.progress import track
 
-from kvshare_mm.apps.bench.methods import METHODS, Method
+from kvshare_mm.apps.bench.methods import METHODS, Method, with_full
 from kvshare_mm.apps.bench.prompts import encode
-from kvshare_mm.apps.bench.reuse import with_full
-from kvshare_mm.apps.bench.rig import Rig, Served, machine
+from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.assets.training.dialogues import Request
 from kvshare_mm.assets.training.phrases import BOTH_TOPICS, PICTURE_TOPICS, TOPICS
 from kvshare_mm.assets.training.similar import WAYS, similar_pairs
-from kvshare_mm.stream import SegmentStream
 
 _MAX_TOKENS = 24
 Pair = tuple[str, Request, Request]
@@ -36,7 +34,6 @@ def run(
     num_leak_pairs: int = 300,
     num_photos: int = 1,
     seed: int = 1,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Measure every method.
 
@@ -49,20 +46,18 @@ def run(
         seed: of the requests; all are held out of training.
     """
     methods = with_full(methods)
-    pairs = itertools.islice(similar_pairs(seed, num_photos=num_photos), num_pairs)
-    answered = list(_answered(rig, pairs, num_pairs, methods, progress))
-    leaks = itertools.islice(_other_pictures(seed + 1, num_photos), num_leak_pairs)
-    leaked = list(_answered(rig, leaks, num_leak_pairs, methods, progress))
+    similar = similar_pairs(seed, num_photos=num_photos)
+    answered = list(_answered(rig, similar, num_pairs, methods))
+    leaked = list(_answered(rig, _other_pictures(seed + 1, num_photos), num_leak_pairs, methods))
     return {
         "kind": "pictures",
-        "machine": machine(),
         "model": rig.loaded.name,
         "dtype": str(rig.loaded.dtype).removeprefix("torch."),
         "repair": rig.config.repair,
         "photos": num_photos,
         "pairs": len(answered),
-        "methods": {m.name: _accuracy(m.name, answered) for m in methods},
-        "leaks": {m.name: _leaks(m.name, leaked) for m in methods},
+        "methods": {m.name: accuracy(m.name, answered) for m in methods},
+        "leaks": {m.name: leaks(m.name, leaked) for m in methods},
         "per_pair": answered,
         "per_leak_pair": leaked,
     }
@@ -77,20 +72,20 @@ def _other_pictures(seed: int, num_photos: int) -> Iterator[Pair]:
 
 
 def _answered(
-    rig: Rig, pairs: Iterator[Pair], total: int, methods: Sequence[Method], progress: bool
+    rig: Rig, pairs: Iterator[Pair], count: int, methods: Sequence[Method]
 ) -> Iterator[dict[str, Any]]:
     for number, (way, donor, target) in enumerate(
-        tqdm(pairs, total=total, desc="Asking", unit="pair", disable=not progress)
+        track(itertools.islice(pairs, count), "Asking about pictures", count, transient=True)
     ):
         ns = rig.namespace(f"pictures-{number}")
-        stream = encode(rig, donor.messages())
-        stored = rig.capture(stream, ns, rig.serve(stream, ns, METHODS["prefix"]))
         asked = encode(rig, target.messages())
-        served = [_served(rig, asked, ns, method, slot) for slot, method in enumerate(methods)]
+        with rig.known(encode(rig, donor.messages()), ns, METHODS["prefix"]):
+            # What one method's encoder made must not be another's: nothing is kept.
+            served = [
+                rig.serve(asked, ns, method, slot, store=False)
+                for slot, method in enumerate(methods)
+            ]
         answers = rig.decode(served, _MAX_TOKENS)
-        if stored is not None:
-            rig.donors.delete(stored)
-        texts = [rig.loaded.tokenizer.decode(a, skip_special_tokens=True) for a in answers]
         yield {
             "way": way,
             "topic": target.question.topic,
@@ -99,24 +94,18 @@ def _answered(
             "donors": donor.answer(),
             "methods": {
                 method.name: {
-                    "answer": text.strip(),
+                    "answer": rig.words(answer).strip(),
                     "computed_tokens": one.result.plan.num_computed,
                     "pictures": [use.source for use in one.result.media],
                 }
-                for method, one, text in zip(methods, served, texts, strict=True)
+                for method, one, answer in zip(methods, served, answers, strict=True)
             },
         }
 
 
-def _served(rig: Rig, asked: SegmentStream, ns: str, method: Method, slot: int) -> Served:
-    # What one method's encoder made must not be another's: nothing is kept.
-    result = rig.prefiller.prefill(
-        slot, asked, ns, sharing=method.sharing, policy=method.policy, store=False
-    )
-    return Served(slot, result, 0.0, 0.0)
+def accuracy(name: str, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often a method is right, by kind of pair and of question, and what it computes."""
 
-
-def _accuracy(name: str, pairs: list[dict[str, Any]]) -> dict[str, Any]:
     def share(some: list[dict[str, Any]]) -> float | None:
         right = [p["methods"][name]["answer"] == p["right"] for p in some]
         return sum(right) / len(right) if right else None
@@ -138,7 +127,8 @@ def _accuracy(name: str, pairs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _leaks(name: str, pairs: list[dict[str, Any]]) -> dict[str, int]:
+def leaks(name: str, pairs: list[dict[str, Any]]) -> dict[str, int]:
+    """How often a method answers for the stored picture where full recompute knows better."""
     followed = [p for p in pairs if p["methods"][name]["answer"] == p["donors"]]
     return {
         "pairs": len(pairs),

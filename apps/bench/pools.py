@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from kvshare_mm.apps.bench.methods import Method
+from kvshare_mm.apps.bench.methods import METHODS, Method
 from kvshare_mm.apps.bench.rig import Rig
+from kvshare_mm.config import KVShareConfig
 from kvshare_mm.donors import DonorPool
 from kvshare_mm.editor import KVEditor
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.plan import PlannerOptions, ReusePlan
-from kvshare_mm.repair import RepairPolicy
+from kvshare_mm.repair import RepairPolicy, make_policy
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.stream import SegmentStream
 
@@ -31,6 +33,9 @@ class StreamPool(Protocol):
         """Donors in the pool."""
 
     def close(self) -> None: ...
+
+
+OpenPool = Callable[[int], StreamPool]
 
 
 class PlannedPool:
@@ -89,14 +94,13 @@ class ServedPool:
     Args:
         rig: what serves them; its donors are this pool.
         size: donors kept; the oldest leaves first.
-        method: how they are served.
-        name: of the pool, unique in the rig.
+        method: how they are served; a rig has one pool of each.
     """
 
-    def __init__(self, rig: Rig, size: int, method: Method, name: str) -> None:
+    def __init__(self, rig: Rig, size: int, method: Method) -> None:
         self._rig = rig
         self._method = method
-        self._namespace = rig.namespace(name)
+        self._namespace = rig.namespace(f"pool-{method.name}")
         self._window = _Window(rig.donors, size)
 
     def admit(self, stream: SegmentStream) -> tuple[ReusePlan, float]:
@@ -108,7 +112,25 @@ class ServedPool:
         return len(self._window)
 
     def close(self) -> None:
-        self._window.clear()
+        self._window.keep(0)
+
+
+def planned(repair: str) -> dict[str, OpenPool]:
+    """What opens pools that only plan, by method. Raises ConfigError: no such policy."""
+    config, policy = KVShareConfig.of(repair=repair), make_policy(repair)
+    exact = config.planner.but_exact_only()
+    return {
+        "prefix": lambda size: PlannedPool(size, exact, policy, whole=True),
+        "kvshare": lambda size: PlannedPool(size, config.planner, policy),
+    }
+
+
+def served(rig: Rig) -> dict[str, OpenPool]:
+    """What opens pools of prompts that the model prefills, by method."""
+    return {
+        "prefix": lambda size: ServedPool(rig, size, METHODS["prefix"]),
+        "kvshare": lambda size: ServedPool(rig, size, METHODS["kvshare"]),
+    }
 
 
 class _Window:
@@ -122,11 +144,10 @@ class _Window:
     def add(self, node_id: str | None) -> None:
         if node_id is not None:
             self._ids.append(node_id)
-        while len(self._ids) > self._size:
-            self._donors.delete(self._ids.popleft())
+        self.keep(self._size)
 
-    def clear(self) -> None:
-        while self._ids:
+    def keep(self, size: int) -> None:
+        while len(self._ids) > size:
             self._donors.delete(self._ids.popleft())
 
     def __len__(self) -> int:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.apps.bench.jsonl import read_jsonl, read_text
 from kvshare_mm.apps.bench.rig import Rig
-from kvshare_mm.chat import chat_stream, prompt_stream
+from kvshare_mm.chat import TEXT_ONLY, MediaSupport, chat_stream, prompt_stream
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.stream import SegmentStream
 
@@ -89,7 +90,17 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def encode(rig: Rig, text: Text, chat: bool = True) -> SegmentStream:
-    """A prompt as the model is asked it.
+    """A prompt as the rig's model is asked it; as `prompt`, with media."""
+    return prompt(text, rig.loaded.tokenizer, chat, rig.media)
+
+
+def prompt(
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    chat: bool = True,
+    media: MediaSupport = TEXT_ONLY,
+) -> SegmentStream:
+    """A prompt as a model is asked it.
 
     Args:
         text: a prompt, or the messages of a chat.
@@ -98,10 +109,8 @@ def encode(rig: Rig, text: Text, chat: bool = True) -> SegmentStream:
     Raises:
         InvalidRequestError: the prompt is empty or no text.
     """
-    tokenizer = rig.loaded.tokenizer
     if isinstance(text, str):
         if not (chat and tokenizer.chat_template):
             return prompt_stream(text, tokenizer)[0]
         text = [{"role": "user", "content": text}]
-    stream, _ = chat_stream(text, tokenizer, rig.media)
-    return stream
+    return chat_stream(text, tokenizer, media)[0]

@@ -6,24 +6,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvshare_mm.apps.bench.bootstrap import difference, draws, interval
 from kvshare_mm.apps.bench.journal import Journal
 from kvshare_mm.apps.bench.measured import measured
-from kvshare_mm.apps.bench.methods import METHODS, AnswerMethod, AnswerStore, AnyMethod, Method
+from kvshare_mm.apps.bench.methods import FULL, AnswerMethod, AnswerStore, AnyMethod, Method
 from kvshare_mm.apps.bench.prompts import encode
-from kvshare_mm.apps.bench.rig import Rig, Served, machine
+from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.apps.bench.tasks import Item, Task
 from kvshare_mm.apps.bench.tasks.facts import FactTask, leaks, states
-from kvshare_mm.errors import InvalidRequestError
 
-_FULL = METHODS["full"]
-_DONOR_SLOT = 0
+Row = dict[str, Any]
 
 
 def slots_needed(methods: Sequence[AnyMethod]) -> int:
     """Slots that a rig needs: one for the donor, one for each method, one for full recompute."""
-    return 2 + sum(isinstance(m, Method) and m is not _FULL for m in methods)
+    return 2 + sum(isinstance(m, Method) and m is not FULL for m in methods)
 
 
 def run(
@@ -31,11 +29,10 @@ def run(
     task: Task,
     items: Sequence[Item],
     methods: Sequence[AnyMethod],
-    journal: Journal,
+    journal: Journal | None = None,
     *,
     resamples: int = 2000,
     seed: int = 0,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Answer every item by every method and score the answers.
 
@@ -59,21 +56,18 @@ def run(
     """
     if rig.num_slots < slots_needed(methods):
         raise ValueError(f"{slots_needed(methods)} slots are needed, the rig has {rig.num_slots}")
-    methods = [_FULL, *(m for m in methods if m is not _FULL)]
+    methods = [FULL, *(m for m in methods if m is not FULL)]
     openers = {m.name: m.opener() for m in methods if isinstance(m, AnswerMethod)}
     rows, skipped = measured(
         items,
         lambda item: _measure(rig, task, item, methods, openers),
-        keys=([item.id, item.donor, item.target, item.references] for item in items),
-        names=(item.id for item in items),
+        journal,
+        key=lambda item: [item.id, item.donor, item.target, item.references],
+        name=lambda item: item.id,
         noun="item",
-        title=f"Measuring {task.name}",
-        journal=journal,
-        progress=progress,
     )
     return {
         "kind": "quality",
-        "machine": machine(),
         "model": rig.loaded.name,
         "task": task.name,
         "metric": task.metric,
@@ -90,61 +84,89 @@ def run(
 
 def summarise(
     task: Task,
-    rows: Sequence[tuple[Item, dict[str, Any]]],
+    rows: Sequence[tuple[Item, Row]],
     names: Sequence[str],
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
     """Scores of all methods from their answers; the first name is full recompute."""
-    times = draws(len(rows), resamples, seed)
-    statistics = {
-        name: np.array(
-            [task.statistics(row["methods"][name]["answer"], item) for item, row in rows]
-        )
-        for name in names
-    }
     tokens = sum(row["tokens"] for _, row in rows)
-    summary = {}
+    by_full = [row["methods"][names[0]]["answer"] for _, row in rows]
+    summary: dict[str, Any] = {}
+    baseline: NDArray[np.float64] | None = None
     for name in names:
         parts = [row["methods"][name] for _, row in rows]
         answers = [part["answer"] for part in parts]
-        change = difference(task.score, statistics[name], statistics[names[0]], times)
+        statistics = np.array(
+            [task.statistics(answer, item) for answer, (item, _) in zip(answers, rows, strict=True)]
+        )
+        baseline = statistics if baseline is None else baseline
+        change = interval(task, statistics, baseline, resamples=resamples, seed=seed)
         summary[name] = {
-            "score": interval(task.score, statistics[name], times).as_json(),
-            "difference_to_full": change.as_json(),
-            "significant": change.excludes_zero,
-            "same_answer": sum(
-                a == row["methods"][names[0]]["answer"]
-                for a, (_, row) in zip(answers, rows, strict=True)
-            )
-            / len(rows),
+            "score": interval(task, statistics, resamples=resamples, seed=seed),
+            "difference_to_full": change,
+            "significant": change["low"] > 0 or change["high"] < 0,
+            "same_answer": sum(map(str.__eq__, answers, by_full)) / len(rows),
             "computed_share": sum(part["computed_tokens"] for part in parts) / tokens,
             "work_share": sum(part["work_tokens"] for part in parts) / tokens,
             "declined": sum(part["declined"] is not None for part in parts),
         }
         if isinstance(task, FactTask):
-            summary[name] |= _leak_test(rows, answers, names[0])
+            summary[name] |= _leak_test([item for item, _ in rows], answers, by_full)
     return summary
 
 
+def interval(
+    task: Task,
+    statistics: NDArray[np.float64],
+    baseline: NDArray[np.float64] | None = None,
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, float]:
+    """A score, or its difference to a baseline's, and the bounds of its 95% interval.
+
+    The intervals are percentiles of a paired bootstrap: a resample draws the same items for both
+    systems (Koehn 2004, "Statistical significance tests for machine translation evaluation"), so
+    what makes an item hard for both does not widen the interval.
+
+    Args:
+        statistics: ``[items, dim]``, of `Task.statistics`.
+        baseline: the same of another system; None: of none.
+    """
+    from scipy.stats import bootstrap
+
+    def score(drawn: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
+        found = task.score(statistics[drawn].sum(-2), drawn.shape[-1])
+        return (
+            found
+            if baseline is None
+            else found - task.score(baseline[drawn].sum(-2), drawn.shape[-1])
+        )
+
+    items = np.arange(len(statistics))
+    estimate = float(score(items))
+    if len(items) < 2:
+        return {"estimate": estimate, "low": estimate, "high": estimate}
+    low, high = bootstrap(
+        (items,), score, n_resamples=resamples, method="percentile", vectorized=True, rng=seed
+    ).confidence_interval
+    return {"estimate": estimate, "low": float(low), "high": float(high)}
+
+
 def _leak_test(
-    rows: Sequence[tuple[Item, dict[str, Any]]], answers: Sequence[str], full: str
+    items: Sequence[Item], answers: Sequence[str], by_full: Sequence[str]
 ) -> dict[str, Any]:
-    right = leaked = stale = 0
-    examples = []
-    for (item, row), answer in zip(rows, answers, strict=True):
-        by_full = row["methods"][full]["answer"]
-        right += states(by_full, item.references[0])
-        stale += item.stale is not None and states(answer, item.stale)
-        if leaks(answer, by_full, item):
-            leaked += 1
-            examples.append(item.id)
+    told = list(zip(items, answers, by_full, strict=True))
+    leaking = [item.id for item, answer, full in told if leaks(answer, full, item)]
     return {
-        "changed_facts": sum(item.stale is not None for item, _ in rows),
-        "full_states_new_fact": right,
-        "leaks": leaked,
-        "states_donor_fact": stale,
-        "leaking_items": examples,
+        "changed_facts": sum(item.stale is not None for item in items),
+        "full_states_new_fact": sum(states(full, item.references[0]) for item, _, full in told),
+        "leaks": len(leaking),
+        "states_donor_fact": sum(
+            item.stale is not None and states(answer, item.stale) for item, answer, _ in told
+        ),
+        "leaking_items": leaking,
     }
 
 
@@ -154,36 +176,22 @@ def _measure(
     item: Item,
     methods: Sequence[AnyMethod],
     openers: dict[str, Callable[[], AnswerStore]],
-) -> dict[str, Any]:
+) -> Row:
     donor, target = (encode(rig, text, task.chat) for text in (item.donor, item.target))
-    longest = rig.max_len - task.max_new_tokens
-    if max(len(donor), len(target)) > longest:
-        raise InvalidRequestError(f"longer than {longest} tokens", "target")
+    rig.check(donor, target, answer=task.max_new_tokens)
     ns = rig.namespace(f"quality-{task.name}-{item.id}")
-    first = rig.serve(donor, ns, _FULL, _DONOR_SLOT)
-    stored = rig.capture(donor, ns, first)
-    served: dict[str, Served] = {}
-    try:
-        for method in methods:
-            if isinstance(method, Method):
-                served[method.name] = rig.serve(target, ns, method, _DONOR_SLOT + 1 + len(served))
-    finally:
-        if stored:
-            rig.donors.delete(stored)
+    kept = [m for m in methods if isinstance(m, Method)]
+    with rig.known(donor, ns) as first:
+        served = [rig.serve(target, ns, method, slot) for slot, method in enumerate(kept, 1)]
     # The donor's own answer is only needed where answers are reused.
-    batch = [*served.values(), *([first] if openers else [])]
-    tokenizer = rig.loaded.tokenizer
-
-    def text(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
+    batch = [*served, *([first] if openers else [])]
     answers = [
-        task.clean(text(tokens))
-        for tokens in rig.decode(batch, task.max_new_tokens, lambda tokens: task.ends(text(tokens)))
+        task.clean(rig.words(tokens))
+        for tokens in rig.decode(batch, task.max_new_tokens, lambda t: task.ends(rig.words(t)))
     ]
     results = {
-        name: _result(answer, one.result.plan.num_computed, one.work, one.result.plan.declined)
-        for (name, one), answer in zip(served.items(), answers, strict=False)
+        method.name: {"answer": answer, **one.cost}
+        for method, one, answer in zip(kept, served, answers, strict=False)
     }
     for name, open_store in openers.items():
         store = open_store()
@@ -193,14 +201,6 @@ def _measure(
         finally:
             store.close()
         # A miss is asked of the model, which computes everything.
-        results[name] = results[_FULL.name] if found is None else _result(found, 0, 0.0, None)
+        nothing = {"answer": found, "computed_tokens": 0, "work_tokens": 0.0, "declined": None}
+        results[name] = results[FULL.name] if found is None else nothing
     return {"tokens": len(target), "methods": results}
-
-
-def _result(answer: str, computed: int, work: float, declined: str | None) -> dict[str, Any]:
-    return {
-        "answer": answer,
-        "computed_tokens": computed,
-        "work_tokens": work,
-        "declined": declined,
-    }

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kvshare_mm.apps.bench.figures import Drawn, figure_of, quality_figure
-from kvshare_mm.apps.bench.figures.theme import model_label
 from kvshare_mm.apps.bench.jsonl import read_text
 from kvshare_mm.apps.bench.tables import TABLES, Rows
+from kvshare_mm.apps.bench.theme import model_label
 from kvshare_mm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,9 @@ def sections(results: dict[str, dict[str, Any]]) -> list[Section]:
         figure = together.get(name) if report["kind"] == "quality" else figure_of(name, report)
         command = report.get("command", "")
         found.append(
-            Section(kind.title(report), name, _machine(report), command, kind.rows(report), figure)
+            Section(
+                kind.heading(report), name, _machine(report), command, kind.rows(report), figure
+            )
         )
     return found
 

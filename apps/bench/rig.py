@@ -1,37 +1,23 @@
-"""What benchmarks run on: a model with slots and donors, without the engine's threads."""
+"""What benchmarks run on: the product's model, slots and donors, asked one step at a time."""
 
 from __future__ import annotations
 
-import os
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
-import torch
-import transformers
-
 from kvshare_mm import __version__
-from kvshare_mm.apps.bench.methods import Method
+from kvshare_mm.apps.bench.methods import FULL, Method
 from kvshare_mm.apps.bench.work import LayerCounter
-from kvshare_mm.assemble import media_support
+from kvshare_mm.assemble import assemble
 from kvshare_mm.config import KVShareConfig
-from kvshare_mm.donors import DonorPool
-from kvshare_mm.editor import KVEditor
-from kvshare_mm.engine.encoder import MediaEncoder
-from kvshare_mm.engine.prefill import Prefiller, PrefillResult
+from kvshare_mm.engine.prefill import PrefillResult
 from kvshare_mm.engine.runner import SlotRunner
-from kvshare_mm.errors import ModelLoadError
-from kvshare_mm.models.loader import LoadedModel, load_model
+from kvshare_mm.errors import InvalidRequestError, ModelLoadError
 from kvshare_mm.reuse.scheduler import namespace
-from kvshare_mm.store.disk import DiskTier
-from kvshare_mm.store.host import HostTier
 from kvshare_mm.stream import SegmentStream
-from kvshare_mm.words import joining_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,53 +36,41 @@ class Served:
     ttft: float
     work: float
 
+    @property
+    def cost(self) -> dict[str, Any]:
+        """What it took, JSON-ready."""
+        plan = self.result.plan
+        return {
+            "computed_tokens": plan.num_computed,
+            "work_tokens": self.work,
+            "declined": plan.declined,
+        }
+
 
 class Rig:
-    """A model with slots and a pool of donors.
+    """The parts of a server, without its search by meaning. Its engine waits for nobody.
 
     Args:
         config: options of the model and of reuse.
-        folder: where donors go on disk, or None.
         num_slots: requests that are held at once, to be compared or decoded together.
 
     Raises:
         ModelLoadError: the model cannot be loaded, or its KV cannot be reused.
     """
 
-    def __init__(
-        self, config: KVShareConfig, folder: Path | None = None, num_slots: int = 1
-    ) -> None:
-        self.loaded: LoadedModel = load_model(
-            config.model,
-            dtype=config.dtype,
-            device=config.device,
-            attention_backend=config.attention_backend,
-        )
-        if self.loaded.unsupported or self.loaded.kv_shape is None:
-            raise ModelLoadError(f"nothing to measure: {self.loaded.unsupported}")
-        self.config = config
+    def __init__(self, config: KVShareConfig, num_slots: int = 1) -> None:
+        quiet = {"max_num_seqs": num_slots, "embedder": None, "media_embedder": None}
+        self.config = config.model_copy(update=quiet)
         self.num_slots = num_slots
-        self.max_len = min(config.max_model_len or 8192, self.loaded.context_len)
-        self.runner = SlotRunner(self.loaded, num_slots, self.max_len, config.prefill_chunk)
-        disk = DiskTier(folder, config.disk_bytes) if folder else None
-        self.donors = DonorPool(
-            self.loaded.fingerprint,
-            KVEditor(self.loaded.rotary, self.loaded.attention_backend),
-            HostTier(config.host_bytes),
-            disk,
-            max_candidates=config.max_candidates,
-            joining=joining_tokens(self.loaded.tokenizer),
-        )
-        self.media = media_support(self.loaded, config)
-        self.encoder = MediaEncoder(self.loaded, self.donors.store) if self.loaded.family else None
-        self.prefiller = Prefiller(
-            self.runner,
-            self.donors,
-            config.planner,
-            config.policy,
-            self.encoder,
-        )
-        self._counter = LayerCounter(self.loaded.model, self.loaded.kv_shape.num_layers)
+        self._parts = parts = assemble(self.config)
+        self.loaded = parts.loaded
+        if not isinstance(parts.runner, SlotRunner) or parts.donors is None:
+            parts.close()
+            raise ModelLoadError(f"nothing to measure: {self.loaded.unsupported}")
+        self.runner, self.donors = parts.runner, parts.donors
+        self.encoder, self.media = parts.encoder, parts.media
+        self.max_len = self.runner.slot_kv(0)[0].shape[2]
+        self._counter = LayerCounter(self.loaded.model, self.runner.slot_kv(0)[0].shape[0])
 
     @property
     def settings(self) -> list[Any]:
@@ -111,12 +85,24 @@ class Rig:
     def namespace(self, salt: str) -> str:
         return namespace(self.loaded.fingerprint, salt)
 
-    def serve(self, stream: SegmentStream, ns: str, method: Method, slot: int = 0) -> Served:
-        """Prefill into a slot; ttft ends when the first token is known."""
+    def check(self, *streams: SegmentStream, answer: int = 0) -> None:
+        """Raises InvalidRequestError: a prompt and `answer` tokens are longer than a slot."""
+        room = self.max_len - answer
+        if max(map(len, streams)) > room:
+            raise InvalidRequestError(f"longer than {room} tokens", "target")
+
+    def serve(
+        self, stream: SegmentStream, ns: str, method: Method, slot: int = 0, store: bool = True
+    ) -> Served:
+        """Prefill into a slot; ttft ends when the first token is known.
+
+        Args:
+            store: keep what an encoder makes of the prompt's media.
+        """
         self._counter.take()
         start = time.perf_counter()
-        result = self.prefiller.prefill(
-            slot, stream, ns, sharing=method.sharing, policy=method.policy
+        result = self._parts.prefiller.prefill(
+            slot, stream, ns, sharing=method.sharing, policy=method.policy, store=store
         )
         int(result.logits.argmax())
         return Served(slot, result, time.perf_counter() - start, self._counter.take())
@@ -136,6 +122,17 @@ class Rig:
             stream.positions,
             stream.media,
         )
+
+    @contextmanager
+    def known(self, donor: SegmentStream, ns: str, method: Method = FULL) -> Iterator[Served]:
+        """A donor served in the first slot, and stored until this ends."""
+        served = self.serve(donor, ns, method)
+        stored = self.capture(donor, ns, served)
+        try:
+            yield served
+        finally:
+            if stored:
+                self.donors.delete(stored)
 
     def decode(
         self,
@@ -172,35 +169,10 @@ class Rig:
                 answers[i].append(token)
         return answers
 
+    def words(self, tokens: Sequence[int]) -> str:
+        """An answer as text."""
+        return str(self.loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+
     def close(self) -> None:
         self._counter.close()
-        self.donors.close()
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Mean, median and 90th percentile."""
-    array = np.array(values)
-    return {
-        "mean": float(array.mean()),
-        "p50": float(np.median(array)),
-        "p90": float(np.quantile(array, 0.9)),
-    }
+        self._parts.close()

@@ -19,10 +19,8 @@ from typing import Any
 
 import httpx2
 import numpy as np
-import psutil
 from rich.progress import track
 
-from kvshare_mm.apps.bench.rig import machine
 from kvshare_mm.apps.bench.serve import ask, client_of, first_model
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.llm import KVShare, RequestOptions
@@ -45,15 +43,11 @@ class Turn:
         ttft: until the caller had the first text.
         engine: of it, from the engine's queue to its first token.
         text: the answer.
-        idle_cpu: CPU time of the side that was not asked; None: not known.
-        total: until the answer was complete.
     """
 
     ttft: float
     engine: float
     text: str
-    idle_cpu: float | None
-    total: float
 
 
 def prompts(count: int, words: int, length: Callable[[str], int]) -> list[str]:
@@ -76,8 +70,8 @@ def prompts(count: int, words: int, length: Callable[[str], int]) -> list[str]:
 
 
 @contextmanager
-def started(model: str, dtype: str) -> Iterator[tuple[str, psutil.Process]]:
-    """A server of its own process, ready: its URL, and the process.
+def started(model: str, dtype: str) -> Iterator[str]:
+    """The URL of a server in a process of its own, ready, and ended in the end.
 
     Raises:
         ConfigError: it ended by itself, or did not get ready.
@@ -91,7 +85,7 @@ def started(model: str, dtype: str) -> Iterator[tuple[str, psutil.Process]]:
                 stdout=subprocess.DEVNULL, stderr=errors,
             )  # fmt: skip
         try:
-            yield _ready(process, log), psutil.Process(process.pid)
+            yield _ready(process, log)
         finally:
             process.terminate()
             try:
@@ -102,20 +96,13 @@ def started(model: str, dtype: str) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def run(
-    llm: KVShare,
-    url: str,
-    *,
-    process: psutil.Process | None = None,
-    key: str | None = None,
-    repeats: int = 15,
-    words: int = 16,
+    llm: KVShare, url: str, *, key: str | None = None, repeats: int = 15, words: int = 16
 ) -> dict[str, Any]:
     """Ask both, in turns, for the same prompts, without sharing.
 
     Args:
         llm: the Python API.
         url: of a server of the same model.
-        process: the server's; None: its CPU time is not known.
         key: API key of the server.
         repeats: prompts measured.
         words: in each.
@@ -127,12 +114,11 @@ def run(
         ConfigError: the server does not answer, or serves another model.
     """
     texts = prompts(repeats + _WARM_UP, words, lambda text: len(llm.tokenize(_messages(text))))
-    pairs = asyncio.run(_pairs(llm, url, texts, process, key))[_WARM_UP:]
+    pairs = asyncio.run(_pairs(llm, url, texts, key))[_WARM_UP:]
     differences = [server.ttft - api.ttft for server, api in pairs]
     sides = {"server": [s for s, _ in pairs], "api": [a for _, a in pairs]}
     return {
         "kind": "server-overhead",
-        "machine": machine(),
         "model": llm.config.model,
         "tokens": len(llm.tokenize(_messages(texts[0]))),
         "repeats": repeats,
@@ -147,19 +133,14 @@ def run(
             "all": differences,
         },
         "same_answers": sum(server.text == api.text for server, api in pairs),
-        # Of a core, while the other side was asked: both must not compute at once.
-        "idle_cpu_share": {
-            "api": _share(sides["server"]),  # with this process' own part of the HTTP requests
-            "server": _share(sides["api"]),
-        },
     }
 
 
 async def _pairs(
-    llm: KVShare, url: str, texts: list[str], process: psutil.Process | None, key: str | None
+    llm: KVShare, url: str, texts: list[str], key: str | None
 ) -> list[tuple[Turn, Turn]]:
-    model = await first_model(url, key)
-    async with client_of(url, key, _START_S) as client:
+    async with client_of(url, key) as client:
+        model = await first_model(client)
         pairs = []
         for i, text in enumerate(track(texts, "Asking both", transient=True)):
             turns: dict[str, Turn] = {}
@@ -168,7 +149,7 @@ async def _pairs(
                 turns[side] = (
                     await _of_server(client, model, text)
                     if side == "server"
-                    else _of_api(llm, text, process)
+                    else _of_api(llm, text)
                 )
             pairs.append((turns["server"], turns["api"]))
         return pairs
@@ -183,20 +164,17 @@ async def _of_server(client: httpx2.AsyncClient, model: str, text: str) -> Turn:
         "ignore_eos": True,
         "kvshare": {"sharing": "off", "store": False},
     }
-    before = time.process_time()
     sample = await ask(client, body)
-    used = time.process_time() - before
     if sample.error or sample.ttft is None:
         raise ConfigError(f"the server gave no answer: {sample.error or 'it has no text'}")
-    if sample.engine_ttft is None:
+    if not sample.reuse:
         raise ConfigError("the server is not this project's")
-    return Turn(sample.ttft, sample.engine_ttft, sample.text, used, sample.total)
+    return Turn(sample.ttft, sample.reuse["seconds"]["ttft"], sample.text)
 
 
-def _of_api(llm: KVShare, text: str, process: psutil.Process | None) -> Turn:
+def _of_api(llm: KVShare, text: str) -> Turn:
     params = SamplingParams(max_tokens=_MAX_TOKENS, ignore_eos=True)
     options = RequestOptions(sharing="off", store=False)
-    before = _cpu(process)
     start = time.perf_counter()
     ttft, said, output = None, "", None
     for chunk in llm.stream(_messages(text), params, options):
@@ -204,28 +182,13 @@ def _of_api(llm: KVShare, text: str, process: psutil.Process | None) -> Turn:
             ttft = time.perf_counter() - start
         said += chunk.text
         output = chunk.output
-    total = time.perf_counter() - start
-    after = _cpu(process)
     if ttft is None or output is None:
         raise ConfigError("the model gave no answer: it has no text")
-    used = None if before is None or after is None else after - before
-    return Turn(ttft, output.metrics.ttft, said, used, total)
+    return Turn(ttft, output.metrics.ttft, said)
 
 
 def _messages(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
-
-
-def _cpu(process: psutil.Process | None) -> float | None:
-    if process is None:
-        return None
-    times = process.cpu_times()
-    return float(times.user + times.system)
-
-
-def _share(turns: list[Turn]) -> float | None:
-    used = [turn.idle_cpu for turn in turns if turn.idle_cpu is not None]
-    return sum(used) / sum(turn.total for turn in turns) if used else None
 
 
 def _ready(process: subprocess.Popen[bytes], log: Path) -> str:

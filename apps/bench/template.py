@@ -15,7 +15,7 @@ import numpy as np
 
 from kvshare_mm.apps.bench.methods import METHODS
 from kvshare_mm.apps.bench.prompts import encode
-from kvshare_mm.apps.bench.rig import Rig, machine
+from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.apps.stories import lab_report, random_values
 
 
@@ -44,7 +44,6 @@ def run(rig: Rig, *, reports: int, values: int, repeats: int) -> dict[str, Any]:
     medians = {way: statistics.median(times) for way, times in ways.items()}
     return {
         "kind": "template",
-        "machine": machine(),
         "model": rig.loaded.name,
         "tokens": len(target),
         "values": values,

@@ -1,9 +1,10 @@
-"""What the benchmark commands share: options, a rig, errors in one sentence, the report file."""
+"""What the benchmark commands share: options, a rig, and what becomes of a report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,10 +14,10 @@ from rich.table import Table
 
 from kvshare_mm.apps.terminal import console, plain_errors, report_file, write_report
 
-__all__ = ["console", "plain_errors", "write_report"]
-
 if TYPE_CHECKING:
     from kvshare_mm.apps.bench.rig import Rig
+
+Report = dict[str, Any]
 
 Model = Annotated[str, typer.Option(help="hub name, folder, .gguf file, or the embedded smollm2")]
 Repair = Annotated[
@@ -26,52 +27,75 @@ Engine = Annotated[
     Literal["native", "vllm"],
     typer.Option(help="vllm: vLLM with KVShare in it beside vLLM as it comes"),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="use the first N pairs")]
-
-
+Limit = Annotated[int | None, typer.Option(min=1, help="use the first N")]
+Pairs = Annotated[
+    Path, typer.Option("--pairs", help='JSON Lines of {"id", "donor", "target", "reference"}')
+]
+HeldOut = Annotated[
+    bool,
+    typer.Option("--held-out", help="only the 40% of the pairs that nothing is fitted to"),
+]
+Repeats = Annotated[int, typer.Option(min=1, help="measurements of each")]
+Seed = Annotated[int, typer.Option(min=0, help="of all that is drawn")]
+Embedder = Annotated[str, typer.Option(help="sentence-transformers model")]
 Out = Annotated[
     Path | None,
     typer.Option("--json", help="write the report to this file", callback=report_file),
 ]
 
 
+def measuring(command: Callable[..., Report]) -> Callable[..., None]:
+    """A command that returns a report, and takes where to write it as ``json_file``.
+
+    The report is shown as the table of its kind and written, and what was kept in case the run is
+    killed is dropped. Errors that a user can act on end it in one sentence; a report of errors
+    ends it with code 1.
+    """
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        from kvshare_mm.apps.bench.journal import Journal
+
+        with plain_errors():
+            report = command(**options)
+            show(report)
+            write_report(report, options["json_file"])
+            Journal.forget(options["json_file"])
+            if report.get("errors"):
+                raise typer.Exit(1)
+
+    return run
+
+
 @contextmanager
 def opened_rig(model: str, num_slots: int = 1, **options: Any) -> Iterator[Rig]:
-    """A rig without dense search, closed in the end, with a word on what takes time."""
+    """A rig, closed in the end, with a word on what takes time. Options of None are not given."""
     from kvshare_mm.apps.bench.rig import Rig
     from kvshare_mm.config import KVShareConfig
 
-    config = KVShareConfig.of(model=model, embedder=None, **options)
+    given = {name: value for name, value in options.items() if value is not None}
+    config = KVShareConfig.of(model=model, **given)
     console.print(f"Loading [bold]{escape(model)}[/] ...")
-    rig = Rig(config, num_slots=num_slots)
+    rig = Rig(config, num_slots)
     try:
         yield rig
     finally:
         rig.close()
 
 
-def table(title: str, *headings: str) -> Table:
-    """A table whose first column is a name and whose others are figures."""
-    made = Table(title=escape(title))
-    for i, heading in enumerate(headings):
-        made.add_column(heading, justify="right" if i else "left", no_wrap=not i, overflow="fold")
-    return made
-
-
-def show(report: dict[str, Any]) -> None:
+def show(report: Report) -> None:
     """The table of a report, as `tables` has it for its kind."""
     from kvshare_mm.apps.bench.tables import TABLES
 
     kind = TABLES[report["kind"]]
     headings, *rows = kind.rows(report)
-    shown = table(kind.title(report), *headings)
+    shown = Table(title=escape(kind.heading(report)))
+    for i, heading in enumerate(headings):
+        shown.add_column(heading, justify="right" if i else "left", no_wrap=not i, overflow="fold")
     for row in rows:
         shown.add_row(*map(escape, row))
     console.print(shown)
-    say_skipped(report)
-
-
-def say_skipped(report: dict[str, Any]) -> None:
-    """How many inputs were left out, if any."""
+    for error, count in report.get("errors", {}).items():
+        console.print(f"[red]{count} failed:[/] {escape(error)}")
     if report.get("skipped"):
         console.print(f"{len(report['skipped'])} were skipped; the report says why")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from kvshare_mm.apps.bench.methods import METHODS, Method
 from kvshare_mm.apps.bench.prompts import encode
-from kvshare_mm.apps.bench.rig import Rig, machine
+from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.apps.bench.vision_model import QWEN25_VL_3B, Shape, build
 from kvshare_mm.assemble import media_support
 from kvshare_mm.config import KVShareConfig
@@ -96,7 +96,6 @@ def run(
             rig.close()
     return {
         "kind": "vision",
-        "machine": machine(),
         "model": f"random Qwen2.5-VL, 3B divided by {divide}",
         "shape": asdict(shape),
         "tower_to_text": shape.vision_macs / shape.text_macs,
@@ -111,34 +110,27 @@ def run(
 def _measure(
     rig: Rig, donor: list[dict[str, Any]], target: list[dict[str, Any]], repeats: int
 ) -> dict[str, Any]:
-    assert rig.encoder is not None
     ns = rig.namespace("vision")
-    stream = encode(rig, donor)
-    stored = rig.capture(stream, ns, rig.serve(stream, ns, METHODS["prefix"]))
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in _METHODS}
     facts: dict[str, dict[str, Any]] = {}
-    for _ in range(repeats):
-        for name in _METHODS:
-            row, fact = _serve(rig, target, ns, METHODS[name])
-            rows[name].append(row)
-            facts[name] = fact
-    if stored is not None:
-        rig.donors.delete(stored)
+    with rig.known(encode(rig, donor), ns, METHODS["prefix"]):
+        for _ in range(repeats):
+            for name in _METHODS:
+                row, facts[name] = _serve(rig, target, ns, METHODS[name])
+                rows[name].append(row)
     medians = {
-        name: {part: statistics.median(row[part] for row in rows[name]) for part in _PARTS}
-        for name in _METHODS
+        name: {part: statistics.median(row[part] for row in those) for part in _PARTS}
+        for name, those in rows.items()
     }
+    lengths = {part: facts["full"][part] for part in ("tokens", "image_tokens")}
     return {
-        "tokens": facts["full"].pop("tokens"),
-        "image_tokens": facts["full"].pop("image_tokens"),
+        **lengths,
         "methods": {
             name: {
                 **medians[name],
                 "times_sooner": medians["full"]["ttft_s"] / medians[name]["ttft_s"],
                 "times_less_cpu": medians["full"]["cpu_s"] / medians[name]["cpu_s"],
-                "computed_tokens": facts[name]["computed_tokens"],
-                "tower_runs": facts[name]["tower_runs"],
-                "picture": facts[name]["picture"],
+                **{part: fact for part, fact in facts[name].items() if part not in lengths},
             }
             for name in _METHODS
         },

@@ -16,11 +16,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from kvshare_mm.answers import answers
-from kvshare_mm.apps.bench.rig import machine
-from kvshare_mm.chat import chat_stream, prompt_stream
+from kvshare_mm.apps.bench.prompts import prompt
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.engine.request import RequestSpec
 from kvshare_mm.models.loader import load_tokenizer
@@ -58,7 +55,7 @@ def cases_of(model: str, pairs: Sequence[dict[str, Any]]) -> list[Case]:
     """
     tokenizer = load_tokenizer(model)
     return [
-        Case(str(p["id"]), _encode(p["donor"], tokenizer), _encode(p["target"], tokenizer))
+        Case(str(p["id"]), prompt(p["donor"], tokenizer), prompt(p["target"], tokenizer))
         for p in pairs
     ]
 
@@ -99,7 +96,6 @@ def run(
     sooner = [row["times_sooner"] for row in rows]
     return {
         "kind": "vllm",
-        "machine": machine(),
         "model": model,
         "vllm": version(),
         "eager": True,
@@ -200,11 +196,3 @@ def _shuffled(stream: SegmentStream) -> SegmentStream:
     ids = stream.token_ids.tolist()
     random.Random(0).shuffle(ids)
     return text_stream(ids)
-
-
-def _encode(text: Any, tokenizer: PreTrainedTokenizerBase) -> SegmentStream:
-    if isinstance(text, str):
-        if not tokenizer.chat_template:
-            return prompt_stream(text, tokenizer)[0]
-        text = [{"role": "user", "content": text}]
-    return chat_stream(text, tokenizer)[0]

@@ -9,8 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvshare_mm.apps.bench import kernels as bench_kernels
-from kvshare_mm.apps.bench.kernels import Problem, Shape, run
+from kvshare_mm.apps.bench.kernels import SHAPES, Shape, run
 from kvshare_mm.apps.cli import app
 from kvshare_mm.kernels.backend import interpreting
 
@@ -20,32 +19,29 @@ _SHAPE = Shape("tiny", 4, 2, 16, 70, 12, 3)
 
 
 def test_the_positions_are_as_many_as_it_says() -> None:
-    problem = Problem(_SHAPE, torch.device("cpu"), torch.float32)
-    assert problem.runs == [(0, 3), (22, 25), (45, 48), (67, 70)]
-    assert problem.index.tolist() == [0, 1, 2, 22, 23, 24, 45, 46, 47, 67, 68, 69]
-    pairs = sum(i + 1 for i in problem.index.tolist())
-    assert problem.flops == 4 * pairs * 4 * 16
-    assert problem.num_bytes == 4 * (2 * 70 * 2 * 16 + 2 * 12 * 4 * 16)
-    single = Shape("tiny", 4, 2, 16, 70, 1, 1)
-    assert Problem(single, torch.device("cpu"), torch.float32).index.tolist() == [69]
+    assert _SHAPE.index.tolist() == [0, 1, 2, 22, 23, 24, 45, 46, 47, 67, 68, 69]
+    assert Shape("tiny", 4, 2, 16, 70, 1, 1).index.tolist() == [69]
+    for shape in (one for shapes in SHAPES.values() for one in shapes):
+        assert len(set(shape.index.tolist())) == shape.num_computed
+        assert shape.index[-1] == shape.num_tokens - 1
 
 
 @pytest.mark.skipif(not interpreting(), reason="Triton needs a GPU here")
 def test_every_method_computes_the_same() -> None:
-    report = run(torch.device("cpu"), dtype=torch.float32, repeats=1, shapes=(_SHAPE,))
+    report = run(torch.device("cpu"), repeats=1, shapes=(_SHAPE,))
     rows = {row["method"]: row for row in report["attention"]}
     assert list(rows) == [
         "full attention, all positions", "sdpa, dense mask", "kvshare torch", "kvshare triton"
     ]  # fmt: skip
     for row in rows.values():
         assert row["ms"] > 0 and row["speedup"] > 0
-        assert row.get("max_abs_error", 0) < 1e-5
-    assert [row["method"] for row in report["edit"]] == ["copy", "kvshare torch", "kvshare triton"]
-    assert all(row["gb_per_s"] > 0 for row in report["edit"])
+        assert (row["max_abs_error"] or 0) < 1e-5
+    assert [row["method"] for row in report["edit"]] == ["copy", "edit, torch", "edit, triton"]
+    assert all(row["ms"] > 0 for row in report["edit"])
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_kernels, "CPU_SHAPES", (_SHAPE,))
+    monkeypatch.setitem(SHAPES, "cpu", (_SHAPE,))
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "report.json"
     done = CliRunner().invoke(

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from kvshare_mm import KVShare, ModelLoadError, SamplingParams
 from kvshare_mm.apps import chat as chat_app
-from kvshare_mm.apps.bench.figures.theme import LABELS
+from kvshare_mm.apps.bench.theme import LABELS
 from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.stories import STORIES, Story
 

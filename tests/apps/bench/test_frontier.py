@@ -14,7 +14,7 @@ from kvshare_mm.apps.bench.rig import Rig
 
 
 def test_points(rig: Rig, pairs: list[dict[str, Any]]) -> None:
-    report = run(rig, pairs[:2], list(METHODS.values()), progress=False)
+    report = run(rig, pairs[:2], list(METHODS.values()))
     json.dumps(report, allow_nan=False)
     assert report["kind"] == "frontier"
     found = report["methods"]
@@ -35,16 +35,16 @@ def test_points(rig: Rig, pairs: list[dict[str, Any]]) -> None:
 
 
 def test_ad_hoc_policies_have_one_point(rig: Rig, pairs: list[dict[str, Any]]) -> None:
-    report = run(rig, pairs[:1], pick("repair=window:2"), progress=False)
+    report = run(rig, pairs[:1], pick("repair=window:2"))
     [point] = report["methods"]["repair=window:2"]
     assert point["policy"] == "window:2"
 
 
 def test_pairs_that_cannot_be_served(rig: Rig, pairs: list[dict[str, Any]]) -> None:
     long = {"id": "long", "donor": "fox", "target": "a b " * 400}
-    report = run(rig, [long, pairs[0]], pick("prefix"), progress=False)
+    report = run(rig, [long, pairs[0]], pick("prefix"))
     assert [s["id"] for s in report["skipped"]] == ["long"]
     assert report["pairs"] == 1
     with pytest.raises(ConfigError, match="no pair could be served"):
-        run(rig, [long], pick("prefix"), progress=False)
+        run(rig, [long], pick("prefix"))
     assert len(rig.donors.tree) == 0

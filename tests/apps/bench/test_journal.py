@@ -48,22 +48,21 @@ def test_a_file_that_is_no_journal(tmp_path: Path) -> None:
     assert Journal(path, "s").get("x") == 1
 
 
-def test_complete_removes_the_file(tmp_path: Path) -> None:
+def test_nothing_is_left_of_a_report_that_is_written(tmp_path: Path) -> None:
     report = tmp_path / "out.json"
-    journal = Journal.beside(report, "s")
-    journal.put("x", 1)
+    Journal.beside(report, "s").put("x", 1)
     [left] = tmp_path.iterdir()
     assert left.name == "out.json.partial"
-    journal.complete()
-    journal.complete()
-    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        Journal.forget(report)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_file() -> None:
     journal = Journal.beside(None, "s")
     journal.put("x", 1)
     assert journal.get("x") == 1
-    journal.complete()
+    Journal.forget(None)
 
 
 def test_settings_key_sees_every_value() -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kvshare_mm import ConfigError
+from kvshare_mm.apps.bench.gptcache import GPTCacheStore, counts_as_hit
 from kvshare_mm.apps.bench.methods import ANSWER_METHODS, METHODS, Method, pick, pick_any
-from kvshare_mm.apps.bench.methods.gptcache import GPTCacheStore, counts_as_hit
 from kvshare_mm.repair import make_policy
 
 needs_gptcache = pytest.mark.skipif(

@@ -39,7 +39,6 @@ def test_every_way_is_asked_by_every_method(rig: Rig) -> None:
         [METHODS["prefix"], METHODS["kvshare"]],
         num_pairs=len(pictures.TOPICS) * len(WAYS),
         num_leak_pairs=2,
-        progress=False,
     )
     assert {p["way"] for p in report["per_pair"]} == set(WAYS)
     assert {p["topic"] for p in report["per_pair"]} == set(pictures.TOPICS)
@@ -79,7 +78,7 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
         pair("a", "b", "a", "c"),
         pair("a", "b", "c", "c", "other_facts"),
     ]
-    row = pictures._accuracy("kvshare", rows)
+    row = pictures.accuracy("kvshare", rows)
     assert row["accuracy"] == pytest.approx(1 / 3)
     assert row["accuracy_by_way"]["rephrased"] == 0.5
     assert row["accuracy_by_way"]["other_facts"] == 0
@@ -95,7 +94,7 @@ def test_a_leak_is_the_donors_answer_where_full_recompute_knows_better() -> None
         pair("a", "b", "a", "c"),  # wrong, but nobody's
         pair("a", "b", "a", "a"),
     ]
-    assert pictures._leaks("kvshare", rows) == {
+    assert pictures.leaks("kvshare", rows) == {
         "pairs": 4,
         "right": 1,
         "follow_the_donor": 2,

@@ -12,8 +12,8 @@ import pytest
 
 from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench.figures import figure_of
-from kvshare_mm.apps.bench.figures.theme import DARK, LIGHT
 from kvshare_mm.apps.bench.report import page, read_results, sections, write_figures
+from kvshare_mm.apps.bench.theme import DARK, LIGHT
 
 _MACHINE = {"cpu": "A <fast> CPU", "threads": 2, "gpu": None, "torch": "2", "transformers": "5"}
 

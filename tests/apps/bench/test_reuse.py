@@ -9,21 +9,23 @@ import pytest
 import torch
 
 from kvshare_mm import ConfigError
+from kvshare_mm.apps.bench.divergence import spread
 from kvshare_mm.apps.bench.journal import Journal
 from kvshare_mm.apps.bench.methods import METHODS, pick
 from kvshare_mm.apps.bench.prompts import is_fitted_to, read_pairs, read_prompts
 from kvshare_mm.apps.bench.reuse import run
-from kvshare_mm.apps.bench.rig import Rig, machine, spread
+from kvshare_mm.apps.bench.rig import Rig
+from kvshare_mm.apps.machine import machine
 
 
 @pytest.fixture(scope="module")
 def report(rig: Rig, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    return run(rig, pairs, list(METHODS.values()), max_new_tokens=8, repeats=2, progress=False)
+    return run(rig, pairs, list(METHODS.values()), max_new_tokens=8, repeats=2)
 
 
 def test_spread() -> None:
-    assert spread([3.0]) == {"mean": 3, "p50": 3, "p90": 3}
-    assert spread([float(i) for i in range(11)]) == {"mean": 5, "p50": 5, "p90": 9}
+    assert spread([3.0], 50, 90) == {"mean": 3, "p50": 3, "p90": 3}
+    assert spread([float(i) for i in range(11)], 50, 90) == {"mean": 5, "p50": 5, "p90": 9}
 
 
 def test_full_is_the_measure_of_all(report: dict[str, Any]) -> None:
@@ -65,7 +67,7 @@ def test_summaries_follow_the_pairs(report: dict[str, Any]) -> None:
     for name, summary in report["methods"].items():
         rows = [p["methods"][name] for p in pairs]
         assert summary["computed_share"] == sum(r["computed_tokens"] for r in rows) / tokens
-        assert summary["kl_first_token"] == spread([r["kl_first_token"] for r in rows])
+        assert summary["kl_first_token"] == spread([r["kl_first_token"] for r in rows], 50, 90)
         assert summary["ttft_s"]["median"] == sorted(r["ttft_s"] for r in rows)[1]
         assert 0 < summary["ttft_s"]["median"] <= summary["ttft_s"]["p90"]
         assert summary["first_token_agreement"] == sum(r["first_token_same"] for r in rows) / 3
@@ -79,12 +81,12 @@ def test_a_pair_leaves_no_donor_for_the_next(rig: Rig, report: dict[str, Any]) -
 
 
 def test_answers_are_compared_with_references(rig: Rig, pairs: list[dict[str, Any]]) -> None:
-    [pair] = run(rig, pairs[:1], pick("full"), max_new_tokens=4, progress=False)["per_pair"]
+    [pair] = run(rig, pairs[:1], pick("full"), max_new_tokens=4)["per_pair"]
     assert "rouge_l" not in pair["methods"]["full"]
     ids = rig.loaded.tokenizer(pairs[0]["target"])["input_ids"]
     assert len(ids) < pair["tokens"]  # asked through the chat template
     given = [{**pairs[0], "reference": "the number of the fox"}, pairs[1]]
-    summary = run(rig, given, pick("full"), max_new_tokens=4, progress=False)["methods"]["full"]
+    summary = run(rig, given, pick("full"), max_new_tokens=4)["methods"]["full"]
     assert 0 <= summary["rouge_l"] <= 1
     assert 0 <= summary["bleu"] <= 100
 
@@ -94,12 +96,12 @@ def test_pairs_that_do_not_fit_are_skipped_with_a_reason(
 ) -> None:
     long = {"id": "long", "donor": "fox", "target": "a b " * 300}
     odd = {"id": "odd", "donor": 5, "target": "fox"}
-    report = run(rig, [long, pairs[0], odd], pick("prefix"), max_new_tokens=4, progress=False)
+    report = run(rig, [long, pairs[0], odd], pick("prefix"), max_new_tokens=4)
     assert [s["id"] for s in report["skipped"]] == ["long", "odd"]
     assert "508 tokens" in report["skipped"][0]["reason"]
     assert set(report["methods"]) == {"full", "prefix"}  # full is always measured
     with pytest.raises(ConfigError, match="no pair could be served"):
-        run(rig, [long], pick("prefix"), progress=False)
+        run(rig, [long], pick("prefix"))
 
 
 def test_methods_by_name() -> None:
@@ -165,7 +167,7 @@ def test_work_is_what_the_model_ran(report: dict[str, Any]) -> None:
 
 def test_layers_of_reused_kv(rig: Rig, pairs: list[dict[str, Any]]) -> None:
     found = run(rig, pairs[:2], pick("prefix,placeholders"), max_new_tokens=2, repeats=1,
-                layers=True, progress=False)["methods"]  # fmt: skip
+                layers=True)["methods"]  # fmt: skip
     assert found["full"]["kv_deviation"] is found["prefix"]["kv_deviation"] is None
     reused = found["placeholders"]["kv_deviation"]
     assert len(reused["key"]) == len(reused["value"]) == 3
@@ -176,7 +178,7 @@ def test_layers_of_reused_kv(rig: Rig, pairs: list[dict[str, Any]]) -> None:
 def test_known_pairs_are_not_measured_again(
     rig: Rig, pairs: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 2, "repeats": 1, "progress": False}
+    options: dict[str, Any] = {"max_new_tokens": 2, "repeats": 1}
     path = tmp_path / "r.json.partial"
     first = run(rig, pairs[:1], pick("prefix"), journal=Journal(path, "s"), **options)
     again = run(rig, pairs[:2], pick("prefix"), journal=Journal(path, "s"), **options)
@@ -187,4 +189,4 @@ def test_known_pairs_are_not_measured_again(
 def test_every_method_needs_a_slot(rig: Rig, pairs: list[dict[str, Any]]) -> None:
     many = [pick(f"repair=window:{width}")[0] for width in range(1, rig.num_slots + 1)]
     with pytest.raises(ValueError, match="slots"):
-        run(rig, pairs, many, progress=False)
+        run(rig, pairs, many)

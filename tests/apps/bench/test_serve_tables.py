@@ -18,15 +18,14 @@ from kvshare_mm.apps.bench.server_overhead import prompts
 from kvshare_mm.apps.terminal import write_report
 
 
-def serve(concurrency: int, rate: float | None = None, silent: bool = False) -> dict[str, Any]:
+def serve(concurrency: int) -> dict[str, Any]:
     """As the command writes it, of one request in a hundred that failed."""
-    good = Sample(
-        ttft=None if silent else 0.12, gaps=[] if silent else [0.02, 0.04], total=1.5,
-        prompt_tokens=200, completion_tokens=3, cached_tokens=50,
-    )  # fmt: skip
-    found = summary([good] * 99 + [Sample(error="status 429")], 20.0)
-    return {"kind": "serve", "model": "shop", "url": "http://127.0.0.1:8000",
-            "concurrency": concurrency, "rate": rate, **found}  # fmt: skip
+    reuse = {"exact": 20, "reused": 30, "recomputed": 150, "declined": None,
+             "seconds": {"ttft": 0.1}}  # fmt: skip
+    good = Sample(ttft=0.12, reuse=reuse)
+    other = Sample(ttft=0.12, reuse={**reuse, "declined": "no_donor"})
+    found = summary([good] * 90 + [other] * 9 + [Sample(error="status 429")])
+    return {"kind": "serve", "model": "shop", "concurrency": concurrency, **found}
 
 
 OVERHEAD = {
@@ -48,25 +47,23 @@ def row(results: dict[str, dict[str, Any]], *names: str) -> list[str]:
 
 
 def test_loads_stand_below_each_other() -> None:
-    results = {
-        "one": serve(1),
-        "many": serve(8),
-        "rate": serve(8, 2.5),
-        "silent": serve(2, 0.5, True),
-    }
-    rows = row(results, *results)
+    rows = row({"one": serve(1), "many": serve(8)}, "one", "many")
     assert rows[0] == (
-        "| 1 client | 99 of 100 | 120 / 120 / 120 ms | 30 / 40 / 40 ms | 1500 / 1500 / 1500 ms | "
-        "4.95 | 14.8 | 25% |"
+        "| 1 | 99 of 100 | 19800 | 10% | 15% | 75% | no_donor (9) | 120 ms | 100 ms |"
     )
-    assert rows[1].startswith("| 8 clients | 99 of 100 |")
-    assert rows[2].startswith("| 2.5 requests a second |")
-    assert rows[3].startswith("| 0.5 requests a second | 99 of 100 | - | - | 1500 ")
+    assert rows[1].startswith("| 8 | 99 of 100 |")
+
+
+def test_what_was_not_seen_is_a_dash() -> None:
+    refused = {"kind": "serve", "model": "shop", "concurrency": 2,
+               **summary([Sample(error="status 429")])}  # fmt: skip
+    [told] = row({"refused": refused}, "refused")
+    assert told == "| 2 | 0 of 1 | 0 | 0% | 0% | 0% | - | - | - |"
 
 
 def test_the_servers_cost() -> None:
     assert row({"o": OVERHEAD}, "o") == [
-        "| Python API | 71 tokens | 200.1 ms | 0.8 ms |  |  |  |",
+        "| Python API | 71 tokens | 200.1 ms | 0.8 ms | - | - | - |",
         "| server | 71 tokens | 204.2 ms | 4.9 ms | 4.3 ms | 9.1 ms | 14 of 15 |",
     ]
 
@@ -75,7 +72,7 @@ def test_both_are_in_the_report(tmp_path: Path) -> None:
     for name, report in (("load", serve(8)), ("overhead", OVERHEAD)):
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
     html = page(sections(read_results(tmp_path)))
-    for text in ("What clients feel, shop", "99 of 100", "4.95",
+    for text in ("What was reused under load, shop", "99 of 100", "19800",
                  "The server beside the Python API, smollm2", "204.2 ms"):  # fmt: skip
         assert text in html, text
 

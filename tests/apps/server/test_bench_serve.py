@@ -5,50 +5,56 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from kvshare_mm.apps.bench.serve import Load, Sample, read_requests, run_load, summary
+from kvshare_mm.apps.bench.serve import Sample, client_of, load, read_requests, run_load, summary
 from kvshare_mm.apps.cli import app
 from kvshare_mm.errors import ConfigError
 
 from .conftest import Running, Start
 
-_BODIES = [
-    {"messages": [{"role": "user", "content": f"The quick brown fox {i}"}]} for i in range(6)
+_BODIES: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": f"The quick brown fox {i}"}], "max_tokens": 5}
+    for i in range(6)
 ]
 
 
-@pytest.mark.parametrize("load", [Load(3, max_tokens=5), Load(rate=100, max_tokens=5)])
-def test_every_request_is_answered_once_and_in_order(shared: Running, load: Load) -> None:
+def test_every_request_is_answered_once_and_in_order(shared: Running) -> None:
     done: list[Sample] = []
-    samples, seconds = asyncio.run(run_load(shared.url, _BODIES, load, on_done=done.append))
-    expected = [shared.chat(str(b["messages"][0]["content"]), max_tokens=5).json() for b in _BODIES]
+
+    async def ask() -> list[Sample]:
+        bodies = [{"temperature": 0, "model": "tiny", **body} for body in _BODIES]
+        async with client_of(shared.url) as client:
+            return await run_load(client, bodies, 3, done.append)
+
+    samples = asyncio.run(ask())
+    expected = [shared.chat(b["messages"][0]["content"], max_tokens=5).json() for b in _BODIES]
     assert [s.text for s in samples] == [e["choices"][0]["message"]["content"] for e in expected]
     assert sorted(map(id, done)) == sorted(map(id, samples))
-    report = summary(samples, seconds)
+    report = summary(samples)
     assert report["completed"] == 6 and report["errors"] == {}
     assert report["prompt_tokens"] == sum(e["usage"]["prompt_tokens"] for e in expected)
-    assert report["completion_tokens"] == sum(e["usage"]["completion_tokens"] for e in expected)
-    assert 0 < report["ttft_s"]["p50"] <= report["e2e_s"]["p50"] <= report["e2e_s"]["max"]
+    assert 0 < report["engine_ttft_s"]["p50"] <= report["ttft_s"]["p50"]
 
 
-def test_cached_tokens_are_counted(shared: Running) -> None:
+def test_reuse_is_told_by_its_origin(shared: Running) -> None:
     body = {**_BODIES[0], "cache_salt": "bench"}
-    load = Load(1, max_tokens=1)
-    asyncio.run(run_load(shared.url, [body], load))
+    first = asyncio.run(load(shared.url, [body], 1))
+    assert first["shares"] == {"exact": 0, "reused": 0, "recomputed": 1}
+    assert sum(first["declined"].values()) == 1
     shared.llm.flush()
-    [again], seconds = asyncio.run(run_load(shared.url, [body], load))
-    assert again.cached_tokens > 0
-    assert summary([again], seconds)["cached_share"] == again.cached_tokens / again.prompt_tokens
+    again = asyncio.run(load(shared.url, [body], 1))
+    assert again["shares"]["exact"] > 0.5
+    assert sum(again["shares"].values()) == pytest.approx(1)
 
 
 def test_errors_are_counted_by_kind(serve: Start) -> None:
     running = serve({"max_num_seqs": 1, "max_queue": 1})
-    load = Load(rate=1000, max_tokens=100, ignore_eos=True)
-    samples, seconds = asyncio.run(run_load(running.url, _BODIES, load))
-    report = summary(samples, seconds)
+    bodies = [{**body, "max_tokens": 100, "ignore_eos": True} for body in _BODIES]
+    report = asyncio.run(load(running.url, bodies, len(bodies)))
     assert set(report["errors"]) == {"status 429"}
     assert report["completed"] + report["errors"]["status 429"] == 6
 
@@ -58,16 +64,17 @@ def test_the_command(shared: Running, tmp_path: Path, monkeypatch: pytest.Monkey
     requests, out = tmp_path / "requests.jsonl", tmp_path / "out.json"
     lines = [{"text": "The quick brown fox"}, {**_BODIES[1], "max_tokens": 2}]
     requests.write_text("\n".join(map(json.dumps, lines)))
-    result = CliRunner().invoke(
-        app,
-        ["bench", "serve", "--requests", str(requests), "--url", f"{shared.url}/v1",
-         "--repeat", "2", "--max-tokens", "4", "--ignore-eos", "--json", str(out)],
-    )  # fmt: skip
+    call = ["bench", "serve", "--requests", str(requests), "--url", f"{shared.url}/v1",
+            "--max-tokens", "4", "--json", str(out)]  # fmt: skip
+    result = CliRunner().invoke(app, call)
     assert result.exit_code == 0, result.output
-    assert "What clients feel, tiny" in result.output and "4 of 4" in result.output
+    assert "What was reused under load, tiny" in result.output and "2 of 2" in result.output
     report = json.loads(out.read_text())
     assert (report["kind"], report["model"]) == ("serve", "tiny")
-    assert report["completion_tokens"] == 2 * (4 + 2)
+    requests.write_text(json.dumps({**_BODIES[0], "max_tokens": -1}))
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 1, result.output
+    assert "1 failed: status 4" in result.output
 
 
 def test_what_cannot_be_sent_is_said(tmp_path: Path) -> None:
@@ -76,6 +83,9 @@ def test_what_cannot_be_sent_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="request 2"):
         read_requests(file)
     with pytest.raises(ConfigError, match="does not say"):
-        asyncio.run(run_load("http://127.0.0.1:9", _BODIES, Load()))
-    with pytest.raises(ConfigError, match="positive"):
-        Load(concurrency=0)
+        asyncio.run(load("http://127.0.0.1:9", _BODIES, 1))
+
+
+def test_another_server_says_nothing_of_reuse() -> None:
+    with pytest.raises(ConfigError, match="not this project's"):
+        summary([Sample(ttft=0.1, text="Hi")])

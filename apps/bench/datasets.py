@@ -3,23 +3,66 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kvshare_mm.apps.bench.datasets.base import Conversations, Row
-from kvshare_mm.apps.bench.datasets.lmsys import LMSYS
-from kvshare_mm.apps.bench.datasets.sharegpt import SHAREGPT
-from kvshare_mm.apps.bench.datasets.wildchat import WILDCHAT
 from kvshare_mm.apps.bench.jsonl import read_jsonl, read_text
 from kvshare_mm.errors import ConfigError
 
-__all__ = ["DATASETS", "Conversations", "read_stream"]
-
-DATASETS: dict[str, Conversations] = {d.name: d for d in (WILDCHAT, SHAREGPT, LMSYS)}
+Row = Mapping[str, Any]
 
 _INSTALL = "pip install 'kvshare-mm[hub]'"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversations:
+    """A public dataset of conversations.
+
+    Attributes:
+        name: on the command line.
+        hub_id: on the Hugging Face hub.
+        field: has the turns, and tells its rows from those of others.
+        role: the field of a turn that says who speaks.
+        text: the field of a turn that has the words.
+    """
+
+    name: str
+    hub_id: str
+    field: str
+    role: str
+    text: str
+
+    def prompt(self, row: Row) -> str | None:
+        """The first turn of a user, or None."""
+        turns = row[self.field]
+        if isinstance(turns, Mapping):  # as parquet files have it: an object of lists
+            turns = [
+                dict(zip(turns, values, strict=True))
+                for values in zip(*turns.values(), strict=True)
+            ]
+        if not isinstance(turns, list | tuple):
+            return None
+        for turn in turns:
+            if isinstance(turn, Mapping) and turn.get(self.role) in ("user", "human"):
+                said = turn.get(self.text)
+                return said if isinstance(said, str) and said.strip() else None
+        return None
+
+
+DATASETS: dict[str, Conversations] = {
+    name: Conversations(name, *rest)
+    for name, *rest in (
+        # A million conversations with GPT-3.5 and GPT-4 (arXiv 2405.01470, ODC-BY).
+        ("wildchat", "allenai/WildChat-1M", "conversation", "role", "content"),
+        # Conversations that users of ChatGPT shared.
+        ("sharegpt", "RyokoAI/ShareGPT52K", "conversations", "from", "value"),
+        # A million conversations with 25 models (arXiv 2309.11998; gated on the hub).
+        ("lmsys", "lmsys/lmsys-chat-1m", "conversation", "role", "content"),
+    )
+}
 
 
 def read_stream(source: str, limit: int | None = None) -> list[str]:

@@ -13,29 +13,23 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvshare_mm.apps.bench.methods.base import AnswerMethod
 from kvshare_mm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvshare_mm.modalities.embed import TextEmbedder
 
 THRESHOLD = 0.8
 _MAX_DISTANCE = 4.0
 _NEEDS = ("gptcache", "sqlalchemy", "faiss")
 # GPTCache evicts by default above 1,000 questions; a benchmark wants to say itself how many.
 _MAX_QUESTIONS = 1 << 20
-
-
-class Embedder(Protocol):
-    """What is needed of `kvshare_mm.modalities.embed.TextEmbedder`."""
-
-    dim: int
-
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]: ...
 
 
 def counts_as_hit(cosine: NDArray[np.floating]) -> NDArray[np.bool_]:
@@ -55,7 +49,7 @@ class GPTCacheStore:
         ConfigError: gptcache or what it stores in is not installed.
     """
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(self, embedder: TextEmbedder) -> None:
         _check_installed()
         from gptcache import Cache, Config
         from gptcache.adapter.api import get, init_similar_cache, put
@@ -95,7 +89,7 @@ class GPTCacheStore:
 class _Embedding:
     """The project's embedder, as GPTCache calls one."""
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(self, embedder: TextEmbedder) -> None:
         self._embedder = embedder
         self.dimension = embedder.dim
 
@@ -113,12 +107,10 @@ def _check_installed() -> None:
         )
 
 
-def _opener() -> Callable[[], GPTCacheStore]:
+def opener() -> Callable[[], GPTCacheStore]:
+    """What opens empty stores over one embedder. Raises ConfigError as `GPTCacheStore` does."""
     _check_installed()
     from kvshare_mm.modalities.embed import TextEmbedder
 
     embedder = TextEmbedder()
     return lambda: GPTCacheStore(embedder)
-
-
-GPTCACHE = AnswerMethod("gptcache", "GPTCache 0.1.44: the answer of a similar question", _opener)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kvshare_mm.errors import ConfigError
+
 # A README shows a figure about 830 pixels wide; at 7.6 inches its 11-point text stays readable.
 WIDTH = 7.6
 
@@ -36,38 +38,19 @@ class Theme:
         return spare[sum(method.encode()) % len(spare)]
 
 
-LIGHT = Theme(
-    "light",
-    "#ffffff",
-    "#1f2328",
-    "#d0d7de",
-    {
-        "full": "#57606a",
-        "prefix": "#8c959f",
-        "placeholders": "#bc4c00",
-        "cacheblend": "#0969da",
-        "epic": "#8250df",
-        "deviation": "#1b7c83",
-        "kvshare": "#cf222e",
-        "gptcache": "#9a6700",
-    },
+_METHODS = (
+    # Grey for the two that are exact.
+    ("full", "#57606a", "#b1bac4"),
+    ("prefix", "#8c959f", "#8b949e"),
+    ("placeholders", "#bc4c00", "#f0883e"),
+    ("cacheblend", "#0969da", "#58a6ff"),
+    ("epic", "#8250df", "#bc8cff"),
+    ("deviation", "#1b7c83", "#39c5cf"),
+    ("kvshare", "#cf222e", "#ff7b72"),
+    ("gptcache", "#9a6700", "#d29922"),
 )
-DARK = Theme(
-    "dark",
-    "#0d1117",
-    "#e6edf3",
-    "#30363d",
-    {
-        "full": "#b1bac4",
-        "prefix": "#8b949e",
-        "placeholders": "#f0883e",
-        "cacheblend": "#58a6ff",
-        "epic": "#bc8cff",
-        "deviation": "#39c5cf",
-        "kvshare": "#ff7b72",
-        "gptcache": "#d29922",
-    },
-)
+LIGHT = Theme("light", "#ffffff", "#1f2328", "#d0d7de", {name: x for name, x, _ in _METHODS})
+DARK = Theme("dark", "#0d1117", "#e6edf3", "#30363d", {name: x for name, _, x in _METHODS})
 THEMES = (LIGHT, DARK)
 
 LABELS = {
@@ -125,8 +108,6 @@ def svg(draw: Draw, theme: Theme, height: float, name: str) -> str:
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError as error:
-        from kvshare_mm.errors import ConfigError
-
         raise ConfigError("figures need matplotlib: pip install 'kvshare-mm[bench]'") from error
     options = {
         "axes.axisbelow": True,

@@ -1,0 +1,163 @@
+"""The methods that are compared, one entry each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvshare_mm.apps.bench import gptcache
+from kvshare_mm.engine.prefill import Sharing
+from kvshare_mm.errors import ConfigError
+from kvshare_mm.repair import RepairPolicy, make_policy
+
+_POLICY = "repair="
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """Serves a request with what may be reused of stored KV.
+
+    Attributes:
+        name: what it is called on the command line and in reports.
+        about: one line, with its source.
+        sharing: what may be reused.
+        repair: which kept positions are recomputed, as `kvshare_mm.repair.make_policy` takes it;
+            None is the project's default.
+        budgets: the same for a few budgets from cheap to dear: its points on the frontier.
+            Empty: the method has one point.
+    """
+
+    name: str
+    about: str
+    sharing: Sharing
+    repair: str | None = None
+    budgets: tuple[str, ...] = ()
+
+    @property
+    def policy(self) -> RepairPolicy | None:
+        return make_policy(self.repair) if self.repair else None
+
+    def at_budgets(self) -> tuple[Method, ...]:
+        """The method at each of its budgets, named ``method@policy``."""
+        if not self.budgets:
+            return (self,)
+        return tuple(
+            Method(f"{self.name}@{spec}", self.about, self.sharing, spec) for spec in self.budgets
+        )
+
+
+class AnswerStore(Protocol):
+    """Stored answers, found by their questions."""
+
+    def put(self, question: str, answer: str) -> None:
+        """Store an answer."""
+
+    def get(self, question: str) -> str | None:
+        """The answer of a stored question that counts as the same, or None."""
+
+    def close(self) -> None:
+        """Release what the store holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerMethod:
+    """Serves a request with a stored answer, if a stored question is near enough.
+
+    Attributes:
+        name: what it is called on the command line and in reports.
+        about: one line, with its source.
+        opener: prepares what is costly (an embedder) and returns what opens an empty store.
+    """
+
+    name: str
+    about: str
+    opener: Callable[[], Callable[[], AnswerStore]]
+
+
+AnyMethod = Method | AnswerMethod
+
+FULL = Method("full", "full recompute: the measure of all others", "off")
+_SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+_METHODS = (
+    FULL,
+    Method("prefix", "prefix caching, as in vLLM and SGLang: the identical beginning", "exact"),
+    Method("placeholders", "KVShare v1 (arXiv 2503.16525): nothing repaired", "on", "none"),
+    # The paper keeps a little more at the early layers and narrows the set from layer to layer;
+    # here one choice at layer 1 serves all layers.
+    Method(
+        "cacheblend",
+        "CacheBlend (arXiv 2405.16444): the positions whose V deviates most at an early layer",
+        "on",
+        "deviation:0.15",
+        tuple(f"deviation:{share}" for share in _SHARES),
+    ),
+    Method(
+        "epic",
+        "EPIC (arXiv 2410.15332): the first positions of every kept run",
+        "on",
+        "window:16",
+        tuple(f"window:{width}" for width in (2, 4, 8, 16, 32, 64)),
+    ),
+    # Between the two: the window catches what looks back on an edit for the price of no
+    # measurement, the deviation finds the rest.
+    Method(
+        "deviation",
+        "a window of 4 behind every edit, then the positions that drifted most",
+        "on",
+        "window:4+deviation:0.15",
+        tuple(f"window:4+deviation:{share}" for share in _SHARES),
+    ),
+    Method(
+        "kvshare",
+        "this project's default policy",
+        "on",
+        None,
+        tuple(f"auto:{divergence}" for divergence in (0.1, 0.03, 0.01, 0.003, 0.001)),
+    ),
+)
+METHODS: dict[str, Method] = {m.name: m for m in _METHODS}
+ANSWER_METHODS: dict[str, AnswerMethod] = {
+    "gptcache": AnswerMethod(
+        "gptcache", "GPTCache 0.1.44: the answer of a similar question", gptcache.opener
+    )
+}
+
+
+def with_full(methods: Sequence[Method]) -> list[Method]:
+    """The methods with full recompute first: the others are compared with it."""
+    return [FULL, *(m for m in methods if m is not FULL)]
+
+
+def pick(names: str) -> list[Method]:
+    """Methods that reuse KV, by comma-separated names, each once.
+
+    A method may also be a repair policy itself, as in ``repair=window:8``.
+
+    Raises:
+        ConfigError: there is no such method or policy, or it reuses answers instead of KV.
+    """
+    chosen = pick_any(names)
+    others = [m.name for m in chosen if isinstance(m, AnswerMethod)]
+    if others:
+        raise ConfigError(f"method {others[0]!r} reuses answers, not KV: only tasks can measure it")
+    return [m for m in chosen if isinstance(m, Method)]
+
+
+def pick_any(names: str) -> list[AnyMethod]:
+    """As `pick`, with methods that reuse answers too. Raises ConfigError."""
+    return [_method(name) for name in dict.fromkeys(n.strip() for n in names.split(","))]
+
+
+def _method(name: str) -> AnyMethod:
+    if name.startswith(_POLICY):
+        spec = name.removeprefix(_POLICY)
+        try:
+            make_policy(spec)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return Method(name, f"repair policy {spec}", "on", spec)
+    known: dict[str, AnyMethod] = {**METHODS, **ANSWER_METHODS}
+    if name not in known:
+        raise ConfigError(f"method {name!r} is none of {', '.join(known)}, repair=POLICY")
+    return known[name]

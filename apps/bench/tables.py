@@ -1,0 +1,352 @@
+"""Tables of results by kind, for the terminal, the report and the README."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvshare_mm.apps.bench.theme import LABELS, label, model_label
+
+Report = dict[str, Any]
+Row = Mapping[str, Any]
+Rows = list[list[str]]
+# By heading, what a row's cell says.
+Columns = dict[str, str]
+
+
+class _Words(string.Formatter):
+    """Templates over nested values, with units: ``{ttft_s[full]:ms}``."""
+
+    def format_field(self, value: Any, spec: str) -> str:
+        if value is None:
+            return "-"
+        units: dict[str, Callable[[Any], str]] = {
+            "ms": lambda s: f"{1000 * s:.0f} ms" if s >= 0.01 else f"{1000 * s:.1f} ms",
+            "ms1": lambda s: f"{1000 * s:.1f} ms",
+            "MiB": lambda size: f"{size / 2**20:.0f} MiB",
+            "yes": lambda found: "yes" if found else "no",
+            "method": label,
+            "model": model_label,
+        }
+        return units[spec](value) if spec in units else str(super().format_field(value, spec))
+
+
+_say = _Words().vformat
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How one kind of result is told.
+
+    Attributes:
+        title: heading of a result, a template over the report.
+        columns: templates over a row; of a report, if others have other ones.
+        of: the rows of a report.
+    """
+
+    title: str
+    columns: Columns | Callable[[Report], Columns]
+    of: Callable[[Report], list[Row]] = lambda report: [report]
+
+    def heading(self, report: Report) -> str:
+        """What stands above the table of a report."""
+        return _say(self.title, (), report)
+
+    def rows(self, report: Report) -> Rows:
+        """The table of a report, headings first."""
+        columns = self.columns if isinstance(self.columns, dict) else self.columns(report)
+        rows = [[_say(cell, (), row) for cell in columns.values()] for row in self.of(report)]
+        return [[_say(heading, (), report) for heading in columns], *rows]
+
+
+def _methods(report: Report) -> list[Row]:
+    return [{**report, "name": name, **found} for name, found in report["methods"].items()]
+
+
+def _points(report: Report) -> list[Row]:
+    return [
+        {"name": name, **point} for name, points in report["methods"].items() for point in points
+    ]
+
+
+def _stories(report: Report) -> list[Row]:
+    stories = report["stories"] + report.get("pictures", {}).get("stories", [])
+    return [
+        {
+            **story,
+            "sooner": story["methods"]["full"]["ttft_s"] / story["methods"]["kvshare"]["ttft_s"],
+        }
+        for story in stories
+    ]
+
+
+def _layouts(report: Report) -> list[Row]:
+    return [
+        {"layout": layout, "tokens": found["tokens"], "name": name, **method}
+        for layout, found in report["layouts"].items()
+        for name, method in found["methods"].items()
+    ]
+
+
+def _pictures(report: Report) -> list[Row]:
+    return [{**row, "leak": report["leaks"][row["name"]]} for row in _methods(report)]
+
+
+def _sides(report: Report) -> list[Row]:
+    more = report["difference_s"]
+    same = f"{report['same_answers']} of {report['repeats']}"
+    paired: dict[str, Row] = {"api": {"more": None, "p90": None, "same": None}}
+    paired["server"] = {"more": more["median"], "p90": more["p90"], "same": same}
+    return [
+        {
+            "name": name,
+            "tokens": report["tokens"],
+            "ttft": report["ttft_s"][side],
+            "outside": report["outside_engine_s"][side],
+            **paired[side],
+        }
+        for side, name in (("api", "Python API"), ("server", "server"))
+    ]
+
+
+def _hits(report: Report) -> list[Row]:
+    return [{"size": size, **found} for size, found in report["pool_sizes"].items()]
+
+
+def _found_by(report: Report) -> list[Row]:
+    names = {
+        "lexical": "3-grams, inverted list",
+        "milvus_sparse": "3-grams, Milvus",
+        "milvus_dense": "embedding, Milvus",
+        "hybrid": "both, Milvus",
+    }
+    return [{**found, "by": names[name]} for name, found in report["methods"].items()]
+
+
+def _lookup(report: Report) -> Columns:
+    depths = report["methods"]["lexical"]["recall"]
+    return {
+        "donors found by": "{by}",
+        **{f"recall at {k}": f"{{recall[{k}]:.3f}}" for k in depths},
+        "p50": "{latency_ms[p50]:.1f} ms",
+        "p99": "{latency_ms[p99]:.1f} ms",
+    }
+
+
+def _accuracy(report: Report) -> Columns:
+    ways = report["methods"]["full"]["accuracy_by_way"]
+    return {
+        "method": "{name:method}",
+        "right": "{accuracy:.1%}",
+        **{way.replace("_", " "): f"{{accuracy_by_way[{way}]:.1%}}" for way in ways},
+        "as full": "{same_as_full:.1%}",
+        "computed": "{computed_share:.0%}",
+        "encoder runs": "{encoder_share:.0%}",
+        "leaks, other picture": "{leak[leaks]} of {leak[pairs]}",
+    }
+
+
+def _quality(report: Report) -> Columns:
+    facts = "leaks" in report["methods"]["full"]
+    return {
+        "method": "{name:method}",
+        "{metric}": "{score[estimate]:.1f}",
+        "difference to full, 95%": "{difference_to_full[estimate]:+.1f} "
+        "({difference_to_full[low]:+.1f} to {difference_to_full[high]:+.1f})",
+        "significant": "{significant:yes}",
+        "same answer": "{same_answer:.0%}",
+        "computed": "{computed_share:.0%}",
+        **({"leaks": "{leaks} of {full_states_new_fact}"} if facts else {}),
+    }
+
+
+def _declined(report: Report) -> list[Row]:
+    why = ", ".join(f"{reason} ({n})" for reason, n in report["declined"].items())
+    return [{**report, "why": why or None}]
+
+
+TABLES: dict[str, Kind] = {
+    "reuse": Kind(
+        "Reuse on {pairs} pairs, {model:model}",
+        {
+            "method": "{name:method}",
+            "first token": "{ttft_s[median]:ms}",
+            "times sooner": "{speedup_vs_full:.1f}",
+            "computed": "{computed_share:.0%}",
+            "work": "{work_share:.0%}",
+            "KL mean": "{kl_first_token[mean]:.4f}",
+            "KL p90": "{kl_first_token[p90]:.4f}",
+            "first token same": "{first_token_agreement:.0%}",
+            "greedy same": "{greedy_agreement:.0%}",
+        },
+        _methods,
+    ),
+    "quality": Kind("Answers: {task}, {items} items, {model:model}", _quality, _methods),
+    "frontier": Kind(
+        "Divergence against work, {pairs} pairs, {model:model}",
+        {
+            "method": "{name:method}",
+            "policy": "{policy}",
+            "computed": "{computed_share:.0%}",
+            "work": "{work_share:.0%}",
+            "KL mean": "{kl_first_token[mean]:.4f}",
+            "KL p90": "{kl_first_token[p90]:.4f}",
+            "first token same": "{first_token_agreement:.0%}",
+        },
+        _points,
+    ),
+    "hitrate": Kind(
+        "Hit rate: {stream}, {measured} of {prompts} prompts",
+        {
+            "pool": "{size}",
+            "prefix caching, tokens": "{methods[prefix][token_share]:.1%}",
+            "KVShare, tokens": "{methods[kvshare][token_share]:.1%}",
+            "prefix caching, per prompt": "{methods[prefix][prompt_share]:.1%}",
+            "KVShare, per prompt": "{methods[kvshare][prompt_share]:.1%}",
+            "GPTCache hits": "{gptcache_hit_rate:.1%}",
+            "planner p50": "{methods[kvshare][planner_ms][p50]:.1f} ms",
+            "planner p99": "{methods[kvshare][planner_ms][p99]:.1f} ms",
+        },
+        _hits,
+    ),
+    "reliability": Kind(
+        "Pairs that nothing was fitted to, {model:model}; bound in force {bound[scale]:.3g} "
+        "risk^{bound[power]:.2f}, fitted to {fitted[pairs]} pairs {fitted[scale]:.3g} "
+        "risk^{fitted[power]:.2f}",
+        {
+            "aim": "{aim}",
+            "KL mean": "{kl_first_token_mean:.4f}",
+            "KL within aim": "{kl_within_target:.1%}",
+            "first token same": "{first_token_agreement:.1%}",
+            "computed": "{computed_share:.0%}",
+            "of prefix caching": "{computed_of_prefix:.0%}",
+            "reused of reusable": "{reused_of_reusable:.0%}",
+        },
+        lambda report: [{"aim": aim, **found} for aim, found in report["checked"].items()],
+    ),
+    "demo": Kind(
+        "Stories of the demo, {model:model}",
+        {
+            "story": "{name}",
+            "prompt": "{tokens} tokens",
+            LABELS["full"]: "{methods[full][ttft_s]:ms}",
+            LABELS["prefix"]: "{methods[prefix][ttft_s]:ms}",
+            LABELS["kvshare"]: "{methods[kvshare][ttft_s]:ms} ({sooner:.1f} times sooner)",
+            "computed": "{methods[kvshare][computed_tokens]}",
+            "same answer": "{same_answer:yes}",
+        },
+        _stories,
+    ),
+    "template": Kind(
+        "A report with other numbers, {model:model}",
+        {
+            "prompt": "{tokens} tokens",
+            "numbers that differ": "{values} ({kept_share:.0%} kept)",
+            "computed": "{computed}",
+            "full recompute": "{ttft_s[full]:ms}",
+            "KVShare": "{ttft_s[kvshare]:ms}",
+            "times sooner": "{kvshare_times_sooner:.1f}",
+            "of the ideal": "{kvshare_of_ideal:.2f}",
+            "an identical prompt again": "{repeat_times_sooner:.0f} times sooner",
+        },
+    ),
+    "lookup": Kind("{pairs} donors among {records} prompts, {model:model}", _lookup, _found_by),
+    "overhead": Kind(
+        "What a miss costs, {model:model}",
+        {
+            "donors": "{donors}",
+            "prompt": "{tokens} tokens",
+            "full prefill": "{full_prefill_s:ms}",
+            "lookup and plan": "{lookup_and_plan_s:ms}",
+            "capture": "{capture_s:ms}",
+            "of the prefill": "{miss_cost_share:.1%}",
+        },
+    ),
+    "memory": Kind(
+        "Memory of lab reports, {model:model}",
+        {
+            "requests stored": "{requests}",
+            "in the DELTA tree": "{bytes_owned:MiB}",
+            "each stored whole": "{bytes_whole:MiB}",
+            "times less": "{times_less:.1f}",
+            "the process grew by": "{grown:MiB}",
+            "within its budget": "{within_budget:yes}",
+        },
+        lambda report: [{**report, "grown": report["rss_peak_bytes"] - report["rss_before_bytes"]}],
+    ),
+    "vision": Kind(
+        "{model}; the tower costs {tower_to_text:.2f} times what the text part does for an image "
+        "token (3B: {tower_to_text_of_3b:.2f})",
+        {
+            "picture": "{layout}",
+            "method": "{name:method}",
+            "read": "{read_s:ms}",
+            "tower": "{tower_s:ms}",
+            "text": "{text_s:ms}",
+            "first token": "{ttft_s:ms}",
+            "times sooner": "{times_sooner:.1f}",
+            "computed": "{computed_tokens} of {tokens}",
+            "tower runs": "{tower_runs}",
+        },
+        _layouts,
+    ),
+    "pictures": Kind(
+        "{pairs} similar requests about pictures, {model:model}", _accuracy, _pictures
+    ),
+    "serve": Kind(
+        "What was reused under load, {model:model}",
+        {
+            "clients": "{concurrency}",
+            "answered": "{completed} of {requests}",
+            "prompt tokens": "{prompt_tokens}",
+            "exact": "{shares[exact]:.0%}",
+            "reused": "{shares[reused]:.0%}",
+            "computed": "{shares[recomputed]:.0%}",
+            "declined": "{why}",
+            "first token, p50": "{ttft_s[p50]:ms}",
+            "of it in the engine": "{engine_ttft_s[p50]:ms}",
+        },
+        _declined,
+    ),
+    "server-overhead": Kind(
+        "The server beside the Python API, {model:model}",
+        {
+            "asked": "{name}",
+            "prompt": "{tokens} tokens",
+            "first token": "{ttft:ms1}",
+            "outside the engine": "{outside:ms1}",
+            "more than the API": "{more:ms1}",
+            "of the pairs, p90": "{p90:ms1}",
+            "same answer": "{same}",
+        },
+        _sides,
+    ),
+    "kernels": Kind(
+        "Attention and KV edit of one layer, {dtype}",
+        {
+            "method": "{method}",
+            "tokens": "{num_tokens:,}",
+            "computed": "{num_computed:,}",
+            "runs of": "{run}",
+            "ms": "{ms:.3f}",
+            "times sooner": "{speedup:.1f}",
+            "max error": "{max_abs_error:.1e}",
+        },
+        lambda report: report["attention"] + report["edit"],
+    ),
+    "vllm": Kind(
+        "Inside vLLM {vllm}, prefix caching on, {model:model}",
+        {
+            "prompt": "{name} ({tokens} tokens)",
+            "stock vLLM": "{ttft_s[stock]:ms}",
+            "KVShare": "{ttft_s[kvshare]:ms}",
+            "times sooner": "{times_sooner:.1f}",
+            "exact / reused / computed": "{exact} / {reused} / {computed}",
+            "same answer": "{answer_same:yes}",
+            "a miss": "{miss_overhead:+.1%}",
+        },
+        lambda report: report["cases"],
+    ),
+}
