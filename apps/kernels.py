@@ -27,7 +27,7 @@ def group() -> None:
 def compile_command(
     target: Annotated[str, typer.Option(help="chip: sm_80, sm_90, sm_100 or gfx942")] = "sm_90",
     all_tiles: Annotated[
-        bool, typer.Option("--all-tiles", help="also tiles that only `bench kernels` tries")
+        bool, typer.Option("--all-tiles", help="also tiles that fit and are not chosen")
     ] = False,
     json_file: Annotated[
         Path | None,

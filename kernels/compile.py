@@ -77,7 +77,7 @@ def compile_kernels(target: str, all_tiles: bool = False) -> Iterator[Compiled]:
 
     Args:
         target: one of `TARGETS`.
-        all_tiles: also the tiles that only `kvshare bench kernels` tries.
+        all_tiles: also the tiles that fit and are not chosen.
 
     Raises:
         BackendError: an unknown target, no Triton, or Triton's interpreter is on.

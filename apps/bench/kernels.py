@@ -142,8 +142,17 @@ def _edit(
         )
     times = {name: _milliseconds(call, repeats) / layers for name, call in calls.items()}
     moved = {**asdict(shape), "num_computed": len(token), "run": _EDIT_RUN, "max_abs_error": None}
+    # K and V, each read and written.
+    num_bytes = 4 * shape.num_kv_heads * shape.head_dim * source.itemsize
+    tokens = {name: n + 1 if name == "copy" else len(token) for name in times}
     return [
-        {**moved, "method": name, "ms": ms, "speedup": times["copy"] / ms}
+        {
+            **moved,
+            "method": name,
+            "ms": ms,
+            "speedup": times["copy"] / ms,
+            "gb_per_s": num_bytes * tokens[name] / ms / 1e6,
+        }
         for name, ms in times.items()
     ]
 

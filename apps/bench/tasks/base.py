@@ -6,14 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvshare_mm.errors import ConfigError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +110,57 @@ def file_of(task: Task, path: Path | None) -> Path:
     return path
 
 
-def examples_and_questions(
-    rows: Sequence[T], num_examples: int, path: Path
-) -> tuple[Sequence[T], Sequence[T]]:
-    """The first `num_examples` rows, set aside as demonstrations, and the others.
+class FewShot(Task):
+    """Questions with other questions and their answers before them.
 
-    Raises:
-        ConfigError: there are no others.
+    Attributes:
+        demonstrations: in every prompt.
+        pool: questions set aside as demonstrations: the first of the file.
     """
-    if len(rows) <= num_examples:
-        raise ConfigError(
-            f"{path} has {len(rows)} usable lines; the first {num_examples} serve as "
-            "demonstrations, so there is no question left"
-        )
-    return rows[:num_examples], rows[num_examples:]
+
+    needs_data: ClassVar[bool] = True
+
+    demonstrations: int
+    pool: int
+
+    @abstractmethod
+    def rows(self, path: Path) -> list[tuple[str, str]]:
+        """Questions with their answers. Raises ConfigError."""
+
+    @abstractmethod
+    def prompt(
+        self, path: Path, number: int, shown: Sequence[tuple[str, str]], question: str
+    ) -> str:
+        """A request for the answer to `question`, behind others that are `shown`.
+
+        Args:
+            path: the data file.
+            number: makes the beginnings of requests different.
+        """
+
+    def items(self, path: Path | None, limit: int, seed: int) -> list[Item]:
+        path = file_of(self, path)
+        rows = self.rows(path)
+        if len(rows) <= self.pool:
+            raise ConfigError(
+                f"{path} has {len(rows)} usable lines; the first {self.pool} serve as "
+                "demonstrations, so there is no question left"
+            )
+        rng = np.random.default_rng(seed)
+        examples, questions = rows[: self.pool], rows[self.pool :]
+        items = []
+        for i, (question, answer) in enumerate(questions[:limit]):
+            target, donor = similar_examples(range(len(examples)), self.demonstrations, rng)
+            numbers = rng.integers(1000, 10_000, 2)
+            other = questions[(i + 1) % len(questions)][0]
+            before, after = (
+                self.prompt(path, int(number), [examples[k] for k in shown], asked)
+                for number, shown, asked in zip(
+                    numbers, (donor, target), (other, question), strict=True
+                )
+            )
+            items.append(Item(f"{path.stem}-{i}", before, after, (answer,)))
+        return items
 
 
 def similar_examples(

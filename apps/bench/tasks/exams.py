@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from kvshare_mm.apps.bench.tasks.base import Item
@@ -41,19 +40,13 @@ class Exams(FactTask):
     """
 
     name: ClassVar[str] = "exams"
-    metric: ClassVar[str] = "exact match"
     about: ClassVar[str] = "graded exams: the answer asked for is not the donor's"
-    needs_data: ClassVar[bool] = False
     max_new_tokens: ClassVar[int] = 12
 
     questions: int = 8
     changed: int = 3
 
-    def items(self, path: Path | None, limit: int, seed: int) -> list[Item]:
-        rng = random.Random(seed)
-        return [self._item(i, rng) for i in range(limit)]
-
-    def _item(self, i: int, rng: random.Random) -> Item:
+    def item(self, i: int, rng: random.Random) -> Item:
         asked_of = rng.sample(_QUESTIONS, self.questions)
         before = [rng.choice(answers) for _, answers in asked_of]
         after = list(before)

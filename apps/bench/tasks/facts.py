@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
+from abc import abstractmethod
+from pathlib import Path
+from typing import ClassVar
 
 from kvshare_mm.apps.bench.tasks.base import Item, Task
 
@@ -23,7 +27,19 @@ def leaks(answer: str, full_answer: str, item: Item) -> bool:
 
 
 class FactTask(Task):
-    """Questions for one changed fact; an answer is right if it states it and nothing stale."""
+    """Questions for one changed fact, made by seed; an answer is right if it states it and nothing
+    stale."""
+
+    metric: ClassVar[str] = "exact match"
+    needs_data: ClassVar[bool] = False
+
+    @abstractmethod
+    def item(self, i: int, rng: random.Random) -> Item:
+        """The next question."""
+
+    def items(self, path: Path | None, limit: int, seed: int) -> list[Item]:
+        rng = random.Random(seed)
+        return [self.item(i, rng) for i in range(limit)]
 
     def statistics(self, answer: str, item: Item) -> list[float]:
         right = states(answer, item.references[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from kvshare_mm.apps.bench.tasks.base import Item
@@ -28,17 +27,11 @@ class Letters(FactTask):
     """
 
     name: ClassVar[str] = "letters"
-    metric: ClassVar[str] = "exact match"
     about: ClassVar[str] = "letters to a shop: the order number asked for is not the donor's"
-    needs_data: ClassVar[bool] = False
     chat: ClassVar[bool] = True
     max_new_tokens: ClassVar[int] = 16
 
-    def items(self, path: Path | None, limit: int, seed: int) -> list[Item]:
-        rng = random.Random(seed)
-        return [self._item(i, rng) for i in range(limit)]
-
-    def _item(self, i: int, rng: random.Random) -> Item:
+    def item(self, i: int, rng: random.Random) -> Item:
         names = rng.sample(_NAMES, 2)
         numbers = rng.sample(range(1_000, 10_000), 2)
         question = rng.choice(_QUESTIONS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from kvshare_mm.apps.bench.tasks.base import Item
@@ -75,19 +74,13 @@ class Reports(FactTask):
     """
 
     name: ClassVar[str] = "reports"
-    metric: ClassVar[str] = "exact match"
     about: ClassVar[str] = "lab reports: the value asked for is not the donor's"
-    needs_data: ClassVar[bool] = False
     max_new_tokens: ClassVar[int] = 14
 
     rows: int = 8
     changed: int = 3
 
-    def items(self, path: Path | None, limit: int, seed: int) -> list[Item]:
-        rng = random.Random(seed)
-        return [self._item(i, rng) for i in range(limit)]
-
-    def _item(self, i: int, rng: random.Random) -> Item:
+    def item(self, i: int, rng: random.Random) -> Item:
         style = rng.randrange(len(_HEADS))
         panel = rng.sample(ANALYTES, self.rows)
         before = _distinct(panel, {}, rng)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,13 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvshare_mm.apps.bench.jsonl import read_jsonl
-from kvshare_mm.apps.bench.tasks.base import (
-    Item,
-    Task,
-    examples_and_questions,
-    file_of,
-    similar_examples,
-)
+from kvshare_mm.apps.bench.tasks.base import FewShot, Item
 from kvshare_mm.errors import ConfigError
 
 _LANGUAGES = {
@@ -35,7 +30,7 @@ _ORDER = 4
 
 
 @dataclass(frozen=True)
-class Translation(Task):
+class Translation(FewShot):
     """Sentences with other sentences and their translations before them.
 
     The data: JSON Lines of ``{"source", "reference"}``, the languages in the file's name
@@ -51,37 +46,26 @@ class Translation(Task):
     name: ClassVar[str] = "translation"
     metric: ClassVar[str] = "BLEU"
     about: ClassVar[str] = "few-shot translation into the second language"
-    needs_data: ClassVar[bool] = True
     max_new_tokens: ClassVar[int] = 72
 
     demonstrations: int = 5
     pool: int = 40
     max_chars: int = 180
 
-    def items(self, path: Path | None, limit: int, seed: int) -> list[Item]:
-        path = file_of(self, path)
-        languages = _languages(path)
-        rows = [
+    def rows(self, path: Path) -> list[tuple[str, str]]:
+        return [
             (" ".join(s.split()), " ".join(r.split()))
             for s, r in _sentences(path)
             if len(r) >= 20 and len(s) <= self.max_chars
         ]
-        rng = np.random.default_rng(seed)
-        examples, questions = examples_and_questions(rows, self.pool, path)
-        items = []
-        for i, (source, reference) in enumerate(questions[:limit]):
-            target, donor = similar_examples(range(len(examples)), self.demonstrations, rng)
-            other = questions[(i + 1) % len(questions)][0]
-            numbers = rng.integers(1000, 10_000, 2)
-            items.append(
-                Item(
-                    f"{path.stem}-{i}",
-                    _prompt(int(numbers[0]), languages, [examples[k] for k in donor], other),
-                    _prompt(int(numbers[1]), languages, [examples[k] for k in target], source),
-                    (reference,),
-                )
-            )
-        return items
+
+    def prompt(
+        self, path: Path, number: int, shown: Sequence[tuple[str, str]], question: str
+    ) -> str:
+        of, into = _languages(path)
+        parts = [f"Job {number}: translate {of} sentences into {into}."]
+        parts += [f"{of}: {source}\n{into}: {reference}" for source, reference in shown]
+        return "\n\n".join([*parts, f"{of}: {question}\n{into}:"])
 
     def statistics(self, answer: str, item: Item) -> list[float]:
         import sacrebleu
@@ -105,15 +89,6 @@ class Translation(Task):
             for row in flat
         ]
         return np.array(scores).reshape(totals.shape[:-1])
-
-
-def _prompt(
-    number: int, languages: tuple[str, str], shown: list[tuple[str, str]], question: str
-) -> str:
-    of, into = languages
-    parts = [f"Job {number}: translate {of} sentences into {into}."]
-    parts += [f"{of}: {source}\n{into}: {reference}" for source, reference in shown]
-    return "\n\n".join([*parts, f"{of}: {question}\n{into}:"])
 
 
 def _languages(path: Path) -> tuple[str, str]:
