@@ -9,12 +9,11 @@ from rich.progress import track
 from kvshare_mm.errors import ConfigError
 
 MAX_DISTANCE = 0.05
-_BLOCK = 1024
 _BATCH = 32
 
 
 def have_partner(
-    embeddings: NDArray[np.float32], max_distance: float = MAX_DISTANCE
+    embeddings: NDArray[np.float32], max_distance: float = MAX_DISTANCE, block: int = 1024
 ) -> NDArray[np.bool_]:
     """Which prompts have another one within a cosine distance.
 
@@ -23,16 +22,17 @@ def have_partner(
     Args:
         embeddings: ``[N, dim]``, rows of unit length.
         max_distance: 1 minus the cosine, at most.
+        block: prompts compared with all others at a time.
 
     Returns:
         ``[N]`` mask.
     """
     found = np.zeros(len(embeddings), dtype=bool)
-    for start in range(0, len(embeddings), _BLOCK):
-        cosine = embeddings[start : start + _BLOCK] @ embeddings.T
+    for start in range(0, len(embeddings), block):
+        cosine = embeddings[start : start + block] @ embeddings.T
         rows = np.arange(len(cosine))
         cosine[rows, start + rows] = -1  # a prompt is not its own partner
-        found[start : start + _BLOCK] = cosine.max(axis=1) >= 1 - max_distance
+        found[start : start + block] = cosine.max(axis=1) >= 1 - max_distance
     return found
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
-
-from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench.frontier import run
 from kvshare_mm.apps.bench.methods import METHODS, pick
 from kvshare_mm.apps.bench.rig import Rig
@@ -38,13 +35,3 @@ def test_ad_hoc_policies_have_one_point(rig: Rig, pairs: list[dict[str, Any]]) -
     report = run(rig, pairs[:1], pick("repair=window:2"))
     [point] = report["methods"]["repair=window:2"]
     assert point["policy"] == "window:2"
-
-
-def test_pairs_that_cannot_be_served(rig: Rig, pairs: list[dict[str, Any]]) -> None:
-    long = {"id": "long", "donor": "fox", "target": "a b " * 400}
-    report = run(rig, [long, pairs[0]], pick("prefix"))
-    assert [s["id"] for s in report["skipped"]] == ["long"]
-    assert report["pairs"] == 1
-    with pytest.raises(ConfigError, match="no pair could be served"):
-        run(rig, [long], pick("prefix"))
-    assert len(rig.donors.tree) == 0

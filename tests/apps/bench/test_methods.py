@@ -47,6 +47,16 @@ def test_methods_that_reuse_answers_are_for_tasks_only() -> None:
         pick("full,gptcache")
 
 
+def test_methods_by_name() -> None:
+    assert [m.name for m in pick("full, epic")] == ["full", "epic"]
+    [own] = pick("repair=window:3+tail:2")
+    assert (own.sharing, own.repair) == ("on", "window:3+tail:2")
+    assert all(m.repair is None or m.policy is not None for m in METHODS.values())
+    for wrong in ("magic", "", "full,", "repair=magic", "repair=window:x"):
+        with pytest.raises(ConfigError):
+            pick(wrong)
+
+
 def test_a_method_named_twice_counts_once() -> None:
     assert [m.name for m in pick("epic,full,epic")] == ["epic", "full"]
     assert all(isinstance(m, Method) for m in pick("repair=window:2,repair=window:2,full"))

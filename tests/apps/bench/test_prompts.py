@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench import reuse
 from kvshare_mm.apps.bench.methods import METHODS
-from kvshare_mm.apps.bench.prompts import read_pairs, with_media_paths
+from kvshare_mm.apps.bench.prompts import (
+    is_fitted_to,
+    read_pairs,
+    read_prompts,
+    with_media_paths,
+)
 from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.config import KVShareConfig
 
@@ -95,3 +101,35 @@ def test_pairs_with_pictures_are_measured(
     assert same["methods"]["prefix"]["computed_tokens"] < same["tokens"] - 12
     # The other picture's twelve positions and the last one.
     assert changed["methods"]["kvshare"]["computed_tokens"] == 13
+
+
+def test_pairs_are_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"donor": "a", "target": "b"}\n\n{"id": 7, "donor": "c", "target": "d"}\n')
+    assert [p["id"] for p in read_pairs(path)] == ["1", 7]
+    assert len(read_pairs(path, 1)) == 1
+    for content in (b"", b"\n", b"nonsense", b"[1]", b'{"donor": "a"}', b"7", b"\xff\xfe",
+                    b'{"donor": "", "target": "b"}'):  # fmt: skip
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"pairs\.jsonl"):
+            read_pairs(path)
+    with pytest.raises(ConfigError):
+        read_pairs(tmp_path)
+
+
+def test_pairs_that_nothing_is_fitted_to(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(f'{{"id": {n}, "donor": "a", "target": "b"}}\n' for n in range(200)))
+    held_out = [p["id"] for p in read_pairs(path, held_out=True)]
+    assert 50 < len(held_out) < 110  # 40% of them
+    assert held_out == [n for n in range(200) if not is_fitted_to(str(n))]
+    assert [p["id"] for p in read_pairs(path, 2, held_out=True)] == held_out[:2]
+
+
+def test_a_line_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
+    plain = tmp_path / "prompts.txt"
+    plain.write_text("one\u2028two\n\nthree\n", encoding="utf-8")
+    assert read_prompts(plain) == ["one\u2028two", "three"]
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('{"text": "a\u2028b"}\r\n{"text": "c"}', encoding="utf-8")
+    assert read_prompts(lines) == ["a\u2028b", "c"]

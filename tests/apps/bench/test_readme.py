@@ -77,12 +77,19 @@ def test_by_command(tmp_path: Path) -> None:
     assert "197 MiB" in out.read_text()
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("reuse --pairs /d/p.jsonl --json /y/z.json --limit 3", "reuse --pairs p.jsonl --limit 3"),
+        ("serve --requests /x/r.jsonl --url http://h:8000/v1",
+         "serve --requests r.jsonl --url http://h:8000/v1"),
+    ],
+)  # fmt: skip
 def test_a_report_tells_its_command_without_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = ["/x/bin/kvshare", "bench", "reuse", "--pairs", "/data/p.jsonl", "--json", "/y/z.json"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--limit", "3"])
+    monkeypatch.setattr(sys, "argv", ["/x/bin/kvshare", "bench", *words.split()])
     write_report({"kind": "reuse"}, tmp_path / "r.json")
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["command"] == "kvshare bench reuse --pairs p.jsonl --limit 3"
+    assert report["command"] == f"kvshare bench {told}"
     assert report["machine"]["torch"] and report["kind"] == "reuse"

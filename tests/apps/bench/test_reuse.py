@@ -12,7 +12,6 @@ from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench.divergence import spread
 from kvshare_mm.apps.bench.journal import Journal
 from kvshare_mm.apps.bench.methods import METHODS, pick
-from kvshare_mm.apps.bench.prompts import is_fitted_to, read_pairs, read_prompts
 from kvshare_mm.apps.bench.reuse import run
 from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.apps.machine import machine
@@ -104,56 +103,12 @@ def test_pairs_that_do_not_fit_are_skipped_with_a_reason(
         run(rig, [long], pick("prefix"))
 
 
-def test_methods_by_name() -> None:
-    assert [m.name for m in pick("full, epic")] == ["full", "epic"]
-    [own] = pick("repair=window:3+tail:2")
-    assert (own.sharing, own.repair) == ("on", "window:3+tail:2")
-    assert all(m.repair is None or m.policy is not None for m in METHODS.values())
-    for wrong in ("magic", "", "full,", "repair=magic", "repair=window:x"):
-        with pytest.raises(ConfigError):
-            pick(wrong)
-
-
-def test_pairs_are_read_line_by_line(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    path.write_text('{"donor": "a", "target": "b"}\n\n{"id": 7, "donor": "c", "target": "d"}\n')
-    assert [p["id"] for p in read_pairs(path)] == ["1", 7]
-    assert len(read_pairs(path, 1)) == 1
-    for content in (b"", b"\n", b"nonsense", b"[1]", b'{"donor": "a"}', b"7", b"\xff\xfe",
-                    b'{"donor": "", "target": "b"}'):  # fmt: skip
-        path.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"pairs\.jsonl"):
-            read_pairs(path)
-    with pytest.raises(ConfigError):
-        read_pairs(tmp_path)
-
-
-def test_pairs_that_nothing_is_fitted_to(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(f'{{"id": {n}, "donor": "a", "target": "b"}}\n' for n in range(200)))
-    held_out = [p["id"] for p in read_pairs(path, held_out=True)]
-    assert 50 < len(held_out) < 110  # 40% of them
-    assert held_out == [n for n in range(200) if not is_fitted_to(str(n))]
-    assert [p["id"] for p in read_pairs(path, 2, held_out=True)] == held_out[:2]
-
-
 def test_the_machine_is_described() -> None:
     told = machine()
     assert told["cores"] >= 1
     assert told["memory_gib"] > 0
     assert told["torch"] == torch.__version__
     assert told["cpu"]
-
-
-def test_a_line_separator_inside_a_string_ends_no_line(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    path.write_text('{"donor": "a\u2028b\x85c", "target": "d"}\n', encoding="utf-8")
-    assert read_pairs(path)[0]["donor"] == "a\u2028b\x85c"
-    path.write_text('{"text": "a\u2028b"}\r\n{"text": "c"}', encoding="utf-8")
-    assert read_prompts(path) == ["a\u2028b", "c"]
-    plain = tmp_path / "prompts.txt"
-    plain.write_text("one\u2028two\n\nthree\n", encoding="utf-8")
-    assert read_prompts(plain) == ["one\u2028two", "three"]
 
 
 def test_work_is_what_the_model_ran(report: dict[str, Any]) -> None:

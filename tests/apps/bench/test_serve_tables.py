@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_mm.apps.bench.readme import filled
-from kvshare_mm.apps.bench.report import page, read_results, sections
 from kvshare_mm.apps.bench.serve import Sample, summary
 from kvshare_mm.apps.bench.server_overhead import prompts
-from kvshare_mm.apps.terminal import write_report
 
 
 def serve(concurrency: int) -> dict[str, Any]:
@@ -66,25 +60,6 @@ def test_the_servers_cost() -> None:
         "| Python API | 71 tokens | 200.1 ms | 0.8 ms | - | - | - |",
         "| server | 71 tokens | 204.2 ms | 4.9 ms | 4.3 ms | 9.1 ms | 14 of 15 |",
     ]
-
-
-def test_both_are_in_the_report(tmp_path: Path) -> None:
-    for name, report in (("load", serve(8)), ("overhead", OVERHEAD)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(report))
-    html = page(sections(read_results(tmp_path)))
-    for text in ("What was reused under load, shop", "99 of 100", "19800",
-                 "The server beside the Python API, smollm2", "204.2 ms"):  # fmt: skip
-        assert text in html, text
-
-
-def test_a_report_of_a_server_tells_its_whole_url(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    argv = ["kvshare", "bench", "serve", "--requests", "/x/r.jsonl", "--url", "http://h:8000/v1"]
-    monkeypatch.setattr(sys, "argv", argv)
-    write_report({"kind": "serve"}, tmp_path / "r.json")
-    said = json.loads((tmp_path / "r.json").read_text())["command"]
-    assert said == "kvshare bench serve --requests r.jsonl --url http://h:8000/v1"
 
 
 @given(st.integers(1, 30), st.integers(4, 20))

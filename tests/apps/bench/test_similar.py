@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvshare_mm.apps.bench import similar
 from kvshare_mm.apps.bench.similar import have_partner, nearest_before
 
 
@@ -27,12 +26,11 @@ def test_nobody_is_his_own_partner() -> None:
     assert have_partner(at(0, 0)).tolist() == [True, True]
 
 
-def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_matter() -> None:
     vectors = at(*np.random.default_rng(0).uniform(0, 3600, 40))
     whole = have_partner(vectors, 0.0005)
     assert 0 < whole.sum() < 40
-    monkeypatch.setattr(similar, "_BLOCK", 7)
-    assert (have_partner(vectors, 0.0005) == whole).all()
+    assert (have_partner(vectors, 0.0005, block=7) == whole).all()
 
 
 def test_the_nearest_of_those_before() -> None:
