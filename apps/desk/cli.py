@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvshare_mm.apps.bench.terminal import plain_errors
+from kvshare_mm.apps.openmp import wait_asleep
 
 console = Console()
 
@@ -30,6 +31,7 @@ def ui(
     with plain_errors():
         from kvshare_mm.errors import ConfigError
 
+        wait_asleep()
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         try:
             import gradio  # noqa: F401

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from kvshare_mm.apps.bench.terminal import plain_errors
+from kvshare_mm.apps.openmp import wait_asleep
 
 console = Console()
 keys = typer.Typer(help="API keys: each bound to a tenant, kept as hashes in a file.")
@@ -212,6 +213,7 @@ def serve(
         if vllm_options:
             raise typer.BadParameter("only --engine vllm takes options after MODEL")
         _check_installed()
+        wait_asleep()
         from kvshare_mm.apps.server import admin_key, hosts, logs, run
         from kvshare_mm.apps.server.options import ServerOptions
         from kvshare_mm.config import KVShareConfig
