@@ -19,7 +19,9 @@ _CLOUDS = (
     "168.63.129.16/32",
     "192.0.0.192/32",  # Oracle Cloud Classic: docs.oracle.com, "Retrieving Instance Metadata"
     "100.100.100.200/32",  # Alibaba: alibabacloud.com/help/ecs, "Instance metadata"
-    # IBM's service endpoints: cloud.ibm.com/docs/vpc, "Service endpoints for IBM Cloud VPC"
+    # IBM's services (github.com/ibm-cloud-docs/vpc, vpc-endpoints.md: DNS, mirrors, NTP) and its
+    # service endpoints (cloud.ibm.com/apidocs/vpc: `client_ip_pool` of a VPN server names both as
+    # reserved).
     "161.26.0.0/16",
     "166.8.0.0/14",
     "fd00:ec2::/32",  # AWS: docs.aws.amazon.com/AWSEC2, "Access instance metadata": fd00:ec2::254
@@ -29,7 +31,8 @@ _CLOUDS = (
     "fe80::a9fe:a9fe/128",  # OpenStack: docs.openstack.org/nova, "Metadata service"
 )
 
-# https://www.iana.org/assignments/iana-ipv4-special-registry, and what is no unicast address.
+# https://www.iana.org/assignments/iana-ipv4-special-registry, and what is no unicast address. Also
+# what is globally reachable there: it serves a purpose of its own, and media are not among them.
 _NOT_PUBLIC_V4 = (
     "0.0.0.0/8",  # RFC 791: this network
     "10.0.0.0/8",  # RFC 1918: private

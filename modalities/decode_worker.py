@@ -22,7 +22,7 @@ from kvshare_mm.modalities.picture_file import load_picture
 from kvshare_mm.modalities.sound_file import load_sound
 
 _BAND = 1 << 20  # bytes of pixels that are sent at a time
-_NICE = 5  # the model comes first
+_NICE = 15  # the model comes first, and who asks without a picture
 
 
 def bands(width: int, height: int) -> list[tuple[int, int]]:
@@ -84,7 +84,6 @@ def _limit(memory: int) -> None:
         with contextlib.suppress(ValueError, OSError):  # macOS takes only some values
             resource.setrlimit(limit, (wanted, wanted))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(10)  # who asks without a picture goes first
 
 
 if __name__ == "__main__":

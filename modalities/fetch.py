@@ -10,7 +10,6 @@ Environment variables for proxies are not followed: the proxy would do what was 
 from __future__ import annotations
 
 import asyncio
-import base64
 import ipaddress
 import os
 import re
@@ -26,6 +25,7 @@ from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
 import httpcore2
 
 from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.modalities import data_url
 from kvshare_mm.modalities.addresses import is_cloud, is_cloud_name, is_public, is_public_name
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -93,6 +93,8 @@ class MediaFetcher:
         Raises:
             InvalidRequestError: it may not be fetched, is too large, or could not be read.
         """
+        if self._scheme(url) == "data":
+            return self._data(url)
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -106,15 +108,7 @@ class MediaFetcher:
         Raises:
             InvalidRequestError: it may not be fetched, is too large, or could not be read.
         """
-        if not isinstance(url, str):
-            raise InvalidRequestError(f"a URL is text, not a {type(url).__name__}")
-        # Before anything splits it: a data URL may have megabytes.
-        scheme = url[:8].partition(":")[0].strip().lower()
-        if scheme not in self.policy.schemes:
-            allowed = ", ".join(sorted(self.policy.schemes))
-            raise InvalidRequestError(
-                f"URLs of this kind are not fetched: {_short(url)}; allowed are {allowed}"
-            )
+        scheme = self._scheme(url)
         if scheme == "data":
             return self._data(url)
         if scheme == "file":
@@ -126,6 +120,19 @@ class MediaFetcher:
             raise InvalidRequestError(
                 f"{_short(url)} took longer than {self.policy.timeout_s:g} s"
             ) from error
+
+    def _scheme(self, url: str) -> str:
+        """The scheme of a URL, if it is allowed."""
+        if not isinstance(url, str):
+            raise InvalidRequestError(f"a URL is text, not a {type(url).__name__}")
+        # Before anything splits it: a data URL may have megabytes.
+        scheme = url[:8].partition(":")[0].strip().lower()
+        if scheme not in self.policy.schemes:
+            allowed = ", ".join(sorted(self.policy.schemes))
+            raise InvalidRequestError(
+                f"URLs of this kind are not fetched: {_short(url)}; allowed are {allowed}"
+            )
+        return scheme
 
     # -- http and https ---------------------------------------------------------------------
 
@@ -219,13 +226,8 @@ class MediaFetcher:
         # Four characters a three bytes, or three a byte: too much is known before it is decoded.
         if len(url) > 3 * self.policy.max_bytes + 256:
             raise self._too_large(url)
-        head, comma, body = url.partition(",")
-        if not comma:
-            raise InvalidRequestError("a data URL needs a comma before its content")
         try:
-            content = unquote_to_bytes(body)
-            if head.lower().replace(" ", "").endswith(";base64"):
-                content = base64.b64decode(b"".join(content.split()), validate=True)
+            content = data_url.decoded(url)
         except ValueError as error:  # no base64, or half a surrogate pair
             raise InvalidRequestError(f"a data URL cannot be decoded: {error}") from error
         if len(content) > self.policy.max_bytes:

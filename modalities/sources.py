@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
 from kvshare_mm.errors import InvalidRequestError, KVShareError
+from kvshare_mm.modalities import data_url
 
 _FETCHED = ("http:", "https:", "data:")
 
@@ -50,8 +49,8 @@ class MediaSources:
         if len(text) > self._max_bytes // 3 * 4 + 4:
             raise self._too_large(where)
         try:
-            content = base64.b64decode("".join(text.split()), validate=True)
-        except (binascii.Error, ValueError) as error:
+            content = data_url.from_base64(data_url.pieces(text))
+        except ValueError as error:
             raise InvalidRequestError(f"{where} is no base64: {error}", where) from error
         return self._checked(content, where)
 

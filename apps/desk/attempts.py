@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from kvshare_mm.apps.desk.limits import DeskLimits
+from kvshare_mm.apps.server.connections import client_of
+from kvshare_mm.apps.server.limits import Bucket
 
-_PERIOD_S = 60.0
-_MAX_ADDRESSES = 4096
-
-
-@dataclass(slots=True)
-class _Bucket:
-    """Fills with attempts, drains evenly."""
-
-    size: int
-    level: float = 0.0
-    at: float = 0.0
-
-    def drain(self, now: float) -> None:
-        self.level = max(0.0, self.level - (now - self.at) * self.size / _PERIOD_S)
-        self.at = now
-
-    @property
-    def wait_s(self) -> float:
-        return max(0.0, (self.level + 1 - self.size) * _PERIOD_S / self.size)
+_MAX_CLIENTS = 4096
 
 
 class Attempts:
-    """Counts attempts to log in, by address and of all together.
+    """Counts attempts to log in, by client and of all together.
 
     Args:
         limits: of the desk.
@@ -41,42 +23,25 @@ class Attempts:
     def __init__(self, limits: DeskLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
         self._clock = clock
-        self._all = _Bucket(limits.all_logins)
-        self._addresses: dict[str, _Bucket] = {}
+        self._all = Bucket(limits.all_logins, clock)
+        self._clients: dict[str, Bucket] = {}
 
     def begin(self, address: str) -> float:
         """Count an attempt; 0: it may be made, else the seconds until one may be."""
         buckets = (self._all, self._of(address))
-        wait = max(bucket.wait_s for bucket in buckets)
+        wait = max(bucket.wait(1) for bucket in buckets)
         if not wait:
             for bucket in buckets:
-                bucket.level += 1
+                bucket.take(1)
         return wait
 
     def succeeded(self, address: str) -> None:
         """The last attempt was right: it does not count."""
         for bucket in (self._all, self._of(address)):
-            bucket.level = max(0.0, bucket.level - 1)
+            bucket.take(-1)
 
-    def _of(self, address: str) -> _Bucket:
-        now = self._clock()
-        name = _network(address)
-        if name not in self._addresses and len(self._addresses) >= _MAX_ADDRESSES:
-            for bucket in self._addresses.values():
-                bucket.drain(now)
-            self._addresses = {k: b for k, b in self._addresses.items() if b.level}
-        found = self._addresses.setdefault(name, _Bucket(self._limits.logins, at=now))
-        for bucket in (self._all, found):
-            bucket.drain(now)
-        return found
-
-
-def _network(address: str) -> str:
-    """Whoever has an IPv6 address has the 2**64 beside it too."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if parsed.version == 6 and parsed.ipv4_mapped is None:
-        return str(ipaddress.ip_network((parsed, 64), strict=False))
-    return str(parsed)
+    def _of(self, address: str) -> Bucket:
+        name = client_of(address)
+        if name not in self._clients and len(self._clients) >= _MAX_CLIENTS:
+            self._clients = {k: b for k, b in self._clients.items() if b.level < b.capacity}
+        return self._clients.setdefault(name, Bucket(self._limits.logins, self._clock))

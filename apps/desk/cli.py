@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from kvshare_mm.apps.openmp import wait_asleep
 from kvshare_mm.apps.terminal import plain_errors
 
 console = Console()
@@ -30,6 +31,7 @@ def ui(
     with plain_errors():
         from kvshare_mm.errors import ConfigError
 
+        wait_asleep()
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         try:
             import gradio  # noqa: F401

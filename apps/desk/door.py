@@ -89,7 +89,6 @@ class Door:
         self._uploads = uploads
         self._limits = limits
         self._attempts = Attempts(limits)
-        self._uploading = 0
         # A cookie is sent to all ports of a host: another server's must not take this one's place.
         self._cookie = f"kvshare-desk-{secrets.token_hex(4)}"
 
@@ -300,15 +299,14 @@ class Door:
         if length.isdecimal() and int(length) > self._limits.upload_bytes + _FORM_OVERHEAD:
             raise self._too_large()
         limits = self._limits
-        if visitor.uploading >= limits.own_uploading or self._uploading >= limits.uploading:
+        crowded = not self._visitors.has_room(visitor, lambda v: v.uploading, limits.uploading)
+        if crowded or visitor.uploading >= limits.own_uploading:
             raise ApiError(429, "too many files are being uploaded", retry_after=5)
         visitor.uploading += 1
-        self._uploading += 1
         try:
             tokens = await self._received(request, visitor)
         finally:
             visitor.uploading -= 1
-            self._uploading -= 1
         await JSONResponse(tokens)(request.scope, request.receive, send)
 
     async def _received(self, request: Request, visitor: Visitor) -> list[str]:
@@ -330,7 +328,8 @@ class Door:
                 content = await file.read()
                 try:
                     kind = (file.content_type or "").partition(";")[0].strip().lower()
-                    tokens.append(self._uploads.keep(visitor.name, content, kind))
+                    tenant = visitor.caller.tenant
+                    tokens.append(self._uploads.keep(visitor.name, content, kind, tenant))
                 except ValueError as error:
                     raise self._too_large() from error
             return tokens

@@ -106,11 +106,11 @@ class Desk:
         service, caller = self._service, visitor.caller
         meter = service.meters.of(caller.key, caller.limits)
         read_tokens = answered = 0
-        done = False
 
         async def read(make: Callable[..., RequestSpec], prompt: Any, *more: Any) -> RequestSpec:
             nonlocal read_tokens
-            spec: RequestSpec = await service.lines.of(prompt).run(make, prompt, *more)
+            line = service.lines.of(prompt)
+            spec: RequestSpec = await line.run(caller.tenant, make, prompt, *more)
             bill.read(read_tokens + len(spec.stream))
             read_tokens += len(spec.stream)
             return spec
@@ -118,6 +118,7 @@ class Desk:
         def finished(output: RequestOutput) -> None:
             nonlocal answered
             answered += len(output.token_ids)
+            bill.answered(answered)
             service.finished(output, f"desk-{uuid.uuid4().hex}", {})
 
         if meter is not None:
@@ -128,10 +129,12 @@ class Desk:
             if meter is not None:
                 bill = meter.reserve(0, MAX_TOKENS)
             yield Terms(caller.tenant, read, finished)
-            done = True
-        finally:
+        except BaseException:
             # Of an answer that was given up nobody has counted the tokens.
-            bill.settle(None, answered if done else max(answered, MAX_TOKENS))
+            bill.answered(max(answered, MAX_TOKENS))
+            raise
+        finally:
+            bill.settle()
             visitor.questions -= 1
             if meter is not None:
                 meter.end()
@@ -156,7 +159,8 @@ class Desk:
             if example.photo is None:
                 return example.question, None, None
             content = (PICTURES / example.photo).read_bytes()
-            token = self._uploads.keep(visitor.name, content, "image/png")
+            tenant = visitor.caller.tenant
+            token = self._uploads.keep(visitor.name, content, "image/png", tenant)
             return example.question, shown(self._path, token, example.photo, "image/png"), None
 
         return fill

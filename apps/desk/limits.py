@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DeskLimits:
-    """Bounds of the desk.
+    """Bounds of the desk. What all have together is shared out over tenants: where one has taken
+    it all, another still gets its share.
 
     Attributes:
-        visitors: sessions at once; above, those idle for longest end.
+        visitors: sessions at once; above, those idle for longest of the tenant with most end.
         idle_s: seconds without a request after which a session ends.
         lifetime_s: seconds after which it ends in any case.
         pages: open pages of one session.
@@ -19,7 +20,8 @@ class DeskLimits:
         all_streams: of all together.
         upload_bytes: largest picture or clip.
         visitor_bytes: pictures and clips of one session; its oldest make room.
-        all_bytes: of all together; the oldest of who holds most make room.
+        all_bytes: of all together; the oldest of who holds most make room, of the tenant whose
+            visitors hold most.
         upload_s: seconds that a picture or clip is kept.
         own_uploading: uploads of one session at once.
         uploading: of all together.

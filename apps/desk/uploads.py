@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,13 +45,20 @@ class Uploads:
         self._secret = secrets.token_bytes(32)
         self._held: dict[str, dict[str, Upload]] = {}  # by visitor and token, the oldest first
         self._bytes: dict[str, int] = {}
+        self._tenants: dict[str, str] = {}
 
     @property
     def total_bytes(self) -> int:
         return sum(self._bytes.values())
 
-    def keep(self, visitor: str, content: bytes, kind: str) -> str:
+    def keep(self, visitor: str, content: bytes, kind: str, tenant: str = "") -> str:
         """Keep a file; the same one again has the same token.
+
+        Args:
+            visitor: whose it is.
+            content: its bytes.
+            kind: its content type.
+            tenant: of the visitor.
 
         Raises:
             ValueError: it is larger than a file may be.
@@ -63,10 +71,11 @@ class Uploads:
         self._drop(visitor, token)
         self._held.setdefault(visitor, {})[token] = Upload(content, kind, self._clock())
         self._bytes[visitor] = self._bytes.get(visitor, 0) + len(content)
+        self._tenants[visitor] = tenant
         while self._bytes[visitor] > self._limits.visitor_bytes:
             self._drop_oldest(visitor)
         while self.total_bytes > self._limits.all_bytes:
-            self._drop_oldest(max(self._bytes, key=lambda who: self._bytes[who]))
+            self._drop_oldest(self._largest())
         return token
 
     def get(self, visitor: str, token: str) -> Upload | None:
@@ -77,6 +86,7 @@ class Uploads:
         """Drop all that a visitor sent."""
         self._held.pop(visitor, None)
         self._bytes.pop(visitor, None)
+        self._tenants.pop(visitor, None)
 
     def expire(self) -> None:
         """Drop what was sent too long ago."""
@@ -84,6 +94,13 @@ class Uploads:
         for visitor, held in list(self._held.items()):
             for token in [token for token, upload in held.items() if upload.since < until]:
                 self._drop(visitor, token)
+
+    def _largest(self) -> str:
+        """Who holds most, of the tenant whose visitors hold most together."""
+        of_tenant: Counter[str] = Counter()
+        for visitor, size in self._bytes.items():
+            of_tenant[self._tenants[visitor]] += size
+        return max(self._bytes, key=lambda who: (of_tenant[self._tenants[who]], self._bytes[who]))
 
     def _drop_oldest(self, visitor: str) -> None:
         self._drop(visitor, next(iter(self._held[visitor])))

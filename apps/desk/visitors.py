@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from kvshare_mm.apps.desk.limits import DeskLimits
 from kvshare_mm.apps.desk.uploads import Uploads
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.keys import Caller, digest
+from kvshare_mm.engine.fair_queue import has_room
 
 _SWEEP_S = 1.0
 
@@ -76,10 +78,11 @@ class Visitors:
         """
         if len(self._visitors) >= self._limits.visitors:
             # An open page holds a stream: who only comes and goes cannot push it out.
-            idle = next((cookie for cookie, v in self._visitors.items() if not v.streams), None)
-            if idle is None:
+            idle = [cookie for cookie, v in self._visitors.items() if not v.streams]
+            if not idle:
                 raise ApiError(503, "too many people are at the desk", retry_after=60)
-            self._end(idle)
+            sessions = Counter(v.caller.tenant for v in self._visitors.values())
+            self._end(max(idle, key=lambda c: sessions[self._visitors[c].caller.tenant]))
         cookie = secrets.token_urlsafe(32)
         now = self._clock()
         self._visitors[digest(cookie)] = Visitor(secrets.token_hex(16), caller, key, now, now)
@@ -134,6 +137,14 @@ class Visitors:
             bool(visitor.streams) or now - visitor.seen < self._limits.idle_s
         )
 
+    def has_room(self, visitor: Visitor, held: Callable[[Visitor], int], most: int) -> bool:
+        """Whether a visitor's tenant may take one more of what all tenants share."""
+        taken: Counter[str] = Counter()
+        for each in self._visitors.values():
+            taken[each.caller.tenant] += held(each)
+        tenant = visitor.caller.tenant
+        return has_room(taken[tenant], taken.total(), len({*+taken, tenant}), most)
+
     @asynccontextmanager
     async def streaming(self, visitor: Visitor) -> AsyncIterator[None]:
         """Around an event stream, which ends with its session.
@@ -141,8 +152,8 @@ class Visitors:
         Raises:
             ApiError: 429, there are too many.
         """
-        open_now = sum(len(v.streams) for v in self._visitors.values())
-        if len(visitor.streams) >= self._limits.streams or open_now >= self._limits.all_streams:
+        crowded = not self.has_room(visitor, lambda v: len(v.streams), self._limits.all_streams)
+        if crowded or len(visitor.streams) >= self._limits.streams:
             raise ApiError(429, "too many pages of the desk are open", retry_after=10)
         try:
             async with asyncio.timeout(None) as ending:

@@ -24,9 +24,11 @@ class Answers:
 
     Args:
         streams: `KVShare.astream` of each.
+        made: told of each chunk when it comes, even if nobody takes it yet.
     """
 
-    def __init__(self, streams: Sequence[Chunks]) -> None:
+    def __init__(self, streams: Sequence[Chunks], made: Callable[[int, StreamChunk], None]) -> None:
+        self._made = made
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._running = len(streams)
         self._early: list[Event] = []
@@ -64,15 +66,18 @@ class Answers:
         try:
             async with aclosing(stream) as chunks:
                 async for chunk in chunks:
+                    self._made(index, chunk)
                     self._events.put_nowait((index, chunk))
         except Exception as error:
             self._events.put_nowait(error)
 
 
 @asynccontextmanager
-async def answers(streams: Sequence[Chunks]) -> AsyncIterator[Answers]:
+async def answers(
+    streams: Sequence[Chunks], made: Callable[[int, StreamChunk], None]
+) -> AsyncIterator[Answers]:
     """`Answers` that end with the block."""
-    running = Answers(streams)
+    running = Answers(streams, made)
     try:
         yield running
     finally:

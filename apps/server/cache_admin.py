@@ -11,8 +11,8 @@ from fastapi import APIRouter, Query
 from kvshare_mm.apps.server.chat import ERRORS
 from kvshare_mm.apps.server.errors import ApiError, clean
 from kvshare_mm.apps.server.generation import request_options
+from kvshare_mm.apps.server.json_bodies import json_route
 from kvshare_mm.apps.server.keys import Caller
-from kvshare_mm.apps.server.media import resolved
 from kvshare_mm.apps.server.schema import ClearBody, LookupBody, PinBody
 from kvshare_mm.apps.server.service import Service
 from kvshare_mm.apps.server.sharing import scope
@@ -21,7 +21,9 @@ from kvshare_mm.cache import DonorInfo
 
 def router(service: Service) -> APIRouter:
     """The routes, for one service."""
-    routes = APIRouter(prefix="/v1/cache", responses=ERRORS)
+    routes = APIRouter(
+        prefix="/v1/cache", responses=ERRORS, route_class=json_route(service.lines.parsing)
+    )
 
     def told(info: DonorInfo) -> dict[str, Any]:
         return {**asdict(info), "age_s": round(time.time() - info.created_s, 3)}
@@ -120,13 +122,9 @@ def router(service: Service) -> APIRouter:
             raise ApiError(400, "either prompt or messages", "prompt")
         prompt: Any = body.prompt
         if body.messages is not None:
-            prompt = await resolved(
-                [message.model_dump() for message in body.messages],
-                service.fetcher,
-                service.options.max_media,
-            )
+            prompt = await service.with_media(body.messages, body.tenant)
         options = request_options(service, Caller(body.tenant), body.cache_salt, body.kvshare)
-        found = await service.lines.of(prompt).run(service.llm.lookup, prompt, options)
+        found = await service.lines.of(prompt).run(body.tenant, service.llm.lookup, prompt, options)
         namespace = service.llm.namespace(options.cache_salt)
         if found is None:
             return {"namespace": namespace, "exact": 0, "similar": 0, "declined": "sharing_off"}

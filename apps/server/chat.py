@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from kvshare_mm.apps.server.generation import Generation, num_choices, request_options
-from kvshare_mm.apps.server.media import resolved
+from kvshare_mm.apps.server.json_bodies import json_route
 from kvshare_mm.apps.server.replies import chat_logprobs
 from kvshare_mm.apps.server.schema import ChatBody, ErrorBody
 from kvshare_mm.apps.server.service import Service
@@ -32,7 +32,7 @@ STREAMS: dict[int | str, dict[str, Any]] = {
 
 def router(service: Service) -> APIRouter:
     """The route, for one service."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=json_route(service.lines.parsing))
 
     @routes.post("/v1/chat/completions", responses={**ERRORS, **STREAMS})
     async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -42,11 +42,7 @@ def router(service: Service) -> APIRouter:
         n = num_choices(body.n, 1, service.options.max_choices)
         params = [body.params(body.limit, body.num_logprobs, i) for i in range(n)]
         options = request_options(service, request.state.caller, body.cache_salt, body.kvshare)
-        messages = await resolved(
-            [message.model_dump() for message in body.messages],
-            service.fetcher,
-            service.options.max_media,
-        )
+        messages = await service.with_media(body.messages, request.state.caller.tenant)
         head = {
             "id": f"chatcmpl-{request.state.request_id}",
             "created": int(time.time()),

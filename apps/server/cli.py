@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from kvshare_mm.apps.openmp import wait_asleep
 from kvshare_mm.apps.terminal import plain_errors
 
 console = Console()
@@ -212,6 +213,7 @@ def serve(
         if vllm_options:
             raise typer.BadParameter("only --engine vllm takes options after MODEL")
         _check_installed()
+        wait_asleep()
         from kvshare_mm.apps.server import admin_key, hosts, logs, run
         from kvshare_mm.apps.server.options import ServerOptions
         from kvshare_mm.config import KVShareConfig

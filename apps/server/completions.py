@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from kvshare_mm.apps.server.chat import ERRORS, STREAMS
 from kvshare_mm.apps.server.generation import Generation, num_choices, request_options
+from kvshare_mm.apps.server.json_bodies import json_route
 from kvshare_mm.apps.server.replies import completion_logprobs
 from kvshare_mm.apps.server.schema import CompletionBody
 from kvshare_mm.apps.server.service import Service
@@ -21,7 +22,7 @@ _DEFAULT_MAX_TOKENS = 16  # as OpenAI's
 
 def router(service: Service) -> APIRouter:
     """The route, for one service."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=json_route(service.lines.parsing))
 
     @routes.post("/v1/completions", responses={**ERRORS, **STREAMS})
     async def completions(body: CompletionBody, request: Request) -> Response:

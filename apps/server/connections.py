@@ -107,7 +107,7 @@ class Listener(socket.socket):
             ConnectionAbortedError: it was refused. The loop comes back for more, after others.
         """
         connection, address = super().accept()
-        client = _client(address[0])
+        client = client_of(address[0])
         if self._connections.admit(client):
             return _Accepted(connection, lambda: self._connections.release(client)), address
         with connection:
@@ -190,8 +190,12 @@ def room_for(most: int) -> int:
     return min(most, fitting)
 
 
-def _client(address: str) -> str:
-    ip = ipaddress.ip_address(address.partition("%")[0])
+def client_of(address: str) -> str:
+    """Whose an address is: who has one of IPv6 has the 2**64 beside it too."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
     if ip.version == 4:
         return str(ip)
     if ip.ipv4_mapped is not None:

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.hosts import HostCheck
+from kvshare_mm.apps.server.json_bodies import LARGE
 from kvshare_mm.apps.server.keys import Caller, KeyRing
 from kvshare_mm.apps.server.limits import Meter, Meters
 from kvshare_mm.apps.server.logs import request_id
@@ -32,7 +33,7 @@ _OPEN = frozenset(
 _PRIVATE = frozenset({"/metrics", "/openapi.json", "/docs"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _CLIENT_GONE = 499
-_MAX_VALUES = 1 << 19
+_TURN_S = 0.001
 # In the state of every request that arrives once the server is told to stop.
 STOPPING = "stopping"
 
@@ -63,6 +64,7 @@ class Gate:
         self._keys = keys
         self._meters = meters
         self._ui_path = ui_path
+        self._turns = _Turns()
         self._hosts = HostCheck(options.allowed_hosts)
         self._requests = Counter(
             "kvshare:http_requests",
@@ -98,7 +100,7 @@ class Gate:
                 )
             await send(message)
 
-        body = _Body(receive, self._options, as_json=not self._is_ui(scope["path"]))
+        body = _Body(receive, self._options, self._turns)
         try:
             error = refusal or self._admit(scope, headers, state) or body.check(headers)
             if error is None:
@@ -184,13 +186,24 @@ def _begun(meter: Meter | None) -> ApiError | None:
     return None
 
 
+class _Turns:
+    """Large bodies are read piece by piece, with time for others between the pieces of all."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    async def wait(self) -> None:
+        now = time.monotonic()
+        self._next = max(now, self._next) + _TURN_S
+        await asyncio.sleep(self._next - now)
+
+
 class _Body:
     """Counts a body while it is read, and does not wait for it forever."""
 
-    def __init__(self, receive: Receive, options: ServerOptions, as_json: bool) -> None:
+    def __init__(self, receive: Receive, options: ServerOptions, turns: _Turns) -> None:
         self._receive = receive
-        self._as_json = as_json
-        self._values = 0
+        self._turns = turns
         self._options = options
         self._size = 0
         self._done = False
@@ -218,12 +231,8 @@ class _Body:
         self._done = not message.get("more_body", False)
         if self._size > self._options.max_body_bytes:
             raise HTTPException(413, self._too_large)
-        if self._as_json:
-            # JSON is read on the thread that answers everybody: ten million empty lists take ten
-            # seconds of it, and gigabytes.
-            self._values += sum(message.get("body", b"").count(mark) for mark in b",[{")
-            if self._values > _MAX_VALUES:
-                raise HTTPException(413, f"the body holds more than {_MAX_VALUES} values")
+        if self._size > LARGE and not self._done:
+            await self._turns.wait()
         return message
 
     @property

@@ -86,7 +86,7 @@ class Generation:
 
         async def run() -> Response:
             async with asyncio.timeout(self._service.options.request_timeout_s):
-                async with answers(await self._streams()) as chunks:
+                async with answers(await self._streams(), self._count) as chunks:
                     async for index, chunk in chunks:
                         self._take(index, chunk)
             done = [self._outputs[i] for i in range(len(self._runs))]
@@ -124,7 +124,7 @@ class Generation:
         """
 
         async def begin() -> Answers:
-            running = Answers(await self._streams())
+            running = Answers(await self._streams(), self._count)
             try:
                 await running.started()
             except BaseException:
@@ -145,8 +145,10 @@ class Generation:
         events = self._events(running, kind, first, piece, with_usage)
 
         async def close() -> None:
-            self._settle()
-            await running.close()
+            try:
+                await running.close()
+            finally:
+                self._settle()
 
         return EventStream(events, close)
 
@@ -206,7 +208,7 @@ class Generation:
         sizes: dict[int, int] = {}
         for prompt, params in self._runs:
             line = service.lines.of(prompt)
-            specs.append(await line.run(llm.read, prompt, params, self._options))
+            specs.append(await line.run(caller.tenant, llm.read, prompt, params, self._options))
             sizes[id(prompt)] = len(specs[-1].stream)
             self._bill.read(sum(sizes.values()))
         return [llm.astream(spec) for spec in specs]
@@ -214,15 +216,21 @@ class Generation:
     def _provenance(self) -> dict[str, Any]:
         return provenance([self._outputs[i] for i in sorted(self._outputs)], self._spans)
 
-    def _take(self, index: int, chunk: StreamChunk) -> None:
-        """Count what comes."""
+    def _count(self, index: int, chunk: StreamChunk) -> None:
+        """Tokens cost when they are made, not when somebody reads them."""
         output = chunk.output
         if output is None:
             self._num_tokens[index] = self._num_tokens.get(index, 0) + len(chunk.token_ids)
-            self._bill.answered(sum(self._num_tokens.values()))
+        else:
+            self._num_tokens[index] = len(output.token_ids)
+        self._bill.answered(sum(self._num_tokens.values()))
+
+    def _take(self, index: int, chunk: StreamChunk) -> None:
+        """An answer is complete, or not yet."""
+        output = chunk.output
+        if output is None:
             return
         self._outputs[index] = output
-        self._num_tokens[index] = len(output.token_ids)
         request_id = self._request.scope["state"]["request_id"]
         self._service.finished(output, request_id, dict(self._request.headers))
 
@@ -230,7 +238,7 @@ class Generation:
         """It is over, well or not."""
         done = [self._outputs[i] for i in sorted(self._outputs)]
         prompt = usage(done)["prompt_tokens"] if len(done) == len(self._runs) else None
-        self._bill.settle(prompt, sum(self._num_tokens.values()))
+        self._bill.settle(prompt)
 
 
 def _size(prompt: Prompt) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 import kvshare_mm
 from kvshare_mm.apps.server.chat import ERRORS
 from kvshare_mm.apps.server.errors import ApiError, clean
-from kvshare_mm.apps.server.media import resolved
+from kvshare_mm.apps.server.json_bodies import json_route
 from kvshare_mm.apps.server.schema import DetokenizeBody, TokenizeBody
 from kvshare_mm.apps.server.service import Service
 from kvshare_mm.metrics import CONTENT_TYPE
@@ -19,7 +19,7 @@ from kvshare_mm.metrics import CONTENT_TYPE
 
 def router(service: Service) -> APIRouter:
     """The routes, for one service."""
-    routes = APIRouter(responses=ERRORS)
+    routes = APIRouter(responses=ERRORS, route_class=json_route(service.lines.parsing))
 
     def card() -> dict[str, Any]:
         return {
@@ -64,7 +64,7 @@ def router(service: Service) -> APIRouter:
     async def metrics() -> Response:
         """Metrics in Prometheus' format."""
         return Response(
-            await service.lines.metrics.run(service.metrics.render), media_type=CONTENT_TYPE
+            await service.lines.metrics.run("", service.metrics.render), media_type=CONTENT_TYPE
         )
 
     def told(tokens: Sequence[int], with_strings: bool) -> Response:
@@ -80,35 +80,30 @@ def router(service: Service) -> APIRouter:
         return JSONResponse(reply)
 
     @routes.post("/tokenize", response_class=JSONResponse)
-    async def tokenize(body: TokenizeBody) -> Response:
+    async def tokenize(body: TokenizeBody, request: Request) -> Response:
         """Token ids of a prompt, or of a chat as the model gets it."""
-        llm = service.llm
+        llm, tenant = service.llm, request.state.caller.tenant
         body.check(service.options.model_name)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "either prompt or messages", "prompt")
         if body.messages is not None:
-            messages = await resolved(
-                [message.model_dump() for message in body.messages],
-                service.fetcher,
-                service.options.max_media,
-            )
+            messages = await service.with_media(body.messages, tenant)
             reply: Response = await service.lines.of(messages).run(
-                lambda: told(llm.tokenize(messages), body.return_token_strs)
+                tenant, lambda: told(llm.tokenize(messages), body.return_token_strs)
             )
             return reply
-        prompt = clean(body.prompt or "")
-        llm.text_bound.check([prompt], "prompt")
-        special = body.add_special_tokens
-        reply = await service.lines.tokens.run(
-            lambda: told(
-                llm.tokenizer(prompt, add_special_tokens=special)["input_ids"],
-                body.return_token_strs,
-            )
-        )
+
+        def tokenized() -> Response:
+            prompt = clean(body.prompt or "")
+            llm.text_bound.check([prompt], "prompt")
+            tokens = llm.tokenizer(prompt, add_special_tokens=body.add_special_tokens)
+            return told(tokens["input_ids"], body.return_token_strs)
+
+        reply = await service.lines.tokens.run(tenant, tokenized)
         return reply
 
     @routes.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+    async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, str]:
         """The text of token ids."""
         llm = service.llm
         body.check(service.options.model_name)
@@ -122,6 +117,6 @@ def router(service: Service) -> APIRouter:
                 raise ApiError(400, f"token ids must lie in 0..{size - 1}", "tokens")
             return clean(llm.tokenizer.decode(body.tokens))
 
-        return {"prompt": await service.lines.tokens.run(decoded)}
+        return {"prompt": await service.lines.tokens.run(request.state.caller.tenant, decoded)}
 
     return routes

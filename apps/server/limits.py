@@ -131,6 +131,7 @@ class Bill:
 
     def __init__(self, meter: Meter | None = None, prompt: int = 0, output: int = 0) -> None:
         self._meter, self._prompt, self._output = meter, prompt, output
+        self._made = 0
 
     def read(self, prompt: int) -> None:
         """Its prompts have so many tokens as far as they are read. Raises ApiError 429."""
@@ -141,17 +142,17 @@ class Bill:
 
     def answered(self, output: int) -> None:
         """Its answers have so many tokens by now: who names no `max_tokens` pays as they grow."""
+        self._made = output
         self._take(0, max(0, output - self._output))
 
-    def settle(self, prompt: int | None, output: int) -> None:
-        """It is over.
+    def settle(self, prompt: int | None = None) -> None:
+        """It is over, well or not: what it did not use is given back.
 
         Args:
             prompt: tokens of its prompts; None: unknown, as many as were reserved or read.
-            output: tokens of its answers.
         """
         used = self._prompt if prompt is None else prompt
-        self._take(used - self._prompt, output - self._output)
+        self._take(used - self._prompt, self._made - self._output)
         self._meter = None
 
     def _take(self, prompt: int, output: int) -> None:

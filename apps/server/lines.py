@@ -5,26 +5,40 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.options import ServerOptions
+from kvshare_mm.engine.fair_queue import FairQueue
+from kvshare_mm.errors import EngineClosedError, QueueFullError
 from kvshare_mm.modalities.decoding import Asker, asker
 
 _LONGEST_RETRY_S = 60.0
+_STARTED = 1  # what a tenant is charged when a job starts, before it is known how long it takes
+_PER_S = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    tenant: str
+    context: Context
+    work: Callable[[], Any]
+    result: Future[Any] = field(default_factory=Future)
 
 
 class Line:
-    """Some threads for one kind of work.
+    """Some threads for one kind of work. Each tenant that waits gets the same share of their time.
 
     Args:
         name: of the work, for errors.
         threads: jobs done at a time.
-        max_waiting: jobs that may wait; more are refused.
+        max_waiting: jobs that may wait; more are refused, see `FairQueue`.
     """
 
     def __init__(self, name: str, threads: int, max_waiting: int) -> None:
@@ -32,38 +46,45 @@ class Line:
         self._threads = threads
         self._most = threads + max_waiting
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"kvshare-{name}")
-        self._unfinished = 0  # counted on the loop's thread
+        self._lock = threading.Lock()  # of what follows
+        self._waiting: FairQueue[_Job] = FairQueue(max_waiting)
+        self._busy = 0
+        self._closed = False
         self._numbers = itertools.count()
         self._running: dict[int, float] = {}  # since when
         self._mean_s = 0.0
 
-    async def run(self, make: Callable[..., Any], *arguments: Any) -> Any:
+    async def run(self, tenant: str, make: Callable[..., Any], *arguments: Any) -> Any:
         """The result of a function, run in a thread.
 
         Whoever is cancelled meanwhile leaves the line, and ends decoding that is under way.
 
+        Args:
+            tenant: whose share of the threads is used.
+            make: the function.
+            arguments: of it.
+
         Raises:
             ApiError: 429, too many wait already.
+            EngineClosedError: the line takes no more jobs.
         """
-        if self._unfinished >= self._most:
-            raise ApiError(
-                429,
-                f"{self._unfinished} requests wait for {self._name} already; try again later",
-                code="queue_full",
-                retry_after=self._retry_after,
-            )
         waits = Asker()
         context = copy_context()
         context.run(asker.set, waits)
-        loop = asyncio.get_running_loop()
-        job = self._pool.submit(context.run, self._timed, make, *arguments)
-        self._unfinished += 1
-        job.add_done_callback(lambda job: self._ended(loop, job))
+        job = _Job(tenant, context, lambda: make(*arguments))
+        self._add(job)
         try:
-            return await asyncio.wrap_future(job)
+            return await asyncio.wrap_future(job.result)
         except asyncio.CancelledError:
             waits.leave()
+            self._give_up(job)
             raise
+
+    @property
+    def unfinished(self) -> int:
+        """Jobs that run or wait."""
+        with self._lock:
+            return self._busy + len(self._waiting)
 
     @property
     def stuck_s(self) -> float:
@@ -72,27 +93,73 @@ class Line:
 
     def close(self) -> None:
         """Take no more jobs; those that run are not waited for."""
+        with self._lock:
+            self._closed = True
+            waiting = [*self._waiting]
+            self._waiting.clear()
+        for job in waiting:
+            job.result.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def _retry_after(self) -> float:
         return min(_LONGEST_RETRY_S, math.ceil(self._mean_s * self._most / self._threads))
 
-    def _timed(self, make: Callable[..., Any], *arguments: Any) -> Any:
+    def _add(self, job: _Job) -> None:
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("the server is shutting down")
+            if self._busy < self._threads:
+                self._busy += 1
+                self._waiting.charge(job.tenant, _STARTED)
+                self._pool.submit(self._work, job)
+                return
+            try:
+                self._waiting.add(job.tenant, job)
+            except QueueFullError as error:
+                count = self._busy + len(self._waiting)
+                raise ApiError(
+                    429,
+                    f"{count} requests wait for {self._name} already; try again later",
+                    code="queue_full",
+                    retry_after=self._retry_after,
+                ) from error
+
+    def _give_up(self, job: _Job) -> None:
+        with self._lock:
+            if job in self._waiting:
+                self._waiting.remove(job.tenant, job)
+
+    def _work(self, first: _Job) -> None:
+        """Do a job, and then what waits, until nothing does."""
+        job: _Job | None = first
+        while job is not None:
+            taken = self._timed(job)
+            with self._lock:
+                self._waiting.charge(job.tenant, int(taken * _PER_S))
+                self._mean_s += 0.1 * (taken - self._mean_s)
+                job = self._waiting.next(lambda _: True)
+                if job is None:
+                    self._busy -= 1
+                else:
+                    self._waiting.remove(job.tenant, job)
+                    self._waiting.charge(job.tenant, _STARTED)
+
+    def _timed(self, job: _Job) -> float:
+        """Do a job; how many seconds it took."""
+        if not job.result.set_running_or_notify_cancel():
+            return 0.0
         number, start = next(self._numbers), time.monotonic()
         self._running[number] = start
         try:
-            return make(*arguments)
+            made = job.context.run(job.work)
+        except BaseException as error:
+            job.result.set_exception(error)
+        else:
+            job.result.set_result(made)
         finally:
             del self._running[number]
-            self._mean_s += 0.1 * (time.monotonic() - start - self._mean_s)
-
-    def _ended(self, loop: asyncio.AbstractEventLoop, _: Future[Any]) -> None:
-        def count() -> None:
-            self._unfinished -= 1
-
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(count)
+        return time.monotonic() - start
 
 
 class Lines:
@@ -102,6 +169,7 @@ class Lines:
         options: how many may wait.
 
     Attributes:
+        parsing: large bodies: parsed, base64 decoded.
         media: requests with pictures or sound: decoded, resized, tokenised.
         tokens: requests of text.
         admin: the cache's administration.
@@ -109,6 +177,8 @@ class Lines:
     """
 
     def __init__(self, options: ServerOptions) -> None:
+        # One at a time: most of it holds the lock of the interpreter.
+        self.parsing = Line("parsing", 1, options.max_media_waiting)
         self.media = Line("media", options.media_threads, options.max_media_waiting)
         self.tokens = Line("tokens", 2, options.max_waiting)
         self.admin = Line("administration", 2, 32)
@@ -116,7 +186,7 @@ class Lines:
 
     @property
     def all(self) -> tuple[Line, ...]:
-        return self.media, self.tokens, self.admin, self.metrics
+        return self.parsing, self.media, self.tokens, self.admin, self.metrics
 
     def of(self, prompt: Any) -> Line:
         """The line of a request.

@@ -7,9 +7,10 @@ for its own users, not for the network's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from kvshare_mm.apps.server.json_bodies import LARGE
 from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.modalities.fetch import MediaFetcher
 
@@ -17,7 +18,10 @@ _SOUND = ("wav", "mp3", "flac")
 
 
 async def resolved(
-    messages: Sequence[Mapping[str, Any]], fetcher: MediaFetcher, max_media: int
+    messages: Sequence[Mapping[str, Any]],
+    fetcher: MediaFetcher,
+    max_media: int,
+    aside: Callable[..., Awaitable[Any]] = asyncio.to_thread,
 ) -> list[dict[str, Any]]:
     """Messages whose media are bytes, in parts of the type that they came in.
 
@@ -25,6 +29,7 @@ async def resolved(
         messages: as in OpenAI's API.
         fetcher: gets what URLs name.
         max_media: most pictures and clips.
+        aside: runs a function where it holds nobody up.
 
     Raises:
         InvalidRequestError: a part that is not text, image_url or input_audio, is malformed, too
@@ -65,16 +70,20 @@ async def resolved(
                     f"{place} is of type {kind!r}; text, image_url and input_audio are taken", place
                 )
         made.append({"role": role, "content": parts})
-    contents = await asyncio.gather(*(_fetched(fetcher, url, at) for _, url, at in fetches))
+    contents = await asyncio.gather(*(_fetched(fetcher, url, at, aside) for _, url, at in fetches))
     for (picture, _, _), content in zip(fetches, contents, strict=True):
         picture["image_url"] = content
     return made
 
 
-async def _fetched(fetcher: MediaFetcher, url: str, place: str) -> bytes:
+async def _fetched(
+    fetcher: MediaFetcher, url: str, place: str, aside: Callable[..., Awaitable[Any]]
+) -> bytes:
     place = f"{place}.image_url"
     try:
-        content = await fetcher.afetch(url)
+        # A URL that long holds the medium itself.
+        inline = len(url) > LARGE
+        content: bytes = await (aside(fetcher.fetch, url) if inline else fetcher.afetch(url))
     except InvalidRequestError as error:
         raise InvalidRequestError(f"{place}: {error}", place) from error
     if not content:

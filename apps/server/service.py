@@ -6,8 +6,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from prometheus_client import Gauge
@@ -16,8 +17,10 @@ from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.keys import KeyRing
 from kvshare_mm.apps.server.limits import Meters
 from kvshare_mm.apps.server.lines import Lines
+from kvshare_mm.apps.server.media import resolved
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.pace import Pace
+from kvshare_mm.apps.server.schema import ChatMessage
 from kvshare_mm.apps.server.tracing import Tracer
 from kvshare_mm.cache import CacheAdmin
 from kvshare_mm.llm import KVShare
@@ -112,7 +115,18 @@ class Service:
 
     async def prepared(self, make: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function of the cache's administration, which takes its time, in a thread."""
-        return await self.lines.admin.run(make, *arguments)
+        return await self.lines.admin.run("", make, *arguments)
+
+    async def with_media(
+        self, messages: Sequence[ChatMessage], tenant: str
+    ) -> list[dict[str, Any]]:
+        """The messages of a tenant as the engine takes them. Raises InvalidRequestError."""
+        return await resolved(
+            [message.model_dump() for message in messages],
+            self.fetcher,
+            self.options.max_media,
+            partial(self.lines.parsing.run, tenant),
+        )
 
     @property
     def stuck_s(self) -> float:
@@ -120,7 +134,8 @@ class Service:
         model, nor a request that is being prepared. Long prefills, full queues and slow machines
         move."""
         engine = 0.0 if self._llm is None else self._llm.stuck_s
-        return max(engine, self.lines.media.stuck_s, self.lines.tokens.stuck_s)
+        prepared = (self.lines.parsing, self.lines.media, self.lines.tokens)
+        return max(engine, *(line.stuck_s for line in prepared))
 
     def ends(self) -> None:
         """The server ends; requests in flight have their time from now on."""

@@ -20,12 +20,26 @@ PROMPT_TOKEN, ANSWER_TOKEN = 1, 2
 """What a computed token counts; those of answers take longer (the paper's weights)."""
 
 
+def has_room(own: int, total: int, num_tenants: int, most: int) -> bool:
+    """Whether a tenant may take one more of what all share.
+
+    Where others have taken all, a tenant that has less than its share may take one more. Twice as
+    many are never taken.
+
+    Args:
+        own: what it has.
+        total: what all have.
+        num_tenants: how many have something, this one counted.
+        most: of all together.
+    """
+    return total < most or (own < max(1, most // num_tenants) and total < 2 * most)
+
+
 class FairQueue(Generic[T]):
     """Waiting requests by tenant. Not thread-safe: the engine's lock guards it.
 
     Args:
-        max_waiting: requests that may wait. A tenant that has less than its share of them may add
-            one even if others have filled the queue; twice as many never wait.
+        max_waiting: requests that may wait, see `has_room`.
     """
 
     def __init__(self, max_waiting: int) -> None:
@@ -49,10 +63,7 @@ class FairQueue(Generic[T]):
             QueueFullError: too many wait.
         """
         own = len(self._waiting.get(tenant, ()))
-        share = max(1, self._max_waiting // len({*self._waiting, tenant}))
-        if self._size >= self._max_waiting and (
-            own >= share or self._size >= 2 * self._max_waiting
-        ):
+        if not has_room(own, self._size, len({*self._waiting, tenant}), self._max_waiting):
             raise QueueFullError(f"{self._size} requests are waiting already; try again later")
         if not own:
             self._begin(tenant)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import AsyncExitStack, suppress
+
 import pytest
 
 from kvshare_mm.apps.desk.attempts import Attempts
@@ -60,6 +63,43 @@ def test_files_are_bounded_one_by_one_by_visitor_and_in_all() -> None:
     # Who holds most makes room, not who holds little.
     assert desk.uploads.total_bytes <= 40
     assert desk.uploads.get("two", small) is not None
+
+
+def test_one_tenant_cannot_push_out_the_files_of_another() -> None:
+    desk = Desk(upload_bytes=10, visitor_bytes=30, all_bytes=100)
+    large = desk.uploads.keep("of b", b"x" * 10, "x", "b")
+    for i in range(50):  # many visitors, each with less than the other tenant's one
+        desk.uploads.keep(f"of a, {i}", bytes([i]) * 4, "x", "a")
+    assert desk.uploads.get("of b", large) is not None
+    assert 80 < desk.uploads.total_bytes <= 100
+
+
+def test_one_tenant_cannot_take_all_streams() -> None:
+    desk = Desk(streams=2, all_streams=4)
+    crowd = [desk.enter("a")[1] for _ in range(4)]
+    _, other = desk.enter("b")
+
+    async def scene() -> None:
+        async with AsyncExitStack() as stack:
+            for visitor in crowd * 2:
+                with suppress(ApiError):
+                    await stack.enter_async_context(desk.visitors.streaming(visitor))
+            assert sum(len(visitor.streams) for visitor in crowd) == 4
+            for _ in range(2):
+                await stack.enter_async_context(desk.visitors.streaming(other))
+            assert len(other.streams) == 2
+            with pytest.raises(ApiError, match="too many pages"):
+                await stack.enter_async_context(desk.visitors.streaming(crowd[0]))
+
+    asyncio.run(scene())
+
+
+def test_one_tenant_cannot_push_out_the_sessions_of_another() -> None:
+    desk = Desk(visitors=3)
+    cookie, _ = desk.enter("b")
+    for _ in range(10):
+        desk.enter("a")
+    assert desk.visitors.of_cookie(cookie) is not None
 
 
 def test_files_are_dropped_in_time_and_with_their_session() -> None:

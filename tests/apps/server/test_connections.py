@@ -324,7 +324,7 @@ def test_connections_fit_into_the_files_of_the_process(
     ],
 )
 def test_a_client_is_an_address_or_a_network_of_ipv6(address: str, client: str) -> None:
-    assert connections._client(address) == client
+    assert connections.client_of(address) == client
 
 
 def test_requests_after_the_end_has_begun_are_told_to_come_back(serve: Serve) -> None:

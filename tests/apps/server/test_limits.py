@@ -7,9 +7,11 @@ import json
 import logging
 import re
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 
 from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.server.errors import ApiError
+from kvshare_mm.apps.server.generation import Generation
 from kvshare_mm.apps.server.keys import KeyRing, Limits, add_key
 from kvshare_mm.apps.server.limits import Meter, Meters
 
@@ -66,11 +69,13 @@ def test_what_was_not_used_is_given_back() -> None:
     meter = Meter(Limits(prompt_tokens_per_minute=100, output_tokens_per_minute=60), clock)
     bill = meter.reserve(40, 50)
     assert "60 output tokens" in str(refused(meter.reserve, 10, 20))
-    bill.settle(40, 10)
-    bill.settle(0, 0)  # once only
+    bill.answered(10)
+    bill.settle(40)
+    bill.settle(0)  # once only
     second = meter.reserve(10, 50)
     assert meter.headers["x-ratelimit-remaining-tokens"] == "0"  # of output, the scarcer
-    second.settle(None, 50)
+    second.answered(50)
+    second.settle()
     assert refused(meter.reserve, 0, 30).retry_after == pytest.approx(30)
     # More than fits in is served when all is there, and paid for afterwards.
     clock.now += 60
@@ -86,9 +91,11 @@ def test_over_time_no_more_is_used_than_flows_in(requests: list[tuple[int, int]]
     for pause, tokens in requests:
         clock.now += pause
         try:
-            meter.reserve(0, tokens).settle(0, tokens)
+            bill = meter.reserve(0, tokens)
         except ApiError:
             continue
+        bill.answered(tokens)
+        bill.settle()
         used += tokens
         assert used <= 60 + (clock.now - 100) + 1e-6
 
@@ -126,7 +133,7 @@ def test_an_answer_longer_than_reserved_is_paid_for_as_it_grows() -> None:
     assert meter.headers["x-ratelimit-remaining-tokens"] == "10"
     bill.answered(90)
     assert refused(meter.reserve, 0, 0).retry_after == pytest.approx(30)
-    bill.settle(0, 90)
+    bill.settle(0)
     assert refused(meter.reserve, 0, 0).retry_after == pytest.approx(30)
 
 
@@ -138,8 +145,8 @@ def test_a_prompt_is_paid_for_once_it_is_read() -> None:
     assert meter.headers["x-ratelimit-remaining-tokens"] == "90"
     # It looked small enough: nothing is computed for it.
     assert refused(second.read, 200).retry_after == pytest.approx(10)
-    second.settle(None, 0)
-    first.settle(None, 0)  # its client has gone
+    second.settle()
+    first.settle()  # its client has gone
     assert meter.headers["x-ratelimit-remaining-tokens"] == "100"
     # More than a minute's worth is computed when all is there, and paid for afterwards.
     clock.now += 60
@@ -245,6 +252,28 @@ def test_streams_and_those_left_give_back_what_they_did_not_use(
     assert bad.status_code == 400 and left() > 50
 
 
+def test_a_stream_that_nobody_reads_is_paid_for(
+    serve: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unread(*_: object) -> AsyncIterator[str]:
+        await asyncio.sleep(3600)
+        yield ""
+
+    monkeypatch.setattr(Generation, "_events", unread)
+    file = tmp_path / "keys"
+    key = add_key(file, "shop", limits=Limits(output_tokens_per_minute=60))
+    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+
+    def left() -> int:
+        reply = running.ask("GET", "/v1/models", key)
+        return int(reply.headers["x-ratelimit-remaining-tokens"])
+
+    body = {"messages": [{"role": "user", "content": "x"}], "ignore_eos": True, "stream": True}
+    url, headers = f"{running.url}/v1/chat/completions", {"Authorization": f"Bearer {key}"}
+    with httpx2.stream("POST", url, json=body, headers=headers, timeout=60):
+        until(lambda: left() < 40)
+
+
 def test_a_client_that_leaves_pays_for_its_whole_prompt(serve: Start, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     key = add_key(file, "shop", limits=Limits(prompt_tokens_per_minute=600))
@@ -274,11 +303,11 @@ def test_requests_of_a_key_at_a_time(serve: Start, tmp_path: Path) -> None:
     line = running.service.lines.tokens
     run = line.run
 
-    async def slow(make: Any, *arguments: Any) -> Any:
+    async def slow(tenant: str, make: Any, *arguments: Any) -> Any:
         begun.set()
         while not end.is_set():
             await asyncio.sleep(0.01)
-        return await run(make, *arguments)
+        return await run(tenant, make, *arguments)
 
     line.run = slow  # type: ignore[method-assign]
     first: list[int] = []

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -176,3 +179,35 @@ def test_the_admin_key_is_the_users_own(tmp_path: Path, monkeypatch: pytest.Monk
     assert admin_key.read(1234) == new
     admin_key.remove(1234, new)
     assert admin_key.read(1234) is None
+
+
+_UNTIL_TORCH = """
+import os, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            raise SystemExit(0)
+
+sys.meta_path.insert(0, Watch())
+from kvshare_mm.apps.cli import app
+app()
+"""
+
+
+@pytest.mark.parametrize("command", ["serve", "ui"])
+@pytest.mark.parametrize(("chosen", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_the_models_threads_wait_asleep(command: str, chosen: str | None, used: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if chosen is not None:
+        environment["OMP_WAIT_POLICY"] = chosen
+    told = subprocess.run(
+        [sys.executable, "-c", _UNTIL_TORCH, command, "smollm2", "--port", "0"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert told.stdout.split() == [used], told.stderr

@@ -75,11 +75,11 @@ def blocked(line: Line, jobs: int) -> Iterator[None]:
     loop = asyncio.new_event_loop()
 
     async def block() -> None:
-        await asyncio.gather(*(line.run(go.wait, 60) for _ in range(jobs)))
+        await asyncio.gather(*(line.run("", go.wait, 60) for _ in range(jobs)))
 
     thread = threading.Thread(target=loop.run_until_complete, args=(block(),))
     thread.start()
-    until(lambda: line._unfinished == jobs)
+    until(lambda: line.unfinished == jobs)
     try:
         yield
     finally:
@@ -209,7 +209,7 @@ def test_too_many_media_get_429_and_text_goes_on(seeing: Callable[..., Running])
     [hung] = processes(running)
     hung.suspend()
     waiting = [send(running, "/v1/chat/completions", {"messages": picture()}) for _ in range(2)]
-    until(lambda: running.service.lines.media._unfinished == 2)
+    until(lambda: running.service.lines.media.unfinished == 2)
     reply = running.chat("", messages=picture())
     assert reply.status_code == 429
     assert reply.json()["error"]["code"] == "queue_full"
@@ -217,7 +217,7 @@ def test_too_many_media_get_429_and_text_goes_on(seeing: Callable[..., Running])
     assert running.chat("Who are you?").status_code == 200
     for connection in waiting:
         connection.close()
-    until(lambda: running.service.lines.media._unfinished == 0)
+    until(lambda: running.service.lines.media.unfinished == 0)
     assert running.chat("", messages=picture()).status_code == 200
 
 
@@ -243,15 +243,15 @@ def test_who_leaves_a_line_makes_room() -> None:
     async def scene() -> None:
         line = Line("things", 1, 1)
         go = threading.Event()
-        first = asyncio.create_task(line.run(go.wait, 60))
-        second = asyncio.create_task(line.run(go.wait, 60))
+        first = asyncio.create_task(line.run("", go.wait, 60))
+        second = asyncio.create_task(line.run("", go.wait, 60))
         await asyncio.sleep(0)
         with pytest.raises(ApiError, match="2 requests wait for things"):
-            await line.run(go.wait, 60)
+            await line.run("", go.wait, 60)
         second.cancel()
         await asyncio.gather(second, return_exceptions=True)
         await asyncio.sleep(0)
-        third = asyncio.create_task(line.run(go.wait, 60))
+        third = asyncio.create_task(line.run("", go.wait, 60))
         await asyncio.sleep(0)
         go.set()
         assert await first and await third
