@@ -269,9 +269,7 @@ def _triton_tiles(problem: Problem) -> Iterator[tuple[str, Call]]:
     for tile in attention_tiles(dispatch.target_of(p.key.device), dim, dim, p.key.dtype):
 
         def call(tile: Any = tile) -> torch.Tensor:
-            return partial_attention_triton(
-                p.query, p.key, p.value, p.batch, p.scale, tile, splits
-            )[0]
+            return partial_attention_triton(p.query, p.key, p.value, p.batch, p.scale, tile, splits)
 
         yield f"kvshare triton, tile {tile.block_m}x{tile.block_n}, {splits} splits", call
 
