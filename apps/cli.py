@@ -16,6 +16,7 @@ from rich.markup import escape
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.desk.cli import ui
 from kvshare_mm.apps.kernels import kernels
+from kvshare_mm.apps.options import Values, config_options
 from kvshare_mm.apps.server.cache_cli import cache
 from kvshare_mm.apps.server.cli import keys, serve
 from kvshare_mm.apps.terminal import plain_errors, report_file, write_report
@@ -35,13 +36,9 @@ app.command()(serve)
 app.command()(ui)
 console = Console()
 
-Model = Annotated[
-    str,
-    typer.Option(
-        help="hub name, folder, .gguf file, or an embedded model: smollm2, tiny-vl, tiny-audio",
-        show_default=True,
-    ),
-]
+_OF_CONFIG: dict[str | None, tuple[str, ...]] = {
+    None: ("model", "store_dir", "repair", "max_divergence")
+}
 Images = Annotated[
     list[str] | None,
     typer.Option("--image", help="a picture for the question: path or URL; repeatable"),
@@ -49,25 +46,6 @@ Images = Annotated[
 Sounds = Annotated[
     list[str] | None,
     typer.Option("--audio", help="a sound file for the question; repeatable"),
-]
-StoreDir = Annotated[
-    Path | None,
-    typer.Option(help="keep donors in this folder, so that the next run finds them"),
-]
-Repair = Annotated[
-    str | None,
-    typer.Option(
-        help="which kept positions are recomputed: none, window:8, deviation:0.15, auto:0.01"
-    ),
-]
-Divergence = Annotated[
-    float | None,
-    typer.Option(
-        "--max-divergence",
-        min=0,
-        help="how far the first token may be from full recompute (KL, nats): smaller is closer, "
-        "larger is faster; default 0.01",
-    ),
 ]
 Json = Annotated[
     Path | None,
@@ -103,8 +81,9 @@ def serving(model: str, **options: Any) -> Iterator[Any]:
 
 
 @app.command()
+@config_options({None: ("model",)})
 def demo(
-    model: Model = "smollm2",
+    config: Values,
     repeats: Annotated[int, typer.Option(min=1, help="measurements a method")] = 3,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 24,
     json_file: Json = None,
@@ -120,6 +99,7 @@ def demo(
     from kvshare_mm.apps.stories import picture_stories
     from kvshare_mm.models.loader import is_installed
 
+    model = config["model"]
     # It knows the drawings and their words, and nothing else.
     sees = model == "tiny-vl"
     with serving(model, embedder=None) as llm:
@@ -133,9 +113,10 @@ def demo(
 
 
 @app.command()
+@config_options(_OF_CONFIG)
 def generate(
     prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input")],
-    model: Model = "smollm2",
+    config: Values,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
     raw: Annotated[
@@ -143,9 +124,6 @@ def generate(
     ] = False,
     image: Images = None,
     audio: Sounds = None,
-    store_dir: StoreDir = None,
-    repair: Repair = None,
-    max_divergence: Divergence = None,
 ) -> None:
     """Answer one prompt and say how much of it was reused."""
     from kvshare_mm.apps import chat as chat_app
@@ -155,8 +133,7 @@ def generate(
     if raw and (image or audio):
         raise typer.BadParameter("--raw sends text alone; leave it out, or the media")
     content = chat_app.with_media(text, image or [], audio or [])
-    options = {"store_dir": store_dir, "repair": repair, "max_divergence": max_divergence}
-    with serving(model, embedder=None, **options) as llm:
+    with serving(**config, embedder=None) as llm:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
         output = chat_app.show(
             llm, console, text if raw else [{"role": "user", "content": content}], params
@@ -165,16 +142,14 @@ def generate(
 
 
 @app.command()
+@config_options(_OF_CONFIG)
 def chat(
-    model: Model = "smollm2",
+    config: Values,
     system: Annotated[str | None, typer.Option(help="system prompt")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
     image: Images = None,
     audio: Sounds = None,
-    store_dir: StoreDir = None,
-    repair: Repair = None,
-    max_divergence: Divergence = None,
 ) -> None:
     """Talk to the model; under every answer stands what was reused and from where.
 
@@ -184,8 +159,7 @@ def chat(
     from kvshare_mm.apps import chat as chat_app
     from kvshare_mm.sampling import SamplingParams
 
-    options = {"store_dir": store_dir, "repair": repair, "max_divergence": max_divergence}
-    with serving(model, **options) as llm:
+    with serving(**config) as llm:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
         chat_app.talk(llm, console, params, system, image or [], audio or [])
 

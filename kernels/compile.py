@@ -16,13 +16,7 @@ from typing import Any
 import torch
 
 from kvshare_mm.kernels.backend import BackendError, interpreting, require_triton
-from kvshare_mm.kernels.tiles import (
-    SHARED_BYTES,
-    Tile,
-    attention_tiles,
-    mass_tile,
-    serving_tiles,
-)
+from kvshare_mm.kernels.tiles import SHARED_BYTES, Tile, attention_tiles, serving_tiles
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -108,11 +102,8 @@ def variants(target: str, all_tiles: bool = False) -> Iterator[Variant]:
     small = serving_tiles(target, 128, 128, torch.float16)[-1]
     yield _attention(small, torch.float16, 128, 16, 8)
     yield _combine(8, 128)
-    for dim in (64, 128):
-        yield _mass(torch.bfloat16, dim, 16)
     for dim, pairs, interleaved in ((64, 32, False), (128, 64, False), (256, 32, True)):
         yield _edit(torch.bfloat16, dim, pairs, interleaved)
-    yield _deviation(torch.bfloat16, 128)
 
 
 def compile_variant(variant: Variant, target: str) -> Compiled:
@@ -174,7 +165,7 @@ def _type_of(name: str) -> str:
     """Arguments of all kernels: table and index pointers, factors, sizes and strides."""
     if name in ("index_ptr", "cu_seqlens_q", "block_table", "run_ptr"):
         return "*i32"
-    if name in ("source_slots", "target_slots", "slots"):
+    if name in ("source_slots", "target_slots"):
         return "*i64"
     if name.startswith("scale"):
         return "fp32"
@@ -225,16 +216,6 @@ def _combine(num_splits: int, dim: int) -> Variant:
     return Variant(name, combine_kernel, constants, {"out_ptr": "*bf16"}, {"num_warps": 1})
 
 
-def _mass(dtype: torch.dtype, dim: int, page_size: int) -> Variant:
-    from kvshare_mm.kernels.partial_attention import attention_mass_kernel, mass_constants
-
-    tile, kv = mass_tile(dim, dtype), "*" + _TYPES[dtype]
-    constants = mass_constants(tile, dtype, group=_GROUP, page_size=page_size, dim=dim)
-    name = _described("attention_mass", dtype, f"dim {dim}", _pages(page_size))
-    types = {"q_ptr": kv, "k_ptr": kv}
-    return Variant(name, attention_mass_kernel, constants, types, tile.launch_options(nvidia=True))
-
-
 def _edit(dtype: torch.dtype, dim: int, pairs: int, interleaved: bool) -> Variant:
     from kvshare_mm.kernels.edit_kv import NUM_WARPS, edit_constants, edit_kv_kernel
 
@@ -246,18 +227,5 @@ def _edit(dtype: torch.dtype, dim: int, pairs: int, interleaved: bool) -> Varian
         edit_kv_kernel,
         edit_constants(dim, dim, pairs, interleaved),
         {"from_k": kv, "from_v": kv, "to_k": kv, "to_v": kv},
-        {"num_warps": NUM_WARPS},
-    )
-
-
-def _deviation(dtype: torch.dtype, dim: int) -> Variant:
-    from kvshare_mm.kernels.deviation import NUM_WARPS, deviation_constants, deviation_kernel
-
-    kv = "*" + _TYPES[dtype]
-    return Variant(
-        _described("deviation", dtype, f"dim {dim}"),
-        deviation_kernel,
-        deviation_constants(dim),
-        {"new_ptr": kv, "stored_ptr": kv},
         {"num_warps": NUM_WARPS},
     )

@@ -20,12 +20,7 @@ import torch
 from kvshare_mm.kernels.backend import interpreting, resolve
 from kvshare_mm.kernels.edits import KVEdit
 from kvshare_mm.kernels.ragged import RaggedQueries
-from kvshare_mm.kernels.sdpa import (
-    attention_mass_torch,
-    deviation_torch,
-    edit_kv_torch,
-    partial_attention_torch,
-)
+from kvshare_mm.kernels.sdpa import edit_kv_torch, partial_attention_torch
 from kvshare_mm.kernels.tiles import Tile, best_tile
 
 MAX_HEAD_DIM = 256
@@ -70,61 +65,14 @@ def partial_attention(
     _check_attention(query, key, value, batch)
     if resolve(backend, query.device) == "torch":
         return partial_attention_torch(query, key, value, batch, scale)
-    return _triton_forward(query, key, value, batch, scale)[0]
+    if max(query.shape[2], value.shape[3]) > MAX_HEAD_DIM:
+        raise ValueError(f"the Triton kernels take no head dims above {MAX_HEAD_DIM}")
+    if query.dtype not in _DTYPES:
+        raise ValueError("the Triton kernels take float16, bfloat16 and float32")
+    from kvshare_mm.kernels.partial_attention import partial_attention_triton
 
-
-def partial_attention_with_lse(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    batch: RaggedQueries,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`partial_attention` on Triton, with what `attention_mass` needs.
-
-    Returns:
-        The output, and ``[num_queries, num_heads]`` float32: the natural log-sum-exp of the scaled
-        scores.
-    """
-    _check_attention(query, key, value, batch)
-    resolve("triton", query.device)
-    return _triton_forward(query, key, value, batch, scale)
-
-
-def attention_mass(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    batch: RaggedQueries,
-    scale: float,
-    lse: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """How much the queries look at each key: softmax weights summed over queries and heads.
-
-    The attention matrix is never stored. To choose queries, hand in those: a batch of, say, each
-    prompt's last eight positions, and the rows of `query` and `lse` that belong to them.
-
-    Args:
-        query, key, batch, scale, backend: as in `partial_attention`.
-        lse: ``[num_queries, num_heads]`` float32 from `partial_attention_with_lse` over the same
-            keys. Needed by Triton; torch computes it anew.
-
-    Returns:
-        ``[num_requests, max_kv_len]`` float32, 0 behind a request's last query. A row sums to
-        ``num_heads`` times the request's queries.
-
-    Raises:
-        ValueError: shapes, dtypes or strides do not fit, or Triton runs and `lse` is missing.
-        BackendError: the backend cannot run here.
-    """
-    _check_attention(query, key, key, batch)
-    if resolve(backend, query.device) == "torch":
-        return attention_mass_torch(query, key, batch, scale)
-    if lse is None or lse.shape != query.shape[:2] or lse.dtype != torch.float32:
-        raise ValueError("Triton needs lse, [num_queries, num_heads] float32")
-    from kvshare_mm.kernels.partial_attention import attention_mass_triton
-
-    return attention_mass_triton(query, key, lse.contiguous(), batch, scale)
+    tile, splits = choose(query, key, value, batch)
+    return partial_attention_triton(query, key, value, batch, scale, tile, splits)
 
 
 def edit_kv(
@@ -175,50 +123,6 @@ def edit_kv(
     edit_kv_triton(source_key, source_value, target_key, target_value, edit)
 
 
-def deviation(
-    new: torch.Tensor, stored: torch.Tensor, slots: torch.Tensor, backend: str = "auto"
-) -> torch.Tensor:
-    """How far stored V (or K) is from what the context gives, per position.
-
-    This is CacheBlend's measure of which positions to recompute (arXiv 2405.16444).
-
-    Args:
-        new: ``[num_kv_heads, num_tokens, dim]`` computed anew.
-        stored: ``[num_pages, num_kv_heads, page_size, dim]``.
-        slots: ``[num_tokens]`` int64 where the tokens' stored V lie, see `edits.slot_mapping`.
-        backend: "auto", "triton" or "torch".
-
-    Returns:
-        ``[num_tokens]`` float32 L2 norms of the difference over heads and channels.
-
-    Raises:
-        ValueError: shapes, dtypes or strides do not fit.
-        BackendError: the backend cannot run here.
-    """
-    if new.ndim != 3 or stored.ndim != 4 or slots.shape != new.shape[1:2]:
-        raise ValueError("new is [heads, tokens, dim], stored [pages, heads, page_size, dim]")
-    if new.shape[0] != stored.shape[1] or new.shape[2] != stored.shape[3]:
-        raise ValueError("new and stored differ in heads or dim")
-    if new.stride(2) != 1 or stored.stride(3) != 1:
-        raise ValueError("the last dimension must be dense")
-    if slots.dtype != torch.int64:
-        raise ValueError("slots are int64")
-    if resolve(backend, new.device) == "torch":
-        return deviation_torch(new, stored, slots)
-    from kvshare_mm.kernels.deviation import deviation_triton
-
-    return deviation_triton(new, stored, slots)
-
-
-def most_deviating(deviations: torch.Tensor, k: int) -> torch.Tensor:
-    """The k positions of the largest deviations, ``[k]`` int64 ascending; all if there are fewer.
-
-    A NaN counts as the largest: what cannot be trusted is recomputed first.
-    """
-    worst = deviations.nan_to_num(nan=float("inf"), posinf=float("inf"))
-    return worst.topk(min(k, len(worst))).indices.sort().values
-
-
 def target_of(device: torch.device) -> str:
     """Name of the chip as `tiles` knows it, e.g. "sm_90"; "cpu" in the interpreter."""
     if device.type != "cuda":
@@ -235,23 +139,6 @@ def num_splits(num_tiles: int, num_kv_heads: int, max_kv_len: int, num_processor
     wanted = min(num_processors // programs, max_kv_len // _MIN_KEYS_PER_SPLIT, _MAX_SPLITS)
     # A power of two: each number of splits is a kernel of its own to compile.
     return 1 << max(0, wanted.bit_length() - 1)
-
-
-def _triton_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    batch: RaggedQueries,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from kvshare_mm.kernels.partial_attention import partial_attention_triton
-
-    if max(query.shape[2], value.shape[3]) > MAX_HEAD_DIM:
-        raise ValueError(f"the Triton kernels take no head dims above {MAX_HEAD_DIM}")
-    if query.dtype not in _DTYPES:
-        raise ValueError("the Triton kernels take float16, bfloat16 and float32")
-    tile, splits = choose(query, key, value, batch)
-    return partial_attention_triton(query, key, value, batch, scale, tile, splits)
 
 
 def choose(

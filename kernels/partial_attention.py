@@ -9,7 +9,7 @@ query may see is decided by its token index, which the kernel loads, and not by 
 - Indices ascend, so a tile's last row bounds the keys to visit, and keys up to its first row's
   index need no mask. For a contiguous run that is exactly the work of a causal prefill.
 - Few queries over a long context would leave most of a GPU idle: the keys are then split over
-  programs, and `combine_kernel` joins the parts by their log-sum-exp.
+  programs, and `combine_kernel` joins the parts by their log-sum-exp (base 2).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton.language as tl
 
 from kvshare_mm.kernels.backend import interpreting
 from kvshare_mm.kernels.ragged import RaggedQueries
-from kvshare_mm.kernels.tiles import Tile, block_dim, mass_tile
+from kvshare_mm.kernels.tiles import Tile, block_dim
 
 _LOG2E = 1.4426950408889634
 
@@ -184,7 +184,6 @@ def partial_attention_kernel(
         # A row without a key in this split gives 0, and a log-sum-exp of -inf + log2(1).
         total = tl.where(total == 0.0, 1.0, total)
         acc = acc / total[:, None]
-        lse = (peak + tl.math.log2(total)) / 1.4426950408889634
         dims_v = tl.arange(0, BLOCK_DV)
         out_at = out_ptr + split * stride_os + token * stride_ot + head * stride_oh
         tl.store(
@@ -192,26 +191,28 @@ def partial_attention_kernel(
             acc.to(out_ptr.dtype.element_ty),
             mask=valid[:, None] & (dims_v[None, :] < DIM_V),
         )
-        tl.store(lse_ptr + split * stride_ls + token * num_heads + head, lse, mask=valid)
+        if NUM_SPLITS > 1:
+            lse = peak + tl.math.log2(total)
+            tl.store(lse_ptr + split * stride_ls + token * num_heads + head, lse, mask=valid)
 
 
 @triton.jit
 def combine_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr,
+    part_ptr, lse_ptr, out_ptr,
     stride_ps, stride_ls,
     NUM_SPLITS: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Joins the splits of one query and head, which is the program id; `out` is contiguous."""
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK_DV)
-    peak = tl.load(part_lse_ptr + row)
+    peak = tl.load(lse_ptr + row)
     for split in tl.static_range(1, NUM_SPLITS):
-        peak = tl.maximum(peak, tl.load(part_lse_ptr + split * stride_ls + row))
+        peak = tl.maximum(peak, tl.load(lse_ptr + split * stride_ls + row))
     acc = tl.zeros([BLOCK_DV], tl.float32)
     total = 0.0
     for split in tl.static_range(NUM_SPLITS):
-        # exp(-inf) = 0: a split in which this query sees no key.
-        weight = tl.exp(tl.load(part_lse_ptr + split * stride_ls + row) - peak)
+        # exp2(-inf) = 0: a split in which this query sees no key.
+        weight = tl.math.exp2(tl.load(lse_ptr + split * stride_ls + row) - peak)
         part = tl.load(part_ptr + split * stride_ps + row * DIM_V + dims, mask=dims < DIM_V)
         acc += weight * part
         total += weight
@@ -220,51 +221,6 @@ def combine_kernel(
         (acc / total).to(out_ptr.dtype.element_ty),
         mask=dims < DIM_V,
     )
-    tl.store(lse_ptr + row, peak + tl.log(total))
-
-
-@triton.jit
-def attention_mass_kernel(
-    q_ptr, k_ptr, lse_ptr, mass_ptr, index_ptr, cu_seqlens_q, block_table,
-    num_heads, scale_log2,
-    stride_qt, stride_qh, stride_kp, stride_kh, stride_kt, stride_mr, stride_mh, stride_table,
-    GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """Grid: tiles of keys, KV heads, requests. Each key's softmax weights, summed over rows."""
-    start = tl.program_id(0) * BLOCK_N
-    kv_head = tl.program_id(1)
-    request = tl.program_id(2)
-    q_start = tl.load(cu_seqlens_q + request)
-    n = tl.load(cu_seqlens_q + request + 1) - q_start
-    if n > 0:
-        seen = tl.load(index_ptr + q_start + n - 1) + 1
-        if start < seen:
-            offsets = start + tl.arange(0, BLOCK_N)
-            dims = tl.arange(0, BLOCK_DK)
-            table = block_table + request * stride_table
-            page, within = _pages(table, start, offsets, seen, PAGE_SIZE, BLOCK_N)
-            k_at = k_ptr + kv_head * stride_kh + page * stride_kp + within * stride_kt
-            exists = (offsets < seen)[None, :] & (dims[:, None] < DIM_K)
-            k = tl.load(k_at[None, :] + dims[:, None], mask=exists, other=0.0)
-            mass = tl.zeros([BLOCK_N], tl.float32)
-            for first_row in range(0, n * GROUP, BLOCK_M):
-                rows = first_row + tl.arange(0, BLOCK_M)
-                valid = rows < n * GROUP
-                token = (q_start + rows // GROUP).to(tl.int64)
-                head = kv_head * GROUP + rows % GROUP
-                index = tl.load(index_ptr + token, mask=valid, other=-1)
-                if tl.max(index, 0) >= start:
-                    q_at = q_ptr + token * stride_qt + head * stride_qh
-                    inside = valid[:, None] & (dims[None, :] < DIM_K)
-                    q = tl.load(q_at[:, None] + dims[None, :], mask=inside, other=0.0)
-                    lse = tl.load(lse_ptr + token * num_heads + head, mask=valid, other=0.0)
-                    scores = _dot(q, k, None, PRECISION, WIDEN) * scale_log2
-                    p = tl.math.exp2(scores - (lse * 1.4426950408889634)[:, None])
-                    p = tl.where(index[:, None] >= offsets[None, :], p, 0.0)
-                    mass += tl.sum(p, 0)
-            at = mass_ptr + request * stride_mr + kv_head * stride_mh + offsets
-            tl.store(at, mass, mask=offsets < seen)
 
 
 def attention_constants(
@@ -277,7 +233,11 @@ def attention_constants(
     dim_v: int,
     num_splits: int,
 ) -> dict[str, Any]:
-    """What `partial_attention_kernel` is compiled for; `page_size` 0 means one page a request."""
+    """What `partial_attention_kernel` is compiled for; `page_size` 0 means one page a request.
+
+    float32 is there for exactness: TF32 would lose 13 of its 24 bits. The interpreter multiplies
+    the bit patterns of bfloat16 as if they were integers, so it gets float32.
+    """
     return {
         "GROUP": group,
         "PAGE_SIZE": page_size,
@@ -288,44 +248,14 @@ def attention_constants(
         "BLOCK_N": tile.block_n,
         "BLOCK_DK": block_dim(dim_k),
         "BLOCK_DV": block_dim(dim_v),
-        **_arithmetic(dtype),
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "WIDEN": dtype == torch.bfloat16 and interpreting(),
     }
 
 
 def combine_constants(num_splits: int, dim_v: int) -> dict[str, Any]:
     """What `combine_kernel` is compiled for."""
     return {"NUM_SPLITS": num_splits, "DIM_V": dim_v, "BLOCK_DV": block_dim(dim_v)}
-
-
-def mass_constants(
-    tile: Tile, dtype: torch.dtype, *, group: int, page_size: int, dim: int
-) -> dict[str, Any]:
-    """What `attention_mass_kernel` is compiled for."""
-    return {
-        "GROUP": group,
-        "PAGE_SIZE": page_size,
-        "DIM_K": dim,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_DK": block_dim(dim),
-        **_arithmetic(dtype),
-    }
-
-
-def _page_size(key: torch.Tensor, batch: RaggedQueries) -> int:
-    return 0 if batch.block_table.shape[1] == 1 else key.shape[2]
-
-
-def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    """How the kernels multiply.
-
-    float32 is there for exactness: TF32 would lose 13 of its 24 bits. The interpreter multiplies
-    the bit patterns of bfloat16 as if they were integers, so it gets float32.
-    """
-    return {
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "WIDEN": dtype == torch.bfloat16 and interpreting(),
-    }
 
 
 def partial_attention_triton(
@@ -336,7 +266,7 @@ def partial_attention_triton(
     scale: float,
     tile: Tile,
     num_splits: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """`dispatch.partial_attention` on the GPU or in Triton's interpreter; checked there.
 
     Args:
@@ -344,64 +274,34 @@ def partial_attention_triton(
         num_splits: over how many programs the keys of a query tile are spread.
 
     Returns:
-        ``[num_queries, num_heads, value_dim]`` in the dtype of `query`, and the natural
-        log-sum-exp of the scaled scores, ``[num_queries, num_heads]`` float32.
+        ``[num_queries, num_heads, value_dim]`` in the dtype of `query`.
     """
     num_queries, num_heads, dim_k = query.shape
     num_kv_heads, dim_v = key.shape[1], value.shape[3]
     group = num_heads // num_kv_heads
+    page_size = 0 if batch.block_table.shape[1] == 1 else key.shape[2]
     out = query.new_empty(num_queries, num_heads, dim_v)
-    lse = query.new_empty(num_queries, num_heads, dtype=torch.float32)
     if not num_queries:
-        return out, lse
-    parts, part_lse = out[None], lse[None]
+        return out
+    parts = out[None]
     if num_splits > 1:
         parts = query.new_empty(num_splits, *out.shape, dtype=torch.float32)
-        part_lse = lse.new_empty(num_splits, *lse.shape)
+    lse = query.new_empty(num_splits, num_queries, num_heads, dtype=torch.float32)
     num_tiles = num_queries * group // tile.block_m + batch.num_requests
     partial_attention_kernel[(num_tiles, num_kv_heads, num_splits)](
-        query, key, value, parts, part_lse, batch.index, batch.cu_seqlens_q, batch.block_table,
+        query, key, value, parts, lse, batch.index, batch.cu_seqlens_q, batch.block_table,
         batch.num_requests, num_heads, scale * _LOG2E,
         *query.stride()[:2], *key.stride()[:3], *value.stride()[:3],
-        *parts.stride()[:3], part_lse.stride(0), batch.block_table.stride(0),
+        *parts.stride()[:3], lse.stride(0), batch.block_table.stride(0),
         **attention_constants(
-            tile, query.dtype, group=group, page_size=_page_size(key, batch), dim_k=dim_k,
-            dim_v=dim_v, num_splits=num_splits,
+            tile, query.dtype, group=group, page_size=page_size, dim_k=dim_k, dim_v=dim_v,
+            num_splits=num_splits,
         ),
         **tile.launch_options(torch.version.hip is None),
     )  # fmt: skip
     if num_splits > 1:
         combine_kernel[(num_queries * num_heads,)](
-            parts, part_lse, out, lse, parts.stride(0), part_lse.stride(0),
+            parts, lse, out, parts.stride(0), lse.stride(0),
             **combine_constants(num_splits, dim_v), num_warps=1,
         )  # fmt: skip
-    return out, lse
-
-
-def attention_mass_triton(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    lse: torch.Tensor,
-    batch: RaggedQueries,
-    scale: float,
-) -> torch.Tensor:
-    """`dispatch.attention_mass` on the GPU or in Triton's interpreter; checked there."""
-    num_heads, dim = query.shape[1:]
-    num_kv_heads = key.shape[1]
-    tile = mass_tile(dim, query.dtype)
-    # A plane a KV head and not atomic additions: the same sum every time.
-    mass = lse.new_zeros(batch.num_requests, num_kv_heads, batch.max_kv_len)
-    if not batch.num_queries:
-        return mass.sum(1)
-    grid = (triton.cdiv(batch.max_kv_len, tile.block_n), num_kv_heads, batch.num_requests)
-    attention_mass_kernel[grid](
-        query, key, lse, mass, batch.index, batch.cu_seqlens_q, batch.block_table,
-        num_heads, scale * _LOG2E,
-        *query.stride()[:2], *key.stride()[:3], *mass.stride()[:2], batch.block_table.stride(0),
-        **mass_constants(
-            tile, query.dtype, group=num_heads // num_kv_heads,
-            page_size=_page_size(key, batch), dim=dim,
-        ),
-        **tile.launch_options(torch.version.hip is None),
-    )  # fmt: skip
-    return mass.sum(1)
+    return out

@@ -61,8 +61,17 @@ class RaggedQueries:
             else torch.empty(0, dtype=torch.int32, device=device)
         )
         self.block_table = block_table.to(torch.int32).contiguous()
-        self._kv_lens = None if kv_lens is None else tuple(kv_lens)
+        if kv_lens is not None:
+            self.kv_lens = tuple(kv_lens)
         self._masks: tuple[torch.dtype, tuple[torch.Tensor | None, ...]] | None = None
+
+    @classmethod
+    def in_slots(cls, slots: Sequence[int], indices: Sequence[torch.Tensor]) -> RaggedQueries:
+        """Queries of requests that each have a slot of contiguous K/V."""
+        pages = torch.tensor(slots, device=indices[0].device)[:, None]
+        batch = cls(indices, pages)
+        batch.pages = list(slots)
+        return batch
 
     @property
     def num_requests(self) -> int:
@@ -80,8 +89,6 @@ class RaggedQueries:
     @cached_property
     def kv_lens(self) -> tuple[int, ...]:
         """Keys that a request's last query sees; 0 without queries."""
-        if self._kv_lens is not None:
-            return self._kv_lens
         if not self.num_queries:
             return (0,) * self.num_requests
         lasts = self.index[[max(0, end - 1) for end in self._starts[1:]]].tolist()
@@ -94,6 +101,16 @@ class RaggedQueries:
             return None
         pages: list[int] = self.block_table[:, 0].tolist()
         return pages
+
+    @cached_property
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[num_queries]`` int64 each: every query's page and token index, if requests have one
+        page each."""
+        lengths = torch.tensor(self.lengths, device=self.index.device)
+        pages = (
+            self.block_table[:, 0].long().repeat_interleave(lengths, output_size=self.num_queries)
+        )
+        return pages, self.index.long()
 
     @property
     def max_kv_len(self) -> int:

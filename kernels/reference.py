@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from kvshare_mm.kernels.edits import KVEdit
@@ -34,45 +32,10 @@ def partial_attention_reference(
     out = query.new_empty(num_heads, n, value.shape[-1])
     for h in range(num_heads):
         for i in range(n):
-            weights = _weights(query[h, i], key[h // group], int(index[i]), scale)
-            seen = value[h // group, : len(weights)].double()
-            out[h, i] = (weights @ seen).to(query.dtype)
+            seen = slice(int(index[i]) + 1)
+            scores = key[h // group, seen].double() @ query[h, i].double() * scale
+            out[h, i] = (scores.softmax(0) @ value[h // group, seen].double()).to(query.dtype)
     return out
-
-
-def attention_mass_reference(
-    query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Softmax weight of every key, summed over queries and heads.
-
-    Args:
-        query, key, index, scale: as in `partial_attention_reference`.
-
-    Returns:
-        ``[num_tokens]`` float64.
-    """
-    num_heads, n, _ = query.shape
-    group = num_heads // key.shape[0]
-    mass = torch.zeros(key.shape[1], dtype=torch.float64)
-    for h in range(num_heads):
-        for i in range(n):
-            weights = _weights(query[h, i], key[h // group], int(index[i]), scale)
-            mass[: len(weights)] += weights
-    return mass
-
-
-def log_sum_exp_reference(
-    query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Natural log of the sum of exponentiated scores, ``[num_heads, n]`` float64."""
-    num_heads, n, _ = query.shape
-    group = num_heads // key.shape[0]
-    lse = torch.empty(num_heads, n, dtype=torch.float64)
-    for h in range(num_heads):
-        for i in range(n):
-            scores = _scores(query[h, i], key[h // group], int(index[i]), scale)
-            lse[h, i] = scores.exp().sum().log()
-    return lse
 
 
 def gather_pages_reference(pages: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
@@ -116,23 +79,3 @@ def edit_kv_reference(
                 target_key[layer, to_page, head, to_at] = new.to(target_key.dtype)
                 value = source_value[layer, from_page, head, from_at]
                 target_value[layer, to_page, head, to_at] = value.to(target_value.dtype)
-
-
-def deviation_reference(
-    new: torch.Tensor, stored: torch.Tensor, slots: torch.Tensor
-) -> torch.Tensor:
-    """`dispatch.deviation`, one token at a time, ``[num_tokens]`` float64."""
-    norms = []
-    for token, slot in enumerate(slots.tolist()):
-        page, at = divmod(slot, stored.shape[2])
-        difference = new[:, token].double() - stored[page, :, at].double()
-        norms.append(math.sqrt(float((difference * difference).sum())))
-    return torch.tensor(norms, dtype=torch.float64)
-
-
-def _scores(q: torch.Tensor, keys: torch.Tensor, index: int, scale: float) -> torch.Tensor:
-    return keys[: index + 1].double() @ q.double() * scale
-
-
-def _weights(q: torch.Tensor, keys: torch.Tensor, index: int, scale: float) -> torch.Tensor:
-    return _scores(q, keys, index, scale).softmax(0)

@@ -22,7 +22,7 @@ def partial_attention_torch(
     batch: RaggedQueries,
     scale: float,
 ) -> torch.Tensor:
-    """`dispatch.partial_attention` without the log-sum-exp."""
+    """`dispatch.partial_attention`, chunk by chunk."""
     rows = query.transpose(0, 1)[None]
     outputs = []
     source = _Source(key, value, batch)
@@ -43,29 +43,6 @@ def partial_attention_torch(
         return query.new_empty(0, query.shape[1], value.shape[3])
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return out[0].transpose(0, 1)
-
-
-def attention_mass_torch(
-    query: torch.Tensor, key: torch.Tensor, batch: RaggedQueries, scale: float
-) -> torch.Tensor:
-    """`dispatch.attention_mass`, chunk by chunk, so that no more than a chunk's weights exist."""
-    mass = query.new_zeros(batch.num_requests, batch.max_kv_len, dtype=torch.float32)
-    num_heads, num_kv_heads = query.shape[1], key.shape[1]
-    source = _Source(key, key, batch)
-    for chunk, mask in zip(batch.chunks, batch.masks(torch.float32), strict=True):
-        k = source.of(chunk.request, chunk.kv_len)[0][0].float()
-        for start in range(chunk.start, chunk.end, 32):
-            end = min(start + 32, chunk.end)
-            q = query[start:end].float().unflatten(1, (num_kv_heads, num_heads // num_kv_heads))
-            scores = torch.einsum("nhgd,htd->hgnt", q, k) * scale
-            if mask is not None:
-                scores += mask
-            elif chunk.causal:
-                index = batch.index[start:end, None]
-                hidden = torch.arange(chunk.kv_len, device=index.device)[None] > index
-                scores.masked_fill_(hidden, float("-inf"))
-            mass[chunk.request, : chunk.kv_len] += scores.softmax(-1).sum((0, 1, 2))
-    return mass
 
 
 def edit_kv_torch(
@@ -89,13 +66,6 @@ def edit_kv_torch(
     target_key[:, to_page, :, to_at] = k.to(target_key.dtype)
     v = source_value[:, from_page, :, from_at]
     target_value[:, to_page, :, to_at] = v.to(target_value.dtype)
-
-
-def deviation_torch(new: torch.Tensor, stored: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """`dispatch.deviation` with a gathered copy."""
-    page, at = _split(slots, stored.shape[2])
-    difference = new.transpose(0, 1).float() - stored[page, :, at].float()
-    return difference.square().sum((1, 2)).sqrt()
 
 
 class _Source:

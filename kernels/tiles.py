@@ -85,7 +85,7 @@ _TILES = {
     4: (
         Tile(32, 32, 8, 2),
         Tile(16, 32, 4, 2),
-        Tile(16, 16, 4, 2),
+        Tile(16, 16, 4, 2, 255),
         Tile(16, 16, 8, 1),
     ),
 }
@@ -141,9 +141,3 @@ def best_tile(target: str, dim_k: int, dim_v: int, dtype: torch.dtype, num_rows:
     tiles = serving_tiles(target, dim_k, dim_v, dtype)
     need = 1 << max(0, num_rows - 1).bit_length()
     return next((t for t in tiles if t.block_m <= need), tiles[-1])
-
-
-def mass_tile(dim: int, dtype: torch.dtype) -> Tile:
-    """Tile of the attention-mass kernel: keys stay, queries walk."""
-    small = block_dim(dim) * dtype.itemsize > 256
-    return Tile(16, 32, 4, 1) if small else Tile(32, 64, 4, 2)

@@ -12,9 +12,7 @@ request over its own slot. Decoding is the case of one row a request.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,26 +34,6 @@ _CHANGES_SCORES = ("softcap", "s_aux", "position_bias")
 def attention_name(backend: str) -> str:
     """Name under which PartialAttention on a backend is registered with transformers."""
     return ATTENTION_NAME if backend == "auto" else f"{ATTENTION_NAME}_{backend}"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """The queries of one request inside a packed forward.
-
-    Attributes:
-        slot: KV slot of the request.
-        index: ``[n]`` int64 ascending token indices of the queries.
-        kv_len: number of keys that any of them may see: the last index plus one.
-    """
-
-    slot: int
-    index: torch.Tensor
-    kv_len: int
-
-
-def rows(slot: int, index: torch.Tensor) -> Rows:
-    """Rows for ascending token indices ``[n]``, n at least 1."""
-    return Rows(slot, index, int(index[-1]) + 1)
 
 
 class TailAttention:
@@ -88,31 +66,8 @@ class TailAttention:
         return None if self._sum is None else (self._sum / self._layers).cpu().numpy()
 
 
-class Layout:
-    """Where every row of a packed forward belongs.
-
-    Args:
-        requests: whose rows follow each other.
-        tail: records the attention of the last row.
-    """
-
-    def __init__(self, requests: Sequence[Rows], tail: TailAttention | None = None) -> None:
-        self.requests = tuple(requests)
-        self.tail = tail
-        self.index = torch.cat([r.index for r in requests])
-        self.slots = torch.cat([torch.full_like(r.index, r.slot) for r in requests])
-
-    @cached_property
-    def batch(self) -> RaggedQueries:
-        """The rows as the kernels take them: a slot is the one page of its request."""
-        slots = torch.tensor([[r.slot] for r in self.requests], device=self.index.device)
-        return RaggedQueries(
-            [r.index for r in self.requests], slots, [r.kv_len for r in self.requests]
-        )
-
-
 class SlotCache(Cache):
-    """K/V of all slots, preallocated; `layout` says where the next forward writes.
+    """K/V of all slots, preallocated; `batch` says where the next forward writes.
 
     Attributes:
         keys: ``[num_layers, num_slots, num_kv_heads, max_len, head_dim]``.
@@ -125,7 +80,7 @@ class SlotCache(Cache):
         self.moved_s = 0.0
         self.keys = keys
         self.values = values
-        self.layout: Layout | None = None
+        self.batch: RaggedQueries | None = None
 
     def update(
         self,
@@ -135,19 +90,20 @@ class SlotCache(Cache):
         *_: Any,
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scatter ``[1, num_kv_heads, n, head_dim]`` to the layout's slots and indices."""
-        layout = self.layout
-        if layout is None:
-            raise RuntimeError("SlotCache.layout must be set before a forward")
+        """Scatter ``[1, num_kv_heads, n, head_dim]`` to the batch's slots and indices."""
+        batch = self.batch
+        if batch is None or batch.pages is None:
+            raise RuntimeError("SlotCache.batch must be set before a forward, with slots")
         self.moved_s = time.perf_counter()
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        if len(layout.requests) == 1:
-            slot = layout.requests[0].slot
-            keys[slot].index_copy_(1, layout.index, key_states[0])
-            values[slot].index_copy_(1, layout.index, value_states[0])
+        slots, index = batch.rows
+        if batch.num_requests == 1:
+            slot = batch.pages[0]
+            keys[slot].index_copy_(1, index, key_states[0])
+            values[slot].index_copy_(1, index, value_states[0])
         else:
-            keys[layout.slots, :, layout.index] = key_states[0].transpose(0, 1)
-            values[layout.slots, :, layout.index] = value_states[0].transpose(0, 1)
+            keys[slots, :, index] = key_states[0].transpose(0, 1)
+            values[slots, :, index] = value_states[0].transpose(0, 1)
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -164,7 +120,8 @@ def partial_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    kvshare_layout: Layout | None = None,
+    kvshare_batch: RaggedQueries | None = None,
+    kvshare_tail: TailAttention | None = None,
     backend: str = "auto",
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -173,13 +130,14 @@ def partial_attention(
     Args:
         query: ``[1, num_heads, n, head_dim]``.
         key, value: ``[num_slots, num_kv_heads, max_len, head_dim]`` as `SlotCache.update` returns.
-        kvshare_layout: passed through the model's forward as a keyword.
+        kvshare_batch: the rows; passed through the model's forward as a keyword.
+        kvshare_tail: records the attention of the last row; passed so too.
         backend: what computes it, see `kernels.dispatch`.
 
     Returns:
         ``[1, n, num_heads, head_dim]`` and None.
     """
-    if kvshare_layout is None:
+    if kvshare_batch is None:
         raise RuntimeError(
             f"{type(module).__name__} does not pass keywords on to its attention function"
         )
@@ -188,11 +146,11 @@ def partial_attention(
             raise RuntimeError(f"{type(module).__name__} changes attention scores ({name})")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = dispatch.partial_attention(
-        query[0].transpose(0, 1), key, value, kvshare_layout.batch, scale, backend
+        query[0].transpose(0, 1), key, value, kvshare_batch, scale, backend
     )
-    if kvshare_layout.tail is not None:
-        last = kvshare_layout.requests[-1]
-        kvshare_layout.tail.add(query[0, :, -1], key[last.slot, :, : last.kv_len], scale)
+    if kvshare_tail is not None and kvshare_batch.pages is not None:
+        seen = key[kvshare_batch.pages[-1], :, : kvshare_batch.kv_lens[-1]]
+        kvshare_tail.add(query[0, :, -1], seen, scale)
     return out[None], None
 
 

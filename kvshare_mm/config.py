@@ -54,7 +54,8 @@ class KVShareConfig(BaseModel):
     max_divergence: float | None = Field(
         None,
         ge=0,
-        description="largest first-token KL in nats that repairs aim at",
+        description="how far the first token may be from full recompute (KL, nats): smaller is "
+        "closer, larger is faster; default: 0.01",
     )
     min_run: int = Field(4, ge=1, description="shortest run of equal tokens that is kept")
     min_gain_tokens: int = Field(16, ge=1, description="fewest similar tokens worth an edit")
@@ -77,18 +78,20 @@ class KVShareConfig(BaseModel):
         "0: they are decoded in this process",
     )
     media_deadline_s: float = Field(
-        10.0, gt=0, description="seconds that such a process gets for a picture or a clip"
+        10.0, gt=0, description="seconds that a decoding process gets for a picture or a clip"
     )
     media_embedder: str | None = Field(
         None,
         description="open_clip model that finds similar pictures, for showing: tiny-clip, a folder "
-        "or ARCHITECTURE/WEIGHTS; None: off",
+        "or ARCHITECTURE/WEIGHTS; none: off",
     )
     local_media: bool = Field(
         True, description="read pictures and sound from paths on this machine"
     )
 
-    store_dir: Path | None = Field(None, description="folder for donors on disk; None: RAM only")
+    store_dir: Path | None = Field(
+        None, description="folder that keeps donors over a restart; default: they are in RAM only"
+    )
     host_bytes: int = Field(
         2 << 30,
         ge=1 << 20,
@@ -101,7 +104,7 @@ class KVShareConfig(BaseModel):
     )
     index_token: str | None = Field(None, description="Milvus credentials, 'user:password'")
     embedder: str | None = Field(
-        "all-MiniLM-L6-v2", description="sentence-transformers model for dense search; None: off"
+        "all-MiniLM-L6-v2", description="sentence-transformers model for dense search; none: off"
     )
 
     @field_validator("index_uri")
@@ -110,6 +113,11 @@ class KVShareConfig(BaseModel):
         if value and not value.endswith(".db") and "://" not in value and value[:5] != "unix:":
             raise ValueError("neither a server (http://host:19530) nor a Milvus Lite file (*.db)")
         return value
+
+    @field_validator("embedder", "media_embedder")
+    @classmethod
+    def _off(cls, value: str | None) -> str | None:
+        return None if value == "none" else value
 
     @field_validator("store_dir")
     @classmethod

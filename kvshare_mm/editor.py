@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kvshare_mm.delta_tree import Node, Piece
+from kvshare_mm.kernels.backend import resolve
 from kvshare_mm.kernels.dispatch import edit_kv
 from kvshare_mm.kernels.edits import KVEdit, rotation_table
 from kvshare_mm.plan import one_turn
@@ -31,10 +32,11 @@ class KVEditor:
     Args:
         spec: the model's rotation; None only if no piece is ever shifted.
         backend: "triton" moves all pieces of a donor in one kernel; "torch" moves one after the
-            other, which is as fast where there is no launch to save.
+            other, which is as fast where there is no launch to save; "auto" is what fits the
+            device that the slot is on.
     """
 
-    def __init__(self, spec: RotarySpec | None, backend: str = "torch") -> None:
+    def __init__(self, spec: RotarySpec | None, backend: str = "auto") -> None:
         self._spec = spec
         self._backend = backend
 
@@ -70,7 +72,8 @@ class KVEditor:
             placed[piece.owner].append(_place(piece, owners[piece.owner].node, positions))
         if self._spec is None and any(p.turn for part in placed.values() for p in part):
             raise ValueError("a shifted piece needs the model's rotation")
-        move = self._move if self._backend == "torch" else self._move_at_once
+        backend = resolve(self._backend, keys.device)
+        move = self._move if backend == "torch" else self._move_at_once
         for owner, stored in owners.items():
             move(stored, placed[owner], keys, values)
         moved = sum(p.length for p in pieces)
@@ -122,7 +125,7 @@ class KVEditor:
             self._spec is not None and self._spec.interleaved,
         )
         k, v = (x[:, :, first:last].to(device)[:, None] for x in (stored.kv.k, stored.kv.v))
-        edit_kv(k, v, keys[:, None], values[:, None], edit, self._backend)
+        edit_kv(k, v, keys[:, None], values[:, None], edit, "triton")
 
 
 def _place(piece: Piece, owner: Node, positions: np.ndarray | None) -> _Placed:

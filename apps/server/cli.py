@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from kvshare_mm.apps.openmp import wait_asleep
+from kvshare_mm.apps.options import Values, config_options, described
 from kvshare_mm.apps.terminal import plain_errors
 
 console = Console()
@@ -21,73 +22,33 @@ _OPERATION = "operation"
 _LIMITS = "limits of the key; default: none"
 
 
+# What strangers send is decoded by processes of its own, and smaller than a caller's own files.
+@config_options(
+    {
+        _ENGINE: (
+            *("engine", "store_dir", "max_model_len", "max_num_seqs", "max_queue"),
+            *("repair", "max_divergence", "sharing", "host_bytes", "disk_bytes"),
+            *("index_uri", "embedder", "dtype", "device"),
+        ),
+        _SAFETY: ("max_media_bytes", "media_workers", "media_deadline_s"),
+    },
+    max_media_bytes=20 << 20,
+    media_workers=2,
+)
 def serve(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(help="hub name, folder, .gguf file, or the embedded smollm2")
-    ] = "smollm2",
+    config: Values,
+    model: Annotated[str, typer.Argument(help=described("model"))] = "smollm2",
     vllm_options: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- VLLM_OPTIONS]...", help="vLLM's own, with --engine vllm"),
     ] = None,
-    engine: Annotated[
-        Literal["native", "vllm"],
-        typer.Option(help="what runs the model", rich_help_panel=_ENGINE),
-    ] = "native",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000,
     served_model_name: Annotated[
         str | None, typer.Option(help="what clients call the model; default: MODEL")
     ] = None,
     ui: Annotated[bool, typer.Option("--ui", help="also show the customer-service desk")] = False,
-    store_dir: Annotated[
-        Path | None,
-        typer.Option(help="keep donors in this folder over a restart", rich_help_panel=_ENGINE),
-    ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=16, help="prompt plus answer", rich_help_panel=_ENGINE)
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, help="requests decoded together", rich_help_panel=_ENGINE)
-    ] = 4,
-    max_queue: Annotated[
-        int, typer.Option(min=1, help="requests that may wait", rich_help_panel=_ENGINE)
-    ] = 256,
-    repair: Annotated[
-        str | None,
-        typer.Option(help="which kept positions are recomputed", rich_help_panel=_ENGINE),
-    ] = None,
-    max_divergence: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="how far the first token may be from full recompute (KL, nats); default 0.01",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = None,
-    reuse: Annotated[
-        Literal["on", "exact", "off"],
-        typer.Option(help="similar requests, identical prefixes, nothing", rich_help_panel=_ENGINE),
-    ] = "on",
-    host_gib: Annotated[
-        float, typer.Option(min=0.01, help="KV of donors in RAM, GiB", rich_help_panel=_ENGINE)
-    ] = 2.0,
-    disk_gib: Annotated[
-        float, typer.Option(min=0.01, help="KV of donors on disk, GiB", rich_help_panel=_ENGINE)
-    ] = 20.0,
-    index_uri: Annotated[
-        str | None, typer.Option(help="Milvus server or Lite file", rich_help_panel=_ENGINE)
-    ] = None,
-    embedder: Annotated[
-        str, typer.Option(help="model for dense search; none: off", rich_help_panel=_ENGINE)
-    ] = "all-MiniLM-L6-v2",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="of weights and KV; auto is measured", rich_help_panel=_ENGINE),
-    ] = "auto",
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel=_ENGINE)
-    ] = "auto",
     sharing: Annotated[
         Literal["tenant", "salt", "global"] | None,
         typer.Option(
@@ -163,23 +124,11 @@ def serve(
             help="folder whose files file:// may name; repeatable", rich_help_panel=_SAFETY
         ),
     ] = None,
-    max_media_mib: Annotated[
-        float, typer.Option(min=0.001, help="largest picture or clip", rich_help_panel=_SAFETY)
-    ] = 20.0,
     max_body_mib: Annotated[
         float, typer.Option(min=0.001, help="largest request body", rich_help_panel=_SAFETY)
     ] = 32.0,
     media_timeout: Annotated[
         float, typer.Option(min=0.1, help="seconds to fetch a medium", rich_help_panel=_SAFETY)
-    ] = 10.0,
-    media_workers: Annotated[
-        int,
-        typer.Option(
-            min=0, help="processes that decode media; 0: in the server", rich_help_panel=_SAFETY
-        ),
-    ] = 2,
-    decode_timeout: Annotated[
-        float, typer.Option(min=0.1, help="seconds to decode a medium", rich_help_panel=_SAFETY)
     ] = 10.0,
     request_timeout: Annotated[
         float, typer.Option(min=0.1, help="seconds for a request", rich_help_panel=_SAFETY)
@@ -206,7 +155,7 @@ def serve(
 ) -> None:
     """Serve a model with OpenAI's API; requests that are alike share KV cache."""
     with plain_errors():
-        if engine == "vllm":
+        if config["engine"] == "vllm":
             from kvshare_mm.apps.server import vllm_server
 
             vllm_server.replace_process(_named(context), vllm_options or [])
@@ -222,26 +171,7 @@ def serve(
 
         level = logging.getLogger().getEffectiveLevel()
         logs.configure(json_logs, level)
-        config = KVShareConfig.of(
-            model=model,
-            store_dir=store_dir,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_queue=max_queue,
-            repair=repair,
-            max_divergence=max_divergence,
-            sharing=reuse,
-            host_bytes=int(host_gib * 2**30),
-            disk_bytes=int(disk_gib * 2**30),
-            index_uri=index_uri,
-            embedder=None if embedder == "none" else embedder,
-            dtype=dtype,
-            device=device,
-            local_media=False,
-            max_media_bytes=int(max_media_mib * 2**20),
-            media_workers=media_workers,
-            media_deadline_s=decode_timeout,
-        )
+        engine = KVShareConfig.of(model=model, local_media=False, **config)
         if api_keys and api_key is not None:
             raise ConfigError("either --api-keys FILE or --api-key KEY (KVSHARE_SERVER_API_KEY)")
         with_keys = api_keys is not None or api_key is not None
@@ -270,12 +200,12 @@ def serve(
             ssl_certfile=ssl_certfile,
             ssl_keyfile=ssl_keyfile,
             stall_after_s=stall_after,
-            media_threads=max(1, media_workers),
+            media_threads=max(1, engine.media_workers),
             fetch=FetchPolicy(
                 schemes=frozenset(schemes | ({"file"} if media_root else set())),
                 domains=frozenset(allow_domain) if allow_domain else None,
                 file_roots=tuple(media_root or ()),
-                max_bytes=int(max_media_mib * 2**20),
+                max_bytes=engine.max_media_bytes,
                 timeout_s=media_timeout,
             ),
         )
@@ -285,7 +215,7 @@ def serve(
                 host,
             )
         try:
-            run.serve(lambda: _load(config), options, listening, otlp_traces, ui)
+            run.serve(lambda: _load(engine), options, listening, otlp_traces, ui)
         finally:
             if key is not None:
                 admin_key.remove(port, key)

@@ -5,29 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from kvshare_mm.apps.options import FIELDS, config_values
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.vllm.arguments import check_installed, command_line, engine_arguments
+from kvshare_mm.vllm.options import SHARED_OPTIONS
 from kvshare_mm.vllm.room import fitted
 
-# Options of `kvshare serve` with what they are called in KVShareConfig ...
-_CONFIG: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "reuse": ("sharing", str),
-    "host_gib": ("host_bytes", lambda gib: int(gib * 2**30)),
-    "disk_gib": ("disk_bytes", lambda gib: int(gib * 2**30)),
-    "embedder": ("embedder", lambda name: None if name == "none" else name),
-    **{
-        name: (name, lambda value: value)
-        for name in (
-            *("model", "dtype", "max_model_len", "max_num_seqs"),
-            *("store_dir", "index_uri", "repair", "max_divergence"),
-        )
-    },
-}
-# ... and in `vllm serve`.
+# Fields of KVShareConfig that vLLM takes, or KVShare in it ...
+_CONFIG = SHARED_OPTIONS | {"model", "dtype", "max_model_len", "max_num_seqs", "sharing"}
+# ... and options of `kvshare serve` with what they are called in `vllm serve`.
 _VLLM: Mapping[str, str] = {
     "host": "host",
     "port": "port",
@@ -54,19 +44,14 @@ def command(named: Mapping[str, Any], own: Sequence[str]) -> list[str]:
     if str(given["model"]).startswith("-"):  # what follows `--` is MODEL, if MODEL is not named
         own = [str(given["model"]), *own]
         given["model"] = _DEFAULTS["model"]
-    if foreign := sorted(given.keys() - _CONFIG.keys() - _VLLM.keys()):
+    if foreign := sorted(n for n in given if n not in _VLLM and FIELDS.get(n) not in _CONFIG):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
         raise ConfigError(f"{flags}: not with --engine vllm; see `vllm serve --help`")
     if any(word.partition("=")[0] == "--kv-transfer-config" for word in own):
         raise ConfigError(
             "--kv-transfer-config is what --engine vllm sets; KVShare's options are its own"
         )
-    config = {
-        _CONFIG[name][0]: _CONFIG[name][1](value)
-        for name, value in given.items()
-        if name in _CONFIG
-    }
-    engine = KVShareConfig.of(engine="vllm", **config)
+    engine = KVShareConfig.of(engine="vllm", **config_values(given))
     arguments: dict[str, Any] = {
         **fitted(engine_arguments(engine), engine),
         "served_model_name": given["model"],

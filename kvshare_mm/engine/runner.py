@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from kvshare_mm.attention import Layout, SlotCache, TailAttention, rows
+from kvshare_mm.attention import SlotCache, TailAttention
 from kvshare_mm.engine.inputs import MediaInputs, decode_positions, model_inputs
+from kvshare_mm.kernels.ragged import RaggedQueries
 from kvshare_mm.models.loader import LoadedModel
 
 
@@ -143,14 +144,14 @@ class SlotRunner:
     ) -> torch.Tensor:
         index = torch.tensor(positions, device=self._device)
         ahead = torch.tensor(leads or [0] * len(slots), device=self._device)
-        layout = Layout([rows(slot, index[i : i + 1]) for i, slot in enumerate(slots)])
-        self._cache.layout = layout
+        batch = RaggedQueries.in_slots(slots, index.split(1))
+        self._cache.batch = batch
         logits: torch.Tensor = self._model(
             input_ids=torch.tensor([token_ids], device=self._device),
             position_ids=decode_positions(index, ahead),
             past_key_values=self._cache,
             use_cache=True,
-            kvshare_layout=layout,
+            kvshare_batch=batch,
         ).logits
         return logits[0]
 
@@ -194,14 +195,15 @@ class SlotRunner:
         media: MediaInputs | None,
         tail: TailAttention | None = None,
     ) -> Any:
-        layout = Layout([rows(slot, index)], tail)
-        cache.layout = layout
+        batch = RaggedQueries.in_slots([slot], [index])
+        cache.batch = batch
         return self._model(
             **model_inputs(self._model, ids, index, media),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            kvshare_layout=layout,
+            kvshare_batch=batch,
+            kvshare_tail=tail,
         )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from kvshare_mm.attention import ATTENTION_NAME, Layout, SlotCache, rows
+from kvshare_mm.attention import ATTENTION_NAME, SlotCache
+from kvshare_mm.kernels.ragged import RaggedQueries
 from kvshare_mm.rotary import SUPPORTED_ROPE_TYPES, RotarySpec, rerotate
 
 _PROBE_TOKENS = 12
@@ -220,26 +221,26 @@ def _fill(
     places: torch.Tensor,
 ) -> Any:
     """Compute tokens `index` of `ids` into a slot, turned as `places` say; the last logits."""
-    cache.layout = Layout([rows(slot, index)])
+    cache.batch = RaggedQueries.in_slots([slot], [index])
     return model(
         input_ids=ids[:, index],
         position_ids=_position_ids(places[:, index]),
         past_key_values=cache,
         use_cache=True,
-        kvshare_layout=cache.layout,
+        kvshare_batch=cache.batch,
     ).logits[0, -1]
 
 
 def _first_layer(model: Any, ids: torch.Tensor, places: torch.Tensor) -> _FirstLayer:
     cache = _FirstLayer()
-    cache.layout = Layout([rows(0, torch.arange(ids.shape[1]))])
+    cache.batch = RaggedQueries.in_slots([0], [torch.arange(ids.shape[1])])
     try:
         model(
             input_ids=ids,
             position_ids=_position_ids(places),
             past_key_values=cache,
             use_cache=True,
-            kvshare_layout=cache.layout,
+            kvshare_batch=cache.batch,
         )
     except _Captured:
         return cache

@@ -237,6 +237,21 @@ def test_pieces_turn_by_their_positions_and_not_by_their_index(backend: str) -> 
                     )
 
 
+def test_the_slots_device_decides_what_moves_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, ran = [], []
+
+    def resolve(backend: str, device: torch.device) -> str:
+        asked.append((backend, device.type))
+        return "triton"
+
+    monkeypatch.setattr("kvshare_mm.editor.resolve", resolve)
+    monkeypatch.setattr("kvshare_mm.editor.edit_kv", lambda *arguments: ran.append(arguments[-1]))
+    nodes = {"a": _stored("a", ((0, 20),), torch.float32)}
+    KVEditor(None).edit([Piece("a", 4, 4, 6)], _reading(nodes), *_slot(torch.float32))
+    assert asked == [("auto", "cpu")]
+    assert ran == ["triton"]
+
+
 def test_a_piece_whose_axes_part_is_refused_before_anything_is_written() -> None:
     stored = _stored("a", ((0, 12),), torch.float32)
     target = np.tile(np.arange(20), (3, 1))

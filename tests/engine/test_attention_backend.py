@@ -39,17 +39,17 @@ def test_the_same_tokens_as_torch(
     open_llm: Callable[..., KVShare], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: dict[str, int] = {"attention": 0, "edit": 0}
-    forward, edit = dispatch._triton_forward, dispatch.edit_kv
+    choose, edit = dispatch.choose, dispatch.edit_kv
 
-    def counted_forward(*args: Any) -> Any:
+    def counted_choose(*args: Any) -> Any:
         ran["attention"] += 1
-        return forward(*args)
+        return choose(*args)
 
     def counted_edit(*args: Any) -> None:
         ran["edit"] += args[-1] == "triton"
         edit(*args)
 
-    monkeypatch.setattr(dispatch, "_triton_forward", counted_forward)
+    monkeypatch.setattr(dispatch, "choose", counted_choose)
     monkeypatch.setattr("kvshare_mm.editor.edit_kv", counted_edit)
     want = _answers(open_llm(attention_backend="torch", repair="window:2"))
     assert ran == {"attention": 0, "edit": 0}

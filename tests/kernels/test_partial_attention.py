@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 from kvshare_mm.kernels import dispatch
 from kvshare_mm.kernels.partial_attention import partial_attention_triton
 from kvshare_mm.kernels.ragged import CHUNK, RaggedQueries
-from kvshare_mm.kernels.reference import (
-    attention_mass_reference,
-    gather_pages_reference,
-    log_sum_exp_reference,
-    partial_attention_reference,
-)
+from kvshare_mm.kernels.reference import gather_pages_reference, partial_attention_reference
 from kvshare_mm.kernels.tiles import Tile
 
 from .conftest import Case, make_case
@@ -52,7 +47,7 @@ def check(case: Case, got: torch.Tensor) -> None:
 def on_triton(case: Case, tile: Tile = SMALL, splits: int = 1) -> torch.Tensor:
     return partial_attention_triton(
         case.query, case.key, case.value, case.batch, case.scale, tile, splits
-    )[0]
+    )
 
 
 def on_torch(case: Case) -> torch.Tensor:
@@ -202,74 +197,6 @@ def test_nothing_to_compute(backend: str, indices: list[list[int]]) -> None:
     kv = torch.zeros(1, 2, 8, 16)
     out = dispatch.partial_attention(torch.zeros(0, 4, 16), kv, kv, batch, 1.0, backend)
     assert out.shape == (0, 4, 16)
-
-
-# -- log-sum-exp and attention mass -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("splits", [1, 3])
-def test_log_sum_exp(splits: int) -> None:
-    case = make_case(RAGGED, page_size=16)
-    _, lse = partial_attention_triton(
-        case.query, case.key, case.value, case.batch, case.scale, SMALL, splits
-    )
-    for r, (index, query, got) in enumerate(
-        zip(case.indices, case.split(case.query), case.split(lse), strict=True)
-    ):
-        key = gather_pages_reference(case.key.cpu(), case.table[r].cpu())
-        expected = log_sum_exp_reference(query.cpu().transpose(0, 1), key, index, case.scale)
-        torch.testing.assert_close(got.cpu().T, expected, atol=1e-5, rtol=0, check_dtype=False)
-
-
-@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
-@pytest.mark.parametrize("page_size", [None, 16])
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_attention_mass(dtype: torch.dtype, page_size: int | None, backend: str) -> None:
-    case = make_case(RAGGED, page_size=page_size, dtype=dtype)
-    mass = _mass(case, backend)
-    assert mass.shape == (len(RAGGED), 41)
-    for r, (index, query) in enumerate(zip(case.indices, case.split(case.query), strict=True)):
-        key = gather_pages_reference(case.key.cpu(), case.table[r].cpu())
-        expected = attention_mass_reference(query.cpu().transpose(0, 1), key, index, case.scale)
-        n = min(len(expected), 41)
-        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-        torch.testing.assert_close(
-            mass[r, :n].cpu(), expected[:n], atol=tolerance, rtol=0, check_dtype=False
-        )
-        assert not mass[r, n:].any()
-        assert not mass[r, int(index[-1]) + 1 if len(index) else 0 :].any()
-    totals = torch.tensor([4.0 * len(i) for i in RAGGED])
-    torch.testing.assert_close(mass.sum(1).cpu(), totals, atol=0.05, rtol=0)
-
-
-def _mass(case: Case, backend: str) -> torch.Tensor:
-    lse = None
-    if backend == "triton":
-        _, lse = dispatch.partial_attention_with_lse(
-            case.query, case.key, case.value, case.batch, case.scale
-        )
-    return dispatch.attention_mass(case.query, case.key, case.batch, case.scale, lse, backend)
-
-
-def test_attention_mass_of_chosen_queries() -> None:
-    """The last two queries of a prompt, with the log-sum-exp of the forward over all."""
-    case = make_case([[0, 3, 9, 30, 31]])
-    _, lse = dispatch.partial_attention_with_lse(
-        case.query, case.key, case.value, case.batch, case.scale
-    )
-    tail = RaggedQueries([case.indices[0][-2:]], case.table)
-    mass = dispatch.attention_mass(case.query[-2:], case.key, tail, case.scale, lse[-2:], "triton")
-    key = gather_pages_reference(case.key.cpu(), case.table[0].cpu())
-    expected = attention_mass_reference(
-        case.query[-2:].cpu().transpose(0, 1), key, case.indices[0][-2:], case.scale
-    )
-    torch.testing.assert_close(mass[0].cpu(), expected[:32], atol=1e-5, rtol=0, check_dtype=False)
-
-
-def test_attention_mass_on_triton_needs_the_log_sum_exp() -> None:
-    case = make_case([[3]])
-    with pytest.raises(ValueError, match="lse"):
-        dispatch.attention_mass(case.query, case.key, case.batch, case.scale, None, "triton")
 
 
 # -- what is refused ----------------------------------------------------------------------------

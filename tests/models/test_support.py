@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
-from kvshare_mm.attention import ATTENTION_NAME, Layout, rows
+from kvshare_mm.attention import ATTENTION_NAME
 from kvshare_mm.engine.runner import PlainRunner, SlotRunner
+from kvshare_mm.kernels.ragged import RaggedQueries
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.models.support import KVShape, check_support
 from kvshare_mm.rotary import rerotate
@@ -234,15 +235,15 @@ def test_supported_models_are_run_right(name: str) -> None:
     # A key of any layer, moved, is the key of the other position.
     elsewhere = SlotRunner(_loaded(model, support), 1, MAX_LEN, chunk=MAX_LEN)
     index = torch.arange(n)
-    layout = Layout([rows(0, index)])
-    elsewhere._cache.layout = layout
+    batch = RaggedQueries.in_slots([0], [index])
+    elsewhere._cache.batch = batch
     with torch.inference_mode():
         model(
             input_ids=torch.from_numpy(ids)[None],
             position_ids=index[None] + 17,
             past_key_values=elsewhere._cache,
             use_cache=True,
-            kvshare_layout=layout,
+            kvshare_batch=batch,
         )
     moved = rerotate(exact[0], torch.full((n,), 17), support.rotary)
     assert torch.allclose(moved, elsewhere.slot_kv(0)[0][:, :, :n], atol=ATOL)

@@ -105,6 +105,8 @@ def test_an_embedded_model_is_its_folder_and_keeps_its_name(
     ("words", "named"),
     [
         (["--ui"], "--ui"),
+        (["--max-queue", "9"], "--max-queue"),
+        (["--sharing", "tenant"], "--sharing"),
         (["--api-keys", "keys.jsonl"], "--api-keys"),
         (["--", "--kv-transfer-config={}"], "--kv-transfer-config"),
         (["--max-divergence", "0.1", "--repair", "none"], "max_divergence"),

@@ -1,0 +1,61 @@
+"""Options of commands that are fields of the configuration: one default and one description."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from kvshare_mm.apps.cli import app
+from kvshare_mm.apps.options import FIELDS, Values, config_options, config_values, described
+from kvshare_mm.config import KVShareConfig
+
+_COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+# A server decodes what strangers send.
+_STRICTER = {"max_media_bytes": 20 << 20, "media_workers": 2}
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "chat", "serve"])
+def test_an_option_says_what_its_field_says(command: str) -> None:
+    options = [p for p in _COMMANDS[command].params if p.name in FIELDS and p.name != "model"]
+    for option in options:
+        field = FIELDS[option.name]
+        assert option.help.partition("; in ")[0] == described(field)
+        default = _STRICTER.get(field, KVShareConfig.model_fields[field].default)
+        assert config_values({option.name: option.default}) == {field: default}
+    assert len(options) == {"demo": 0, "generate": 3, "chat": 3, "serve": 17}[command]
+
+
+def _called(*words: str) -> Values:
+    called: list[Values] = []
+    app = typer.Typer()
+
+    @app.command()
+    @config_options({None: ("max_queue", "host_bytes", "sharing")}, max_queue=7)
+    def command(config: Values, other: int = 1) -> None:
+        called.append({**config, "other": other})
+
+    result = CliRunner().invoke(app, words)
+    return called[0] if called else {"refused": result.exit_code}
+
+
+def test_a_command_gets_the_fields_that_its_options_are() -> None:
+    plain = {"max_queue": 7, "host_bytes": 2 << 30, "sharing": "on", "other": 1}
+    assert _called() == plain
+    assert _called("--host-gib", "0.5", "--reuse", "exact", "--other", "2") == {
+        **plain, "host_bytes": 1 << 29, "sharing": "exact", "other": 2
+    }  # fmt: skip
+
+
+def test_a_field_keeps_its_bounds_and_choices() -> None:
+    assert _called("--max-queue", "0") == {"refused": 2}
+    assert _called("--reuse", "perhaps") == {"refused": 2}
+
+
+def test_options_that_are_no_fields_are_left_apart() -> None:
+    # `--sharing` of the server says who may share, the field of that name what is reused.
+    assert config_values({"sharing": "tenant", "port": 1, "reuse": "off"}) == {"sharing": "off"}
+
+
+def test_none_turns_search_by_meaning_off() -> None:
+    assert KVShareConfig.of(embedder="none", media_embedder="none").embedder is None

@@ -1,0 +1,46 @@
+"""The worker's parts, as they are chosen for its device."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kvshare_mm.editor import KVEditor
+from kvshare_mm.vllm import build
+from kvshare_mm.vllm.options import ConnectorOptions
+
+pytestmark = pytest.mark.vllm
+
+
+def test_donors_are_moved_by_what_fits_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton kernel where there is a GPU, as natively."""
+    layer = SimpleNamespace(kv_cache=torch.zeros(1, 1, 16, 32))
+    monkeypatch.setattr(build, "deployment_obstacle", lambda *_: None)
+    monkeypatch.setattr(build.compat, "model", torch.nn.Module)
+    monkeypatch.setattr(build, "rotary_spec", lambda _: None)
+    for part in ("PartialForward", "PageLayout", "TieredStore"):
+        monkeypatch.setattr(build, part, lambda *_: None)
+    made: list[Any] = []
+    monkeypatch.setattr(build, "Runner", lambda *parts: made.extend(parts))
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={"0": layer}),
+        model_config=SimpleNamespace(uses_mrope=False),
+        parallel_config=SimpleNamespace(world_size=1, rank=0),
+    )
+    group = SimpleNamespace(layer_names=["0"], kv_cache_spec=None)
+    caches = SimpleNamespace(kv_cache_groups=[group])
+    build.build_runner(config, caches, {"0": layer.kv_cache}, ConnectorOptions.of())
+    [editor] = [part for part in made if isinstance(part, KVEditor)]
+
+    asked: list[tuple[str, str]] = []
+
+    def resolve(backend: str, device: torch.device) -> str:
+        asked.append((backend, device.type))
+        return "triton"
+
+    monkeypatch.setattr("kvshare_mm.editor.resolve", resolve)
+    editor.edit([], lambda _: None, *torch.zeros(2, 1, 1, 16, 16))  # type: ignore[arg-type]
+    assert asked == [("auto", "cpu")]
