@@ -19,9 +19,9 @@ from kvshare_mm.apps.bench.methods import METHODS, Method
 from kvshare_mm.apps.bench.prompts import encode
 from kvshare_mm.apps.bench.reuse import with_full
 from kvshare_mm.apps.bench.rig import Rig, Served, machine
-from kvshare_mm.assets.training.dialogues import Request
-from kvshare_mm.assets.training.phrases import BOTH_TOPICS, PICTURE_TOPICS, TOPICS
-from kvshare_mm.assets.training.similar import WAYS, similar_pairs
+from kvshare_mm.assets.shop.dialogues import Request
+from kvshare_mm.assets.shop.phrases import BOTH_TOPICS, PICTURE_TOPICS, TOPICS
+from kvshare_mm.assets.shop.similar import WAYS, similar_pairs
 from kvshare_mm.stream import SegmentStream
 
 _MAX_TOKENS = 24
