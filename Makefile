@@ -159,6 +159,7 @@ typecheck: setup ## type-check the installed package
 	@rm -rf build/lib build/typecheck
 	@$(PIP) --quiet install --no-deps --no-build-isolation --no-index --no-compile \
 		--target build/typecheck .
+	@cp -R assets/training build/typecheck/kvshare_mm/assets/
 	@cd build/typecheck && $(BIN)/mypy --config-file "$(CURDIR)/pyproject.toml" \
 		--cache-dir "$(CURDIR)/.mypy_cache" -p kvshare_mm > ../typecheck.log; status=$$?; \
 		sed -E 's#^kvshare_mm/(apps|kernels|modalities)/#\1/#' ../typecheck.log; exit $$status

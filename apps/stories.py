@@ -174,8 +174,8 @@ STORIES = (
 
 def picture_stories() -> tuple[Story, ...]:
     """Two requests about drawn product photos, and who asked before."""
-    from kvshare_mm.assets.training.dialogues import random_customer
-    from kvshare_mm.assets.training.similar import random_request, similar
+    from kvshare_mm.assets.shop.dialogues import random_customer
+    from kvshare_mm.assets.shop.similar import random_request, similar
 
     rng = random.Random("stories")
     photo = random_request(rng, "my_warranty", num_fillers=4)

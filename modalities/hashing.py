@@ -6,11 +6,11 @@ import hashlib
 import json
 import secrets
 import threading
-from collections import OrderedDict
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from cachetools import LRUCache
 
 T = TypeVar("T")
 
@@ -49,25 +49,20 @@ class Seen(Generic[T]):
     """
 
     def __init__(self, capacity: int = 4096) -> None:
-        self._capacity = capacity
         self._lock = threading.Lock()
         self._secret = secrets.token_bytes(DIGEST_SIZE)
-        self._known: OrderedDict[bytes, T] = OrderedDict()
+        self._known: LRUCache[bytes, T] = LRUCache(capacity)
 
     def get(self, content: bytes, tenant: str) -> T | None:
         key = self._key(content, tenant)
         with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-            return self._known.get(key)
+            found: T | None = self._known.get(key)
+            return found
 
     def put(self, content: bytes, tenant: str, value: T) -> None:
         key = self._key(content, tenant)
         with self._lock:
             self._known[key] = value
-            self._known.move_to_end(key)
-            if len(self._known) > self._capacity:
-                self._known.popitem(last=False)
 
     def _key(self, content: bytes, tenant: str) -> bytes:
         # The tenant goes into the key of the hash: before the content, some tenant's name and the

@@ -18,6 +18,7 @@ import pytest
 import kvshare_mm
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAINING = "kvshare_mm.assets.training"
 SOURCE_FOLDERS = ("apps", "assets", "kernels", "kvshare_mm", "modalities")
 
 # CI also runs the tests against the installed wheel, from a copy without the sources.
@@ -52,7 +53,14 @@ def source_files() -> list[PurePosixPath]:
 @needs_sources
 def test_every_folder_with_code_is_a_listed_package() -> None:
     on_disk = {package_of(path.parent) for path in source_files() if path.suffix == ".py"}
-    assert set(pyproject()["tool"]["setuptools"]["packages"]) == on_disk
+    assert set(pyproject()["tool"]["setuptools"]["packages"]) == on_disk - {TRAINING}
+
+
+@needs_sources
+def test_nothing_that_is_shipped_needs_training() -> None:
+    shipped = [path for path in source_files() if path.suffix == ".py"]
+    users = [p for p in shipped if TRAINING in (ROOT / p).read_text(encoding="utf-8")]
+    assert [str(p) for p in users if "training" not in p.parts] == []
 
 
 @needs_sources
@@ -116,6 +124,12 @@ def test_only_kvshare_mm_is_installed() -> None:
         assert (dist.read_text("top_level.txt") or "").split() == ["kvshare_mm"]
         modules = {path.parts[0] for path in dist.files or [] if path.suffix == ".py"}
         assert {name for name in modules if not name.startswith("__editable__")} <= {"kvshare_mm"}
+
+
+def test_training_is_not_installed() -> None:
+    """It is a tool for developers, who have the source tree."""
+    installed = [dist.files or [] for dist in distributions(name="kvshare-mm")]
+    assert [str(f) for f in chain(*installed) if f.match("kvshare_mm/assets/training/*")] == []
 
 
 @pytest.mark.parametrize("folder", SOURCE_FOLDERS)

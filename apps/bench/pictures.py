@@ -18,9 +18,9 @@ from rich.progress import track
 from kvshare_mm.apps.bench.methods import METHODS, Method, with_full
 from kvshare_mm.apps.bench.prompts import encode
 from kvshare_mm.apps.bench.rig import Rig
-from kvshare_mm.assets.training.dialogues import Request
-from kvshare_mm.assets.training.phrases import BOTH_TOPICS, PICTURE_TOPICS, TOPICS
-from kvshare_mm.assets.training.similar import WAYS, similar_pairs
+from kvshare_mm.assets.shop.dialogues import Request
+from kvshare_mm.assets.shop.phrases import BOTH_TOPICS, PICTURE_TOPICS, TOPICS
+from kvshare_mm.assets.shop.similar import WAYS, similar_pairs
 
 _MAX_TOKENS = 24
 Pair = tuple[str, Request, Request]

@@ -1,1 +1,1 @@
-"""How the embedded models were made: drawings, dialogues, speech, training, evaluation."""
+"""How the embedded models were made: speech, training, evaluation. Not in the wheel."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare_mm.assets.training.dialogues import Question, Request, random_question
+from kvshare_mm.assets.shop.dialogues import Question, Request, random_question
+from kvshare_mm.assets.shop.phrases import TEXT_TOPICS
+from kvshare_mm.assets.shop.pictures import Photo
+from kvshare_mm.assets.shop.similar import random_request
 from kvshare_mm.assets.training.packing import Branch, Packed, Row, pack
-from kvshare_mm.assets.training.phrases import TEXT_TOPICS
-from kvshare_mm.assets.training.pictures import Photo
-from kvshare_mm.assets.training.similar import random_request
 from kvshare_mm.assets.training.tower import CELLS
 
 # How often each topic is asked with at most one photo, and with two: more often where learning is

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kvshare_mm.assets.training.dialogues import random_fillers
-from kvshare_mm.assets.training.phrases import CITIES, FILLERS, NAMES, NUMBERS, STORES
+from kvshare_mm.assets.shop.dialogues import random_fillers
+from kvshare_mm.assets.shop.phrases import CITIES, FILLERS, NAMES, NUMBERS, STORES
 from kvshare_mm.assets.training.speech import Bank, Clip, make_clip
 
 AUDIO_TOPICS = ("words", "first", "last", "count")

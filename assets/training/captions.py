@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from kvshare_mm.assets.training.phrases import NUMBERS
-from kvshare_mm.assets.training.pictures import Photo
+from kvshare_mm.assets.shop.phrases import NUMBERS
+from kvshare_mm.assets.shop.pictures import Photo
 
 _SHORT = (
     "a photo of a {colour} {kind}",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvshare_mm.assets.training.pictures import (
+from kvshare_mm.assets.shop.pictures import (
     CELL,
     COLOURS,
     KINDS,

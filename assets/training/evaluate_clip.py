@@ -14,15 +14,15 @@ import open_clip
 import torch
 from torch import Tensor
 
-from kvshare_mm.assets.training.captions import caption, short_caption
-from kvshare_mm.assets.training.figures import write
-from kvshare_mm.assets.training.pictures import (
+from kvshare_mm.assets.shop.pictures import (
     COLOURS,
     KINDS,
     Photo,
     draw,
     random_photo,
 )
+from kvshare_mm.assets.training.captions import caption, short_caption
+from kvshare_mm.assets.training.figures import write
 
 
 class Encoder:

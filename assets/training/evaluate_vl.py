@@ -20,11 +20,11 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from kvshare_mm.assets.training.dialogues import Request
+from kvshare_mm.assets.shop.dialogues import Request
+from kvshare_mm.assets.shop.phrases import BOTH_TOPICS, PICTURE_TOPICS, POLICY_TOPICS, TOPICS
+from kvshare_mm.assets.shop.pictures import random_photo
+from kvshare_mm.assets.shop.similar import held_out_requests
 from kvshare_mm.assets.training.figures import by_topic, table, write
-from kvshare_mm.assets.training.phrases import BOTH_TOPICS, PICTURE_TOPICS, POLICY_TOPICS, TOPICS
-from kvshare_mm.assets.training.pictures import random_photo
-from kvshare_mm.assets.training.similar import held_out_requests
 
 PHOTO_TOPICS = PICTURE_TOPICS + BOTH_TOPICS
 _Question = tuple[str, list[dict[str, Any]], str]  # topic, messages, right answer

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import soundfile
 
+from kvshare_mm.assets.shop.phrases import BOTH_TOPICS, PICTURE_TOPICS, TOPICS
+from kvshare_mm.assets.shop.similar import held_out_requests
 from kvshare_mm.assets.training.calls import calls
-from kvshare_mm.assets.training.phrases import BOTH_TOPICS, PICTURE_TOPICS, TOPICS
-from kvshare_mm.assets.training.similar import held_out_requests
 from kvshare_mm.assets.training.speech import RATE, load_bank
 
 SEED = 40

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from kvshare_mm.assets.training.pictures import SIZE
+from kvshare_mm.assets.shop.pictures import SIZE
 
 PATCH = 14
 PATCHES = (SIZE // PATCH) ** 2  # 64 a picture

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
+from kvshare_mm.assets.shop.pictures import SIZE, Photo, draw, random_photo
 from kvshare_mm.assets.training.captions import random_caption
 from kvshare_mm.assets.training.clock import Averages, Stage
 from kvshare_mm.assets.training.codes import ATTRIBUTES, SIZES, labels
 from kvshare_mm.assets.training.optim import MuonAdamW
-from kvshare_mm.assets.training.pictures import SIZE, Photo, draw, random_photo
 
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 CONTEXT = 24

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from kvshare_mm.assets.shop.pictures import Marks, Photo, draw, random_photo
 from kvshare_mm.assets.training.batches import Batcher
 from kvshare_mm.assets.training.clock import Averages, Stage
 from kvshare_mm.assets.training.codes import (
@@ -32,7 +33,6 @@ from kvshare_mm.assets.training.codes import (
 )
 from kvshare_mm.assets.training.optim import MuonAdamW
 from kvshare_mm.assets.training.packing import Packed, answer_loss
-from kvshare_mm.assets.training.pictures import Marks, Photo, draw, random_photo
 from kvshare_mm.assets.training.tower import FastTower
 from kvshare_mm.assets.training.vl_model import build_config, build_processor
 

@@ -15,9 +15,9 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from kvshare_mm.assets.training.phrases import TOPICS
-from kvshare_mm.assets.training.pictures import SIZE
-from kvshare_mm.assets.training.similar import random_request
+from kvshare_mm.assets.shop.phrases import TOPICS
+from kvshare_mm.assets.shop.pictures import SIZE
+from kvshare_mm.assets.shop.similar import random_request
 
 # Qwen's special tokens, in Qwen's order: code written for Qwen2.5-VL finds what it looks for.
 SPECIAL_TOKENS = (

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.assets.training.dialogues import Question, Request
-from kvshare_mm.assets.training.phrases import (
+from kvshare_mm.assets.shop.dialogues import Question, Request
+from kvshare_mm.assets.shop.phrases import (
     PHRASINGS,
     PICTURE_TOPICS,
     POLICY_TOPICS,
     TEXT_TOPICS,
     TOPICS,
 )
-from kvshare_mm.assets.training.pictures import (
+from kvshare_mm.assets.shop.pictures import (
     HELD_OUT_SEED,
     KINDS,
     SIZE,
@@ -29,7 +29,7 @@ from kvshare_mm.assets.training.pictures import (
     draw,
     random_photo,
 )
-from kvshare_mm.assets.training.similar import (
+from kvshare_mm.assets.shop.similar import (
     WAYS,
     held_out_items,
     held_out_requests,

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from kvshare_mm.assets import folder
+from kvshare_mm.assets.shop.pictures import KINDS, Photo, random_photo
 from kvshare_mm.assets.training.captions import caption, random_caption, short_caption
 from kvshare_mm.assets.training.evaluate_clip import Encoder, distinct
-from kvshare_mm.assets.training.pictures import KINDS, Photo, random_photo
 
 NAME = "tiny-clip"
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import nn
 
+from kvshare_mm.assets.shop.dialogues import random_question
+from kvshare_mm.assets.shop.phrases import TOPICS
+from kvshare_mm.assets.shop.pictures import draw, random_photo
+from kvshare_mm.assets.shop.similar import random_request
 from kvshare_mm.assets.training.batches import Batcher
 from kvshare_mm.assets.training.clock import Stage
 from kvshare_mm.assets.training.codes import SIZES, code_loss, codebook, labels, oracle
-from kvshare_mm.assets.training.dialogues import random_question
 from kvshare_mm.assets.training.optim import MuonAdamW, orthogonal
 from kvshare_mm.assets.training.packing import Branch, Row, answer_loss, pack
-from kvshare_mm.assets.training.phrases import TOPICS
-from kvshare_mm.assets.training.pictures import draw, random_photo
-from kvshare_mm.assets.training.similar import random_request
 from kvshare_mm.assets.training.tower import FastTower
 
 

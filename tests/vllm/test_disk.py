@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvshare_mm.assets.training.pictures import draw, random_photo
+from kvshare_mm.assets.shop.pictures import draw, random_photo
 from kvshare_mm.models.loader import load_tokenizer, locate
 
 from .engines import Shared, shared_engine, tokens, told

@@ -20,8 +20,8 @@ from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.multimodal.inputs import PlaceholderRange
 
 from kvshare_mm import KVShare, SamplingParams
-from kvshare_mm.assets.training.dialogues import Request, random_customer
-from kvshare_mm.assets.training.similar import random_request, similar
+from kvshare_mm.assets.shop.dialogues import Request, random_customer
+from kvshare_mm.assets.shop.similar import random_request, similar
 from kvshare_mm.chat import chat_stream
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.models.loader import load_tokenizer, locate

@@ -15,7 +15,7 @@ from kvshare_mm.apps.bench import pictures
 from kvshare_mm.apps.bench.methods import METHODS
 from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.apps.cli import app
-from kvshare_mm.assets.training.similar import WAYS
+from kvshare_mm.assets.shop.similar import WAYS
 from kvshare_mm.config import KVShareConfig
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from kvshare_mm.assets.training.phrases import (
+from kvshare_mm.assets.shop.phrases import (
     BOTH_TOPICS,
     CITIES,
     CITY,
@@ -31,7 +31,7 @@ from kvshare_mm.assets.training.phrases import (
     STORES,
     WARRANTY_STYLES,
 )
-from kvshare_mm.assets.training.pictures import KINDS, Photo, draw
+from kvshare_mm.assets.shop.pictures import KINDS, Photo, draw
 
 _ORDINALS = ("first", "second")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kvshare_mm.assets.training.dialogues import (
+from kvshare_mm.assets.shop.dialogues import (
     Request,
     random_customer,
     random_desk,
@@ -15,8 +15,8 @@ from kvshare_mm.assets.training.dialogues import (
     random_question,
     random_wording,
 )
-from kvshare_mm.assets.training.phrases import PHRASINGS, PICTURE_TOPICS, TOPICS
-from kvshare_mm.assets.training.pictures import random_photo
+from kvshare_mm.assets.shop.phrases import PHRASINGS, PICTURE_TOPICS, TOPICS
+from kvshare_mm.assets.shop.pictures import random_photo
 
 WAYS = ("rephrased", "other_filler", "other_facts", "other_picture")
 
