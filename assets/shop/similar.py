@@ -86,12 +86,16 @@ def similar(request: Request, way: str, rng: random.Random) -> Request:
         other = (question.phrasing + rng.randrange(1, PHRASINGS)) % PHRASINGS
         return replace(request, question=replace(question, phrasing=other))
     if way == "other_filler":
-        fillers = random_fillers(rng, max(2, len(wording.fillers)))
-        return replace(request, wording=replace(wording, fillers=fillers))
+        while True:
+            fillers = random_fillers(rng, max(2, len(wording.fillers)))
+            if fillers != wording.fillers:
+                return replace(request, wording=replace(wording, fillers=fillers))
     if way == "other_facts":
         while True:
             changed = replace(request, desk=random_desk(rng), customer=random_customer(rng))
-            if changed.answer() != request.answer() or question.topic in PICTURE_TOPICS:
+            if changed.answer() != request.answer() or (
+                question.topic in PICTURE_TOPICS and changed != request
+            ):
                 return changed
     if way == "other_picture":
         if not request.photos:
@@ -99,7 +103,9 @@ def similar(request: Request, way: str, rng: random.Random) -> Request:
         while True:
             photos = tuple(random_photo(rng, held_out=True) for _ in request.photos)
             changed = replace(request, photos=photos)
-            if changed.answer() != request.answer() or not question.needs_photo:
+            if changed.answer() != request.answer() or (
+                not question.needs_photo and changed != request
+            ):
                 return changed
     raise ValueError(f"unknown way {way!r}; known are {', '.join(WAYS)}")
 
