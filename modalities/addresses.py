@@ -20,8 +20,8 @@ _CLOUDS = (
     "192.0.0.192/32",  # Oracle Cloud Classic: docs.oracle.com, "Retrieving Instance Metadata"
     "100.100.100.200/32",  # Alibaba: alibabacloud.com/help/ecs, "Instance metadata"
     # IBM's services (github.com/ibm-cloud-docs/vpc, vpc-endpoints.md: DNS, mirrors, NTP) and its
-    # service endpoints (cloud.ibm.com/apidocs/vpc: `client_ip_pool` of a VPN server names both as
-    # reserved).
+    # service endpoints (github.com/IBM-Cloud/terraform-provider-ibm: `client_ip_pool` of a VPN
+    # server names both as reserved).
     "161.26.0.0/16",
     "166.8.0.0/14",
     "fd00:ec2::/32",  # AWS: docs.aws.amazon.com/AWSEC2, "Access instance metadata": fd00:ec2::254
