@@ -122,14 +122,17 @@ def _found_by(report: Report) -> list[Row]:
         "milvus_dense": "embedding, Milvus",
         "hybrid": "both, Milvus",
     }
-    return [{**found, "by": names[name]} for name, found in report["methods"].items()]
+    return [
+        {**found, "by": names[name], "recall": list(found["recall"].values())}
+        for name, found in report["methods"].items()
+    ]
 
 
 def _lookup(report: Report) -> Columns:
     depths = report["methods"]["lexical"]["recall"]
     return {
         "donors found by": "{by}",
-        **{f"recall at {k}": f"{{recall[{k}]:.3f}}" for k in depths},
+        **{f"recall at {k}": f"{{recall[{i}]:.3f}}" for i, k in enumerate(depths)},
         "p50": "{latency_ms[p50]:.1f} ms",
         "p99": "{latency_ms[p99]:.1f} ms",
     }

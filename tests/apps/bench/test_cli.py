@@ -154,6 +154,42 @@ def test_similar_only(
     assert "4 of 6 different prompts have a partner" in result.output
 
 
+def test_lookup(
+    run: Run,
+    pairs_file: Path,
+    tiny_folder: Path,
+    stream_file: Path,
+    letters: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvshare_mm.modalities.embed.TextEmbedder", lambda name: letters)
+    pool, out = tmp_path / "pool.jsonl", tmp_path / "lookup.json"
+    others = [{"text": f"Story {i}: {'once upon a time ' * i}"} for i in range(1, 9)]
+    pool.write_text(stream_file.read_text() + "\n" + "\n".join(map(json.dumps, others)))
+    result = run("lookup", "--pairs", pairs_file, "--pool", pool, "--model", tiny_folder,
+                 "--limit", 2, "--json", out)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    # The pool's own copies of the pairs are left out, but for those of the third.
+    assert (report["pairs"], report["records"]) == (2, 2 + 2 + 8)
+    for found in report["methods"].values():
+        assert found["recall"]["4"] == 1
+    for text in ("2 donors among 12 prompts", "recall at 8", "3-grams, Milvus", "1.000"):
+        assert text in result.output
+
+
+def test_overhead(run: Run, stream_file: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    result = run("overhead", "--prompts", stream_file, "--model", tiny_folder, "--donors", 3,
+                 "--tokens", 40, "--repeats", 1, "--json", out)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert (report["donors"], report["tokens"]) == (3, 40)
+    assert 0 < report["lookup_and_plan_s"] < report["miss_cost_s"]
+    assert "40 tokens" in result.output
+
+
 def test_report(run: Run, short_tasks: None, tiny_folder: Path, tmp_path: Path) -> None:
     run("quality", "--task", "reports", "--model", tiny_folder, "--limit", 2,
         "--methods", "placeholders", "--json", tmp_path / "r" / "q.json")  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from kvshare_mm.apps.bench import memory
 from kvshare_mm.apps.bench.methods import METHODS, pick
 from kvshare_mm.apps.bench.prompts import encode
 from kvshare_mm.apps.bench.rig import Rig
@@ -85,3 +86,12 @@ def test_donors_remember_where_their_end_looked(rig: Rig, pairs: list[dict[str, 
     # The average stands where nothing is known.
     assert len(set(plan.attention[plan.approximate].tolist())) > 10
     rig.donors.delete(stored)
+
+
+def test_memory_is_what_donors_own(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "lab_report", lambda *words: f"Report {words[1]}. " + "g/L " * 60)
+    before = len(rig.donors.tree)
+    report = memory.run(rig, num_requests=2)
+    assert report["donors"] - before == 2
+    assert report["bytes_owned"] < report["bytes_whole"]
+    assert report["budget_bytes"]["host"] == rig.config.host_bytes
