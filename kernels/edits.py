@@ -55,26 +55,8 @@ class KVEdit:
         return 2 * self.cos.shape[1]
 
 
-def slot_mapping(
-    positions: torch.Tensor, block_table: torch.Tensor, page_size: int
-) -> torch.Tensor:
-    """Slots of a request's token positions.
-
-    Args:
-        positions: ``[num_tokens]`` integers.
-        block_table: ``[max_pages]`` the request's pages. Contiguous K/V: one page, the slot's
-            number (0 if the tensor holds no other), and ``page_size`` the slot's length.
-        page_size: tokens a page.
-
-    Returns:
-        ``[num_tokens]`` int64.
-    """
-    positions = positions.to(torch.int64)
-    return block_table.to(torch.int64)[positions // page_size] * page_size + positions % page_size
-
-
 def rotation_table(
-    shift: torch.Tensor, inv_freq: torch.Tensor, axis: torch.Tensor | None = None
+    shift: torch.Tensor, inv_freq: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of what every run's keys turn by.
 
@@ -84,26 +66,12 @@ def rotation_table(
     a rotation.
 
     Args:
-        shift: ``[num_runs]`` integers, target position minus source position; with several
-            position axes (M-RoPE) ``[num_runs, num_axes]``.
+        shift: ``[num_runs]`` integers, target position minus source position, the same on all
+            axes of a position (M-RoPE).
         inv_freq: ``[rotary_dim / 2]`` angles per position, after scaling (linear, llama3, YaRN).
-        axis: ``[rotary_dim / 2]`` the position axis that turns each pair, see `mrope_axes`;
-            needed with several axes.
 
     Returns:
         cos and sin, ``[num_runs, rotary_dim / 2]`` float32, on the device of `inv_freq`.
     """
-    turns = shift.to(inv_freq.device, torch.float64)
-    if turns.ndim == 2:
-        if axis is None:
-            raise ValueError("shifts of several axes need to know the axis of every pair")
-        turns = turns[:, axis.to(inv_freq.device)]
-    else:
-        turns = turns[:, None]
-    angle = turns * inv_freq.double()
+    angle = shift.to(inv_freq.device, torch.float64)[:, None] * inv_freq.double()
     return angle.cos().float(), angle.sin().float()
-
-
-def mrope_axes(sections: list[int]) -> torch.Tensor:
-    """Axis of every pair for M-RoPE sections as Qwen2-VL counts them, e.g. ``[16, 24, 24]``."""
-    return torch.repeat_interleave(torch.arange(len(sections)), torch.tensor(sections))

@@ -82,14 +82,6 @@ def align(donor: Keys, target: Keys, min_run: int = 4) -> list[Match]:
     return _as_matches(Matcher(target, [donor], min_run).align(0))
 
 
-def maximal_matches(donor: Keys, target: Keys, min_run: int) -> list[Match]:
-    """Maximal common runs of at least `min_run` keys, in any order, overlaps included.
-
-    All of them, unless there are very many: see `Matcher.matches`.
-    """
-    return _as_matches(Matcher(target, [donor], min_run).matches(0))
-
-
 class Matcher:
     """Common runs of one target with each of its donors.
 

@@ -9,11 +9,14 @@ from typing import Protocol
 import numpy as np
 
 from kvshare_mm.errors import KVShareError
-from kvshare_mm.stream import Segment
 
 
 class IndexUnavailableError(KVShareError):
     """The index cannot be reached or failed. A miss for the request, never its failure."""
+
+
+class IndexLeftAloneError(IndexUnavailableError):
+    """The index failed a moment ago and was not asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +28,12 @@ class IndexRecord:
         namespace: requests see only records of their own namespace.
         keys: ``[N]`` uint64 alignment keys.
         embedding: ``[dim]`` float32, unit length, or None if there is none (yet).
-        segments: the stream's segments; empty means one text segment.
     """
 
     node_id: str
     namespace: str
     keys: np.ndarray
     embedding: np.ndarray | None = None
-    segments: tuple[Segment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +44,14 @@ class Candidate:
     score: float
 
 
-class SegmentIndex(Protocol):
-    """Finds stored requests that resemble a new one. Evidence only: the planner decides."""
+class DenseIndex(Protocol):
+    """A search index over embeddings, shared or on disk. Evidence only: the planner decides. Every
+    method may raise IndexUnavailableError."""
 
     def add(self, records: Sequence[IndexRecord]) -> None: ...
 
     def remove(self, node_ids: Iterable[str]) -> None:
         """Forget nodes; unknown ids are not an error."""
-
-    def __len__(self) -> int: ...
-
-
-class DenseIndex(SegmentIndex, Protocol):
-    """A search index over embeddings, shared or on disk. Every method may raise
-    IndexUnavailableError."""
 
     def search_dense(
         self, namespace: str, embedding: np.ndarray, limit: int

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kvshare_mm.index.base import IndexUnavailableError
+from kvshare_mm.index.base import IndexLeftAloneError, IndexUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,12 @@ class LazyClient:
 
         Raises:
             IndexUnavailableError: anything was raised inside, with it as the cause; or the client
-                is closed, or failed a moment ago.
+                is closed.
+            IndexLeftAloneError: it failed a moment ago.
         """
         wait = self._down_until - time.monotonic()
         if wait > 0:
-            raise IndexUnavailableError(f"{self._name} failed; left alone for {wait:.1f} s more")
+            raise IndexLeftAloneError(f"{self._name} failed; left alone for {wait:.1f} s more")
         client = None
         try:
             client = self._connected()
@@ -82,7 +83,7 @@ class LazyClient:
             if self._client is None:
                 # Threads that waited here for an attempt that failed must not each make their own.
                 if time.monotonic() < self._down_until:
-                    raise IndexUnavailableError(f"{self._name} failed a moment ago")
+                    raise IndexLeftAloneError(f"{self._name} failed a moment ago")
                 try:
                     self._client = self._connect()
                 except Exception:

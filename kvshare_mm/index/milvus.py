@@ -43,7 +43,7 @@ _lite_users: Counter[str] = Counter()
 
 
 class MilvusIndex:
-    """One row per segment; the first row of a node stands for the whole request in searches.
+    """One row per node.
 
     Connects at first use, not when made. Safe to use from many threads. Whatever goes wrong with
     Milvus raises `IndexUnavailableError`, with the cause attached.
@@ -113,7 +113,7 @@ class MilvusIndex:
         Raises:
             ValueError: an embedding has another length than `dim`, or a node id is too long.
         """
-        rows = [row for record in records for row in milvus_rows.rows(record, self._dim)]
+        rows = [milvus_rows.row(record, self._dim) for record in records]
         with self._writing:
             for start in range(0, len(rows), _BATCH):
                 batch = rows[start : start + _BATCH]
@@ -153,19 +153,10 @@ class MilvusIndex:
         condition = milvus_rows.within(namespace)
         return self._search("sparse", query, condition, {}, limit) if query else []
 
-    def search_media(self, namespace: str, content_hash: int, limit: int) -> list[str]:
-        """Ids of nodes of `namespace` that contain exactly this media item, in no order."""
-        wanted = milvus_rows.signed(content_hash)
-        condition = f"{milvus_rows.within(namespace)} and content_hash == {wanted}"
-        options = {"output_fields": ["node_id"], "limit": limit, "timeout": self._patience}
-        with self._milvus.use("query") as client:
-            rows = client.query(self.collection, filter=condition, **options)
-        return list(dict.fromkeys(row["node_id"] for row in rows))
-
     def ids(self) -> set[str]:
         """All nodes of the collection, of every namespace."""
         found: set[str] = set()
-        options = {"filter": "segment == 0", "output_fields": ["node_id"], "timeout": _PATIENCE}
+        options = {"filter": "", "output_fields": ["node_id"], "timeout": _PATIENCE}
         with self._milvus.use("list") as client:
             pages = client.query_iterator(self.collection, batch_size=10_000, **options)
             while page := pages.next():
@@ -230,7 +221,7 @@ class MilvusIndex:
         options |= {"search_params": params, "timeout": self._patience}
         with self._milvus.use(f"search {field}") as client:
             [hits] = client.search(self.collection, [query], **options)
-        return [Candidate(milvus_rows.node_id_of(hit["pk"]), hit["distance"]) for hit in hits]
+        return [Candidate(hit["node_id"], hit["distance"]) for hit in hits]
 
     def _connect(self) -> Any:
         if self._path is not None:
@@ -297,12 +288,8 @@ def _create_collection(client: Any, name: str, dim: int) -> None:
 
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
     length = milvus_rows.ID_LENGTH
-    schema.add_field("pk", DataType.VARCHAR, is_primary=True, max_length=length + 16)
-    schema.add_field("node_id", DataType.VARCHAR, max_length=length)
+    schema.add_field("node_id", DataType.VARCHAR, is_primary=True, max_length=length)
     schema.add_field("namespace", DataType.VARCHAR, max_length=milvus_rows.NAMESPACE_LENGTH)
-    schema.add_field("modality", DataType.VARCHAR, max_length=32)
-    for field in ("segment", "content_hash", "num_tokens", "position"):
-        schema.add_field(field, DataType.INT64)
     schema.add_field("embedded", DataType.BOOL)
     schema.add_field("dense", DataType.FLOAT_VECTOR, dim=dim)
     schema.add_field("sparse", DataType.SPARSE_FLOAT_VECTOR)

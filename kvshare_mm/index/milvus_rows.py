@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,8 @@ from numpy.typing import NDArray
 from kvshare_mm.identity import DIGEST_SIZE, text_identity
 from kvshare_mm.index.base import IndexRecord
 from kvshare_mm.index.ngrams import smallest_ngrams
-from kvshare_mm.stream import Modality, Segment
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Part of the collection's name: raise it whenever fields, indexes or what is in them change."""
 
 ID_LENGTH = 256
@@ -44,8 +42,8 @@ def fingerprint(keys: NDArray[np.uint64]) -> dict[int, float]:
     return dict.fromkeys((ngrams % np.uint64(_NO_NGRAMS)).tolist(), 1.0)
 
 
-def rows(record: IndexRecord, dim: int) -> Iterator[dict[str, Any]]:
-    """One row per segment. The first stands for the whole request: only it has the vectors.
+def row(record: IndexRecord, dim: int) -> dict[str, Any]:
+    """A record as Milvus holds it.
 
     Raises:
         ValueError: the embedding has another length than `dim`, or the node id is too long.
@@ -54,33 +52,20 @@ def rows(record: IndexRecord, dim: int) -> Iterator[dict[str, Any]]:
         check_dim(record.embedding, dim)
     if not 0 < len(record.node_id.encode()) <= ID_LENGTH:
         raise ValueError(f"a node id has 1 to {ID_LENGTH} bytes, got {record.node_id!r}")
-    whole = Segment(Modality.TEXT, 0, max(1, len(record.keys)))
-    for number, segment in enumerate(record.segments or (whole,)):
-        embedding = record.embedding if number == 0 else None
-        yield {
-            "pk": f"{record.node_id}#{number}",
-            "node_id": record.node_id,
-            "segment": number,
-            "namespace": text_identity(record.namespace),
-            "modality": str(segment.modality),
-            "content_hash": signed(segment.content_hash),
-            "num_tokens": segment.end - segment.start,
-            "position": segment.start,
-            "embedded": embedding is not None,
-            "dense": np.asarray(np.zeros(dim) if embedding is None else embedding, np.float32),
-            "sparse": (fingerprint(record.keys) if number == 0 else {}) or {_NO_NGRAMS: 1.0},
-        }
+    dense = np.zeros(dim) if record.embedding is None else record.embedding
+    return {
+        "node_id": record.node_id,
+        "namespace": text_identity(record.namespace),
+        "embedded": record.embedding is not None,
+        "dense": np.asarray(dense, np.float32),
+        "sparse": fingerprint(record.keys) or {_NO_NGRAMS: 1.0},
+    }
 
 
 def check_dim(embedding: NDArray[np.float32], dim: int) -> None:
     """Raises ValueError unless `embedding` is ``[dim]``."""
     if embedding.shape != (dim,):
         raise ValueError(f"embedding has shape {embedding.shape}, expected ({dim},)")
-
-
-def node_id_of(pk: str) -> str:
-    """The node a primary key belongs to."""
-    return pk.rpartition("#")[0]
 
 
 def within(namespace: str) -> str:
@@ -92,8 +77,3 @@ def within(namespace: str) -> str:
 def quoted(text: str) -> str:
     """`text` as a string literal of the filter language."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
-
-
-def signed(content_hash: int) -> int:
-    """An unsigned 64-bit hash as the signed number that Milvus stores."""
-    return content_hash - (1 << 64) if content_hash >> 63 else content_hash

@@ -8,10 +8,8 @@ only while it waits for its turn anyway. A failing index costs this help and not
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +17,12 @@ from dataclasses import replace
 import numpy as np
 
 from kvshare_mm.errors import ModelLoadError
-from kvshare_mm.index.base import DenseIndex, IndexRecord, IndexUnavailableError
+from kvshare_mm.index.base import (
+    DenseIndex,
+    IndexLeftAloneError,
+    IndexRecord,
+    IndexUnavailableError,
+)
 from kvshare_mm.modalities.one_core import start_on_one_core
 
 logger = logging.getLogger(__name__)
@@ -32,11 +35,11 @@ class SemanticIndex:
     """Dense search over stored prompts.
 
     Args:
-        open_index: connects to the index and loads the embedder; called on the index's own thread.
-        known: records that the index must hold from the start; it is made to.
+        open_index: makes the index, which may connect later, and loads the embedder; called once,
+            on the index's own thread. How long an index that fails is left alone is its own affair.
+        known: records that the index must hold from the start; what it lacks of them is added.
         on_embedded: told every new vector, so that it can be stored with the node.
         counters: events are counted here.
-        retry_after: seconds to leave an index alone that could not be opened.
     """
 
     def __init__(
@@ -45,15 +48,13 @@ class SemanticIndex:
         known: Sequence[IndexRecord],
         on_embedded: Callable[[str, np.ndarray], object],
         counters: Counter[str],
-        retry_after: float = 30.0,
     ) -> None:
         self._open_index = open_index
         self._known = list(known)
-        self._retry_after = retry_after
-        self._retry_at = 0.0
         self._on_embedded = on_embedded
         self._counters = counters
         self._opened: Opened | None = None
+        self._ready = False
         self._pending: queue.SimpleQueue[tuple[IndexRecord, str] | str | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._unfinished = 1  # opening
@@ -69,7 +70,7 @@ class SemanticIndex:
 
     def search(self, namespace: str, text: str, limit: int) -> tuple[str, ...]:
         """Ids of similar donors; empty if the index is not ready or fails."""
-        if self._opened is None:
+        if self._opened is None or not self._ready:
             return ()
         index, embed = self._opened
         try:
@@ -83,7 +84,7 @@ class SemanticIndex:
         """Wait until everything given so far is searchable; False if time ran out."""
         with self._changed:
             done = self._changed.wait_for(lambda: self._unfinished == 0, timeout_s)
-        if self._opened is not None:
+        if self._opened is not None and self._ready:
             self._try("dense_flush_failed", self._opened[0].flush)
         return done
 
@@ -118,22 +119,28 @@ class SemanticIndex:
 
     def _open(self) -> None:
         try:
-            index, embed = self._open_index()
-            index.reconcile(self._known)
-        except IndexUnavailableError as error:
-            self._retry_at = time.monotonic() + self._retry_after
-            self._count("dense_open_failed", error)
+            self._opened = self._open_index()
         except ModelLoadError as error:
-            self._retry_at = math.inf
             self._count("dense_open_failed", error)
         else:
-            self._opened = index, embed
-            self._known = []
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Make the index hold what is known, once it can be reached."""
+        if self._opened is None or self._ready:
+            return
+        try:
+            self._opened[0].reconcile(self._known)
+        except IndexLeftAloneError:
+            return
+        except IndexUnavailableError as error:
+            self._count("dense_open_failed", error)
+        else:
+            self._ready, self._known = True, []
 
     def _apply(self, item: tuple[IndexRecord, str] | str) -> None:
-        if self._opened is None and time.monotonic() >= self._retry_at:
-            self._open()
-        if self._opened is None:
+        self._catch_up()
+        if self._opened is None or not self._ready:
             if isinstance(item, str):
                 self._known = [r for r in self._known if r.node_id != item]
             else:

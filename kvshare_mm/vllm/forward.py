@@ -51,12 +51,6 @@ class PartialForward:
         self._builder = first.attn_backend.get_builder_cls()(
             spec, list(layers), vllm_config, self._device
         )
-        self._own_forward = False
-
-    @property
-    def running(self) -> bool:
-        """Whether a forward of ours, not one of vLLM's, is calling the connector's hooks."""
-        return self._own_forward
 
     def slots(self, spans: Sequence[Span], block_ids: Sequence[int]) -> torch.Tensor:
         """``[n]`` int64 slots of positions, in order."""
@@ -120,21 +114,17 @@ class PartialForward:
         )
         metadata = self._builder.build(0, common)
         ids = torch.from_numpy(token_ids[index]).to(self._device)
-        self._own_forward = True
-        try:
-            with (
-                torch.inference_mode(),
-                set_forward_context(
-                    dict.fromkeys(self._layers, metadata),
-                    self._config,
-                    num_tokens=len(index),
-                    slot_mapping=dict.fromkeys(self._layers, slots),
-                    skip_compiled=True,
-                ),
-            ):
-                self._model(input_ids=ids, positions=places)
-        finally:
-            self._own_forward = False
+        with (
+            torch.inference_mode(),
+            set_forward_context(
+                dict.fromkeys(self._layers, metadata),
+                self._config,
+                num_tokens=len(index),
+                slot_mapping=dict.fromkeys(self._layers, slots),
+                skip_compiled=True,
+            ),
+        ):
+            self._model(input_ids=ids, positions=places)
 
     def looked_at(
         self,

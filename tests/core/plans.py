@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvshare_mm.align import Match, Matcher
 from kvshare_mm.plan import Donor, PlannerOptions, ReusePlan
 
 EAGER = PlannerOptions(min_run=2, min_gain_tokens=1, min_gain_share=0.0)
@@ -21,6 +22,11 @@ def donor_of(symbols, donor_id="d", *, exact_len=None, readable=None, material=N
     if material is None:
         material = np.arange(len(keys)) < exact_len
     return Donor(donor_id, keys, np.asarray(material, dtype=bool), readable, exact_len)
+
+
+def maximal_matches(donor: np.ndarray, target: np.ndarray, min_run: int) -> list[Match]:
+    """Maximal common runs, in any order, overlaps included."""
+    return [Match(*row) for row in Matcher(target, [donor], min_run).matches(0).tolist()]
 
 
 def blocks(*names: str, length: int = 20) -> list[int]:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from kvshare_mm import align as align_module
 from kvshare_mm import runs
-from kvshare_mm.align import MAX_MATCHES, Match, align, common_prefix, maximal_matches
+from kvshare_mm.align import MAX_MATCHES, Match, align, common_prefix
 from kvshare_mm.stream import media_keys
+
+from .plans import maximal_matches
 
 # Text, the ends of the range, and media keys, which only fit an unsigned type.
 EDGES = np.array([0, 1, 7, 2**63 - 1, 2**63, 2**64 - 1], dtype=np.uint64)

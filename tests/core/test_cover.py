@@ -11,10 +11,10 @@ from hypothesis import given, settings
 
 from kvshare_mm import align as align_module
 from kvshare_mm import chain, cover, ranks, runs
-from kvshare_mm.align import align, common_prefix, maximal_matches
+from kvshare_mm.align import align, common_prefix
 from kvshare_mm.plan import Donor, PlannerOptions, ReusePlan, make_plan, one_turn
 
-from .plans import blocks, donor_of, to_keys
+from .plans import blocks, donor_of, maximal_matches, to_keys
 from .test_planner_invariants import tasks
 
 Row = tuple[int, int, int, int]

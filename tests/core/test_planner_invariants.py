@@ -8,10 +8,10 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm.align import common_prefix, maximal_matches
+from kvshare_mm.align import common_prefix
 from kvshare_mm.plan import Decline, Donor, PlannerOptions, make_plan
 
-from .plans import EAGER, donor_of, to_keys
+from .plans import EAGER, donor_of, maximal_matches, to_keys
 
 
 @st.composite

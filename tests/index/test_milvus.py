@@ -13,7 +13,6 @@ from kvshare_mm.errors import ConfigError
 from kvshare_mm.index import milvus_rows
 from kvshare_mm.index.base import IndexRecord, IndexUnavailableError
 from kvshare_mm.index.milvus import MilvusIndex
-from kvshare_mm.stream import Modality, Segment
 
 from ..collisions import twin_texts
 
@@ -115,22 +114,6 @@ def test_prompts_too_short_for_an_ngram_are_kept(index: MilvusIndex) -> None:
     assert index.search_sparse("ns", tiny.keys, 5) == []
     assert dense(index, 1) == ["tiny"]
     assert index.ids() == {"tiny", "empty"}
-
-
-def test_media_are_found_by_their_exact_hash(index: MilvusIndex) -> None:
-    picture = Segment(Modality.IMAGE, 10, 30, content_hash=(1 << 63) + 5)
-    segments = (Segment(Modality.TEXT, 0, 10), picture, Segment(Modality.TEXT, 30, 40))
-    plain = record(1)
-    index.add([IndexRecord("with", "ns", plain.keys, plain.embedding, segments), record(2)])
-    assert index.search_media("ns", picture.content_hash, 4) == ["with"]
-    assert index.search_media("ns", picture.content_hash + 1, 4) == []
-    assert index.search_media("other", picture.content_hash, 4) == []
-    # Three rows, one node.
-    assert sparse(index, 1)[0] == "with"
-    assert dense(index, 1) == ["with", "node-2"]
-    assert len(index) == 2
-    index.remove(["with"])
-    assert index.search_media("ns", picture.content_hash, 4) == []
 
 
 def test_what_was_added_survives_closing(tmp_path: Path) -> None:

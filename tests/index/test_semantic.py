@@ -6,20 +6,29 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-import pytest
 
 from kvshare_mm.errors import ModelLoadError
-from kvshare_mm.index.base import Candidate, IndexRecord, IndexUnavailableError
+from kvshare_mm.index.base import (
+    Candidate,
+    IndexLeftAloneError,
+    IndexRecord,
+    IndexUnavailableError,
+)
 from kvshare_mm.index.semantic import SemanticIndex
 
 
 class Memory:
-    """A dense index that finds everything it holds."""
+    """A dense index that finds everything it holds, once `failures` attempts to reach it failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, failures: int = 0) -> None:
+        self.failures, self.attempts = failures, 0
         self.held: dict[str, IndexRecord] = {}
 
     def reconcile(self, records: Sequence[IndexRecord]) -> None:
+        self.attempts += 1
+        if self.attempts <= self.failures:
+            # A client that failed is left alone every second time.
+            raise (IndexUnavailableError if self.attempts % 2 else IndexLeftAloneError)("down")
         self.held = {r.node_id: r for r in records}
 
     def add(self, records: Sequence[IndexRecord]) -> None:
@@ -37,34 +46,23 @@ class Memory:
     def close(self) -> None: ...
 
 
-class Door:
-    """Opens the index once `failures` attempts have failed."""
-
-    def __init__(self, failures: int, error: Exception) -> None:
-        self.failures, self.error, self.attempts = failures, error, 0
-        self.index = Memory()
-
-    def __call__(self):
-        self.attempts += 1
-        if self.attempts <= self.failures:
-            raise self.error
-        return self.index, lambda text: np.full(4, 0.5, np.float32)
+def _embed(text: str) -> np.ndarray:
+    return np.full(4, 0.5, np.float32)
 
 
 def _record(node_id: str) -> IndexRecord:
     return IndexRecord(node_id, "ns", np.arange(4, dtype=np.uint64))
 
 
-def _semantic(door: Door, known: Sequence[IndexRecord] = (), retry_after: float = 0.0):
+def _semantic(memory: Memory, known: Sequence[IndexRecord] = ()):
     counters: Counter[str] = Counter()
-    index = SemanticIndex(door, known, lambda *_: None, counters, retry_after)
+    index = SemanticIndex(lambda: (memory, _embed), known, lambda *_: None, counters)
     assert index.flush(10)
     return index, counters
 
 
 def test_a_server_that_comes_up_late_is_used() -> None:
-    door = Door(1, IndexUnavailableError("down"))
-    index, counters = _semantic(door, [_record("old"), _record("dropped")])
+    index, counters = _semantic(Memory(1), [_record("old"), _record("dropped")])
     assert index.search("ns", "text", 4) == ()
     index.add(_record("new"), "text")
     assert index.flush(10)
@@ -74,8 +72,7 @@ def test_a_server_that_comes_up_late_is_used() -> None:
 
 
 def test_what_was_removed_while_it_was_down_does_not_come_back() -> None:
-    door = Door(2, IndexUnavailableError("down"))
-    index, _ = _semantic(door, [_record("old"), _record("dropped")])
+    index, _ = _semantic(Memory(2), [_record("old"), _record("dropped")])
     index.remove("dropped")
     index.add(_record("new"), "text")
     assert index.flush(10)
@@ -83,14 +80,27 @@ def test_what_was_removed_while_it_was_down_does_not_come_back() -> None:
     index.close()
 
 
-@pytest.mark.parametrize(
-    ("error", "retry_after"),
-    [(IndexUnavailableError("down"), 60.0), (ModelLoadError("no embedder"), 0.0)],
-)
-def test_it_is_left_alone(error: Exception, retry_after: float) -> None:
-    door = Door(1, error)
-    index, counters = _semantic(door, retry_after=retry_after)
+def test_while_it_is_down_nothing_is_embedded_or_searched() -> None:
+    memory = Memory(99)
+    index, counters = _semantic(memory)
     index.add(_record("new"), "text")
     assert index.flush(10)
-    assert (door.attempts, counters["dense_insert_skipped"]) == (1, 1)
+    assert index.search("ns", "text", 4) == ()
+    assert (memory.attempts, memory.held) == (2, {})
+    assert counters == {"dense_open_failed": 1, "dense_insert_skipped": 1}
+    index.close()
+
+
+def test_an_embedder_that_cannot_be_loaded_is_not_tried_again() -> None:
+    attempts = []
+
+    def open_index():
+        attempts.append(1)
+        raise ModelLoadError("no embedder")
+
+    counters: Counter[str] = Counter()
+    index = SemanticIndex(open_index, (), lambda *_: None, counters)
+    index.add(_record("new"), "text")
+    assert index.flush(10)
+    assert (len(attempts), counters["dense_insert_skipped"]) == (1, 1)
     index.close()

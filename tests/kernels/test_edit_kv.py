@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm.kernels.dispatch import edit_kv
-from kvshare_mm.kernels.edits import KVEdit, mrope_axes, rotation_table, slot_mapping
+from kvshare_mm.kernels.edits import KVEdit, rotation_table
 from kvshare_mm.kernels.reference import edit_kv_reference
 from kvshare_mm.rotary import RotarySpec, rerotate
 
@@ -43,13 +43,17 @@ def _edit(
     shift = torch.tensor([to - start for start, to, _ in runs])
     cos, sin = rotation_table(shift, inv_freq)
     return KVEdit(
-        slot_mapping(torch.cat(source), torch.tensor(source_table), sizes[0]).to(DEVICE),
-        slot_mapping(torch.cat(target), torch.tensor(target_table), sizes[1]).to(DEVICE),
+        _slots(torch.cat(source), torch.tensor(source_table), sizes[0]).to(DEVICE),
+        _slots(torch.cat(target), torch.tensor(target_table), sizes[1]).to(DEVICE),
         torch.cat(run).to(DEVICE),
         cos.to(DEVICE),
         sin.to(DEVICE),
         interleaved,
     )
+
+
+def _slots(positions: torch.Tensor, block_table: torch.Tensor, page_size: int) -> torch.Tensor:
+    return block_table[positions // page_size] * page_size + positions % page_size
 
 
 def _check(
@@ -213,33 +217,27 @@ def _rotated(x: torch.Tensor, angle: torch.Tensor, factor: float = 1.0) -> torch
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mrope_and_yarn(backend: str) -> None:
-    """Keys made at one 3-axis position, moved by another shift on every axis.
+    """Keys made at 3-axis positions, moved by the same on every axis.
 
     And with an attention factor, which a rotation leaves as it is.
     """
     sections, factor = [4, 6, 6], 1.37
     inv_freq = 10000.0 ** -(torch.arange(16) / 16)
-    axis = mrope_axes(sections)
-    assert axis.tolist() == [0] * 4 + [1] * 6 + [2] * 6
+    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections))
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(12, 32, generator=generator)
     position = torch.randint(0, 50, (12, 3), generator=generator)
-    shift = torch.tensor([[3, 7, -2], [11, 11, 11]])
+    shift = torch.tensor([-3, 11])
     run = torch.tensor([0] * 5 + [1] * 7)
     old = _rotated(x, position[:, axis] * inv_freq, factor)
-    new = _rotated(x, (position + shift[run])[:, axis] * inv_freq, factor)
-    cos, sin = rotation_table(shift, inv_freq, axis)
+    new = _rotated(x, (position + shift[run, None])[:, axis] * inv_freq, factor)
+    cos, sin = rotation_table(shift, inv_freq)
     slots = torch.arange(12, device=DEVICE)
     source = old[None, None, None].to(DEVICE)
     target = torch.zeros_like(source)
     edit = KVEdit(slots, slots, run.int().to(DEVICE), cos.to(DEVICE), sin.to(DEVICE))
     edit_kv(source, source, target, torch.zeros_like(source), edit, backend)
     torch.testing.assert_close(target[0, 0, 0].cpu(), new, atol=1e-5, rtol=0)
-
-
-def test_several_axes_need_to_know_theirs() -> None:
-    with pytest.raises(ValueError, match="axis of every pair"):
-        rotation_table(torch.tensor([[1, 2, 3]]), torch.ones(4))
 
 
 # -- what is refused ----------------------------------------------------------------------------
