@@ -20,7 +20,7 @@ from kvshare_mm.kernels.tiles import SHARED_BYTES, Tile, attention_tiles, servin
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_GROUP = 4  # query heads a KV head, as in Llama 3 8B and Mistral 7B
+_GROUP = 4  # query heads per KV head, as in Llama 3 8B and Mistral 7B
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Compiled:
     Attributes:
         name: kernel and what it was compiled for.
         target: chip, e.g. "sm_90".
-        registers: 32-bit registers a thread.
-        spills: bytes a thread keeps in memory because registers ran out.
+        registers: 32-bit registers per thread.
+        spills: bytes that a thread keeps in memory because registers ran out.
         shared_bytes: shared memory of one program.
     """
 
@@ -148,7 +148,7 @@ def _gpu(target: str) -> Any:
 
 
 def _usage(target: str, ptxas_log: str, amdgcn: str) -> tuple[int, int]:
-    """Registers and spilled bytes a thread, from what the assembler printed."""
+    """Registers and spilled bytes per thread, from what the assembler printed."""
     if target.startswith("gfx"):
         registers = re.findall(r"\.vgpr_count:\s+(\d+)", amdgcn)
         spilled = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", amdgcn)

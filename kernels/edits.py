@@ -36,7 +36,7 @@ class KVEdit:
     def __post_init__(self) -> None:
         n = len(self.source_slots)
         if self.target_slots.shape != (n,) or self.run.shape != (n,):
-            raise ValueError("source_slots, target_slots and run need one entry a token")
+            raise ValueError("source_slots, target_slots and run need one entry per token")
         if self.source_slots.dtype != torch.int64 or self.target_slots.dtype != torch.int64:
             raise ValueError("slots are int64")
         if self.run.dtype != torch.int32:
@@ -60,8 +60,8 @@ def rotation_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of what every run's keys turn by.
 
-    A table a run, and not an angle a key inside the kernel, for two reasons: the angle of a long
-    shift needs more than float32 holds, and the kernel then knows nothing of RoPE's kinds. A
+    A table per run, and not an angle per key inside the kernel, for two reasons: the angle of a
+    long shift needs more than float32 holds, and the kernel then knows nothing of RoPE's kinds. A
     factor that the model multiplied into its keys (YaRN's attention factor) stays as it is under
     a rotation.
 

@@ -233,7 +233,7 @@ def attention_constants(
     dim_v: int,
     num_splits: int,
 ) -> dict[str, Any]:
-    """What `partial_attention_kernel` is compiled for; `page_size` 0 means one page a request.
+    """What `partial_attention_kernel` is compiled for; `page_size` 0 means one page per request.
 
     float32 is there for exactness: TF32 would lose 13 of its 24 bits. The interpreter multiplies
     the bit patterns of bfloat16 as if they were integers, so it gets float32.

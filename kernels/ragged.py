@@ -26,7 +26,7 @@ class Chunk(NamedTuple):
 class RaggedQueries:
     """Which token each query is, and where the K/V of its request lie.
 
-    K/V lie in *pages* of ``page_size`` tokens. Contiguous K/V are the case of one page a request:
+    K/V lie in *pages* of ``page_size`` tokens. Contiguous K/V are the case of one page per request:
     the page is then the request's slot, and as long as a slot.
 
     Args:
@@ -52,7 +52,7 @@ class RaggedQueries:
                 f"block_table is {list(block_table.shape)}, not [{len(indices)} requests, pages]"
             )
         if any(i.ndim != 1 or i.is_floating_point() for i in indices):
-            raise ValueError("indices are one-dimensional integer tensors, one a request")
+            raise ValueError("indices are one-dimensional integer tensors, one per request")
         device = block_table.device
         self.lengths = tuple(len(i) for i in indices)
         self.index = (

@@ -57,7 +57,7 @@ class Tile:
         return itemsize * (self.block_m * k + weights + self.num_stages * self.block_n * (k + v))
 
     def registers(self, dim_k: int, dim_v: int, itemsize: int, warp_size: int = 32) -> int:
-        """A rough count a thread, that tells tiles that spill from tiles that do not.
+        """A rough count per thread, that tells tiles that spill from tiles that do not.
 
         Tensor cores: accumulator, scores, weights, and the query tile. float32 is multiplied
         without them, and the compiler unrolls the whole product.
@@ -69,7 +69,7 @@ class Tile:
         return self.block_m * (v + 2 * self.block_n + k // 2) // threads
 
 
-# In order of preference, by bytes an element. Large tiles read K and V less often; small ones fit
+# In order of preference, by bytes per element. Large tiles read K and V less often; small ones fit
 # large heads, and few rows.
 _TILES = {
     2: (

@@ -20,7 +20,7 @@ class Engine(Protocol):
         """Begin; `sink` gets chunks or an error from any thread. Returns the request's id."""
 
     def cancel(self, request_id: str) -> None:
-        """End a request at its next token; one that is over does not mind."""
+        """End a request at its next token; nothing happens to one that is over."""
 
 
 def answers(engine: Engine, specs: Sequence[RequestSpec]) -> list[RequestOutput]:

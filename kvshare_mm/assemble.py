@@ -201,7 +201,7 @@ def open_dense(config: KVShareConfig, fingerprint: str) -> Callable[[], Opened]:
         embedder = TextEmbedder(str(config.embedder))
         uri = config.index_uri
         if uri is None:
-            # One file a model: two servers with different models can share a store folder.
+            # One file per model: two servers with different models can share a store folder.
             folder = config.store_dir or _scratch_folder()
             uri = str(folder / f"milvus-{fingerprint[:16]}.db")
         index = MilvusIndex(uri, embedder.dim, embedder.name, token=config.index_token or "")

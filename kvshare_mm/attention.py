@@ -6,7 +6,7 @@ that masks by *token index*, never by order in the batch. A position computed la
 later key; masking by batch order is the known mistake here.
 
 The forward is always packed: batch size 1, the rows of one or more requests behind each other, each
-request over its own slot. Decoding is the case of one row a request.
+request over its own slot. Decoding is the case of one row per request.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def attention_name(backend: str) -> str:
 class TailAttention:
     """Where the last row of a forward looks: what the first token is made of.
 
-    It costs one query's scores a layer; the attention matrix is never formed.
+    It costs one query's scores per layer; the attention matrix is never formed.
     """
 
     def __init__(self) -> None:

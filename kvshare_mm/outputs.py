@@ -153,7 +153,7 @@ class RequestOutput:
         text: the answer; stop strings are cut off.
         token_ids: the answer's tokens, end-of-sequence included.
         finish_reason: "stop" (end token or stop string), "length" or "abort".
-        logprobs: one entry a token if they were asked for.
+        logprobs: one entry per token if they were asked for.
     """
 
     request_id: str

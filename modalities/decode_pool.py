@@ -60,7 +60,7 @@ class DecodePool:
             raise ConfigError("media_workers needs a POSIX system; use media_workers=0")
         self.counters: Counter[str] = Counter()
         self._deadline_s = deadline_s
-        # A picture in four bytes a pixel, turned, in RGB; or the samples, as often.
+        # A picture in four bytes per pixel, turned, and in RGB; or the samples, as many times.
         memory = memory or (512 << 20) + 16 * max(max_pixels, MAX_VALUES)
         self._changed = threading.Condition()
         self._closed = False

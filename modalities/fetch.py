@@ -223,7 +223,7 @@ class MediaFetcher:
     # -- what needs no network --------------------------------------------------------------
 
     def _data(self, url: str) -> bytes:
-        # Four characters a three bytes, or three a byte: too much is known before it is decoded.
+        # Four characters for three bytes, or three for one: what is too large is known undecoded.
         if len(url) > 3 * self.policy.max_bytes + 256:
             raise self._too_large(url)
         try:

@@ -45,7 +45,7 @@ class MediaSources:
         """Decoded base64. Raises InvalidRequestError with `where` as its field."""
         if not isinstance(text, str):
             raise InvalidRequestError(f"{where} must be base64 text", where)
-        # Four characters a three bytes: too much is known before it is decoded.
+        # Four characters for three bytes: what is too large is known before it is decoded.
         if len(text) > self._max_bytes // 3 * 4 + 4:
             raise self._too_large(where)
         try:

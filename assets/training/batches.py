@@ -35,7 +35,7 @@ WEIGHTS = {
 }
 _DRILLS = 0.4  # share of two-photo batches without a policy: short, so many questions fit
 _FOLLOW_UPS = 0.15  # share of branches that go on with a second question
-_GRID = 4  # image tokens a side
+_GRID = 4  # image tokens per side
 
 
 class Batcher:

@@ -19,7 +19,7 @@ from kvshare_mm.assets.shop.pictures import SIZE
 
 PATCH = 14
 PATCHES = (SIZE // PATCH) ** 2  # 64 a picture
-CELLS = PATCHES // 4  # 16 image tokens a picture
+CELLS = PATCHES // 4  # 16 image tokens per picture
 
 
 class FastTower:

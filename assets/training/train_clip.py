@@ -53,7 +53,8 @@ PEAK = 2e-3
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; the end of the text has the highest id, where open_clip's encoder looks."""
+    """One token per word; the end of the text has the highest id, where open_clip's encoder
+    looks."""
     rng = random.Random("words")
     texts = [random_caption(random_photo(rng), rng) for _ in range(5000)]
     splitter = pre_tokenizers.BertPreTokenizer()

@@ -104,7 +104,7 @@ class MilvusIndex:
             if pending and time.monotonic() > deadline:
                 raise IndexUnavailableError(f"{pending} rows still not indexed after {timeout} s")
             time.sleep(0.05 if pending else 0.0)
-        # Milvus Lite builds sparse indexes during the first search: half a millisecond a row.
+        # Milvus Lite builds sparse indexes during the first search: half a millisecond per row.
         self.search_sparse("", np.arange(8, dtype=np.uint64), 1)
 
     def add(self, records: Sequence[IndexRecord]) -> None:

@@ -1,1 +1,1 @@
-"""Where donors' KV lives: host RAM over local disk, one checksummed file a node."""
+"""Where donors' KV lives: host RAM over local disk, one checksummed file per node."""

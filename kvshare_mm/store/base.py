@@ -1,11 +1,9 @@
-"""What the store keeps for one DELTA-tree node, and what every tier can do."""
+"""What the store keeps for one DELTA-tree node, and the check that it holds numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -75,33 +73,3 @@ def _not_finite(node: Node, name: str) -> NotFiniteError:
     return NotFiniteError(
         f"node {node.node_id}: its {name} holds NaN or an infinity; what is no number is not stored"
     )
-
-
-class KVTier(Protocol):
-    """One level of storage: host RAM, disk, or a shared server."""
-
-    name: str
-
-    def put(self, stored: StoredNode) -> list[str]:
-        """Store a node, evicting others if the tier is full.
-
-        Returns the ids of the nodes that this tier no longer holds, which may include the
-        new one if it can never fit.
-        """
-
-    def get(self, node_id: str) -> StoredNode:
-        """Return the node and mark it used.
-
-        Raises KVUnavailableError ("evicted", "corrupt", "io_error").
-        """
-
-    def delete(self, node_id: str) -> None:
-        """Forget a node; an unknown id is not an error."""
-
-    def __contains__(self, node_id: object) -> bool: ...
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes in use."""

@@ -217,7 +217,8 @@ class DiskTier:
         return lost
 
     def _check_writable(self) -> None:
-        # Asking the permission bits is not enough: a read-only mount or a quota says no later.
+        # Asking the permission bits is not enough: on a read-only mount or over a
+        # quota, only writing fails.
         probe = self.folder / f"probe{NODE_SUFFIX}.{secrets.token_hex(8)}{TEMP_SUFFIX}"
         probe.write_bytes(b"kvshare")
         probe.unlink(missing_ok=True)

@@ -254,7 +254,7 @@ def test_an_edit_that_does_not_fit_is_refused() -> None:
     }
     KVEdit(**good)
     for match, name, value in (
-        ("one entry a token", "target_slots", torch.arange(2)),
+        ("one entry per token", "target_slots", torch.arange(2)),
         ("int64", "source_slots", slots.int()),
         ("run is int32", "run", slots),
         ("num_runs", "sin", torch.ones(2, 4)),
