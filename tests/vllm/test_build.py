@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvshare_mm.editor import KVEditor
+from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.vllm import build
 from kvshare_mm.vllm.options import ConnectorOptions
 
@@ -33,7 +33,7 @@ def test_donors_are_moved_by_what_fits_the_gpu(monkeypatch: pytest.MonkeyPatch) 
     group = SimpleNamespace(layer_names=["0"], kv_cache_spec=None)
     caches = SimpleNamespace(kv_cache_groups=[group])
     build.build_runner(config, caches, {"0": layer.kv_cache}, ConnectorOptions.of())
-    [editor] = [part for part in made if isinstance(part, KVEditor)]
+    [worker] = [part for part in made if isinstance(part, ReuseWorker)]
 
     asked: list[tuple[str, str]] = []
 
@@ -42,5 +42,5 @@ def test_donors_are_moved_by_what_fits_the_gpu(monkeypatch: pytest.MonkeyPatch) 
         return "triton"
 
     monkeypatch.setattr("kvshare_mm.editor.resolve", resolve)
-    editor.edit([], lambda _: None, *torch.zeros(2, 1, 1, 16, 16))  # type: ignore[arg-type]
+    worker.load([], "", *torch.zeros(2, 1, 1, 16, 16), None)
     assert asked == [("auto", "cpu")]
