@@ -110,7 +110,7 @@ def _sound(value: object, place: str, max_bytes: int) -> dict[str, Any]:
         raise InvalidRequestError(f"{place} needs data, in base64", place)
     if value.get("format") not in _SOUND:
         raise InvalidRequestError(f"{place}.format must be one of {', '.join(_SOUND)}", place)
-    # Four characters a three bytes: known before it is decoded.
+    # Four characters stand for three bytes: known before it is decoded.
     if len(value["data"]) > max_bytes // 3 * 4 + 4:
         raise InvalidRequestError(f"{place} has more than {max_bytes} bytes", place)
     sound = {"data": value["data"], "format": value["format"]}
