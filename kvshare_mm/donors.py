@@ -8,20 +8,18 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from kvshare_mm.catalogue import Found
 from kvshare_mm.delta_tree import Node
 from kvshare_mm.editor import KVEditor
 from kvshare_mm.index.base import IndexRecord
 from kvshare_mm.index.semantic import Opened, SemanticIndex
-from kvshare_mm.plan import PlannerOptions, ReusePlan
-from kvshare_mm.repair import RepairPolicy
+from kvshare_mm.plan import ReusePlan
 from kvshare_mm.reuse.orders import Report
 from kvshare_mm.reuse.scheduler import ReuseScheduler
 from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.store.tiered import TieredStore
-from kvshare_mm.stream import Segment, SegmentStream
+from kvshare_mm.stream import Segment
 
 
 class DonorPool:
@@ -35,6 +33,9 @@ class DonorPool:
         open_dense: opens the index of meaning and its embedder, or None: none is used.
         max_candidates: donors aligned with a target.
         joining: tokens that go on with the word before them (see `words`); None: unknown.
+
+    Attributes:
+        reuse: finds them and plans with them.
     """
 
     def __init__(
@@ -62,21 +63,6 @@ class DonorPool:
             )
 
     # -- a new request ----------------------------------------------------------------------
-
-    def find(
-        self,
-        stream: SegmentStream,
-        ns: str,
-        options: PlannerOptions,
-        policy: RepairPolicy,
-        similar: tuple[str, ...] = (),
-    ) -> Found:
-        """See `ReuseScheduler.find`."""
-        return self.reuse.find(stream, ns, options, policy, similar)
-
-    def similar(self, text: str, ns: str) -> tuple[str, ...]:
-        """Donors that mean something similar; takes as long as embedding a prompt does."""
-        return self.reuse.similar(text, ns)
 
     def load(
         self,

@@ -269,7 +269,7 @@ class KVShare:
         planner = self.config.planner
         if spec.sharing == "exact":
             planner = planner.but_exact_only()
-        return self._parts.donors.find(spec.stream, spec.namespace, planner, policy)
+        return self._parts.donors.reuse.find(spec.stream, spec.namespace, planner, policy)
 
     def tokenize(self, prompt: Prompt | Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a prompt or a chat, as the model would get it."""

@@ -138,7 +138,7 @@ def test_the_default_embedders_index_outlives_a_process_that_is_killed(tmp_path:
         semantic: Any = donors.reuse.semantic
         assert semantic._opened[0].ids() == set(stored)
         namespace = donors.tree[stored[0]].namespace
-        [nearest, *_] = donors.similar(STORIES[0].target, namespace)
+        [nearest, *_] = donors.reuse.similar(STORIES[0].target, namespace)
         keys = donors.tree[nearest].keys.astype("int64")
         assert "Laboratory report" in llm.tokenizer.decode(keys)
         output = llm.chat([{"role": "user", "content": STORIES[0].target}], _PARAMS)

@@ -72,7 +72,7 @@ class PlannedPool:
         self._kv = torch.zeros((1, 1, 1, 1), dtype=torch.int8)
 
     def admit(self, stream: SegmentStream) -> tuple[ReusePlan, float]:
-        found = self._donors.find(stream, "plan-only", self._options, self._policy)
+        found = self._donors.reuse.find(stream, "plan-only", self._options, self._policy)
         plan = found.plan
         if plan.num_reused:
             plan = plan.with_repair(self._policy.positions(plan, _NoModel()))

@@ -377,7 +377,9 @@ class NativeEngine:
             waits = request.slot < 0 and not request.cancelled
             # Identical beginnings are found by key; meaning adds nothing to them.
             if waits and request.spec.sharing == "on" and self._donors is not None:
-                request.similar = self._donors.similar(request.spec.text, request.spec.namespace)
+                request.similar = self._donors.reuse.similar(
+                    request.spec.text, request.spec.namespace
+                )
 
     # -- the capture thread -----------------------------------------------------------------
 

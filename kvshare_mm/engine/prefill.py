@@ -162,7 +162,7 @@ class Prefiller:
         if self._donors is None or sharing == "off":
             return ReusePlan(n, declined=Decline.SHARING_OFF), None, 0.0, 0.0
         options = self._options.but_exact_only() if sharing == "exact" else self._options
-        found = self._donors.find(stream, ns, options, policy, similar)
+        found = self._donors.reuse.find(stream, ns, options, policy, similar)
         failed = "lookup_error" if found.plan.declined is Decline.LOOKUP_ERROR else None
         return found.plan, failed, found.lookup, found.planning
 

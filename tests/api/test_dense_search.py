@@ -85,8 +85,8 @@ def test_donors_are_in_the_dense_index_and_back_after_a_restart(
     assert (len(nodes), len(ids)) == (3, 2)
     assert events(llm)["dense_insert_failed"] == 1
     namespace = next(iter(donors.tree)).namespace
-    assert set(donors.similar(_TARGET, namespace)) == ids
-    assert donors.similar(yak, namespace) == ()
+    assert set(donors.reuse.similar(_TARGET, namespace)) == ids
+    assert donors.reuse.similar(yak, namespace) == ()
     assert events(llm)["dense_search_failed"] == 1
     llm.close()
 

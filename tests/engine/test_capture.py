@@ -169,7 +169,7 @@ def test_donors_found_by_meaning_are_used_if_they_come_in_time(open_llm: OpenLLM
     asked: list[str] = []
     given: list[tuple[str, ...]] = []
     searched = threading.Event()
-    find = donors.find
+    find = donors.reuse.find
 
     def similar(text: str, ns: str) -> tuple[str, ...]:
         asked.append(text)
@@ -180,7 +180,7 @@ def test_donors_found_by_meaning_are_used_if_they_come_in_time(open_llm: OpenLLM
         given.append(asked[-1])
         return find(*asked)
 
-    donors.similar, donors.find = similar, recorded  # type: ignore[method-assign]
+    donors.reuse.similar, donors.reuse.find = similar, recorded  # type: ignore[method-assign]
     gate = Gate(llm._parts.runner, "decode")
     first = Inbox(llm, _PROMPTS[0], params(2))
     gate.wait()

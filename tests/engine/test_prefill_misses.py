@@ -82,14 +82,14 @@ def test_a_donor_dropped_after_it_was_planned(
 ) -> None:
     ids = _ids(60, 0)
     _, donor = server.serve(ids)
-    find = server.pool.find
+    find = server.pool.reuse.find
 
     def find_and_lose(*args: Any) -> Any:
         found = find(*args)
         server.pool.delete(donor)
         return found
 
-    monkeypatch.setattr(server.pool, "find", find_and_lose)
+    monkeypatch.setattr(server.pool.reuse, "find", find_and_lose)
     target = _edited(ids, 30)
     result = server.prefill(target)
     assert result.fallback == "evicted"

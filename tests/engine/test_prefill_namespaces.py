@@ -55,8 +55,10 @@ def test_the_namespace_is_checked_again_when_kv_is_read(
     """Even a search that is all wrong does not mix namespaces."""
     ids = _ids(60, 0)
     _, theirs = server.serve(ids)
-    find = server.pool.find
-    monkeypatch.setattr(server.pool, "find", lambda stream, ns, *rest: find(stream, NS, *rest))
+    find = server.pool.reuse.find
+    monkeypatch.setattr(
+        server.pool.reuse, "find", lambda stream, ns, *rest: find(stream, NS, *rest)
+    )
     result = server.prefiller.prefill(1, text_stream(ids), OTHER_NS)
     assert result.fallback == "wrong_namespace"
     server.assert_full(ids, result)

@@ -39,7 +39,7 @@ def test_the_model_keeps_its_cores_beside_the_threads_that_embed(
 
         llm._parts.runner.prefill = recorded  # type: ignore[method-assign]
         assert llm._parts.donors is not None
-        llm._parts.donors.similar = similar  # type: ignore[method-assign]
+        llm._parts.donors.reuse.similar = similar  # type: ignore[method-assign]
         llm.generate(_PROMPTS[:3], params(3))
         llm.flush()
         assert eventually(lambda: "search" in seen)
