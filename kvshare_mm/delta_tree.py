@@ -224,7 +224,7 @@ class DeltaTree:
         for run in plan.runs:
             if run.donor not in self._nodes:
                 continue  # dropped since it was planned: what it gave is owned
-            for span in _spans(kept[run.start : run.end], run.start):
+            for span in spans_of(kept[run.start : run.end], run.start):
                 pieces.extend(self.resolve(run.donor, span.start, span.length, run.shift))
         borrowed: dict[str, int] = {}
         for piece in pieces:
@@ -239,7 +239,7 @@ class DeltaTree:
             node_id=node_id,
             namespace=namespace,
             keys=keys,
-            own=tuple(_spans(owned)),
+            own=spans_of(owned),
             pieces=tuple(pieces),
             # What was computed before anything approximate is what a full prefill gives.
             exact_len=len(keys) if drift is None else int(np.argmax(plan.reused)),
@@ -377,7 +377,7 @@ def _painted(start: np.ndarray, length: np.ndarray, n: int) -> np.ndarray:
     return np.cumsum(begun)[:n] > 0
 
 
-def _spans(mask: np.ndarray, offset: int = 0) -> list[Span]:
+def spans_of(mask: np.ndarray, offset: int = 0) -> tuple[Span, ...]:
     """Spans of the true positions of `mask`, moved by `offset`."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(np.int8), [0]))))
-    return [Span(int(a) + offset, int(b) + offset) for a, b in edges.reshape(-1, 2)]
+    return tuple(Span(int(a) + offset, int(b) + offset) for a, b in edges.reshape(-1, 2))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kvshare_mm.catalogue import Found
+from kvshare_mm.delta_tree import spans_of
 from kvshare_mm.errors import InvalidRequestError, KVUnavailableError
 from kvshare_mm.outputs import Provenance, count_use
 from kvshare_mm.plan import Decline, ReusePlan
@@ -27,7 +28,7 @@ from kvshare_mm.vllm.gate import request_obstacle
 from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.options import ConnectorOptions, RequestKnobs
-from kvshare_mm.vllm.spans import behind, cut, kept_in_the_end, loadable_end, spans_of
+from kvshare_mm.vllm.spans import behind, cut, kept_in_the_end, loadable_end
 from kvshare_mm.vllm.stats import told
 
 logger = logging.getLogger(__name__)

@@ -8,15 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvshare_mm.delta_tree import Piece, Span
+from kvshare_mm.delta_tree import Piece
 from kvshare_mm.plan import ReusePlan
 from kvshare_mm.stream import Segment
-
-
-def spans_of(mask: np.ndarray) -> tuple[Span, ...]:
-    """Spans of the true positions."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(np.int8), [0]))))
-    return tuple(Span(int(a), int(b)) for a, b in edges.reshape(-1, 2))
 
 
 def kept_in_the_end(plan: ReusePlan) -> np.ndarray:
