@@ -34,7 +34,6 @@ class _Flag:
 
 # Fields that are not called, or not counted, as they are there.
 _FLAGS = {
-    "sharing": _Flag("reuse"),
     "host_bytes": _Flag("host_gib", "GiB"),
     "disk_bytes": _Flag("disk_gib", "GiB"),
     "max_media_bytes": _Flag("max_media_mib", "MiB"),

@@ -17,12 +17,12 @@ from rich.table import Table
 
 from kvshare_mm.apps.stories import STORIES, Story
 from kvshare_mm.apps.token_view import legend, token_view
-from kvshare_mm.engine.prefill import Sharing
+from kvshare_mm.config import Reuse
 from kvshare_mm.llm import KVShare, RequestOptions
 from kvshare_mm.outputs import RequestOutput
 from kvshare_mm.sampling import SamplingParams
 
-METHODS: dict[str, Sharing] = {"full": "off", "prefix": "exact", "kvshare": "on"}
+METHODS: dict[str, Reuse] = {"full": "off", "prefix": "exact", "kvshare": "similar"}
 _SOURCES = {
     "kv": "known: its KV is reused, its encoder does not run",
     "features": "known: its encoder does not run",
@@ -51,17 +51,17 @@ def tell(llm: KVShare, story: Story, repeats: int, max_tokens: int) -> Told:
     donor = llm.chat(
         story.messages(story.donor),
         SamplingParams(max_tokens=max_tokens),
-        RequestOptions(cache_salt=salt, sharing="exact"),
+        RequestOptions(cache_salt=salt, reuse="exact"),
     )
     llm.flush()
     times: dict[str, list[float]] = {name: [] for name in METHODS}
     outputs: dict[str, RequestOutput] = {}
     for repeat in range(repeats):
-        for name, sharing in METHODS.items():
+        for name, reuse in METHODS.items():
             output = llm.chat(
                 story.messages(story.target),
                 SamplingParams(max_tokens=max_tokens if repeat == 0 else 1),
-                RequestOptions(cache_salt=salt, sharing=sharing, store=False),
+                RequestOptions(cache_salt=salt, reuse=reuse, store=False),
             )
             times[name].append(output.metrics.ttft)
             outputs.setdefault(name, output)

@@ -129,7 +129,7 @@ def assemble(config: KVShareConfig) -> Parts:
         runner = PlainRunner(loaded, config.max_num_seqs)
     else:
         runner = SlotRunner(loaded, config.max_num_seqs, max_len, config.prefill_chunk)
-        if config.sharing != "off":
+        if config.reuse != "off":
             donors = _donors(config, loaded, disk)
     encoder = None
     if loaded.family is not None:

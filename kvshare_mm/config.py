@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.plan import PlannerOptions
 from kvshare_mm.repair import MaxDivergence, RepairPolicy, policy_of
+
+Reuse = Literal["similar", "exact", "off"]
+"""How a request reuses: KV of similar requests as well, only of identical prefixes, or none."""
+
+_RENAMED = {"sharing": "reuse"}
+
+
+def refuse_old_words(given: Any) -> Any:
+    """Raises ValueError: an option by the name that it had once."""
+    for old, new in _RENAMED.items():
+        if isinstance(given, Mapping) and old in given:
+            raise ValueError(f"{old} is called {new} now")
+    return given
 
 
 class KVShareConfig(BaseModel):
@@ -42,8 +56,8 @@ class KVShareConfig(BaseModel):
     max_queue: int = Field(256, ge=1, description="requests that may wait; more are refused")
     prefill_chunk: int = Field(2048, ge=16, description="most tokens of one prefill forward")
 
-    sharing: Literal["on", "exact", "off"] = Field(
-        "on", description="reuse similar requests' KV, only exact prefixes, or nothing"
+    reuse: Reuse = Field(
+        "similar", description="reuse similar requests' KV, only exact prefixes, or nothing"
     )
     cache_salt: str = Field("", description="only requests with the same salt share KV")
     repair: str | None = Field(
@@ -107,6 +121,8 @@ class KVShareConfig(BaseModel):
         "all-MiniLM-L6-v2", description="sentence-transformers model for dense search; none: off"
     )
 
+    _words = model_validator(mode="before")(refuse_old_words)
+
     @field_validator("index_uri")
     @classmethod
     def _known_index(cls, value: str | None) -> str | None:
@@ -156,5 +172,5 @@ class KVShareConfig(BaseModel):
             min_run=self.min_run,
             min_gain_tokens=self.min_gain_tokens,
             min_gain_share=self.min_gain_share,
-            exact_only=self.sharing == "exact",
+            exact_only=self.reuse == "exact",
         )

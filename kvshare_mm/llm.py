@@ -15,8 +15,7 @@ from kvshare_mm.assemble import Parts, assemble
 from kvshare_mm.cache import CacheAdmin
 from kvshare_mm.catalogue import Found
 from kvshare_mm.chat import Message, Prompt, chat_stream, prompt_stream
-from kvshare_mm.config import KVShareConfig
-from kvshare_mm.engine.prefill import Sharing
+from kvshare_mm.config import KVShareConfig, Reuse
 from kvshare_mm.engine.request import RequestSpec
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 from kvshare_mm.modalities.seen import SeenMedium
@@ -36,7 +35,7 @@ class RequestOptions:
     """What a single request may set for itself; None means the engine's setting.
 
     Attributes:
-        sharing: "on", "exact" or "off".
+        reuse: "similar", "exact" or "off".
         repair: repair policy, e.g. "window:8".
         max_divergence: largest first-token KL in nats that repairs aim at, instead of `repair`.
         cache_salt: only requests with the same salt share KV.
@@ -48,7 +47,7 @@ class RequestOptions:
         InvalidRequestError: a value that does not exist, with the field's name.
     """
 
-    sharing: Sharing | None = None
+    reuse: Reuse | None = None
     repair: str | None = None
     cache_salt: str | None = None
     store: bool = True
@@ -57,7 +56,7 @@ class RequestOptions:
 
     def __post_init__(self) -> None:
         checks = {
-            "sharing": self.sharing is None or self.sharing in get_args(Sharing),
+            "reuse": self.reuse is None or self.reuse in get_args(Reuse),
             "cache_salt": self.cache_salt is None or isinstance(self.cache_salt, str),
             "store": isinstance(self.store, bool),
             "tenant": isinstance(self.tenant, str),
@@ -263,11 +262,11 @@ class KVShare:
         spec = self._any(prompt, None, options)
         if self.config.engine == "vllm":
             raise ConfigError("lookup: the donors are in vLLM's processes; see a request's answer")
-        if self._parts.donors is None or spec.sharing == "off":
+        if self._parts.donors is None or spec.reuse == "off":
             return None
         policy = spec.policy or self.config.policy
         planner = self.config.planner
-        if spec.sharing == "exact":
+        if spec.reuse == "exact":
             planner = planner.but_exact_only()
         return self._parts.donors.reuse.find(spec.stream, spec.namespace, planner, policy)
 
@@ -409,7 +408,7 @@ class KVShare:
             text=text,
             params=params,
             namespace=namespace(self._parts.loaded.fingerprint, salt),
-            sharing=options.sharing or self.config.sharing,
+            reuse=options.reuse or self.config.reuse,
             policy=policy_of(options.repair, options.max_divergence),
             store=options.store,
             tenant=options.tenant,

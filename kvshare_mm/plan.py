@@ -26,7 +26,7 @@ from kvshare_mm.divergence import Tolerance, harmless, looked_at
 class Decline(StrEnum):
     """Why a request (or the part of it behind its exact prefix) was computed in full."""
 
-    SHARING_OFF = "sharing_off"
+    REUSE_OFF = "reuse_off"
     UNSUPPORTED_MODEL = "unsupported_model"
     NO_DONOR = "no_donor"
     BELOW_MIN_GAIN = "below_min_gain"

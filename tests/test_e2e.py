@@ -89,7 +89,7 @@ def test_an_identical_prompt_is_recomputed_in_one_token(llm: KVShare) -> None:
 
 def test_a_conversation_reuses_its_own_answers(llm: KVShare) -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": STORIES[2].donor}]
-    options = RequestOptions(cache_salt="conversation", sharing="exact")
+    options = RequestOptions(cache_salt="conversation", reuse="exact")
     first = llm.chat(messages, _PARAMS, options)
     assert llm.flush()
     messages += [
@@ -98,7 +98,7 @@ def test_a_conversation_reuses_its_own_answers(llm: KVShare) -> None:
     ]
     second = llm.chat(messages, _PARAMS, options)
     assert second.provenance.exact >= len(first.prompt_token_ids)
-    unshared = RequestOptions(sharing="off")
+    unshared = RequestOptions(reuse="off")
     assert second.token_ids == llm.chat(messages, _PARAMS, unshared).token_ids
 
 

@@ -28,7 +28,7 @@ from .media_oracle import Oracle
 from .modalities.media import RATE, encoded, picture, recorded, tone
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
-OFF = RequestOptions(sharing="off", store=False)
+OFF = RequestOptions(reuse="off", store=False)
 POLICY = "Goods can be sent back within 30 days if they are unused. "
 
 
@@ -82,13 +82,13 @@ def test_answers_are_transformers_own(
     assert len(output.prompt_token_ids) == len(oracle.stream(messages))
 
 
-@pytest.mark.parametrize("sharing", ["on", "exact"])
+@pytest.mark.parametrize("reuse", ["similar", "exact"])
 def test_a_rephrased_question_looks_at_nothing_again(
-    open_media: Callable[..., KVShare], sharing: Any
+    open_media: Callable[..., KVShare], reuse: Any
 ) -> None:
     llm = open_media()
     first = stored(llm, user(POLICY, image(), "What is it?"))
-    second = stored(llm, user(POLICY, image(), "And what colour has it?"), sharing=sharing)
+    second = stored(llm, user(POLICY, image(), "And what colour has it?"), reuse=reuse)
     assert [u.source for u in (*first.provenance.media, *second.provenance.media)] == [
         "encoder",
         "kv",
@@ -97,7 +97,7 @@ def test_a_rephrased_question_looks_at_nothing_again(
     assert llm.stats()["media"]["tower_runs"] == 1
     assert llm.stats()["requests"]["media_kv"] == 1
     full = llm.chat(user(POLICY, image(), "And what colour has it?"), PARAMS, OFF)
-    if sharing == "exact":
+    if reuse == "exact":
         assert second.token_ids == full.token_ids
     assert [use.source for use in full.provenance.media] == ["encoder"]
 
@@ -392,5 +392,5 @@ def test_many_at_once_get_their_own_answers(open_media: Callable[..., KVShare]) 
     async def together(options: RequestOptions) -> list[RequestOutput]:
         return await asyncio.gather(*(llm.achat(m, PARAMS, options) for m in asked))
 
-    for options in (OFF, RequestOptions(sharing="exact")):
+    for options in (OFF, RequestOptions(reuse="exact")):
         assert [o.token_ids for o in asyncio.run(together(options))] == alone

@@ -51,7 +51,7 @@ def run(
         ConfigError: no pair could be served, or one of the two parts is without reuse.
     """
     aims = {f"auto:{target:g}": target for target in targets}
-    points = [_MOST, _LEAST, *(Method(name, "", "on", name) for name in aims)]
+    points = [_MOST, _LEAST, *(Method(name, "", "similar", name) for name in aims)]
     rows, skipped = measured_pairs(rig, pairs, lambda asked: at_points(rig, asked, points), journal)
     fit = [r for r in rows if is_fitted_to(str(r["id"]))]
     check = [r for r in rows if not is_fitted_to(str(r["id"]))]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvshare_mm.apps.bench import gptcache
-from kvshare_mm.engine.prefill import Sharing
+from kvshare_mm.config import Reuse
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.repair import RepairPolicy, make_policy
 
@@ -21,7 +21,7 @@ class Method:
     Attributes:
         name: what it is called on the command line and in reports.
         about: one line, with its source.
-        sharing: what may be reused.
+        reuse: what may be reused.
         repair: which kept positions are recomputed, as `kvshare_mm.repair.make_policy` takes it;
             None is the project's default.
         budgets: the same for a few budgets from cheap to dear: its points on the frontier.
@@ -30,7 +30,7 @@ class Method:
 
     name: str
     about: str
-    sharing: Sharing
+    reuse: Reuse
     repair: str | None = None
     budgets: tuple[str, ...] = ()
 
@@ -43,7 +43,7 @@ class Method:
         if not self.budgets:
             return (self,)
         return tuple(
-            Method(f"{self.name}@{spec}", self.about, self.sharing, spec) for spec in self.budgets
+            Method(f"{self.name}@{spec}", self.about, self.reuse, spec) for spec in self.budgets
         )
 
 
@@ -82,20 +82,20 @@ _SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 _METHODS = (
     FULL,
     Method("prefix", "prefix caching, as in vLLM and SGLang: the identical beginning", "exact"),
-    Method("placeholders", "KVShare v1 (arXiv 2503.16525): nothing repaired", "on", "none"),
+    Method("placeholders", "KVShare v1 (arXiv 2503.16525): nothing repaired", "similar", "none"),
     # The paper keeps a little more at the early layers and narrows the set from layer to layer;
     # here one choice at layer 1 serves all layers.
     Method(
         "cacheblend",
         "CacheBlend (arXiv 2405.16444): the positions whose V deviates most at an early layer",
-        "on",
+        "similar",
         "deviation:0.15",
         tuple(f"deviation:{share}" for share in _SHARES),
     ),
     Method(
         "epic",
         "EPIC (arXiv 2410.15332): the first positions of every kept run",
-        "on",
+        "similar",
         "window:16",
         tuple(f"window:{width}" for width in (2, 4, 8, 16, 32, 64)),
     ),
@@ -104,14 +104,14 @@ _METHODS = (
     Method(
         "deviation",
         "a window of 4 behind every edit, then the positions that drifted most",
-        "on",
+        "similar",
         "window:4+deviation:0.15",
         tuple(f"window:4+deviation:{share}" for share in _SHARES),
     ),
     Method(
         "kvshare",
         "this project's default policy",
-        "on",
+        "similar",
         None,
         tuple(f"auto:{divergence}" for divergence in (0.1, 0.03, 0.01, 0.003, 0.001)),
     ),
@@ -156,7 +156,7 @@ def _method(name: str) -> AnyMethod:
             make_policy(spec)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        return Method(name, f"repair policy {spec}", "on", spec)
+        return Method(name, f"repair policy {spec}", "similar", spec)
     known: dict[str, AnyMethod] = {**METHODS, **ANSWER_METHODS}
     if name not in known:
         raise ConfigError(f"method {name!r} is none of {', '.join(known)}, repair=POLICY")

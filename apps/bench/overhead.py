@@ -27,14 +27,14 @@ def run(
     num_tokens: int = 400,
     repeats: int = 15,
 ) -> dict[str, Any]:
-    """Fill the pool, then serve prompts that share nothing with it, with and without sharing.
+    """Fill the pool, then serve prompts that share nothing with it, with and without reuse.
 
     Donors are the first 32 tokens of prompts, with made-up KV of the model's shape: what lookup
     and capture cost depends on their number and size, not on the values.
 
     Returns:
-        Medians in seconds of a full prefill without sharing, of lookup and planning, of capturing
-        the request, and of the whole first-token time with sharing; and the shares.
+        Medians in seconds of a full prefill without reuse, of lookup and planning, of capturing
+        the request, and of the whole first-token time with reuse; and the shares.
     """
     ns = rig.namespace("overhead")
     keys, values = rig.runner.slot_kv(0)

@@ -102,7 +102,7 @@ class Rig:
         self._counter.take()
         start = time.perf_counter()
         result = self._parts.prefiller.prefill(
-            slot, stream, ns, sharing=method.sharing, policy=method.policy, store=store
+            slot, stream, ns, reuse=method.reuse, policy=method.policy, store=store
         )
         int(result.logits.argmax())
         return Served(slot, result, time.perf_counter() - start, self._counter.take())

@@ -98,7 +98,7 @@ def started(model: str, dtype: str) -> Iterator[str]:
 def run(
     llm: KVShare, url: str, *, key: str | None = None, repeats: int = 15, words: int = 16
 ) -> dict[str, Any]:
-    """Ask both, in turns, for the same prompts, without sharing.
+    """Ask both, in turns, for the same prompts, without reuse.
 
     Args:
         llm: the Python API.
@@ -162,7 +162,7 @@ async def _of_server(client: httpx2.AsyncClient, model: str, text: str) -> Turn:
         "max_tokens": _MAX_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
-        "kvshare": {"sharing": "off", "store": False},
+        "kvshare": {"reuse": "off", "store": False},
     }
     sample = await ask(client, body)
     if sample.error or sample.ttft is None:
@@ -174,7 +174,7 @@ async def _of_server(client: httpx2.AsyncClient, model: str, text: str) -> Turn:
 
 def _of_api(llm: KVShare, text: str) -> Turn:
     params = SamplingParams(max_tokens=_MAX_TOKENS, ignore_eos=True)
-    options = RequestOptions(sharing="off", store=False)
+    options = RequestOptions(reuse="off", store=False)
     start = time.perf_counter()
     ttft, said, output = None, "", None
     for chunk in llm.stream(_messages(text), params, options):

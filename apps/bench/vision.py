@@ -141,7 +141,7 @@ def _serve(
     rig: Rig, messages: list[dict[str, Any]], ns: str, method: Method
 ) -> tuple[dict[str, float], dict[str, Any]]:
     assert rig.encoder is not None
-    if method.sharing == "off":
+    if method.reuse == "off":
         rig.media = media_support(rig.loaded, rig.config)  # has not seen the file before
     runs = rig.encoder.counters["tower_runs"]
     begun, start = time.process_time(), time.perf_counter()

@@ -21,7 +21,7 @@ from kvshare_mm.apps.desk.visitors import Visitor, Visitors
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.limits import Bill
 from kvshare_mm.apps.server.service import Service
-from kvshare_mm.engine.prefill import Sharing
+from kvshare_mm.config import Reuse
 from kvshare_mm.engine.request import RequestSpec
 from kvshare_mm.errors import InvalidRequestError, KVShareError
 from kvshare_mm.llm import KVShare
@@ -29,7 +29,7 @@ from kvshare_mm.outputs import RequestOutput
 from kvshare_mm.stream import Modality
 
 PICTURES = Path(__file__).with_name("pictures")
-MODES: dict[str, Sharing] = {"off": "off", "exact prefix": "exact", "KVShare": "on"}
+MODES: dict[str, Reuse] = {"off": "off", "exact prefix": "exact", "KVShare": "similar"}
 _LOADING_POLL_S = 0.5
 
 

@@ -33,7 +33,7 @@ def build(desk: Desk, logout: bool = False) -> gr.Blocks:
         )
         with gr.Row(equal_height=False):
             mode = gr.Radio(
-                list(MODES), value="KVShare", label="Sharing", scale=4, elem_id="desk-mode"
+                list(MODES), value="KVShare", label="Reuse", scale=4, elem_id="desk-mode"
             )
             restart = gr.Button(
                 "Start over", scale=1, min_width=120, size="md", elem_id="desk-restart"

@@ -13,7 +13,7 @@ from typing import Any
 from kvshare_mm.apps.desk.shop import Letter
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.cache import DonorInfo
-from kvshare_mm.engine.prefill import Sharing
+from kvshare_mm.config import Reuse
 from kvshare_mm.errors import InvalidRequestError, QueueFullError
 from kvshare_mm.llm import KVShare, RequestOptions
 from kvshare_mm.outputs import RequestOutput
@@ -77,7 +77,7 @@ class Session:
         self,
         llm: KVShare,
         letter: Letter,
-        sharing: Sharing,
+        reuse: Reuse,
         terms: Terms = Terms(),
     ) -> AsyncGenerator[Turn]:
         """Answer a letter; the turn is yielded as it grows, the last time with everything known.
@@ -91,7 +91,7 @@ class Session:
         if len(self.turns) >= _MAX_TURNS:
             raise InvalidRequestError(f"{_MAX_TURNS} questions were asked; please start over")
         messages = letter.messages()
-        options = RequestOptions(cache_salt=self._salt, sharing=sharing, tenant=terms.tenant)
+        options = RequestOptions(cache_salt=self._salt, reuse=reuse, tenant=terms.tenant)
         params = SamplingParams(max_tokens=MAX_TOKENS)
         stream = llm.astream(await terms.read(llm.read, messages, params, options))
         # Only now: a letter that is refused gets no number.
@@ -120,9 +120,7 @@ class Session:
 
     async def _measured(self, llm: KVShare, messages: list[dict[str, Any]], terms: Terms) -> float:
         """Seconds to the first token of a letter without any reuse."""
-        alone = RequestOptions(
-            cache_salt=self._salt, sharing="off", store=False, tenant=terms.tenant
-        )
+        alone = RequestOptions(cache_salt=self._salt, reuse="off", store=False, tenant=terms.tenant)
         one = SamplingParams(max_tokens=1)
         times = []
         for _ in range(_REFERENCES):

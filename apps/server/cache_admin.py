@@ -14,8 +14,8 @@ from kvshare_mm.apps.server.generation import request_options
 from kvshare_mm.apps.server.json_bodies import json_route
 from kvshare_mm.apps.server.keys import Caller
 from kvshare_mm.apps.server.schema import ClearBody, LookupBody, PinBody
+from kvshare_mm.apps.server.scope import scope
 from kvshare_mm.apps.server.service import Service
-from kvshare_mm.apps.server.sharing import scope
 from kvshare_mm.cache import DonorInfo
 
 
@@ -35,7 +35,7 @@ def router(service: Service) -> APIRouter:
     async def stats() -> dict[str, Any]:
         """Counters since the start and sizes now."""
         stats = await service.prepared(service.llm.stats)
-        return {**stats, "sharing": service.options.sharing}
+        return {**stats, "reuse": service.options.scope}
 
     @routes.get("/donors")
     async def donors(
@@ -101,7 +101,7 @@ def router(service: Service) -> APIRouter:
     async def clear(body: ClearBody) -> dict[str, Any]:
         """Delete the donors of a namespace, or all."""
         # What is wrong with a salt is told even where another field decides.
-        options = scope(service.options.sharing, Caller(body.tenant or ""), body.cache_salt)
+        options = scope(service.options.scope, Caller(body.tenant or ""), body.cache_salt)
         if body.all:
             return {"deleted": await service.prepared(service.cache.clear)}
         if body.namespace is None and body.tenant is None and body.cache_salt is None:
@@ -127,7 +127,7 @@ def router(service: Service) -> APIRouter:
         found = await service.lines.of(prompt).run(body.tenant, service.llm.lookup, prompt, options)
         namespace = service.llm.namespace(options.cache_salt)
         if found is None:
-            return {"namespace": namespace, "exact": 0, "similar": 0, "declined": "sharing_off"}
+            return {"namespace": namespace, "exact": 0, "similar": 0, "declined": "reuse_off"}
         plan = found.plan
         return {
             "namespace": namespace,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from kvshare_mm.apps.openmp import wait_asleep
 from kvshare_mm.apps.options import Values, config_options, described
+from kvshare_mm.apps.server.options import Scope
 from kvshare_mm.apps.terminal import plain_errors
 
 console = Console()
@@ -27,7 +28,7 @@ _LIMITS = "limits of the key; default: none"
     {
         _ENGINE: (
             *("engine", "store_dir", "max_model_len", "max_num_seqs", "max_queue"),
-            *("repair", "max_divergence", "sharing", "host_bytes", "disk_bytes"),
+            *("repair", "max_divergence", "reuse", "host_bytes", "disk_bytes"),
             *("index_uri", "embedder", "dtype", "device"),
         ),
         _SAFETY: ("max_media_bytes", "media_workers", "media_deadline_s"),
@@ -49,8 +50,8 @@ def serve(
         str | None, typer.Option(help="what clients call the model; default: MODEL")
     ] = None,
     ui: Annotated[bool, typer.Option("--ui", help="also show the customer-service desk")] = False,
-    sharing: Annotated[
-        Literal["tenant", "salt", "global"] | None,
+    scope: Annotated[
+        Scope | None,
         typer.Option(
             help="who may share KV; default: tenant with --api-keys, else global",
             rich_help_panel=_SAFETY,
@@ -184,7 +185,7 @@ def serve(
         schemes = {"https", "data"} | ({"http"} if allow_http else set())
         options = ServerOptions(
             model_name=served_model_name or model,
-            sharing=sharing or ("tenant" if with_keys else "global"),
+            scope=scope or ("tenant" if with_keys else "global"),
             keys_file=api_keys,
             api_key=api_key,
             admin_key=key,

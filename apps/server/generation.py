@@ -16,9 +16,9 @@ from kvshare_mm.apps.server.errors import ApiError, as_api_error
 from kvshare_mm.apps.server.keys import Caller
 from kvshare_mm.apps.server.limits import Bill
 from kvshare_mm.apps.server.replies import provenance, usage
-from kvshare_mm.apps.server.schema import Reuse
+from kvshare_mm.apps.server.schema import KVShareField
+from kvshare_mm.apps.server.scope import scope
 from kvshare_mm.apps.server.service import Service
-from kvshare_mm.apps.server.sharing import scope
 from kvshare_mm.engine.request import RequestSpec
 from kvshare_mm.llm import RequestOptions
 from kvshare_mm.outputs import RequestOutput, StreamChunk, TokenLogprob
@@ -31,16 +31,16 @@ Whole = Callable[[int, RequestOutput], dict[str, Any]]
 
 
 def request_options(
-    service: Service, caller: Caller, salt: str | None, reuse: Reuse
+    service: Service, caller: Caller, salt: str | None, ours: KVShareField
 ) -> RequestOptions:
     """How a request may reuse: what it asks for, within what the server allows."""
-    options = scope(service.options.sharing, caller, salt)
+    options = scope(service.options.scope, caller, salt)
     return replace(
         options,
-        sharing=options.sharing or reuse.sharing,  # "off" where there is nobody to share with
-        repair=reuse.repair,
-        max_divergence=reuse.max_divergence,
-        store=options.store and reuse.store,
+        reuse=options.reuse or ours.reuse,  # "off" where there is nobody to share with
+        repair=ours.repair,
+        max_divergence=ours.max_divergence,
+        store=options.store and ours.store,
         tenant=caller.tenant,
     )
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from kvshare_mm.modalities.fetch import FetchPolicy
 
-SharingMode = Literal["tenant", "salt", "global"]
+Scope = Literal["tenant", "salt", "global"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class ServerOptions:
 
     Attributes:
         model_name: what clients call the model.
-        sharing: who may share KV: "tenant" requests of one tenant; "salt" only requests that name
+        scope: who may share KV: "tenant" requests of one tenant; "salt" only requests that name
             the same ``cache_salt``; "global" all requests, those with a ``cache_salt`` apart.
         keys_file: who may ask, see `keys.KeyRing`; None: everybody.
         api_key: the one key of a server without `keys_file`, or None.
@@ -48,7 +48,7 @@ class ServerOptions:
     """
 
     model_name: str
-    sharing: SharingMode = "global"
+    scope: Scope = "global"
     keys_file: Path | None = None
     api_key: str | None = field(default=None, repr=False)
     admin_key: str | None = field(default=None, repr=False)

@@ -24,8 +24,8 @@ from kvshare_mm.apps.server.connections import Connections, Listener, quiet_abou
 from kvshare_mm.apps.server.gate import STOPPING
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.protocol import farewell, protocol
+from kvshare_mm.apps.server.scope import in_words
 from kvshare_mm.apps.server.service import Service
-from kvshare_mm.apps.server.sharing import in_words
 from kvshare_mm.apps.server.tracing import Tracer
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.llm import KVShare
@@ -207,7 +207,7 @@ def serve(
     shown = f"{scheme}://[{host}]" if ":" in host else f"{scheme}://{host}"
     logger.info("listening on %s:%d", shown, port)
     if api:
-        logger.info("%s", in_words(options.sharing))
+        logger.info("%s", in_words(options.scope))
     if ui:
         logger.info("desk on %s:%d%s", shown, port, UI_PATH)
     holder.append(Server(app, options, service.metrics.registry, stop))

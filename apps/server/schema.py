@@ -6,13 +6,14 @@ nothing (`frequency_penalty: 0`). Fields nobody knows are ignored, as vLLM does.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticUseDefault
 
 from kvshare_mm.apps.server.description import content_is_needed, kinds_of_parts, limits
 from kvshare_mm.apps.server.errors import ApiError
+from kvshare_mm.config import Reuse, refuse_old_words
 from kvshare_mm.sampling import SamplingParams
 
 _NOTHING: dict[str, tuple[Any, ...]] = {
@@ -114,19 +115,23 @@ class StreamOptions(BaseModel):
     include_usage: _Flag = False
 
 
-class Reuse(BaseModel):
+class KVShareField(BaseModel):
     """Our own field `kvshare`: how one request may reuse."""
 
     model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=limits)
 
-    sharing: Literal["on", "exact", "off"] | None = None
+    reuse: Reuse | None = None
     repair: str | None = None
     max_divergence: float | None = None
     store: _Flag = True
     spans: _Flag = False
 
+    _words = model_validator(mode="before")(refuse_old_words)
 
-_Reuse = Annotated[Reuse, BeforeValidator(_default_for_null, json_schema_input_type=Reuse | None)]
+
+_Ours = Annotated[
+    KVShareField, BeforeValidator(_default_for_null, json_schema_input_type=KVShareField | None)
+]
 
 
 class _Generation(_Body):
@@ -142,7 +147,7 @@ class _Generation(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, description="only requests with the same salt share KV")
-    kvshare: _Reuse = Reuse()
+    kvshare: _Ours = KVShareField()
 
     def params(self, max_tokens: int | None, logprobs: int | None, choice: int) -> SamplingParams:
         """How one choice is decoded. Raises InvalidRequestError."""
@@ -248,7 +253,7 @@ class LookupBody(_Body):
     prompt: Annotated[str | TokenIds | None, _WHOLE] = None
     tenant: _Text = ""
     cache_salt: str | None = None
-    kvshare: _Reuse = Reuse()
+    kvshare: _Ours = KVShareField()
 
 
 class PinBody(BaseModel):

@@ -16,7 +16,7 @@ from kvshare_mm.vllm.options import SHARED_OPTIONS
 from kvshare_mm.vllm.room import fitted
 
 # Fields of KVShareConfig that vLLM takes, or KVShare in it ...
-_CONFIG = SHARED_OPTIONS | {"model", "dtype", "max_model_len", "max_num_seqs", "sharing"}
+_CONFIG = SHARED_OPTIONS | {"model", "dtype", "max_model_len", "max_num_seqs"}
 # ... and options of `kvshare serve` with what they are called in `vllm serve`.
 _VLLM: Mapping[str, str] = {
     "host": "host",

@@ -113,7 +113,7 @@ class NativeEngine:
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("the engine is closed")
-            if spec.sharing != "off":
+            if spec.reuse != "off":
                 request.after = self._last_capture.get(spec.namespace, 0)
             must_wait = bool(self._waiting) or not self._free
             try:
@@ -123,7 +123,7 @@ class NativeEngine:
                 raise
             self._known[request.request_id] = request
             self._changed.notify_all()
-        if must_wait and spec.sharing == "on":
+        if must_wait and spec.reuse == "similar":
             self._lookups.put(request)
         return request.request_id
 
@@ -238,7 +238,7 @@ class NativeEngine:
                 slot,
                 spec.stream,
                 spec.namespace,
-                sharing=spec.sharing,
+                reuse=spec.reuse,
                 policy=spec.policy,
                 similar=request.similar,
                 store=spec.store,
@@ -334,7 +334,7 @@ class NativeEngine:
         self.counters[f"finished_{reason}"] += 1
         self.counters["generation_tokens"] += len(request.token_ids)
         wanted = self._donors is not None and request.spec.store and request.prefill is not None
-        if wanted and request.spec.sharing != "off" and isinstance(self._runner, SlotRunner):
+        if wanted and request.spec.reuse != "off" and isinstance(self._runner, SlotRunner):
             with self._changed:
                 # Before the caller hears of the end: a flush must wait for it, and what the caller
                 # asks next.
@@ -376,7 +376,7 @@ class NativeEngine:
         while (request := self._lookups.get()) is not None:
             waits = request.slot < 0 and not request.cancelled
             # Identical beginnings are found by key; meaning adds nothing to them.
-            if waits and request.spec.sharing == "on" and self._donors is not None:
+            if waits and request.spec.reuse == "similar" and self._donors is not None:
                 request.similar = self._donors.reuse.similar(
                     request.spec.text, request.spec.namespace
                 )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kvshare_mm.attention import TailAttention
+from kvshare_mm.config import Reuse
 from kvshare_mm.donors import DonorPool
 from kvshare_mm.engine.encoder import MediaEncoder
 from kvshare_mm.engine.inputs import MediaInputs
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 # Why a donor's KV cannot be had any more.
 _LOST = ("corrupt", "evicted")
-
-Sharing = Literal["on", "exact", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ class Prefiller:
         stream: SegmentStream,
         ns: str,
         *,
-        sharing: Sharing = "on",
+        reuse: Reuse = "similar",
         policy: RepairPolicy | None = None,
         similar: tuple[str, ...] = (),
         store: bool = True,
@@ -100,15 +99,15 @@ class Prefiller:
         Args:
             stream: the prompt.
             ns: its namespace.
-            sharing: what may be reused for this request.
+            reuse: what may be reused for this request.
             policy: repairs for this request; the default policy if None.
             similar: donors that a dense search found.
             store: keep what the encoders of its media make.
         """
         policy = policy or self._policy
-        plan, fallback, lookup, planning = self._plan(stream, ns, sharing, similar, policy)
+        plan, fallback, lookup, planning = self._plan(stream, ns, reuse, similar, policy)
         start = time.perf_counter()
-        media = _Media(self._encoder, stream, ns, sharing != "off", store)
+        media = _Media(self._encoder, stream, ns, reuse != "off", store)
         for attempt in range(2):
             if not plan.runs:
                 break
@@ -120,7 +119,7 @@ class Prefiller:
                 fallback = error.reason
                 if attempt == 0 and fallback in _LOST:
                     # The pool has forgotten it by now; the others may do.
-                    plan = self._plan(stream, ns, sharing, similar, policy)[0]
+                    plan = self._plan(stream, ns, reuse, similar, policy)[0]
                     continue
             except Exception:
                 # A cache problem is never a request's problem; the slot is computed whole.
@@ -152,16 +151,16 @@ class Prefiller:
         self,
         stream: SegmentStream,
         ns: str,
-        sharing: Sharing,
+        reuse: Reuse,
         similar: tuple[str, ...],
         policy: RepairPolicy,
     ) -> tuple[ReusePlan, str | None, float, float]:
         n = len(stream)
         if not isinstance(self._runner, SlotRunner):
             return ReusePlan(n, declined=Decline.UNSUPPORTED_MODEL), None, 0.0, 0.0
-        if self._donors is None or sharing == "off":
-            return ReusePlan(n, declined=Decline.SHARING_OFF), None, 0.0, 0.0
-        options = self._options.but_exact_only() if sharing == "exact" else self._options
+        if self._donors is None or reuse == "off":
+            return ReusePlan(n, declined=Decline.REUSE_OFF), None, 0.0, 0.0
+        options = self._options.but_exact_only() if reuse == "exact" else self._options
         found = self._donors.reuse.find(stream, ns, options, policy, similar)
         failed = "lookup_error" if found.plan.declined is Decline.LOOKUP_ERROR else None
         return found.plan, failed, found.lookup, found.planning

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from kvshare_mm.config import Reuse
 from kvshare_mm.engine.detokenizer import Detokenizer
-from kvshare_mm.engine.prefill import PrefillResult, Sharing, provenance
+from kvshare_mm.engine.prefill import PrefillResult, provenance
 from kvshare_mm.outputs import (
     FinishReason,
     Provenance,
@@ -40,7 +41,7 @@ class RequestSpec:
         text: the prompt in words, for dense search.
         params: how to decode.
         namespace: which donors it may use and become.
-        sharing: what may be reused for it.
+        reuse: what may be reused for it.
         policy: repairs for it; None: the engine's.
         store: whether it becomes a donor.
         tenant: whose it is: tenants that wait get equal shares of the engine.
@@ -51,7 +52,7 @@ class RequestSpec:
     text: str
     params: SamplingParams
     namespace: str
-    sharing: Sharing = "on"
+    reuse: Reuse = "similar"
     policy: RepairPolicy | None = None
     store: bool = True
     tenant: str = ""

@@ -15,7 +15,7 @@ from kvshare_mm.vllm.options import SHARED_OPTIONS
 # Fields of KVShareConfig that vLLM has a word for, or that are about reading messages;
 # `engine_options` are vLLM's own words.
 _MEANT = frozenset(
-    {"model", "engine", "engine_options", "dtype", "trust_remote_code", "sharing"}
+    {"model", "engine", "engine_options", "dtype", "trust_remote_code"}
     | {"max_model_len", "max_num_seqs"}
     | {"local_media", "max_image_pixels", "max_media_bytes"}
 )
@@ -60,7 +60,7 @@ def engine_arguments(config: KVShareConfig) -> dict[str, Any]:
         "trust_remote_code": config.trust_remote_code,
         **{name: value for name, value in named.items() if name in given and value is not None},
         "kv_transfer_config": kv_transfer_config(
-            {name: getattr(config, name) for name in (SHARED_OPTIONS | {"sharing"}) & given}
+            {name: getattr(config, name) for name in SHARED_OPTIONS & given}
         ),
         **own,
     }

@@ -62,7 +62,7 @@ def picture_merge(vllm_config: Any) -> int | None:
 
 
 def request_obstacle(request: Any) -> str | None:
-    """Why a request takes no part in sharing, neither as target nor as donor, or None; media are
+    """Why a request takes no part in reuse, neither as target nor as donor, or None; media are
     judged where they are read."""
     if request.lora_request is not None:
         return "lora"

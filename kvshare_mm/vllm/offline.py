@@ -347,7 +347,7 @@ async def _start(arguments: Mapping[str, Any]) -> Any:
 
 def _knobs(spec: RequestSpec) -> dict[str, Any]:
     """As `RequestKnobs` takes them."""
-    knobs = {"sharing": "similar" if spec.sharing == "on" else spec.sharing, "store": spec.store}
+    knobs: dict[str, Any] = {"reuse": spec.reuse, "store": spec.store}
     if spec.repair is not None:
         knobs["repair"] = spec.repair
     return knobs

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kvshare_mm.config import KVShareConfig
+from kvshare_mm.config import KVShareConfig, Reuse, refuse_old_words
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 from kvshare_mm.repair import RepairPolicy, TopDeviation, Union, policy_of
-
-SharingLevel = Literal["similar", "exact", "off"]
 
 # What `KVShareConfig` says about reuse and storage; the rest is vLLM's own business.
 SHARED_OPTIONS = frozenset(
@@ -28,6 +26,7 @@ SHARED_OPTIONS = frozenset(
         "min_gain_tokens",
         "min_run",
         "repair",
+        "reuse",
         "store_dir",
     }
 )
@@ -50,9 +49,6 @@ class ConnectorOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    sharing: SharingLevel = Field(
-        "similar", description="reuse similar requests' KV, only exact prefixes, or nothing"
-    )
     lookup_deadline_s: float = Field(
         0.25, gt=0, description="longest that a request waits for its plan before it does without"
     )
@@ -64,10 +60,7 @@ class ConnectorOptions(BaseModel):
     )
     core: KVShareConfig = Field(description="what the options of `SHARED_OPTIONS` say")
 
-    @field_validator("sharing", mode="before")
-    @classmethod
-    def _native_word(cls, value: Any) -> Any:
-        return "similar" if value == "on" else value
+    _words = model_validator(mode="before")(refuse_old_words)
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None = None) -> ConnectorOptions:
@@ -95,15 +88,12 @@ class RequestKnobs(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sharing: SharingLevel | None = None
+    reuse: Reuse | None = None
     repair: str | None = None
     max_divergence: float | None = Field(default=None, ge=0)
     store: bool = True
 
-    @field_validator("sharing", mode="before")
-    @classmethod
-    def _native_word(cls, value: Any) -> Any:
-        return "similar" if value == "on" else value
+    _words = model_validator(mode="before")(refuse_old_words)
 
     @classmethod
     def of(cls, params: Any) -> RequestKnobs:

@@ -141,14 +141,14 @@ class Scheduler:
             logger.warning("%s is served without KVShare: %s", request.request_id, error)
             lookup.declined = "invalid_options"
             return
-        sharing = lookup.knobs.sharing or self._options.sharing
-        if sharing == "off":
-            lookup.declined = Decline.SHARING_OFF
+        reuse = lookup.knobs.reuse or self._options.core.reuse
+        if reuse == "off":
+            lookup.declined = Decline.REUSE_OFF
             return
         policy = lookup.knobs.policy or self._options.core.policy
         # Who asks after an answer finds it, though it is still being stored.
         saving = self.reuse.saving(lookup.namespace)
-        asked = lookup.stream, lookup.namespace, policy, sharing == "exact", saving
+        asked = lookup.stream, lookup.namespace, policy, reuse == "exact", saving
         lookup.future = self._threads.submit(self._plan, *asked)
 
     def _plan(
@@ -348,7 +348,7 @@ class Scheduler:
             or not lookup.knobs.store
             or lookup.stream is None
             or self.obstacle is not None
-            or self._options.sharing == "off"
+            or self._options.core.reuse == "off"
         ):
             return False
         # The last token's KV is not computed any more.

@@ -52,8 +52,8 @@ policies = st.sampled_from(
         {"max_divergence": 0.0},
         {"max_divergence": 1e-6},
         {"max_divergence": 0.001},
-        {"sharing": "exact"},
-        {"sharing": "off"},
+        {"reuse": "exact"},
+        {"reuse": "off"},
     ]
 )
 salts = st.sampled_from(["", "", "", "tenant"])

@@ -36,7 +36,7 @@ class Probe:
         return output, self.logits
 
     def full(self, prompt: str) -> tuple[RequestOutput, Any]:
-        return self.ask(prompt, sharing="off", store=False)
+        return self.ask(prompt, reuse="off", store=False)
 
 
 @pytest.fixture(scope="module")

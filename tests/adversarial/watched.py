@@ -92,9 +92,9 @@ class Watched:
         served = self._seen[-1]
         assert use.exact == served.result.plan.num_exact
         assert use.exact + use.reused + use.recomputed == len(output.prompt_token_ids)
-        if options.sharing in ("exact", "off"):
+        if options.reuse in ("exact", "off"):
             assert use.reused == 0
-        if options.sharing == "off":
+        if options.reuse == "off":
             assert use.exact == 0
         # A bound of 0 lets be reused what its donor computed behind the very same tokens.
         if not use.reused or options.max_divergence == 0:

@@ -28,4 +28,4 @@ def llm(tiny_folder: Path) -> Iterator[KVShare]:
 @pytest.fixture(scope="module")
 def full(llm: KVShare) -> RequestOutput:
     """The answer to `_TARGET` without any cache."""
-    return llm.generate(_TARGET, _PARAMS, RequestOptions(sharing="off"))
+    return llm.generate(_TARGET, _PARAMS, RequestOptions(reuse="off"))

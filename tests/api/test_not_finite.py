@@ -18,7 +18,7 @@ from .prompts import events
 
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=3)
 DRAWN = SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, seed=1)
-ALONE = RequestOptions(sharing="off", store=False)
+ALONE = RequestOptions(reuse="off", store=False)
 # The tail and the fronts alone: how much of a picture is repaired is not what is tested here.
 REUSING = RequestOptions(repair="window:2")
 

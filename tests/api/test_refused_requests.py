@@ -143,8 +143,8 @@ def test_sampling_values_that_are_refused(field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("sharing", "sometimes"),
-        ("sharing", True),
+        ("reuse", "sometimes"),
+        ("reuse", True),
         ("repair", "magic"),
         ("repair", "window:-1"),
         ("repair", ""),
@@ -170,7 +170,7 @@ def test_two_policies_for_one_request_are_refused() -> None:
 def test_options_of_the_wrong_kind_do_not_reach_the_engine(llm: KVShare) -> None:
     calls: list[Callable[[], Any]] = [
         lambda: llm.generate("The fox.", {"max_tokens": 3}),  # type: ignore[call-overload]
-        lambda: llm.generate("The fox.", _PARAMS, {"sharing": "off"}),  # type: ignore[call-overload]
+        lambda: llm.generate("The fox.", _PARAMS, {"reuse": "off"}),  # type: ignore[call-overload]
         lambda: llm.chat(_CHAT, RequestOptions()),  # type: ignore[arg-type]
     ]
     for call in calls:

@@ -15,8 +15,9 @@ from kvshare_mm import ConfigError, KVShare, ModelLoadError, StoreError
     ("options", "message"),
     [
         ({"speculative": True}, "speculative"),
-        ({"Sharing": "on"}, "Sharing"),
-        ({"sharing": "yes"}, "sharing"),
+        ({"Reuse": "similar"}, "Reuse"),
+        ({"reuse": "on"}, "similar"),
+        ({"sharing": "off"}, "sharing is called reuse now"),
         ({"repair": "magic:3"}, "repair.*magic"),
         ({"repair": "window:x"}, "repair"),
         ({"max_divergence": -1}, "max_divergence"),

@@ -31,7 +31,7 @@ def _called(*words: str) -> Values:
     app = typer.Typer()
 
     @app.command()
-    @config_options({None: ("max_queue", "host_bytes", "sharing")}, max_queue=7)
+    @config_options({None: ("max_queue", "host_bytes", "reuse")}, max_queue=7)
     def command(config: Values, other: int = 1) -> None:
         called.append({**config, "other": other})
 
@@ -40,10 +40,10 @@ def _called(*words: str) -> Values:
 
 
 def test_a_command_gets_the_fields_that_its_options_are() -> None:
-    plain = {"max_queue": 7, "host_bytes": 2 << 30, "sharing": "on", "other": 1}
+    plain = {"max_queue": 7, "host_bytes": 2 << 30, "reuse": "similar", "other": 1}
     assert _called() == plain
     assert _called("--host-gib", "0.5", "--reuse", "exact", "--other", "2") == {
-        **plain, "host_bytes": 1 << 29, "sharing": "exact", "other": 2
+        **plain, "host_bytes": 1 << 29, "reuse": "exact", "other": 2
     }  # fmt: skip
 
 
@@ -53,8 +53,7 @@ def test_a_field_keeps_its_bounds_and_choices() -> None:
 
 
 def test_options_that_are_no_fields_are_left_apart() -> None:
-    # `--sharing` of the server says who may share, the field of that name what is reused.
-    assert config_values({"sharing": "tenant", "port": 1, "reuse": "off"}) == {"sharing": "off"}
+    assert config_values({"scope": "tenant", "port": 1, "reuse": "off"}) == {"reuse": "off"}
 
 
 def test_none_turns_search_by_meaning_off() -> None:

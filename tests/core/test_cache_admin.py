@@ -82,9 +82,9 @@ def test_a_lookup_tells_what_the_request_then_reuses(llm: KVShare) -> None:
         output.provenance.exact,
         output.provenance.reused,
     )
-    exact = llm.lookup(prompt, RequestOptions(sharing="exact"))
+    exact = llm.lookup(prompt, RequestOptions(reuse="exact"))
     assert exact is not None and exact.plan.num_reused == 0
-    assert llm.lookup(prompt, RequestOptions(sharing="off")) is None
+    assert llm.lookup(prompt, RequestOptions(reuse="off")) is None
 
 
 def test_logprobs_come_with_their_tokens(llm: KVShare) -> None:

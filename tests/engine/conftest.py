@@ -128,7 +128,7 @@ def llm(tiny_folder: Path) -> Iterator[KVShare]:
 @pytest.fixture(scope="module")
 def alone(llm: KVShare) -> list[RequestOutput]:
     """The answers to `_PROMPTS`, each computed in full with nothing else running."""
-    return [llm.generate(p, params(), RequestOptions(sharing="off")) for p in _PROMPTS]
+    return [llm.generate(p, params(), RequestOptions(reuse="off")) for p in _PROMPTS]
 
 
 @pytest.fixture

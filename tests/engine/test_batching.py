@@ -33,9 +33,9 @@ def test_greedy_answers_are_those_of_transformers(
         assert output.token_ids == tuple(whole[0, ids.shape[1] :].tolist())
 
 
-@pytest.mark.parametrize("sharing", ["off", "exact"])
+@pytest.mark.parametrize("reuse", ["off", "exact"])
 def test_eight_requests_over_two_slots_answer_as_one_by_one(
-    open_llm: OpenLLM, alone: list[RequestOutput], sharing: Any
+    open_llm: OpenLLM, alone: list[RequestOutput], reuse: Any
 ) -> None:
     llm = open_llm(max_num_seqs=2)
     widths: list[int] = []
@@ -47,7 +47,7 @@ def test_eight_requests_over_two_slots_answer_as_one_by_one(
         return decode(slots, *rest)
 
     llm._parts.runner.decode = recorded  # type: ignore[method-assign]
-    outputs = llm.generate(_PROMPTS, params(), RequestOptions(sharing=sharing))
+    outputs = llm.generate(_PROMPTS, params(), RequestOptions(reuse=reuse))
     assert [o.token_ids for o in outputs] == [o.token_ids for o in alone]
     assert [o.text for o in outputs] == [o.text for o in alone]
     assert max(widths) == 2
@@ -59,7 +59,7 @@ def test_requests_from_many_threads(llm: KVShare, alone: list[RequestOutput]) ->
     found: dict[int, RequestOutput] = {}
 
     def ask(i: int) -> None:
-        found[i] = llm.generate(_PROMPTS[i], params(), RequestOptions(sharing="off"))
+        found[i] = llm.generate(_PROMPTS[i], params(), RequestOptions(reuse="off"))
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
     for thread in threads:
@@ -72,7 +72,7 @@ def test_requests_from_many_threads(llm: KVShare, alone: list[RequestOutput]) ->
 
 def test_requests_from_many_tasks(llm: KVShare, alone: list[RequestOutput]) -> None:
     async def ask_all() -> list[RequestOutput]:
-        options = RequestOptions(sharing="off")
+        options = RequestOptions(reuse="off")
         return await asyncio.gather(*(llm.agenerate(p, params(), options) for p in _PROMPTS))
 
     assert [o.token_ids for o in asyncio.run(ask_all())] == [o.token_ids for o in alone]

@@ -35,7 +35,7 @@ def test_donors_are_captured_behind_the_answer(
     assert llm.stats()["donors"]["nodes"] == 0
     assert not llm.flush(0.01)
     # The other slot serves meanwhile: other namespaces, and those who share with nobody.
-    for options in RequestOptions(cache_salt="b", store=False), RequestOptions(sharing="off"):
+    for options in RequestOptions(cache_salt="b", store=False), RequestOptions(reuse="off"):
         assert llm.generate(_PROMPTS[0], params(), options).token_ids == alone[0].token_ids
     gate.open()
     assert llm.flush()
@@ -57,7 +57,7 @@ def test_what_is_asked_after_an_answer_finds_it(open_llm: OpenLLM) -> None:
     donors.capture = slowly  # type: ignore[method-assign]
     llm.generate(_DONOR, params(2))
     assert llm.generate(_TARGET, params(2)).provenance.reused > 0
-    exact = RequestOptions(sharing="exact")
+    exact = RequestOptions(reuse="exact")
     prompt, known = llm.tokenize(_PROMPTS[3]), 0
     for turn in range(6):
         output = llm.generate(list(prompt), params(4), exact)

@@ -183,7 +183,7 @@ def test_an_exact_prefix_with_media(oracles: Oracles, family: str) -> None:
     server = Server(oracles(family))
     server.serve(user(medium(family), say("What is it?")))
     messages = user(medium(family), say("What colour does it have?"))
-    result = server.prefill(server.oracle.stream(messages), sharing="exact")
+    result = server.prefill(server.oracle.stream(messages), reuse="exact")
     full = server.oracle.full(server.oracle.inputs(messages))
     assert torch.allclose(result.logits, full.logits[-1], atol=ATOL, rtol=0)
     n = len(full.logits)
@@ -323,7 +323,7 @@ def test_one_pixel_is_another_picture(server: Server) -> None:
 
 def test_features_of_a_known_picture_are_not_made_again(server: Server) -> None:
     server.serve(user(see(), say("What is it?")))
-    result = server.prefill(server.oracle.stream(user(say("A"), see())), sharing="exact")
+    result = server.prefill(server.oracle.stream(user(say("A"), see())), reuse="exact")
     assert [use.source for use in result.media] == ["features"]  # its KV is elsewhere
     assert (server.runs, server.hits) == (1, 1)
 
@@ -332,7 +332,7 @@ def test_reused_and_known_features_give_what_the_encoder_gives(server: Server) -
     first = server.serve(user(see(), say("What is it?")))
     messages = user(say("Now: "), see(), say("What is it?"))
     stream = server.oracle.stream(messages)
-    result = server.prefill(stream, sharing="exact")
+    result = server.prefill(stream, reuse="exact")
     full = server.oracle.full(server.oracle.inputs(messages))
     assert first.media[0].content_hash == result.media[0].content_hash
     assert server.hits == 1
@@ -345,9 +345,9 @@ def test_one_picture_twice_runs_the_encoder_once(server: Server) -> None:
     assert (server.runs, server.hits) == (1, 1)
 
 
-def test_without_sharing_nothing_is_taken_or_kept(server: Server) -> None:
+def test_without_reuse_nothing_is_taken_or_kept(server: Server) -> None:
     for _ in range(2):
-        server.prefill(server.oracle.stream(user(see(), say("?"))), sharing="off")
+        server.prefill(server.oracle.stream(user(see(), say("?"))), reuse="off")
     assert (server.runs, server.hits) == (2, 0)
     assert server.pool.store.bytes_by_tier() == {"host": 0}
 
@@ -440,6 +440,6 @@ def test_pictures_outlive_the_process(oracles: Oracles, disk: Callable[[], DiskT
     assert result.plan.num_reused > 8
     second.assert_first_layer(target)
     other = oracle.stream(user(say("Hm. "), see(2)))
-    assert [use.source for use in second.prefill(other, sharing="exact").media] == ["features"]
+    assert [use.source for use in second.prefill(other, reuse="exact").media] == ["features"]
     assert second.runs == 0
     second.pool.close()

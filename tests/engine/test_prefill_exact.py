@@ -56,7 +56,7 @@ def test_an_approximate_repeat_is_replaced_once_it_was_computed(server: Server) 
     server.serve(ids)
     target = _edited(ids, 3, 30)
     server.serve(target)
-    exact = server.prefill(target, sharing="off")
+    exact = server.prefill(target, reuse="off")
     assert server.capture(target, exact) is not None
     assert server.prefill(target).plan.num_exact == 59
 

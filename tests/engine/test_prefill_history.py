@@ -49,13 +49,11 @@ def test_any_history_of_requests(tiny_llama: Any, data: st.DataObject) -> None:
         ids = _variant(data.draw, seen[data.draw(st.integers(0, len(seen) - 1))])
         seen.append(ids)
         ns = data.draw(st.sampled_from([NS, NS, NS, OTHER_NS]))
-        sharing = data.draw(st.sampled_from(["on", "on", "on", "exact", "off"]))
+        reuse = data.draw(st.sampled_from(["similar", "similar", "similar", "exact", "off"]))
         spec = data.draw(st.sampled_from(["none", "window:2", "deviation:0.2", "auto"]))
         known = tuple(server.served)
-        result = server.prefill(
-            ids, ns, sharing=sharing, policy=make_policy(spec), similar=known[-2:]
-        )
-        if sharing == "exact":
+        result = server.prefill(ids, ns, reuse=reuse, policy=make_policy(spec), similar=known[-2:])
+        if reuse == "exact":
             assert torch.allclose(result.logits, tiny_llama.full(ids).logits[-1], atol=ATOL)
         if data.draw(st.booleans()):
             server.capture(ids, result, ns)

@@ -27,12 +27,12 @@ def test_salts_made_to_collide_are_two() -> None:
     assert namespace("model", "\udc80") != namespace("model", "\udc81")  # JSON can spell them
 
 
-@pytest.mark.parametrize("sharing", ["on", "exact"])
-def test_the_same_tokens_under_another_salt(server: Server, sharing: str) -> None:
+@pytest.mark.parametrize("reuse", ["similar", "exact"])
+def test_the_same_tokens_under_another_salt(server: Server, reuse: str) -> None:
     ids = _ids(60, 0)
     server.serve(ids)
     for asked in (ids, _edited(ids, 30), ids[:40]):
-        result = server.prefill(asked, OTHER_NS, sharing=sharing)
+        result = server.prefill(asked, OTHER_NS, reuse=reuse)
         server.assert_full(asked, result)
         assert provenance(result).donors == ()
 

@@ -71,7 +71,7 @@ def test_a_new_node_that_pushes_its_own_owner_out(tiny_llama: Any) -> None:
     # Where A was there is a hole; behind it B has what it computed itself.
     result = server.prefill(b)
     assert (result.plan.num_exact, result.plan.num_reused) == (0, 39)
-    server.assert_full(b, server.prefill(b, sharing="exact"))
+    server.assert_full(b, server.prefill(b, reuse="exact"))
 
 
 def test_a_request_too_large_for_the_store(tiny_llama: Any) -> None:

@@ -54,7 +54,7 @@ def test_a_tenant_with_many_requests_does_not_hold_up_one_with_few(open_llm: Ope
             if isinstance(chunk, StreamChunk) and chunk.output is not None:
                 done.append(tenant)
 
-        options = RequestOptions(tenant=tenant, sharing="off", store=False)
+        options = RequestOptions(tenant=tenant, reuse="off", store=False)
         llm._parts.engine.submit(llm._prompt(_PROMPTS[0], params(3), options), sink)
 
     ask("large")

@@ -15,7 +15,7 @@ from .asking import _PROMPTS, Inbox, params
 
 
 def test_a_seed_repeats_an_answer_in_any_company(llm: KVShare) -> None:
-    options = RequestOptions(sharing="off")
+    options = RequestOptions(reuse="off")
     seeded = params(20, temperature=1.0, seed=11)
     one = llm.generate(_PROMPTS[0], seeded, options)
     company = [Inbox(llm, p, params(20, temperature=1.0)) for p in _PROMPTS[1:4]]
@@ -32,7 +32,7 @@ def test_without_a_seed_answers_differ(llm: KVShare) -> None:
 
 
 def test_logprobs(llm: KVShare, alone: list[RequestOutput], tiny_folder: Path) -> None:
-    output = llm.generate(_PROMPTS[0], params(logprobs=5), RequestOptions(sharing="off"))
+    output = llm.generate(_PROMPTS[0], params(logprobs=5), RequestOptions(reuse="off"))
     assert output.token_ids == alone[0].token_ids
     assert alone[0].logprobs is None
     assert output.logprobs is not None

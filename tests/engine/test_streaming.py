@@ -23,7 +23,7 @@ from .asking import _PROMPTS, Gate, OpenLLM, params
     ids=["greedy", "sampled", "stop", "stop that never comes", "one token"],
 )
 def test_chunks_add_up_to_the_text(llm: KVShare, sampling: SamplingParams) -> None:
-    options = RequestOptions(sharing="off")
+    options = RequestOptions(reuse="off")
     for prompt in _PROMPTS[:4]:
         chunks = list(llm.stream(prompt, sampling, options))
         assert [c.output is not None for c in chunks] == [False] * (len(chunks) - 1) + [True]

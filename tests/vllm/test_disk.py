@@ -86,7 +86,7 @@ def test_donors_on_disk_outlive_the_engine_and_damage(
         reasons = set()
         for prompt in prompts:
             use, answer = serve(engine, edited(prompt))
-            plain = engine.serve(edited(prompt), sharing="off", store=False)
+            plain = engine.serve(edited(prompt), reuse="off", store=False)
             if use["reused"]:
                 continue  # RAM has it
             reasons.add(use["declined"])

@@ -60,9 +60,9 @@ def edited(prompt: list[int], at: int, new: int = 5) -> list[int]:
     return [*prompt[:at], *ids(new, 1000 + at), *prompt[at:]]
 
 
-def test_sharing_off_is_stock_vllm(engine: Shared, stock: Any) -> None:
+def test_reuse_off_is_stock_vllm(engine: Shared, stock: Any) -> None:
     prompt = ids(200)
-    output = engine.serve(prompt, 8, sharing="off")
+    output = engine.serve(prompt, 8, reuse="off")
     assert tokens(output) == stock_tokens(stock, prompt, 8)
     assert told(output) == {
         "exact": 0,
@@ -70,7 +70,7 @@ def test_sharing_off_is_stock_vllm(engine: Shared, stock: Any) -> None:
         "recomputed": 200,
         "gaps": 0,
         "donors": [],
-        "declined": "sharing_off",
+        "declined": "reuse_off",
         "fallback": None,
     }
 
@@ -100,12 +100,12 @@ def test_an_exact_donor_gives_stock_tokens(engine: Shared, stock: Any) -> None:
     engine.serve(prompt)
     assert engine.llm.reset_prefix_cache()
     longer = [*prompt, *ids(40, 7)]
-    output = engine.serve(longer, 12, sharing="exact")
+    output = engine.serve(longer, 12, reuse="exact")
     assert told(output)["exact"] == 230  # not a multiple of the block size
     assert told(output)["reused"] == 0
     assert tokens(output) == stock_tokens(stock, longer, 12)
     # Exact blocks are for everybody.
-    assert told(engine.serve(longer, sharing="off"))["exact"] == 256
+    assert told(engine.serve(longer, reuse="off"))["exact"] == 256
 
 
 def test_a_plan_that_repairs_everything_gives_stock_tokens(engine: Shared, stock: Any) -> None:
@@ -126,7 +126,7 @@ def test_exact_requests_never_hit_approximate_blocks(engine: Shared, stock: Any)
     assert told(approximate)["reused"] > 150
     whole = [*second, *tokens(approximate)]
     # All of its blocks are still in the cache; only those before the edit may be found.
-    replay = engine.serve(whole, 8, sharing="off")
+    replay = engine.serve(whole, 8, reuse="off")
     assert told(replay)["exact"] == 100 // BLOCK * BLOCK
     assert tokens(replay) == stock_tokens(stock, whole, 8)
 
@@ -139,7 +139,7 @@ def test_a_short_prompt_is_apart_when_its_answer_fills_the_block(
     second = [*first[:5], *ids(2, 3), *first[5:30]]  # less than two blocks
     output = engine.serve(second, 70, repair="none")
     assert told(output)["reused"] > 0
-    replay = engine.serve([*second, *tokens(output)], 4, sharing="off")
+    replay = engine.serve([*second, *tokens(output)], 4, reuse="off")
     assert told(replay)["exact"] == 0
 
 
@@ -180,7 +180,7 @@ def test_a_donor_lost_before_its_load(
     assert tokens(output) == stock_tokens(stock, second, 12)
     # It is exact after all, and found as such.
     monkeypatch.undo()
-    assert told(engine.serve(second, sharing="off"))["exact"] == 288
+    assert told(engine.serve(second, reuse="off"))["exact"] == 288
 
 
 def test_a_donor_evicted_between_plan_and_load(engine: Shared, stock: Any) -> None:
@@ -232,7 +232,7 @@ def test_a_lookup_that_fails_is_a_miss(
 
 
 def test_wrong_knobs_are_told(engine: Shared) -> None:
-    assert told(engine.serve(ids(50), sharing="perhaps"))["declined"] == "invalid_options"
+    assert told(engine.serve(ids(50), reuse="perhaps"))["declined"] == "invalid_options"
 
 
 def test_a_request_that_is_not_to_be_stored(engine: Shared) -> None:
@@ -261,8 +261,8 @@ def bursts(draw: st.DrawFn) -> list[tuple[list[int], int, str, int]]:
         for _ in range(draw(st.integers(0, 2))):
             prompt = edited(prompt, draw(st.integers(0, len(prompt))), draw(st.integers(1, 9)))
         prompt = prompt[draw(st.integers(0, 20)) :]
-        sharing = draw(st.sampled_from(["similar", "similar", "exact", "off"]))
-        made.append((prompt, draw(st.integers(1, 40)), sharing, draw(st.integers(0, 4))))
+        reuse = draw(st.sampled_from(["similar", "similar", "exact", "off"]))
+        made.append((prompt, draw(st.integers(1, 40)), reuse, draw(st.integers(0, 4))))
     return made
 
 
@@ -271,23 +271,23 @@ def bursts(draw: st.DrawFn) -> list[tuple[list[int], int, str, int]]:
 def test_no_pollution(
     engine: Shared, stock: Any, burst: list[tuple[list[int], int, str, int]]
 ) -> None:
-    """Whatever came before, a prompt with sharing off gets stock vLLM's tokens."""
+    """Whatever came before, a prompt with reuse off gets stock vLLM's tokens."""
     free = engine.num_free
     done: dict[str, Any] = {}
-    for number, (prompt, length, sharing, steps) in enumerate(burst):
-        engine.add(str(number), prompt, length, sharing=sharing, repair="none")
+    for number, (prompt, length, reuse, steps) in enumerate(burst):
+        engine.add(str(number), prompt, length, reuse=reuse, repair="none")
         for _ in range(steps):
             done.update({o.request_id: o for o in engine.step()})
     done.update(engine.run())
     assert len(done) == len(burst)
     assert engine.num_free == free
-    for number, (prompt, length, sharing, _) in enumerate(burst):
+    for number, (prompt, length, reuse, _) in enumerate(burst):
         expected = stock_tokens(stock, prompt, length)
-        if sharing != "similar":
+        if reuse != "similar":
             assert tokens(done[str(number)]) == expected
         answered = [*prompt, *tokens(done[str(number)])]
         for again in (prompt, answered):
-            replay = engine.serve(again, 4, sharing="off")
+            replay = engine.serve(again, 4, reuse="off")
             assert tokens(replay) == stock_tokens(stock, again, 4)
     assert engine.num_free == free
 

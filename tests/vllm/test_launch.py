@@ -27,8 +27,9 @@ def test_config_is_json_and_recomputes_what_cannot_be_loaded() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"sharring": "off"}, "sharring"),
-        ({"sharing": "sometimes"}, "sharing"),
+        ({"reused": "off"}, "reused"),
+        ({"sharing": "off"}, "sharing is called reuse now"),
+        ({"reuse": "sometimes"}, "reuse"),
         ({"lookup_deadline_s": 0}, "lookup_deadline_s"),
         ({"max_num_seqs": 4}, "max_num_seqs"),
         ({"host_bytes": 1}, "host_bytes"),
@@ -42,11 +43,6 @@ def test_a_wrong_option_is_named(options: dict[str, Any], named: str) -> None:
         kv_transfer_config(options)
 
 
-def test_both_words_for_similar() -> None:
-    assert ConnectorOptions.of({"sharing": "on"}).sharing == "similar"
-    assert RequestKnobs.of({"kvshare": {"sharing": "on"}}).sharing == "similar"
-
-
 def test_no_knobs() -> None:
     for params in (None, {}, {"kvshare": None}, {"other": 1}):
         assert RequestKnobs.of(params) == RequestKnobs()
@@ -55,7 +51,7 @@ def test_no_knobs() -> None:
 @pytest.mark.parametrize(
     ("knobs", "named"),
     [
-        ({"sharing": "all"}, "sharing"),
+        ({"reuse": "all"}, "reuse"),
         ({"store": "perhaps"}, "store"),
         ({"max_divergence": -1}, "max_divergence"),
         ({"repair": "magic"}, "repair"),

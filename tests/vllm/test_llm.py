@@ -50,7 +50,7 @@ def test_a_similar_prompt_reuses_and_a_salt_keeps_apart(llm: KVShare) -> None:
     assert use.reused > 100
     assert use.donors
     assert use.exact + use.reused + use.recomputed == len(llm.tokenize(target))
-    exact = llm.generate(target, _SHORT, RequestOptions(sharing="exact", store=False)).provenance
+    exact = llm.generate(target, _SHORT, RequestOptions(reuse="exact", store=False)).provenance
     assert exact.reused == 0
     other = llm.generate(target, _SHORT, RequestOptions(cache_salt="other")).provenance
     assert (other.exact, other.reused) == (0, 0)

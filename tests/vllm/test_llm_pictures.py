@@ -44,7 +44,7 @@ def test_the_samples_are_answered_right(llm: KVShare) -> None:
     assert llm.modalities == {Modality.IMAGE}
     right = []
     for messages, want in samples()[:8]:
-        output = llm.chat(messages, _PARAMS, RequestOptions(sharing="off"))
+        output = llm.chat(messages, _PARAMS, RequestOptions(reuse="off"))
         assert output.prompt_token_ids == llm.tokenize(messages)
         assert [use.source for use in output.provenance.media] == ["encoder"]
         right.append(output.text == want)

@@ -121,11 +121,11 @@ def by_another(request: Request, seed: int = 1) -> Request:
 
 
 def on_its_own(engine: Shared, stock: Any, stream: SegmentStream, answer: list[int]) -> None:
-    """Afterwards it gets stock vLLM's tokens with sharing off; so does who goes on from there."""
+    """Afterwards it gets stock vLLM's tokens with reuse off; so does who goes on from there."""
     prompt = prompt_of(stream)
     longer = {**prompt, "prompt_token_ids": [*prompt["prompt_token_ids"], *answer]}
     for each in (prompt, longer):
-        replay = engine.serve(each, LENGTH, sharing="off")
+        replay = engine.serve(each, LENGTH, reuse="off")
         assert tokens(replay) == stock_tokens(stock, each, LENGTH)
 
 
@@ -215,13 +215,13 @@ def test_prefix_caching_covers_a_part_of_a_photo(
             break
     serve(engine, stream_of(first))
     seen.clear()
-    output = serve(engine, target, sharing="exact")
+    output = serve(engine, target, reuse="exact")
     assert photo.start < photo.end // BLOCK * BLOCK < photo.end, "what vLLM finds ends in the photo"
     assert seen == []
     assert told(output)["exact"] >= photo.end
     assert tokens(output) == stock_tokens(stock, prompt_of(target), LENGTH)
     # Nothing of it is approximate, so everybody may find it.
-    assert told(serve(engine, target, sharing="off"))["exact"] >= photo.end // BLOCK * BLOCK
+    assert told(serve(engine, target, reuse="off"))["exact"] >= photo.end // BLOCK * BLOCK
     # Without the donor the rest of the photo is vLLM's to compute, and its tower runs.
     engine.forget()
     serve(engine, stream_of(first), store=False)
@@ -315,19 +315,17 @@ REQUESTS = [
 def test_no_pollution(
     engine: Shared, stock: Any, burst: list[tuple[Request, str, int, int]]
 ) -> None:
-    """Whatever came before, a prompt with sharing off gets stock vLLM's tokens."""
+    """Whatever came before, a prompt with reuse off gets stock vLLM's tokens."""
     streams = [stream_of(request) for request, *_ in burst]
     done: dict[str, Any] = {}
-    for number, (stream, (_, sharing, length, steps)) in enumerate(
-        zip(streams, burst, strict=True)
-    ):
-        engine.add(str(number), prompt_of(stream), length, sharing=sharing)
+    for number, (stream, (_, reuse, length, steps)) in enumerate(zip(streams, burst, strict=True)):
+        engine.add(str(number), prompt_of(stream), length, reuse=reuse)
         for _ in range(steps):
             done.update({o.request_id: o for o in engine.step()})
     done.update(engine.run())
-    for number, (stream, (_, sharing, length, _)) in enumerate(zip(streams, burst, strict=True)):
+    for number, (stream, (_, reuse, length, _)) in enumerate(zip(streams, burst, strict=True)):
         answer = tokens(done[str(number)])
-        if sharing != "similar":
+        if reuse != "similar":
             assert answer == stock_tokens(stock, prompt_of(stream), length)
         on_its_own(engine, stock, stream, answer)
 

@@ -58,7 +58,7 @@ def test_similar_requests_share_and_it_is_told(url: str) -> None:
     prompts = pair(reports=1, values=4)
     _ask(url, prompts["donor"])
     time.sleep(1)  # stored behind the answer
-    off = {"kv_transfer_params": {"kvshare": {"sharing": "off"}}, "cache_salt": "off"}
+    off = {"kv_transfer_params": {"kvshare": {"reuse": "off"}}, "cache_salt": "off"}
     plain = _ask(url, prompts["target"], **off)
     reply = _ask(url, prompts["target"])
     told = reply["kv_transfer_params"]["kvshare"]

@@ -67,7 +67,7 @@ def test_vllms_server_gets_the_connector_the_options_and_its_own(
     assert started[-1] == "--enforce-eager"
     config = json.loads(after(started, "--kv-transfer-config"))
     options = ConnectorOptions.of(config["kv_connector_extra_config"])
-    assert options.sharing == "exact"
+    assert options.reuse == "exact"
     assert options.core.host_bytes == 1 << 30
 
 
@@ -106,7 +106,7 @@ def test_an_embedded_model_is_its_folder_and_keeps_its_name(
     [
         (["--ui"], "--ui"),
         (["--max-queue", "9"], "--max-queue"),
-        (["--sharing", "tenant"], "--sharing"),
+        (["--scope", "tenant"], "--scope"),
         (["--api-keys", "keys.jsonl"], "--api-keys"),
         (["--", "--kv-transfer-config={}"], "--kv-transfer-config"),
         (["--max-divergence", "0.1", "--repair", "none"], "max_divergence"),

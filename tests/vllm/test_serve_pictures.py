@@ -69,7 +69,7 @@ def test_a_photo_is_answered_and_shared(tmp_path: Path) -> None:
         photo = usage["prompt_tokens_details"]["multimodal_tokens"]["image"]
         assert told["reused"] >= photo > 0
         assert sum(told[k] for k in ("exact", "reused", "recomputed")) == (usage["prompt_tokens"])
-        assert answer(reply) == answer(ask(again, sharing="off"))
+        assert answer(reply) == answer(ask(again, reuse="off"))
         wrong = ask(messages, repair="deviation:0.1")
         assert answer(wrong) == want
         assert wrong["kv_transfer_params"]["kvshare"]["declined"] == "invalid_options"

@@ -41,7 +41,7 @@ def test_an_engine_gets_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     config = KVShareConfig.of(engine="vllm", host_bytes=2 * GIB)
     monkeypatch.setattr(compat, "cpu_memory", lambda: (23 * GIB, 17 * GIB))
     assert room.fitted({"model": "m"}, config) == {"model": "m", "gpu_memory_utilization": 0.578}
-    off = KVShareConfig.of(engine="vllm", sharing="off")
+    off = KVShareConfig.of(engine="vllm", reuse="off")
     assert room.fitted({}, off) == {"gpu_memory_utilization": 0.665}
 
 

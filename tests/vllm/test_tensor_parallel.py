@@ -67,7 +67,7 @@ def test_a_donor_that_one_rank_lost_is_lost_for_both(engine: Shared) -> None:
     lost = engine.llm.collective_rpc(_lose, args=(node.node_id, 1))
     assert sorted(lost) == [False, True]
     target = [*donor[:100], 5, 6, 7, *donor[100:]]
-    expected = tokens(engine.serve(target, sharing="off", store=False))
+    expected = tokens(engine.serve(target, reuse="off", store=False))
     assert engine.llm.reset_prefix_cache()
     output = engine.serve(target)
     assert told(output)["reused"] == 0

@@ -36,7 +36,7 @@ def test_every_budget_is_a_policy_and_names_its_point() -> None:
             assert points == (method,)
             continue
         for spec, point in zip(method.budgets, points, strict=True):
-            assert (point.repair, point.sharing) == (spec, method.sharing)
+            assert (point.repair, point.reuse) == (spec, method.reuse)
             assert point.policy == make_policy(spec)
             assert point.name == f"{method.name}@{spec}"
 
@@ -50,7 +50,7 @@ def test_methods_that_reuse_answers_are_for_tasks_only() -> None:
 def test_methods_by_name() -> None:
     assert [m.name for m in pick("full, epic")] == ["full", "epic"]
     [own] = pick("repair=window:3+tail:2")
-    assert (own.sharing, own.repair) == ("on", "window:3+tail:2")
+    assert (own.reuse, own.repair) == ("similar", "window:3+tail:2")
     assert all(m.repair is None or m.policy is not None for m in METHODS.values())
     for wrong in ("magic", "", "full,", "repair=magic", "repair=window:x"):
         with pytest.raises(ConfigError):

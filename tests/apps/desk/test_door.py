@@ -17,8 +17,8 @@ from kvshare_mm.apps.desk.door import Door
 from kvshare_mm.apps.server.app import create_app
 from kvshare_mm.apps.server.keys import Caller
 from kvshare_mm.apps.server.options import ServerOptions
+from kvshare_mm.apps.server.scope import scope
 from kvshare_mm.apps.server.service import Service
-from kvshare_mm.apps.server.sharing import scope
 
 from .conftest import MARK, PNG, Site, ask, upload
 

@@ -216,7 +216,7 @@ def test_the_toggle_and_starting_over(opened: Callable[..., Desk], text_site: st
     desk.customer(2).get_by_role("button", name="Warehouse").click()
     desk.done(2)
     assert desk.counts(2)["exact"] + desk.counts(2)["reused"] == 0
-    expect(desk.customer(2)).to_contain_text("sharing off")
+    expect(desk.customer(2)).to_contain_text("reuse off")
     desk.page.get_by_role("button", name="Start over").click()
     expect(desk.page.locator("#desk-tree .desk-node")).to_have_count(0)
     expect(desk.customer(1).locator(".desk-answer")).to_have_text("Ask something.")

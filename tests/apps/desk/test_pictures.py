@@ -30,7 +30,7 @@ def test_both_customers_get_the_right_answer(llm: KVShare, number: int) -> None:
     session = Session()
 
     async def ask(letter: Letter) -> Turn:
-        return [turn async for turn in session.ask(llm, letter, "on")][-1]
+        return [turn async for turn in session.ask(llm, letter, "similar")][-1]
 
     for name, order in CUSTOMERS:
         turn = asyncio.run(ask(Letter(name, order, example.question, photo)))

@@ -71,9 +71,9 @@ class Page:
         return asyncio.run(collect())
 
 
-def ask(session: Session, llm: KVShare, letter: Letter, sharing: Any = "on") -> list[Turn]:
+def ask(session: Session, llm: KVShare, letter: Letter, reuse: Any = "similar") -> list[Turn]:
     async def collect() -> list[Turn]:
-        return [turn async for turn in session.ask(llm, letter, sharing)]
+        return [turn async for turn in session.ask(llm, letter, reuse)]
 
     return asyncio.run(collect())
 
@@ -101,12 +101,12 @@ def test_the_second_customer_is_answered_from_the_first(llm: KVShare) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sharing", "exact", "reused"), [("off", False, False), ("exact", True, False)]
+    ("reuse", "exact", "reused"), [("off", False, False), ("exact", True, False)]
 )
-def test_the_toggle_decides(llm: KVShare, sharing: str, exact: bool, reused: bool) -> None:
+def test_the_toggle_decides(llm: KVShare, reuse: str, exact: bool, reused: bool) -> None:
     session = Session()
     ask(session, llm, _ANNA)
-    turn = ask(session, llm, _BORIS, sharing)[-1]
+    turn = ask(session, llm, _BORIS, reuse)[-1]
     assert turn.output is not None
     p = turn.output.provenance
     assert (p.exact > 0, p.reused > 0) == (exact, reused)
@@ -123,7 +123,7 @@ def test_both_customers_may_ask_at_once(llm: KVShare) -> None:
 
     async def both() -> None:
         async def one(letter: Letter) -> None:
-            async for _ in session.ask(llm, letter, "on"):
+            async for _ in session.ask(llm, letter, "similar"):
                 pass
 
         await asyncio.gather(one(_ANNA), one(_BORIS))

@@ -122,7 +122,7 @@ _LITERALS = [
     '"format": "wav"}}]}]',
     '[{"role": "user", "content": []}]', '[{"role": "user", "content": null}]',
     '[{"role": "user", "content": "x", "tool_calls": 5}]',
-    '{"sharing": "off", "repair": "\\ud800"}', '{"repair": "recompute:1e400"}', '{"repair": ""}',
+    '{"reuse": "off", "repair": "\\ud800"}', '{"repair": "recompute:1e400"}', '{"repair": ""}',
     '{"max_divergence": 1e400}', '{"max_divergence": -1e400}', '{"max_divergence": NaN}',
     '{"include_usage": 5}', '{"include_usage": "yes"}',
 ]  # fmt: skip

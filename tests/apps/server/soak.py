@@ -31,9 +31,9 @@ class Tally:
 
     Attributes:
         answered: complete answers with their own number.
-        silent: complete answers without their number, that the model gives alone as well: (sharing,
+        silent: complete answers without their number, that the model gives alone as well: (reuse,
             number, answer).
-        changed: the same, where alone the model does repeat the number. With sharing "on" reuse is
+        changed: the same, where alone the model does repeat the number. With "similar", reuse is
             approximate and a small model may drop a digit; with "exact" there must be none.
         mixed: answers that hold another letter's number: (number, answer).
         killed: answers that their client left.
@@ -67,9 +67,9 @@ async def soak(
                 sent.add(order)
                 letter = Letter(draw.choice(_NAMES), order, "What is my order number?")
                 stop_after = draw.randrange(1, 6) if number % _KILLED == 0 else None
-                sharing = "exact" if number % 2 else "on"
+                reuse = "exact" if number % 2 else "similar"
                 try:
-                    text = await _answer(http, letter, sharing, stop_after)
+                    text = await _answer(http, letter, reuse, stop_after)
                 except Exception as error:
                     tally.failed.append(f"{type(error).__name__}: {error}")
                     continue
@@ -82,7 +82,7 @@ async def soak(
                 elif order in numbers:
                     tally.answered += 1
                 else:
-                    unsaid.append((sharing, letter, text))
+                    unsaid.append((reuse, letter, text))
 
         async def watch() -> None:
             process = psutil.Process(pid)
@@ -92,22 +92,22 @@ async def soak(
 
         await asyncio.gather(*(client(i) for i in range(clients)), *([watch()] if pid else []))
         # A small model miscopies digits now and then: what does it say to the same letter alone?
-        for sharing, letter, text in unsaid:
+        for reuse, letter, text in unsaid:
             alone = await _answer(http, letter, "off", None)
             told = tally.changed if letter.order in str(alone) else tally.silent
-            told.append((sharing, letter.order, text))
+            told.append((reuse, letter.order, text))
     return tally
 
 
 async def _answer(
-    http: httpx2.AsyncClient, letter: Letter, sharing: str, stop_after: int | None
+    http: httpx2.AsyncClient, letter: Letter, reuse: str, stop_after: int | None
 ) -> str | None:
     body: dict[str, Any] = {
         "messages": letter.messages(),
         "stream": True,
         "max_tokens": 16,
         "temperature": 0,
-        "kvshare": {"sharing": sharing},
+        "kvshare": {"reuse": reuse},
     }
     text, pieces, finished = "", 0, False
     async with http.stream("POST", "/v1/chat/completions", json=body) as reply:

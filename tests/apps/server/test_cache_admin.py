@@ -51,7 +51,7 @@ def admin(running: Running, method: str, path: str, **options: Any) -> Any:
 def test_stats(running: Running) -> None:
     told = admin(running, "GET", "")
     assert told["donors"]["nodes"] == 3
-    assert told["sharing"] == "global"
+    assert told["scope"] == "global"
 
 
 def test_donors_and_tree(running: Running) -> None:
@@ -159,7 +159,7 @@ def test_the_command_says_what_is_wrong(running: Running, monkeypatch: pytest.Mo
 
 
 def test_without_reuse_there_is_no_cache(serve: Start) -> None:
-    running = serve({"sharing": "off"})
+    running = serve({"reuse": "off"})
     assert running.ask("GET", "/v1/cache/donors", ADMIN).status_code == 404
     assert running.ask("GET", "/v1/cache", ADMIN).status_code == 200
 

@@ -23,7 +23,7 @@ Ask = Callable[[bytes], httpx2.Response]
 
 
 def _server(model: str) -> Iterator[Running]:
-    running = start(lambda: KVShare(model, embedder=None, sharing="off"))
+    running = start(lambda: KVShare(model, embedder=None, reuse="off"))
     running.wait_ready()
     yield running
     running.stop()

@@ -155,7 +155,7 @@ def test_private_pages_without_keys(serve: Start) -> None:
 
 
 def test_one_key_for_all(serve: Start) -> None:
-    running = serve(api_key="the-key", sharing="tenant")
+    running = serve(api_key="the-key", scope="tenant")
     assert "the-key" not in repr(running.service.options)
     assert ADMIN not in repr(running.service.options)
     assert [running.chat("hello", key).status_code for key in (None, "other", "the-key")] == [

@@ -77,7 +77,7 @@ class World:
         self.running: Running = start(
             lambda: KVShare(model, embedder=None, local_media=False),
             keys_file=file,
-            sharing="tenant",
+            scope="tenant",
             admin_key=None,
         )
         self.running.wait_ready()
@@ -129,7 +129,7 @@ class World:
         letter = Letter(SECRETS[DESK], "1", f"Is lamp {step.number} mended?")
 
         async def ask() -> Any:
-            async for turn in self._desk.ask(self.running.llm, letter, "on"):
+            async for turn in self._desk.ask(self.running.llm, letter, "similar"):
                 last = turn
             return last
 

@@ -199,7 +199,7 @@ def limited(serve: Start, tmp_path: Path) -> tuple[Running, str, str]:
     file = tmp_path / "keys"
     key = add_key(file, "shop", limits=Limits(3, None, 40, None))
     free = add_key(file, "free")
-    return serve(keys_file=file, sharing="tenant", admin_key=None), key, free
+    return serve(keys_file=file, scope="tenant", admin_key=None), key, free
 
 
 def test_a_key_beyond_its_limits_is_told_so(limited: tuple[Running, str, str]) -> None:
@@ -228,7 +228,7 @@ def test_streams_and_those_left_give_back_what_they_did_not_use(
 ) -> None:
     file = tmp_path / "keys"
     key = add_key(file, "shop", limits=Limits(None, 10_000, 100, 2))
-    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    running = serve(keys_file=file, scope="tenant", admin_key=None)
 
     def left() -> int:
         reply = running.ask("GET", "/v1/models", key)
@@ -262,7 +262,7 @@ def test_a_stream_that_nobody_reads_is_paid_for(
     monkeypatch.setattr(Generation, "_events", unread)
     file = tmp_path / "keys"
     key = add_key(file, "shop", limits=Limits(output_tokens_per_minute=60))
-    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    running = serve(keys_file=file, scope="tenant", admin_key=None)
 
     def left() -> int:
         reply = running.ask("GET", "/v1/models", key)
@@ -277,7 +277,7 @@ def test_a_stream_that_nobody_reads_is_paid_for(
 def test_a_client_that_leaves_pays_for_its_whole_prompt(serve: Start, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     key = add_key(file, "shop", limits=Limits(prompt_tokens_per_minute=600))
-    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    running = serve(keys_file=file, scope="tenant", admin_key=None)
     dense = [{"role": "user", "content": "\u4e00\u9f98" * 60}]  # more tokens than it has characters
     size = len(running.llm.tokenize(dense))
     assert size > 240
@@ -298,7 +298,7 @@ def test_a_client_that_leaves_pays_for_its_whole_prompt(serve: Start, tmp_path: 
 def test_requests_of_a_key_at_a_time(serve: Start, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     key = add_key(file, "shop", limits=Limits(concurrent_requests=1))
-    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    running = serve(keys_file=file, scope="tenant", admin_key=None)
     begun, end = threading.Event(), threading.Event()
     line = running.service.lines.tokens
     run = line.run
@@ -326,7 +326,7 @@ def test_a_bad_line_locks_nobody_out(
 ) -> None:
     file = tmp_path / "keys"
     key = add_key(file, "shop-a")
-    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    running = serve(keys_file=file, scope="tenant", admin_key=None)
     good = file.read_text()
     file.write_text(good + '{"tenant": "shop-b", "sha256": "typo"}\n')
     with caplog.at_level(logging.ERROR):

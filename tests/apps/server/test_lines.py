@@ -117,7 +117,7 @@ def test_pictures_of_one_tenant_do_not_hold_up_those_of_another(
     file = tmp_path / "keys"
     keys = {tenant: add_key(file, tenant) for tenant in ("crowd", "other")}
     engine = {"model": str(media_folder("qwen2_5_vl")), "media_workers": 0}
-    running = serve(engine, keys_file=file, sharing="tenant", admin_key=None, media_threads=1)
+    running = serve(engine, keys_file=file, scope="tenant", admin_key=None, media_threads=1)
     order: list[str] = []
     go, read = threading.Event(), running.llm.read
 

@@ -15,7 +15,7 @@ _MESSAGES: list[Any] = [
     {"role": "user", "content": "Sodium 141 mmol/L. What is the value?"},
 ]
 _GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 8}
-_ALONE = RequestOptions(sharing="off", store=False)
+_ALONE = RequestOptions(reuse="off", store=False)
 
 
 def offline(llm: KVShare, **params: Any) -> RequestOutput:
@@ -88,12 +88,12 @@ def test_requests_choose_how_they_reuse(shared: Running) -> None:
     shared.llm.flush()
     alone = client.chat.completions.create(
         messages=_MESSAGES,
-        extra_body={**salt, "kvshare": {"sharing": "off", "spans": True}},
+        extra_body={**salt, "kvshare": {"reuse": "off", "spans": True}},
         **_GREEDY,
     )
     assert alone.model_extra is not None
     told = alone.model_extra["kvshare"]
-    assert (told["exact"], told["declined"]) == (0, "sharing_off")
+    assert (told["exact"], told["declined"]) == (0, "reuse_off")
     assert [span["kind"] for span in told["spans"]] == ["recomputed"]
 
 

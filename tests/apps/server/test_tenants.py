@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvshare_mm.apps.server.keys import Caller, KeyRing, add_key, digest
-from kvshare_mm.apps.server.sharing import in_words, scope
+from kvshare_mm.apps.server.scope import in_words, scope
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 
 from .conftest import ADMIN, Running, Start, until
@@ -54,7 +54,7 @@ def timing_classes(running: Running) -> dict[str, float]:
 
 def test_tenants_never_share(serve: Start, ring: tuple[Path, dict[str, str]]) -> None:
     file, keys = ring
-    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    running = serve(keys_file=file, scope="tenant", admin_key=None)
     assert cached(running, keys["a"]) == 0
     assert cached(running, keys["b"]) == 0  # the same prompt, another tenant
     assert timing_classes(running) == {"none": 2, "exact": 0, "similar": 0}
@@ -72,7 +72,7 @@ def test_the_log_says_whose_request_it_was(
 ) -> None:
     caplog.set_level(logging.INFO)
     file, keys = ring
-    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    running = serve(keys_file=file, scope="tenant", admin_key=None)
     assert "tiny is ready after" in caplog.text
     assert running.chat("x", keys["b"]).status_code == 200
     assert running.chat("x").status_code == 401
@@ -89,26 +89,26 @@ def test_a_tenant_cannot_spell_its_way_to_another(
     serve: Start, ring: tuple[Path, dict[str, str]]
 ) -> None:
     file, keys = ring
-    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    running = serve(keys_file=file, scope="tenant", admin_key=None)
     cached(running, keys["a"])
     for salt in ("shop-a", '["tenant", "shop-a", null]', '", "shop-a', "null"):
         assert cached(running, keys["b"], cache_salt=salt) == 0
 
 
 def test_only_equal_salts_share(serve: Start) -> None:
-    running = serve(sharing="salt")
+    running = serve(scope="salt")
     assert cached(running) == 0
     assert cached(running) == 0  # no salt: nobody to share with, not even itself
     assert running.llm.stats()["donors"]["nodes"] == 0
     assert cached(running, cache_salt="x") == 0
     assert cached(running, cache_salt="y") == 0
     assert cached(running, cache_salt="x") > 0
-    assert cached(running, cache_salt="x", kvshare={"sharing": "on"}) > 0
-    assert cached(running, kvshare={"sharing": "on"}) == 0  # what is off stays off
+    assert cached(running, cache_salt="x", kvshare={"reuse": "similar"}) > 0
+    assert cached(running, kvshare={"reuse": "similar"}) == 0  # what is off stays off
 
 
 def test_all_share_but_salts_are_apart(serve: Start) -> None:
-    running = serve(sharing="global")
+    running = serve(scope="global")
     assert cached(running, "some-key") == 0
     assert cached(running, "other-key") > 0
     assert cached(running, cache_salt="x") == 0
@@ -137,7 +137,7 @@ def test_the_words_of_the_start_line() -> None:
 
 def test_wrong_keys_are_401(serve: Start, ring: tuple[Path, dict[str, str]]) -> None:
     file, keys = ring
-    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    running = serve(keys_file=file, scope="tenant", admin_key=None)
     for key in (None, "wrong", keys["a"] + "x", digest(keys["a"])):
         for method, path in (
             ("POST", "/v1/chat/completions"),
@@ -156,7 +156,7 @@ def test_wrong_keys_are_401(serve: Start, ring: tuple[Path, dict[str, str]]) -> 
 
 def test_only_admins_see_the_cache(serve: Start, ring: tuple[Path, dict[str, str]]) -> None:
     file, keys = ring
-    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    running = serve(keys_file=file, scope="tenant", admin_key=None)
     assert running.ask("GET", "/v1/cache", keys["a"]).status_code == 403
     assert running.ask("GET", "/v1/cache", keys["boss"]).status_code == 200
 
@@ -171,7 +171,7 @@ def test_without_a_file_only_the_admin_key_does(serve: Start) -> None:
 
 def test_a_deleted_line_ends_a_key(serve: Start, ring: tuple[Path, dict[str, str]]) -> None:
     file, keys = ring
-    running = serve(keys_file=file, sharing="tenant", admin_key=None)
+    running = serve(keys_file=file, scope="tenant", admin_key=None)
     assert running.ask("GET", "/v1/models", keys["a"]).status_code == 200
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(line for line in lines if digest(keys["a"]) not in line))

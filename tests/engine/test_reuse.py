@@ -13,20 +13,20 @@ from kvshare_mm import KVShare, RequestOptions
 from .asking import _DONOR, _PROMPTS, _TARGET, OpenLLM, check_provenance, outcomes, params
 
 
-def test_sharing_of_one_request(llm: KVShare) -> None:
-    salt = "sharing-option"
-    full = llm.generate(_TARGET, params(4), RequestOptions(sharing="off", cache_salt=salt))
+def test_reuse_of_one_request(llm: KVShare) -> None:
+    salt = "reuse-option"
+    full = llm.generate(_TARGET, params(4), RequestOptions(reuse="off", cache_salt=salt))
     llm.flush()
-    assert full.provenance.declined == "sharing_off"
+    assert full.provenance.declined == "reuse_off"
     first = llm.generate(_DONOR, params(4), RequestOptions(cache_salt=salt))
     llm.flush()
     assert first.provenance.declined == "no_donor"  # what shares nothing is no donor either
     unstored = {"cache_salt": salt, "store": False}
-    off = llm.generate(_TARGET, params(4), RequestOptions(sharing="off", **unstored))
-    exact = llm.generate(_TARGET, params(4), RequestOptions(sharing="exact", **unstored))
-    on = llm.generate(_TARGET, params(4), RequestOptions(sharing="on", **unstored))
+    off = llm.generate(_TARGET, params(4), RequestOptions(reuse="off", **unstored))
+    exact = llm.generate(_TARGET, params(4), RequestOptions(reuse="exact", **unstored))
+    on = llm.generate(_TARGET, params(4), RequestOptions(reuse="similar", **unstored))
     assert (off.provenance.exact, off.provenance.reused) == (0, 0)
-    assert off.provenance.declined == "sharing_off"
+    assert off.provenance.declined == "reuse_off"
     assert exact.provenance.exact > 0
     assert exact.provenance.reused == 0
     assert exact.provenance.declined == "exact_only"
@@ -80,20 +80,20 @@ def test_a_request_that_is_not_stored_is_no_donor(open_llm: OpenLLM) -> None:
     assert llm.generate(_TARGET, params(2)).provenance.declined == "no_donor"
 
 
-def test_sharing_off_for_all(open_llm: OpenLLM) -> None:
-    llm = open_llm(sharing="off")
-    for options in (None, RequestOptions(sharing="on")):
+def test_reuse_off_for_all(open_llm: OpenLLM) -> None:
+    llm = open_llm(reuse="off")
+    for options in (None, RequestOptions(reuse="similar")):
         output = llm.generate(_DONOR, params(2), options)
-        assert output.provenance.declined == "sharing_off"
+        assert output.provenance.declined == "reuse_off"
     assert llm.flush()
     assert "donors" not in llm.stats()
 
 
 def test_exact_for_all_is_not_widened_by_a_request(open_llm: OpenLLM) -> None:
-    llm = open_llm(sharing="exact")
+    llm = open_llm(reuse="exact")
     llm.generate(_DONOR, params(2))
     llm.flush()
-    p = llm.generate(_TARGET, params(2), RequestOptions(sharing="on")).provenance
+    p = llm.generate(_TARGET, params(2), RequestOptions(reuse="similar")).provenance
     assert p.exact > 0
     assert p.reused == 0
 

@@ -10,14 +10,14 @@ import json
 import re
 
 from kvshare_mm.apps.server.keys import Caller
-from kvshare_mm.apps.server.options import SharingMode
+from kvshare_mm.apps.server.options import Scope
 from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.llm import RequestOptions
 
 _SALT = re.compile(r"[^@/\\\0]{1,128}", re.DOTALL)
 
 
-def scope(mode: SharingMode, caller: Caller, salt: str | None) -> RequestOptions:
+def scope(mode: Scope, caller: Caller, salt: str | None) -> RequestOptions:
     """Options of a request that keep it where it belongs.
 
     Args:
@@ -37,11 +37,11 @@ def scope(mode: SharingMode, caller: Caller, salt: str | None) -> RequestOptions
         return RequestOptions(cache_salt=json.dumps(["salt", salt]))
     if mode == "salt":
         # Nobody to share with: nothing is looked up and nothing stored.
-        return RequestOptions(sharing="off", store=False)
+        return RequestOptions(reuse="off", store=False)
     return RequestOptions()
 
 
-def in_words(mode: SharingMode) -> str:
+def in_words(mode: Scope) -> str:
     """What a mode means, for the line at the start."""
     return {
         "tenant": "sharing within each tenant; a cache_salt divides a tenant further",
