@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from kvshare_mm.delta_tree import DeltaTree, Node
 from kvshare_mm.errors import StoreError
+from kvshare_mm.node import Node
+from kvshare_mm.reuse.tree import DeltaTree
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.media import is_media
 

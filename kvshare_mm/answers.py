@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from typing import Protocol
 
-from kvshare_mm.engine.request import RequestSpec, Sink
+from kvshare_mm.native.request import RequestSpec, Sink
 from kvshare_mm.outputs import RequestOutput, StreamChunk
 
 

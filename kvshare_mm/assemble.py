@@ -13,12 +13,6 @@ from typing import Any
 
 from kvshare_mm.chat import TEXT_ONLY, MediaSupport
 from kvshare_mm.config import KVShareConfig
-from kvshare_mm.donors import DonorPool
-from kvshare_mm.editor import KVEditor
-from kvshare_mm.engine.encoder import MediaEncoder
-from kvshare_mm.engine.engine import NativeEngine
-from kvshare_mm.engine.prefill import Prefiller
-from kvshare_mm.engine.runner import ModelRunner, PlainRunner, SlotRunner
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.index.semantic import Opened
 from kvshare_mm.modalities.decode_pool import DecodePool
@@ -27,10 +21,16 @@ from kvshare_mm.modalities.registry import adapters_for
 from kvshare_mm.modalities.seen import SeenMedia, opener
 from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.models.loader import LoadedModel, load_model
+from kvshare_mm.native.encoder import MediaEncoder
+from kvshare_mm.native.engine import NativeEngine
+from kvshare_mm.native.prefill import Prefiller
+from kvshare_mm.native.slots import ModelRunner, PlainRunner, SlotRunner
+from kvshare_mm.reuse.donors import DonorPool
+from kvshare_mm.reuse.editor import KVEditor
+from kvshare_mm.reuse.words import joining_tokens
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.stream import Modality
-from kvshare_mm.words import joining_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kvshare_mm.errors import ConfigError
-from kvshare_mm.plan import PlannerOptions
-from kvshare_mm.repair import MaxDivergence, RepairPolicy, policy_of
+from kvshare_mm.reuse.plan import PlannerOptions
+from kvshare_mm.reuse.repair import MaxDivergence, RepairPolicy, policy_of
 
 Reuse = Literal["similar", "exact", "off"]
 """How a request reuses: KV of similar requests as well, only of identical prefixes, or none."""

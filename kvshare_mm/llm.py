@@ -12,15 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.answers import achunks, answer, answers, chunks
 from kvshare_mm.assemble import Parts, assemble
-from kvshare_mm.cache import CacheAdmin
-from kvshare_mm.catalogue import Found
 from kvshare_mm.chat import Message, Prompt, chat_stream, prompt_stream
 from kvshare_mm.config import KVShareConfig, Reuse
-from kvshare_mm.engine.request import RequestSpec
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 from kvshare_mm.modalities.seen import SeenMedium
+from kvshare_mm.native.request import RequestSpec
 from kvshare_mm.outputs import RequestOutput, StreamChunk
-from kvshare_mm.repair import policy_of
+from kvshare_mm.reuse.admin import CacheAdmin
+from kvshare_mm.reuse.catalogue import Found
+from kvshare_mm.reuse.repair import policy_of
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import Modality, SegmentStream

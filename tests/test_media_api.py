@@ -20,8 +20,8 @@ from kvshare_mm import (
     RequestOutput,
     SamplingParams,
 )
-from kvshare_mm.cache import CacheAdmin
 from kvshare_mm.models.support import Support
+from kvshare_mm.reuse.admin import CacheAdmin
 from kvshare_mm.store.media import media_ids
 
 from .media_oracle import Oracle

@@ -1,6 +1,6 @@
 """`kvshare bench calibrate`: what divergence does a plan's residual risk stand for?
 
-Fits the bound of `kvshare_mm.divergence` to one part of the pairs and checks it on the other.
+Fits the bound of `kvshare_mm.reuse.divergence` to one part of the pairs and checks it on the other.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from kvshare_mm.apps.bench.measured import measured_pairs
 from kvshare_mm.apps.bench.methods import METHODS, Method
 from kvshare_mm.apps.bench.prompts import is_fitted_to
 from kvshare_mm.apps.bench.rig import Rig
-from kvshare_mm.divergence import BOUND_POWER, BOUND_SCALE, divergence_bound
 from kvshare_mm.errors import ConfigError
+from kvshare_mm.reuse.divergence import BOUND_POWER, BOUND_SCALE, divergence_bound
 
 # What must be computed, and the least that can be.
 _MOST, _LEAST = METHODS["prefix"], METHODS["placeholders"]

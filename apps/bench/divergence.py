@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvshare_mm.apps.bench.rig import Served
-from kvshare_mm.plan import ReusePlan
+from kvshare_mm.reuse.plan import ReusePlan
 
 
 def kl_divergence(full: torch.Tensor, other: torch.Tensor) -> float:

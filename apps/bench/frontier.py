@@ -11,7 +11,7 @@ from kvshare_mm.apps.bench.journal import Journal
 from kvshare_mm.apps.bench.measured import Asked, measured_pairs
 from kvshare_mm.apps.bench.methods import FULL, Method
 from kvshare_mm.apps.bench.rig import Rig
-from kvshare_mm.divergence import residual_risk
+from kvshare_mm.reuse.divergence import residual_risk
 
 
 def run(

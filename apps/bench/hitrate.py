@@ -20,7 +20,7 @@ from kvshare_mm.apps.bench.prompts import prompt
 from kvshare_mm.apps.bench.similar import nearest_before
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.models.loader import load_tokenizer
-from kvshare_mm.plan import ReusePlan
+from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.stream import SegmentStream
 
 Span = tuple[int, int]

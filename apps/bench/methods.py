@@ -9,7 +9,7 @@ from typing import Protocol
 from kvshare_mm.apps.bench import gptcache
 from kvshare_mm.config import Reuse
 from kvshare_mm.errors import ConfigError
-from kvshare_mm.repair import RepairPolicy, make_policy
+from kvshare_mm.reuse.repair import RepairPolicy, make_policy
 
 _POLICY = "repair="
 
@@ -22,8 +22,8 @@ class Method:
         name: what it is called on the command line and in reports.
         about: one line, with its source.
         reuse: what may be reused.
-        repair: which kept positions are recomputed, as `kvshare_mm.repair.make_policy` takes it;
-            None is the project's default.
+        repair: which kept positions are recomputed, as `make_policy` takes it; None
+            is the project's default.
         budgets: the same for a few budgets from cheap to dear: its points on the frontier.
             Empty: the method has one point.
     """

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from kvshare_mm.apps.bench.methods import METHODS
 from kvshare_mm.apps.bench.rig import Rig
-from kvshare_mm.plan import ReusePlan
+from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.stream import text_stream
 
 _DONOR_TOKENS = 32

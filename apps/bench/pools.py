@@ -12,11 +12,11 @@ import torch
 from kvshare_mm.apps.bench.methods import METHODS, Method
 from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.config import KVShareConfig
-from kvshare_mm.donors import DonorPool
-from kvshare_mm.editor import KVEditor
 from kvshare_mm.errors import ConfigError
-from kvshare_mm.plan import PlannerOptions, ReusePlan
-from kvshare_mm.repair import RepairPolicy, make_policy
+from kvshare_mm.reuse.donors import DonorPool
+from kvshare_mm.reuse.editor import KVEditor
+from kvshare_mm.reuse.plan import PlannerOptions, ReusePlan
+from kvshare_mm.reuse.repair import RepairPolicy, make_policy
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.stream import SegmentStream
 

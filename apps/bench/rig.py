@@ -13,9 +13,9 @@ from kvshare_mm.apps.bench.methods import FULL, Method
 from kvshare_mm.apps.bench.work import LayerCounter
 from kvshare_mm.assemble import assemble
 from kvshare_mm.config import KVShareConfig
-from kvshare_mm.engine.prefill import PrefillResult
-from kvshare_mm.engine.runner import SlotRunner
 from kvshare_mm.errors import InvalidRequestError, ModelLoadError
+from kvshare_mm.native.prefill import PrefillResult
+from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.stream import SegmentStream
 

@@ -19,8 +19,8 @@ from typing import Any
 from kvshare_mm.answers import answers
 from kvshare_mm.apps.bench.prompts import prompt
 from kvshare_mm.config import KVShareConfig
-from kvshare_mm.engine.request import RequestSpec
 from kvshare_mm.models.loader import load_tokenizer
+from kvshare_mm.native.request import RequestSpec
 from kvshare_mm.outputs import RequestOutput
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.sampling import SamplingParams

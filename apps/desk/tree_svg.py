@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvshare_mm.cache import DonorInfo
+from kvshare_mm.reuse.admin import DonorInfo
 
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y = 148, 44, 16, 30
 

@@ -14,7 +14,7 @@ from kvshare_mm.apps.desk.limits import DeskLimits
 from kvshare_mm.apps.desk.uploads import Uploads
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.keys import Caller, digest
-from kvshare_mm.engine.fair_queue import has_room
+from kvshare_mm.native.fair_queue import has_room
 
 _SWEEP_S = 1.0
 

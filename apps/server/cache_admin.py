@@ -16,7 +16,7 @@ from kvshare_mm.apps.server.keys import Caller
 from kvshare_mm.apps.server.schema import ClearBody, LookupBody, PinBody
 from kvshare_mm.apps.server.scope import scope
 from kvshare_mm.apps.server.service import Service
-from kvshare_mm.cache import DonorInfo
+from kvshare_mm.reuse.admin import DonorInfo
 
 
 def router(service: Service) -> APIRouter:

@@ -15,9 +15,9 @@ from typing import Any
 
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.options import ServerOptions
-from kvshare_mm.engine.fair_queue import FairQueue
 from kvshare_mm.errors import EngineClosedError, QueueFullError
 from kvshare_mm.modalities.decoding import Asker, asker
+from kvshare_mm.native.fair_queue import FairQueue
 
 _LONGEST_RETRY_S = 60.0
 _STARTED = 1  # what a tenant is charged when a job starts, before it is known how long it takes

@@ -22,11 +22,11 @@ from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.pace import Pace
 from kvshare_mm.apps.server.schema import ChatMessage
 from kvshare_mm.apps.server.tracing import Tracer
-from kvshare_mm.cache import CacheAdmin
 from kvshare_mm.llm import KVShare
 from kvshare_mm.metrics import EngineMetrics
 from kvshare_mm.modalities.fetch import MediaFetcher
 from kvshare_mm.outputs import RequestOutput
+from kvshare_mm.reuse.admin import CacheAdmin
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from kvshare_mm.kernels.backend import BackendError, resolve
 from kvshare_mm.models.family import Family, load_family
 from kvshare_mm.models.gguf import EMBEDDED, converted, embedded_gguf
 from kvshare_mm.models.support import KVShape, check_support
-from kvshare_mm.rotary import RotarySpec
+from kvshare_mm.reuse.rotary import RotarySpec
 
 logger = logging.getLogger(__name__)
 

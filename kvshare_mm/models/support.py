@@ -16,7 +16,7 @@ import torch
 
 from kvshare_mm.attention import ATTENTION_NAME, SlotCache
 from kvshare_mm.kernels.ragged import RaggedQueries
-from kvshare_mm.rotary import SUPPORTED_ROPE_TYPES, RotarySpec, rerotate
+from kvshare_mm.reuse.rotary import SUPPORTED_ROPE_TYPES, RotarySpec, rerotate
 
 _PROBE_TOKENS = 12
 _PROBE_SHIFT = 37

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from kvshare_mm.delta_tree import Node
+from kvshare_mm.node import Node
 
 # Why a finished request did not become a donor.
 NotSaved = Literal["failed", "too_large"]

@@ -14,14 +14,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvshare_mm.catalogue import Catalogue, Found
-from kvshare_mm.delta_tree import Node
 from kvshare_mm.identity import text_identity
 from kvshare_mm.index.base import IndexRecord
 from kvshare_mm.index.semantic import SemanticIndex
-from kvshare_mm.plan import Decline, PlannerOptions, ReusePlan
-from kvshare_mm.repair import RepairPolicy
+from kvshare_mm.node import Node
+from kvshare_mm.reuse.catalogue import Catalogue, Found
 from kvshare_mm.reuse.orders import Report
+from kvshare_mm.reuse.plan import Decline, PlannerOptions, ReusePlan
+from kvshare_mm.reuse.repair import RepairPolicy
 from kvshare_mm.stream import Segment, SegmentStream
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kvshare_mm.delta_tree import Node, Piece
-from kvshare_mm.editor import KVEditor
 from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.node import Node, Piece
+from kvshare_mm.reuse.editor import KVEditor
 from kvshare_mm.reuse.orders import Report
 from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.tiered import TieredStore

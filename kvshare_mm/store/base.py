@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvshare_mm.delta_tree import Node
 from kvshare_mm.errors import NotFiniteError
+from kvshare_mm.node import Node
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 import xxhash
 
-from kvshare_mm.delta_tree import Node, Piece, Span
 from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.node import Node, Piece, Span
 from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.stream import Modality, Segment
 

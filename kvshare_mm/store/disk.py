@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kvshare_mm.delta_tree import Node
 from kvshare_mm.errors import KVUnavailableError, NotFiniteError, StoreError
+from kvshare_mm.node import Node
 from kvshare_mm.store.base import NodeKV, StoredNode, check_finite
 from kvshare_mm.store.codec import TEMP_SUFFIX, read_node, read_record, write_node
 from kvshare_mm.store.eviction import EvictionLedger

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import torch
 
-from kvshare_mm.delta_tree import Node, Span
 from kvshare_mm.identity import text_identity
+from kvshare_mm.node import Node, Span
 from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.stream import MediaItem, Segment

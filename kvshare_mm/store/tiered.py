@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from kvshare_mm.delta_tree import Node
 from kvshare_mm.errors import KVUnavailableError, NotFiniteError
+from kvshare_mm.node import Node
 from kvshare_mm.store.base import NodeKV, StoredNode, check_finite
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier, ram_bytes

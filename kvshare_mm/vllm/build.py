@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from kvshare_mm.editor import KVEditor
 from kvshare_mm.index.semantic import SemanticIndex
+from kvshare_mm.reuse.editor import KVEditor
+from kvshare_mm.reuse.words import joining_tokens
 from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
@@ -23,7 +24,6 @@ from kvshare_mm.vllm.pages import PageLayout
 from kvshare_mm.vllm.rotation import rotary_spec
 from kvshare_mm.vllm.runner import Runner
 from kvshare_mm.vllm.scheduler import Scheduler
-from kvshare_mm.words import joining_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kvshare_mm.attention import TailAttention
-from kvshare_mm.delta_tree import Span
+from kvshare_mm.node import Span
 
 
 class PartialForward:

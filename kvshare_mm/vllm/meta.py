@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from kvshare_mm.delta_tree import Node, Piece, Span
+from kvshare_mm.node import Node, Piece, Span
 from kvshare_mm.reuse.orders import Report
 
 

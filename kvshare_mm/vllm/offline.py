@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.chat import TEXT_ONLY, MediaSupport
 from kvshare_mm.config import KVShareConfig
-from kvshare_mm.engine.request import RequestSpec, Sink
 from kvshare_mm.errors import ConfigError, EngineClosedError, InvalidRequestError, ModelLoadError
 from kvshare_mm.models.loader import load_tokenizer
+from kvshare_mm.native.request import RequestSpec, Sink
 from kvshare_mm.outputs import (
     FinishReason,
     Provenance,

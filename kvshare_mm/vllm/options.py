@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kvshare_mm.config import KVShareConfig, Reuse, refuse_old_words
 from kvshare_mm.errors import ConfigError, InvalidRequestError
-from kvshare_mm.repair import RepairPolicy, TopDeviation, Union, policy_of
+from kvshare_mm.reuse.repair import RepairPolicy, TopDeviation, Union, policy_of
 
 # What `KVShareConfig` says about reuse and storage; the rest is vLLM's own business.
 SHARED_OPTIONS = frozenset(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kvshare_mm.rotary import RotarySpec, rerotate
+from kvshare_mm.reuse.rotary import RotarySpec, rerotate
 
 _PROBE_TOKENS = 12
 _PROBE_SHIFT = 37

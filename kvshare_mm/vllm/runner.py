@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvshare_mm.delta_tree import Span
 from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.node import Span
 from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.vllm.forward import PartialForward
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport

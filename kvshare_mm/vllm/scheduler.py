@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from kvshare_mm.catalogue import Found
-from kvshare_mm.delta_tree import spans_of
 from kvshare_mm.errors import InvalidRequestError, KVUnavailableError
+from kvshare_mm.node import spans_of
 from kvshare_mm.outputs import Provenance, count_use
-from kvshare_mm.plan import Decline, ReusePlan
-from kvshare_mm.repair import RepairPolicy, repaired_plan
+from kvshare_mm.reuse.catalogue import Found
+from kvshare_mm.reuse.plan import Decline, ReusePlan
+from kvshare_mm.reuse.repair import RepairPolicy, repaired_plan
 from kvshare_mm.reuse.scheduler import ReuseScheduler, namespace
 from kvshare_mm.stream import MEDIA_BIT, SegmentStream
 from kvshare_mm.vllm import compat

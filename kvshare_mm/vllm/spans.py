@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvshare_mm.delta_tree import Piece
-from kvshare_mm.plan import ReusePlan
+from kvshare_mm.node import Piece
+from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.stream import Segment
 
 

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 )
 
 from kvshare_mm import ModelOutputError, RequestOptions, SamplingParams
-from kvshare_mm.divergence import divergence_bound, residual_risk
+from kvshare_mm.reuse.divergence import divergence_bound, residual_risk
 
 from .watched import Watched
 

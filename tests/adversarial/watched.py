@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
-from kvshare_mm.delta_tree import Node
-from kvshare_mm.engine.inputs import MediaInputs
-from kvshare_mm.engine.prefill import PrefillResult
-from kvshare_mm.engine.runner import SlotRunner
 from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.native.inputs import MediaInputs
+from kvshare_mm.native.prefill import PrefillResult
+from kvshare_mm.native.slots import SlotRunner
+from kvshare_mm.node import Node
 from kvshare_mm.stream import SegmentStream
 
 ATOL = 1e-4

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from kvshare_mm import KVShare, ModelOutputError, RequestOptions, SamplingParams
-from kvshare_mm.engine.runner import SlotRunner
+from kvshare_mm.native.slots import SlotRunner
 
 from .prompts import events
 

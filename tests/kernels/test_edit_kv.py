@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvshare_mm.kernels.dispatch import edit_kv
 from kvshare_mm.kernels.edits import KVEdit, rotation_table
 from kvshare_mm.kernels.reference import edit_kv_reference
-from kvshare_mm.rotary import RotarySpec, rerotate
+from kvshare_mm.reuse.rotary import RotarySpec, rerotate
 
 from .conftest import DEVICE
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen2_5OmniConfig
 
-from kvshare_mm.engine.encoder import MediaEncoder
-from kvshare_mm.engine.inputs import MediaInputs
-from kvshare_mm.engine.runner import PlainRunner, SlotRunner
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.models.loader import load_model
+from kvshare_mm.native.encoder import MediaEncoder
+from kvshare_mm.native.inputs import MediaInputs
+from kvshare_mm.native.slots import PlainRunner, SlotRunner
 from kvshare_mm.stream import Modality, SegmentStream
 
 from ..media_models import FAMILIES, HEARS, SEES

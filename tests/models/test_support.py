@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from kvshare_mm.attention import ATTENTION_NAME
-from kvshare_mm.engine.runner import PlainRunner, SlotRunner
 from kvshare_mm.kernels.ragged import RaggedQueries
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.models.support import KVShape, check_support
-from kvshare_mm.rotary import rerotate
+from kvshare_mm.native.slots import PlainRunner, SlotRunner
+from kvshare_mm.reuse.rotary import rerotate
 
 ATOL = 1e-4
 MAX_LEN = 64

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvshare_mm.delta_tree import Node, Piece, Span
+from kvshare_mm.node import Node, Piece, Span
 from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier

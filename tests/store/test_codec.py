@@ -18,8 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm.delta_tree import Node, Piece, Span
 from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.node import Node, Piece, Span
 from kvshare_mm.store import codec
 from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.codec import read_node, read_record, write_node

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvshare_mm.delta_tree import Node
 from kvshare_mm.errors import KVUnavailableError, StoreError
+from kvshare_mm.node import Node
 from kvshare_mm.store.base import StoredNode
 from kvshare_mm.store.codec import TEMP_SUFFIX
 from kvshare_mm.store.disk import NODE_SUFFIX, DiskTier

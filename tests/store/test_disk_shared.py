@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvshare_mm.delta_tree import Node, Span
 from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.node import Node, Span
 from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.codec import TEMP_SUFFIX
 from kvshare_mm.store.disk import DiskTier

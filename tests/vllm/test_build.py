@@ -41,6 +41,6 @@ def test_donors_are_moved_by_what_fits_the_gpu(monkeypatch: pytest.MonkeyPatch) 
         asked.append((backend, device.type))
         return "triton"
 
-    monkeypatch.setattr("kvshare_mm.editor.resolve", resolve)
+    monkeypatch.setattr("kvshare_mm.reuse.editor.resolve", resolve)
     worker.load([], "", *torch.zeros(2, 1, 1, 16, 16), None)
     assert asked == [("auto", "cpu")]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvshare_mm.errors import ConfigError, InvalidRequestError
-from kvshare_mm.repair import MaxDivergence
+from kvshare_mm.reuse.repair import MaxDivergence
 from kvshare_mm.vllm import kv_transfer_config
 from kvshare_mm.vllm.options import ConnectorOptions, RequestKnobs
 

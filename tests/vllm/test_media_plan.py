@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.plan import KeptRun, ReusePlan
+from kvshare_mm.reuse.plan import KeptRun, ReusePlan
 from kvshare_mm.stream import Modality, Segment
 from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.spans import cut, kept_in_the_end, loadable_end

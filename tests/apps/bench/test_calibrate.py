@@ -12,7 +12,7 @@ from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench.calibrate import fitted, run
 from kvshare_mm.apps.bench.prompts import is_fitted_to
 from kvshare_mm.apps.bench.rig import Rig
-from kvshare_mm.divergence import divergence_bound
+from kvshare_mm.reuse.divergence import divergence_bound
 
 
 def _points(residual: np.ndarray, kl: np.ndarray) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from kvshare_mm.apps.bench.divergence import (
     kv_deviation,
     mean_deviation,
 )
-from kvshare_mm.plan import KeptRun, ReusePlan
+from kvshare_mm.reuse.plan import KeptRun, ReusePlan
 
 
 def slow_kl(full: list[float], other: list[float]) -> float:

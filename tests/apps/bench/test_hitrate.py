@@ -13,8 +13,8 @@ from kvshare_mm.apps.bench.hitrate import run, template_length, user_span
 from kvshare_mm.apps.bench.methods import METHODS
 from kvshare_mm.apps.bench.pools import PlannedPool, ServedPool
 from kvshare_mm.apps.bench.rig import Rig
-from kvshare_mm.plan import PlannerOptions
-from kvshare_mm.repair import make_policy
+from kvshare_mm.reuse.plan import PlannerOptions
+from kvshare_mm.reuse.repair import make_policy
 from kvshare_mm.stream import SegmentStream, text_stream
 
 _OPTIONS = PlannerOptions()

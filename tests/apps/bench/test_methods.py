@@ -11,7 +11,7 @@ import pytest
 from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench.gptcache import GPTCacheStore, counts_as_hit
 from kvshare_mm.apps.bench.methods import ANSWER_METHODS, METHODS, Method, pick, pick_any
-from kvshare_mm.repair import make_policy
+from kvshare_mm.reuse.repair import make_policy
 
 needs_gptcache = pytest.mark.skipif(
     not all(importlib.util.find_spec(m) for m in ("gptcache", "sqlalchemy", "faiss")),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvshare_mm import KVShare, SamplingParams
 from kvshare_mm.apps.desk import tree_svg, views
 from kvshare_mm.apps.desk.session import Turn
-from kvshare_mm.cache import DonorInfo
+from kvshare_mm.reuse.admin import DonorInfo
 
 _EVIL = "<script>alert('x')</script>"
 

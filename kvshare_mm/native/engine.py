@@ -1,0 +1,420 @@
+"""The engine's loop: one prefill at a time, decode batched over all active requests.
+
+One thread runs the model. A second one captures finished requests as donors; their slots are free
+again once that is done. A request that is submitted after an answer was returned finds
+it as a donor: it waits for the capture, those of other namespaces and those that run do not.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import torch
+
+from kvshare_mm.errors import (
+    EngineClosedError,
+    InvalidRequestError,
+    ModelOutputError,
+    QueueFullError,
+)
+from kvshare_mm.modalities.one_core import start_on_one_core
+from kvshare_mm.models.loader import LoadedModel
+from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN, FairQueue
+from kvshare_mm.native.prefill import Prefiller, PrefillResult, provenance
+from kvshare_mm.native.request import Request, RequestSpec, Sink
+from kvshare_mm.native.slots import ModelRunner, SlotRunner
+from kvshare_mm.outputs import FinishReason, count_use
+from kvshare_mm.reuse.donors import DonorPool
+
+logger = logging.getLogger(__name__)
+
+# Longest that a request waits for a donor that is being captured before it does without, seconds.
+_MAX_HOLD_S = 0.5
+# So many requests have to fail one after the other, the model too when it is tried alone, before
+# the engine calls itself unhealthy.
+_MAX_FAILURES = 3
+
+
+class NativeEngine:
+    """Serves one model.
+
+    Args:
+        loaded: the model.
+        runner: its forward passes.
+        prefiller: fills slots.
+        donors: takes up finished requests; None: nothing is stored.
+        max_model_len: longest prompt plus answer.
+        max_queue: requests that may wait, see `FairQueue`.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        runner: ModelRunner,
+        prefiller: Prefiller,
+        donors: DonorPool | None,
+        max_model_len: int,
+        max_queue: int,
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self._loaded = loaded
+        self._runner = runner
+        self._prefiller = prefiller
+        self._donors = donors
+        self._max_model_len = max_model_len
+        self._changed = threading.Condition()
+        self._waiting: FairQueue[Request] = FairQueue(max_queue)
+        self._free = list(range(runner.num_slots))
+        self._active: list[Request] = []
+        self._known: dict[str, Request] = {}
+        self._closing = False
+        self._captures: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        # Captures are numbered as they are ordered and done in that order. The last of each
+        # namespace that may not be done yet:
+        self._ordered = self._captured = 0
+        self._last_capture: dict[str, int] = {}
+        self._failures = 0
+        self._lookups: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
+        self._capturer = threading.Thread(target=self._capture, name="kvshare-capture", daemon=True)
+        self._thread.start()
+        self._capturer.start()
+        self._searcher = start_on_one_core(self._search, "kvshare-search")
+
+    # -- called from any thread -------------------------------------------------------------
+
+    def check(self, spec: RequestSpec) -> None:
+        """Raises InvalidRequestError: empty prompt, or one longer than the context."""
+        n = len(spec.stream)
+        if n == 0:
+            raise InvalidRequestError("the prompt is empty", "prompt")
+        if n >= self._max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {n} tokens and the context holds {self._max_model_len}, "
+                "answer included; shorten it or raise max_model_len",
+                "prompt",
+            )
+
+    def submit(self, spec: RequestSpec, sink: Sink) -> str:
+        """Queue a request; chunks and at last its output, or an error, go to `sink`.
+
+        Raises:
+            InvalidRequestError: empty prompt, or one longer than the context.
+            QueueFullError: too many requests are waiting.
+            EngineClosedError: the engine was closed or has died.
+        """
+        self.check(spec)
+        request = Request(spec, sink)
+        with self._changed:
+            if self._closing or not self._thread.is_alive():
+                raise EngineClosedError("the engine is closed")
+            if spec.reuse != "off":
+                request.after = self._last_capture.get(spec.namespace, 0)
+            must_wait = bool(self._waiting) or not self._free
+            try:
+                self._waiting.add(spec.tenant, request)
+            except QueueFullError:
+                self.counters["queue_full"] += 1
+                raise
+            self._known[request.request_id] = request
+            self._changed.notify_all()
+        if must_wait and spec.reuse == "similar":
+            self._lookups.put(request)
+        return request.request_id
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at its next token; an unknown or finished one is not an error."""
+        with self._changed:
+            request = self._known.get(request_id)
+            if request is not None:
+                request.cancelled = True
+                self._changed.notify_all()
+
+    def wait_captured(self, timeout_s: float | None = None) -> bool:
+        """Wait until every finished request has become a donor; False if time ran out."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._captured == self._ordered, timeout_s)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus answer, in tokens."""
+        return self._max_model_len
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests can be expected to be answered."""
+        return not self._closing and self._failures < _MAX_FAILURES
+
+    @property
+    def stuck_s(self) -> float:
+        """Seconds for which requests have been there and no layer of the model was computed."""
+        oldest = min((r.submitted for r in [*self._known.values()]), default=None)
+        if oldest is None:
+            return 0.0
+        return time.perf_counter() - max(oldest, self._runner.moved_s)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._active)
+
+    def close(self) -> None:
+        """Abort what is in flight, capture what is finished, stop the threads."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._captures.put(None)
+        self._lookups.put(None)
+        self._capturer.join()
+        self._searcher.join()
+
+    # -- the engine's thread ----------------------------------------------------------------
+
+    def _run(self) -> None:
+        error: Exception = EngineClosedError("the engine was closed")
+        try:
+            while self._step():
+                pass
+        except Exception as failure:
+            logger.exception("the engine died")
+            error = EngineClosedError(f"the engine died: {failure}")
+        with self._changed:
+            self._closing = True
+            left = list(self._known.values())  # one that was about to start is in no other list
+            self._active.clear()
+            self._waiting.clear()
+            self._known.clear()
+        for request in left:
+            request.emit(error)
+
+    def _step(self) -> bool:
+        """One prefill and one decode step; waits if there is nothing to do."""
+        with self._changed:
+            while not (self._closing or self._active or self._next() or self._gone()):
+                held = self._waiting and self._free
+                self._changed.wait(_MAX_HOLD_S if held else None)
+            if self._closing:
+                return False
+            gone = self._gone()
+            for dropped in gone:
+                self._waiting.remove(dropped.spec.tenant, dropped)
+            request = self._next()
+            if request is not None:
+                self._waiting.remove(request.spec.tenant, request)
+                slot = self._free.pop()
+        for dropped in gone:
+            self._finish(dropped, "abort")
+        if request is not None:
+            self._start(request, slot)
+        if self._active:
+            self._decode()
+        return True
+
+    def _next(self) -> Request | None:
+        """The request that starts next, if one can. Lock held."""
+        if not self._free:
+            return None
+        latest = time.perf_counter() - _MAX_HOLD_S
+        return self._waiting.next(lambda r: r.after <= self._captured or r.submitted <= latest)
+
+    def _gone(self) -> list[Request]:
+        """Waiting requests that nobody waits for any more. Lock held."""
+        return [r for r in self._waiting if r.cancelled]
+
+    def _start(self, request: Request, slot: int) -> None:
+        spec = request.spec
+        try:
+            request.begin(slot, self._loaded.tokenizer, self._loaded.device)
+            request.prefill = self._prefiller.prefill(
+                slot,
+                spec.stream,
+                spec.namespace,
+                reuse=spec.reuse,
+                policy=spec.policy,
+                similar=request.similar,
+                store=spec.store,
+            )
+        except Exception as failure:
+            self._fail(request, failure)
+            return
+        self._count(request.prefill)
+        self._charge(request, PROMPT_TOKEN * request.prefill.plan.num_computed)
+        self._active.append(request)
+        self._accept(request, request.prefill.logits)
+
+    def _decode(self) -> None:
+        for request in [r for r in self._active if r.cancelled]:
+            self._finish(request, "abort")
+        if not self._active:
+            return
+        batch = list(self._active)
+        try:
+            rows = list(self._decoded(batch))
+        except Exception as failure:
+            logger.warning("decoding %d requests failed; one by one now: %s", len(batch), failure)
+            self._decode_alone(batch)
+            return
+        for request, row in zip(batch, rows, strict=True):
+            self._accept(request, row)
+
+    def _decode_alone(self, batch: list[Request]) -> None:
+        """The step of a batch that failed, request by request: the culprit fails alone."""
+        if self._loaded.device.type == "cuda":
+            torch.cuda.empty_cache()  # what failed may have been short of memory
+        for request in batch:
+            try:
+                row = self._decoded([request])[0]
+            except Exception as failure:
+                self._active.remove(request)
+                self._fail(request, failure)
+            else:
+                self._accept(request, row)
+
+    def _decoded(self, batch: list[Request]) -> torch.Tensor:
+        """``[len(batch), vocab_size]`` logits of the next token. A step can be repeated: it writes
+        the same KV to the same places."""
+        return self._runner.decode(
+            [r.slot for r in batch],
+            [r.token_ids[-1] for r in batch],
+            [r.num_cached for r in batch],
+            [r.prefill.lead if r.prefill else 0 for r in batch],
+        )
+
+    def _charge(self, request: Request, amount: int) -> None:
+        with self._changed:
+            self._waiting.charge(request.spec.tenant, amount)
+
+    def _accept(self, request: Request, logits: torch.Tensor) -> None:
+        self._charge(request, ANSWER_TOKEN)
+        left = self._max_model_len - len(request.spec.stream)
+        try:
+            reason = request.accept(logits, self._loaded.eos_token_ids, left)
+        except Exception as failure:  # logits that are no numbers: there is nothing to draw from
+            self._active.remove(request)
+            self._fail(request, failure)
+            return
+        if reason is not None:
+            self._finish(request, reason)
+
+    def _fail(self, request: Request, failure: Exception) -> None:
+        """One request that the model cannot take must not end the others."""
+        logger.error("request %s failed", request.request_id, exc_info=failure)
+        self.counters["failed"] += 1
+        if request.slot >= 0 and not isinstance(failure, ModelOutputError):
+            self._failures = 0 if self._works(request.slot) else self._failures + 1
+        self._release(request)
+        request.emit(failure)
+
+    def _works(self, slot: int) -> bool:
+        """Whether the model still answers anybody: one token's prefill and decode, in a slot whose
+        request is over."""
+        try:
+            self._runner.release(slot)
+            self._runner.prefill(slot, np.zeros(1, np.int64), np.zeros(1, np.int64))
+            self._runner.decode([slot], [0], [1])
+        except Exception as failure:
+            logger.error("the model does not answer: %s", failure)
+            return False
+        return True
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request in self._active:
+            self._active.remove(request)
+        if reason != "abort":
+            self._failures = 0
+        self.counters[f"finished_{reason}"] += 1
+        self.counters["generation_tokens"] += len(request.token_ids)
+        wanted = self._donors is not None and request.spec.store and request.prefill is not None
+        if wanted and request.spec.reuse != "off" and isinstance(self._runner, SlotRunner):
+            with self._changed:
+                # Before the caller hears of the end: a flush must wait for it, and what the caller
+                # asks next.
+                self._ordered += 1
+                self._last_capture[request.spec.namespace] = self._ordered
+            self._captures.put(request)
+            self._tell(request, reason)
+            with self._changed:
+                self._known.pop(request.request_id, None)
+        else:
+            self._tell(request, reason)
+            self._release(request)
+
+    def _tell(self, request: Request, reason: FinishReason) -> None:
+        """Hand a request its output, or what became of it: it must not wait for ever."""
+        try:
+            request.finish(reason)
+        except Exception as failure:
+            logger.exception("the output of %s could not be made", request.request_id)
+            request.emit(failure)
+
+    def _release(self, request: Request) -> None:
+        if request.slot >= 0:
+            self._runner.release(request.slot)
+        with self._changed:
+            self._known.pop(request.request_id, None)
+            if request.slot >= 0:
+                self._free.append(request.slot)
+            self._changed.notify_all()
+
+    def _count(self, prefill: PrefillResult) -> None:
+        count_use(self.counters, provenance(prefill))
+        self.counters["prompt_tokens"] += prefill.plan.num_tokens
+
+    # -- the search thread ------------------------------------------------------------------
+
+    def _search(self) -> None:
+        """Look for donors by meaning, for requests that wait anyway."""
+        while (request := self._lookups.get()) is not None:
+            waits = request.slot < 0 and not request.cancelled
+            # Identical beginnings are found by key; meaning adds nothing to them.
+            if waits and request.spec.reuse == "similar" and self._donors is not None:
+                request.similar = self._donors.reuse.similar(
+                    request.spec.text, request.spec.namespace
+                )
+
+    # -- the capture thread -----------------------------------------------------------------
+
+    def _capture(self) -> None:
+        while (request := self._captures.get()) is not None:
+            start = time.perf_counter()
+            try:
+                self._capture_one(request)
+            except Exception:
+                self.counters["capture_failed"] += 1
+                logger.exception("could not take up %s as a donor", request.request_id)
+            finally:
+                self.counters["capture_us"] += int(1e6 * (time.perf_counter() - start))
+                self._release(request)
+                with self._changed:
+                    self._captured += 1
+                    if self._last_capture.get(request.spec.namespace) == self._captured:
+                        del self._last_capture[request.spec.namespace]
+                    self._changed.notify_all()
+
+    def _capture_one(self, request: Request) -> None:
+        assert self._donors is not None and request.prefill is not None
+        assert isinstance(self._runner, SlotRunner)
+        stream = request.spec.stream
+        answer = np.array(request.token_ids[:-1], dtype=np.uint64)
+        keys, values = self._runner.slot_kv(request.slot)
+        with torch.inference_mode():
+            self._donors.capture(
+                np.concatenate((stream.keys, answer)),
+                request.spec.namespace,
+                request.prefill.plan,
+                keys,
+                values,
+                request.spec.text,
+                request.prefill.attention,
+                stream.positions_to(len(stream) + len(answer)),
+                stream.media,
+            )

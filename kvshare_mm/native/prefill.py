@@ -1,0 +1,310 @@
+"""Prefill with reuse: plan, edit, repair, compute. One call a request, used by engine and bench."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from kvshare_mm.attention import TailAttention
+from kvshare_mm.config import Reuse
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.native.encoder import MediaEncoder
+from kvshare_mm.native.inputs import MediaInputs
+from kvshare_mm.native.slots import ModelRunner, SlotRunner
+from kvshare_mm.outputs import MediaUse, Provenance, Span
+from kvshare_mm.reuse.donors import DonorPool
+from kvshare_mm.reuse.plan import Decline, PlannerOptions, ReusePlan
+from kvshare_mm.reuse.repair import RepairPolicy, repaired_plan
+from kvshare_mm.stream import SegmentStream
+
+logger = logging.getLogger(__name__)
+
+# Why a donor's KV cannot be had any more.
+_LOST = ("corrupt", "evicted")
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """A filled slot.
+
+    Attributes:
+        logits: ``[vocab_size]`` of the last prompt position.
+        plan: what was reused in the end.
+        attention: ``[num_tokens]`` float32, how much the last position looked at each, or None if
+            the runner cannot tell.
+        fallback: why a planned reuse was given up, or None.
+        lookup, planning, edit, encode, compute: seconds.
+        media: the prompt's pictures and clips.
+        lead: rotary position minus index of the answer's tokens.
+    """
+
+    logits: torch.Tensor
+    plan: ReusePlan
+    attention: np.ndarray | None
+    fallback: str | None
+    lookup: float
+    planning: float
+    edit: float
+    compute: float
+    encode: float = 0.0
+    media: tuple[MediaUse, ...] = ()
+    lead: int = 0
+
+
+class Prefiller:
+    """Fills slots.
+
+    Args:
+        runner: runs the model; reuse needs a `SlotRunner`.
+        donors: where reuse comes from, or None.
+        options: when reuse is worth it.
+        policy: which kept positions are recomputed.
+        encoder: of a multimodal model, or None.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        donors: DonorPool | None,
+        options: PlannerOptions,
+        policy: RepairPolicy,
+        encoder: MediaEncoder | None = None,
+    ) -> None:
+        self._runner = runner
+        self._donors = donors
+        self._options = options
+        self._policy = policy
+        self._encoder = encoder
+
+    def prefill(
+        self,
+        slot: int,
+        stream: SegmentStream,
+        ns: str,
+        *,
+        reuse: Reuse = "similar",
+        policy: RepairPolicy | None = None,
+        similar: tuple[str, ...] = (),
+        store: bool = True,
+    ) -> PrefillResult:
+        """Fill `slot` with the KV of a prompt and return its last logits.
+
+        Args:
+            stream: the prompt.
+            ns: its namespace.
+            reuse: what may be reused for this request.
+            policy: repairs for this request; the default policy if None.
+            similar: donors that a dense search found.
+            store: keep what the encoders of its media make.
+        """
+        policy = policy or self._policy
+        plan, fallback, lookup, planning = self._plan(stream, ns, reuse, similar, policy)
+        start = time.perf_counter()
+        media = _Media(self._encoder, stream, ns, reuse != "off", store)
+        for attempt in range(2):
+            if not plan.runs:
+                break
+            try:
+                plan, fallback = self._edited(plan, slot, stream, ns, policy, media), None
+                break
+            except KVUnavailableError as error:
+                logger.info("donor lost: %s", error)
+                fallback = error.reason
+                if attempt == 0 and fallback in _LOST:
+                    # The pool has forgotten it by now; the others may do.
+                    plan = self._plan(stream, ns, reuse, similar, policy)[0]
+                    continue
+            except Exception:
+                # A cache problem is never a request's problem; the slot is computed whole.
+                logger.exception("edit failed; computing in full")
+                fallback = "edit_error"
+            plan = ReusePlan(len(stream), declined=plan.declined)
+        edited, encoded = time.perf_counter(), media.seconds
+        # Only donors need it; without a pool there will be none.
+        tail = TailAttention() if self._donors is not None else None
+        inputs = media.inputs(plan.compute)
+        logits = self._runner.prefill(slot, stream.token_ids, plan.compute, tail, inputs)
+        attention = tail.mass if tail is not None else None
+        compute = time.perf_counter() - edited - (media.seconds - encoded)
+        return PrefillResult(
+            logits=logits,
+            plan=plan,
+            attention=attention,
+            fallback=fallback,
+            lookup=lookup,
+            planning=planning,
+            edit=edited - start - encoded,
+            compute=compute,
+            encode=media.seconds,
+            media=media.uses,
+            lead=stream.lead,
+        )
+
+    def _plan(
+        self,
+        stream: SegmentStream,
+        ns: str,
+        reuse: Reuse,
+        similar: tuple[str, ...],
+        policy: RepairPolicy,
+    ) -> tuple[ReusePlan, str | None, float, float]:
+        n = len(stream)
+        if not isinstance(self._runner, SlotRunner):
+            return ReusePlan(n, declined=Decline.UNSUPPORTED_MODEL), None, 0.0, 0.0
+        if self._donors is None or reuse == "off":
+            return ReusePlan(n, declined=Decline.REUSE_OFF), None, 0.0, 0.0
+        options = self._options.but_exact_only() if reuse == "exact" else self._options
+        found = self._donors.reuse.find(stream, ns, options, policy, similar)
+        failed = "lookup_error" if found.plan.declined is Decline.LOOKUP_ERROR else None
+        return found.plan, failed, found.lookup, found.planning
+
+    def _edited(
+        self,
+        plan: ReusePlan,
+        slot: int,
+        stream: SegmentStream,
+        ns: str,
+        policy: RepairPolicy,
+        media: _Media,
+    ) -> ReusePlan:
+        """Repair the plan and put what it reuses into the slot; the slot first only for policies
+        that measure in it."""
+        assert isinstance(self._runner, SlotRunner)
+
+        def fill(plan: ReusePlan = plan) -> None:
+            self._edit(plan, slot, ns, stream.positions)
+
+        probe = _SlotProbe(self._runner, slot, stream.token_ids, plan, media, fill)
+        repaired = repaired_plan(plan, policy, probe)
+        if repaired.runs and not probe.filled:
+            fill(repaired)
+        return repaired
+
+    def _edit(self, plan: ReusePlan, slot: int, ns: str, positions: np.ndarray | None) -> None:
+        assert self._donors is not None and isinstance(self._runner, SlotRunner)
+        self._donors.load(plan, ns, *self._runner.slot_kv(slot), positions)
+
+
+class _Media:
+    """A prompt's media while it is prefilled; each is encoded at most once, and only if needed."""
+
+    def __init__(
+        self,
+        encoder: MediaEncoder | None,
+        stream: SegmentStream,
+        ns: str,
+        reuse: bool,
+        store: bool,
+    ) -> None:
+        if stream.items and encoder is None:
+            raise ValueError("the model has no encoder for this prompt's media")
+        self.seconds = 0.0
+        self._encoder = encoder
+        self._stream = stream
+        self._ns = ns
+        self._options = {"reuse": reuse, "keep": store}
+        self._made: dict[int, tuple[torch.Tensor, bool]] = {}
+
+    def inputs(self, compute: np.ndarray) -> MediaInputs | None:
+        """What the model needs to compute positions `compute`; None: token ids are enough."""
+        stream = self._stream
+        if not stream.items:
+            return None
+        begun = time.perf_counter()
+        features = []
+        for segment, item in zip(stream.media, stream.items, strict=True):
+            low, high = np.searchsorted(compute, (segment.start, segment.end))
+            if low == high:
+                continue
+            if segment.start not in self._made:
+                assert self._encoder is not None
+                self._made[segment.start] = self._encoder.features(item, self._ns, **self._options)
+            features.append((segment.start, self._made[segment.start][0]))
+        self.seconds += time.perf_counter() - begun
+        return MediaInputs(stream.positions, tuple(features))
+
+    @property
+    def uses(self) -> tuple[MediaUse, ...]:
+        uses = []
+        for segment, item in zip(self._stream.media, self._stream.items, strict=True):
+            _, ran = self._made.get(segment.start, (None, None))
+            uses.append(
+                MediaUse.of(
+                    segment, item, "kv" if ran is None else "encoder" if ran else "features"
+                )
+            )
+        return tuple(uses)
+
+
+class _SlotProbe:
+    """Measures drift of a slot, which is edited for it when it is first asked."""
+
+    def __init__(
+        self,
+        runner: SlotRunner,
+        slot: int,
+        token_ids: np.ndarray,
+        plan: ReusePlan,
+        media: _Media,
+        fill: Callable[[], None],
+    ) -> None:
+        self._fill = fill
+        self.filled = False
+        self._runner = runner
+        self._slot = slot
+        self._token_ids = token_ids
+        self._plan = plan
+        self._media = media
+
+    def deviation(self, layer: int) -> np.ndarray:
+        if not self.filled:
+            self._fill()
+            self.filled = True
+        first = int(np.flatnonzero(self._plan.approximate)[0])
+        start = min(first, int(self._plan.placeholders[0]))
+        deviation = self._runner.value_deviation(
+            self._slot,
+            self._token_ids,
+            start,
+            layer,
+            self._media.inputs(np.arange(start, len(self._token_ids))),
+        )
+        return np.where(self._plan.approximate, deviation, np.float32(0))
+
+
+def provenance(result: PrefillResult) -> Provenance:
+    """What a caller is told of a prefill."""
+    plan = result.plan
+    kinds = np.zeros(plan.num_tokens, np.int8)
+    owner = np.full(plan.num_tokens, -1)
+    names = {donor: i for i, donor in enumerate(plan.donors)}
+    for run in plan.runs:
+        kinds[run.start : run.end] = 1 if run.exact else 2
+        owner[run.start : run.end] = names[run.donor]
+    kinds[plan.repair] = 0
+    owner[plan.repair] = -1
+    edges = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(owner) != 0)) + 1
+    bounds = [0, *edges.tolist(), plan.num_tokens]
+    labels: tuple[Literal["recomputed", "exact", "reused"], ...] = ("recomputed", "exact", "reused")
+    spans = tuple(
+        Span(a, b, labels[kinds[a]], plan.donors[owner[a]] if owner[a] >= 0 else None)
+        for a, b in itertools.pairwise(bounds)
+    )
+    return Provenance(
+        exact=plan.num_exact,
+        reused=plan.num_reused,
+        recomputed=plan.num_computed,
+        donors=plan.donors,
+        similarity=float(plan.kept.mean()),
+        declined=plan.declined,
+        fallback=result.fallback,
+        spans=spans,
+        media=result.media,
+    )

@@ -1,0 +1,304 @@
+"""Model runners: the forward passes of the engine, over slots.
+
+`SlotRunner` runs PartialAttention and is what KV reuse needs. `PlainRunner` serves models that it
+cannot run, with transformers' own cache, whole prompts only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from kvshare_mm.attention import SlotCache, TailAttention
+from kvshare_mm.kernels.ragged import RaggedQueries
+from kvshare_mm.models.loader import LoadedModel
+from kvshare_mm.native.inputs import MediaInputs, decode_positions, model_inputs
+
+
+class ModelRunner(Protocol):
+    """Prefill and decode over numbered slots.
+
+    Attributes:
+        num_slots: requests at a time.
+        moved_s: `time.perf_counter` when the model last computed something.
+    """
+
+    num_slots: int
+
+    @property
+    def moved_s(self) -> float: ...
+
+    def prefill(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        compute: np.ndarray,
+        tail: TailAttention | None = None,
+        media: MediaInputs | None = None,
+    ) -> torch.Tensor:
+        """Compute positions `compute` of a prompt; the others' KV is in the slot already.
+
+        Args:
+            token_ids: ``[N]`` the whole prompt.
+            compute: ascending positions; the last is ``N - 1``.
+            tail: records where the last position looks, if this runner can tell.
+            media: what it holds beyond token ids: features for all media to be computed.
+
+        Returns:
+            ``[vocab_size]`` logits of the last position.
+        """
+
+    def decode(
+        self,
+        slots: Sequence[int],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        leads: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """One step of several requests: ``[len(slots), vocab_size]`` logits.
+
+        Args:
+            positions: index of each token in its slot.
+            leads: rotary position minus index of each; None: no difference.
+        """
+
+    def release(self, slot: int) -> None:
+        """The slot's request is over."""
+
+
+class SlotRunner:
+    """PartialAttention over preallocated slots.
+
+    The slots' memory is reserved at once but only touched as far as requests reach, so an idle
+    server holds no KV.
+
+    Args:
+        loaded: a model whose `kv_shape` is known.
+        num_slots: requests that can be in flight.
+        max_len: positions a slot holds.
+        chunk: most positions of one forward; longer prefills run in several, which bounds the
+            memory of activations.
+    """
+
+    def __init__(self, loaded: LoadedModel, num_slots: int, max_len: int, chunk: int) -> None:
+        shape = loaded.kv_shape
+        if shape is None:
+            raise ValueError(f"{loaded.name} does not run under PartialAttention")
+        self.num_slots = num_slots
+        self._model = loaded.model
+        self._device = loaded.device
+        self._chunk = chunk
+        self._cache = SlotCache(
+            *(
+                torch.empty(
+                    (shape.num_layers, num_slots, shape.num_kv_heads, max_len, dim),
+                    dtype=loaded.dtype,
+                    device=loaded.device,
+                )
+                for dim in (shape.key_dim, shape.value_dim)
+            )
+        )
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes that the slots take when all are full."""
+        return self._cache.keys.nbytes + self._cache.values.nbytes
+
+    @property
+    def moved_s(self) -> float:
+        return self._cache.moved_s
+
+    def slot_kv(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a slot, ``[num_layers, num_kv_heads, max_len, head_dim]``, as views."""
+        return self._cache.keys[:, slot], self._cache.values[:, slot]
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        compute: np.ndarray,
+        tail: TailAttention | None = None,
+        media: MediaInputs | None = None,
+    ) -> torch.Tensor:
+        ids = torch.from_numpy(token_ids).to(self._device)
+        *parts, last = torch.from_numpy(compute).to(self._device).split(self._chunk)
+        for part in parts:
+            self._forward(self._cache, slot, ids, part, media)
+        logits: torch.Tensor = self._forward(self._cache, slot, ids, last, media, tail).logits
+        return logits[0, -1]
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        slots: Sequence[int],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        leads: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        index = torch.tensor(positions, device=self._device)
+        ahead = torch.tensor(leads or [0] * len(slots), device=self._device)
+        batch = RaggedQueries.in_slots(slots, index.split(1))
+        self._cache.batch = batch
+        logits: torch.Tensor = self._model(
+            input_ids=torch.tensor([token_ids], device=self._device),
+            position_ids=decode_positions(index, ahead),
+            past_key_values=self._cache,
+            use_cache=True,
+            kvshare_batch=batch,
+        ).logits
+        return logits[0]
+
+    def release(self, slot: int) -> None:
+        """Nothing to do: the next request overwrites what it uses."""
+
+    @torch.inference_mode()
+    def value_deviation(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        start: int,
+        layer: int,
+        media: MediaInputs | None = None,
+    ) -> np.ndarray:
+        """How far the slot's V is from what the context gives, at an early layer.
+
+        Runs the first layers over positions ``[start, N)``; those before must be in the slot.
+        A model with fewer layers is measured at its last one.
+
+        Returns:
+            ``[N]`` float32 L2 norms over heads and channels; 0 before `start`.
+        """
+        layer = min(layer, len(self._cache.keys) - 1)
+        cache = _DeviationCache(self._cache, slot, len(token_ids), layer)
+        ids = torch.from_numpy(token_ids).to(self._device)
+        index = torch.arange(start, len(token_ids), device=self._device)
+        deviation = np.zeros(len(token_ids), np.float32)
+        try:
+            self._forward(cache, 0, ids, index, media)
+        except _Measured as measured:
+            deviation[start:] = measured.deviation.float().cpu().numpy()
+        return deviation
+
+    def _forward(
+        self,
+        cache: SlotCache,
+        slot: int,
+        ids: torch.Tensor,
+        index: torch.Tensor,
+        media: MediaInputs | None,
+        tail: TailAttention | None = None,
+    ) -> Any:
+        batch = RaggedQueries.in_slots([slot], [index])
+        cache.batch = batch
+        return self._model(
+            **model_inputs(self._model, ids, index, media),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            kvshare_batch=batch,
+            kvshare_tail=tail,
+        )
+
+
+class _Measured(Exception):
+    """Ends a forward early: the deviation is known."""
+
+    def __init__(self, deviation: torch.Tensor) -> None:
+        super().__init__()
+        self.deviation = deviation
+
+
+class _DeviationCache(SlotCache):
+    """A copy of one slot's first layers; compares V at `layer` and ends the forward there."""
+
+    def __init__(self, cache: SlotCache, slot: int, length: int, layer: int) -> None:
+        super().__init__(
+            cache.keys[:layer, slot : slot + 1, :, :length].clone(),
+            cache.values[:layer, slot : slot + 1, :, :length].clone(),
+        )
+        self._layer = layer
+        self._edited = cache.values[layer, slot, :, :length]
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer_idx < self._layer:
+            return super().update(key_states, value_states, layer_idx)
+        n = value_states.shape[2]
+        difference = value_states[0] - self._edited[:, -n:]
+        raise _Measured(difference.float().pow(2).sum((0, 2)).sqrt())
+
+
+class PlainRunner:
+    """Whole prompts with transformers' own cache, one request after the other."""
+
+    def __init__(self, loaded: LoadedModel, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._model = loaded.model
+        self._device = loaded.device
+        self._caches: dict[int, Any] = {}
+        self.moved_s = 0.0
+        # As `generate` does: recurrent models have another name for the cache, some do not return
+        # it, and some count positions only if they are told.
+        accepted = inspect.signature(loaded.model.forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
+        self._takes_positions = "position_ids" in accepted
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        compute: np.ndarray,
+        tail: TailAttention | None = None,
+        media: MediaInputs | None = None,
+    ) -> torch.Tensor:
+        if len(compute) != len(token_ids):
+            raise ValueError("this model computes whole prompts only")
+        self._caches[slot] = DynamicCache(config=self._model.config)
+        ids = torch.from_numpy(token_ids).to(self._device)
+        index = torch.arange(len(ids), device=self._device)
+        return self._step(slot, model_inputs(self._model, ids, index, media))
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        slots: Sequence[int],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        leads: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        logits = []
+        for slot, token, position, lead in zip(
+            slots, token_ids, positions, leads or [0] * len(slots), strict=True
+        ):
+            inputs = {
+                "input_ids": torch.tensor([[token]], device=self._device),
+                "position_ids": torch.tensor([[position + lead]], device=self._device),
+            }
+            logits.append(self._step(slot, inputs))
+        return torch.stack(logits)
+
+    def release(self, slot: int) -> None:
+        self._caches.pop(slot, None)
+
+    def _step(self, slot: int, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not self._takes_positions:
+            inputs.pop("position_ids")
+        logits: torch.Tensor = self._model(
+            use_cache=True, **inputs, **{self._cache_name: self._caches[slot]}
+        ).logits
+        self.moved_s = time.perf_counter()
+        return logits[0, -1]

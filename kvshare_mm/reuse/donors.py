@@ -1,0 +1,152 @@
+"""The pool of donors of an engine that holds their KV itself: what decides, and the store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from kvshare_mm.index.base import IndexRecord
+from kvshare_mm.index.semantic import Opened, SemanticIndex
+from kvshare_mm.node import Node
+from kvshare_mm.reuse.editor import KVEditor
+from kvshare_mm.reuse.orders import Report
+from kvshare_mm.reuse.plan import ReusePlan
+from kvshare_mm.reuse.scheduler import ReuseScheduler
+from kvshare_mm.reuse.worker import ReuseWorker
+from kvshare_mm.store.disk import DiskTier
+from kvshare_mm.store.host import HostTier
+from kvshare_mm.store.tiered import TieredStore
+from kvshare_mm.stream import Segment
+
+
+class DonorPool:
+    """Donors of one model, and their KV.
+
+    Args:
+        fingerprint: the model's; stored nodes of other models are left alone.
+        editor: of its KV.
+        host: RAM tier.
+        disk: disk tier, or None.
+        open_dense: opens the index of meaning and its embedder, or None: none is used.
+        max_candidates: donors aligned with a target.
+        joining: tokens that go on with the word before them (see `words`); None: unknown.
+
+    Attributes:
+        reuse: finds them and plans with them.
+    """
+
+    def __init__(
+        self,
+        fingerprint: str,
+        editor: KVEditor,
+        host: HostTier,
+        disk: DiskTier | None = None,
+        open_dense: Callable[[], Opened] | None = None,
+        max_candidates: int = 4,
+        joining: np.ndarray | None = None,
+    ) -> None:
+        self.store = TieredStore(host, disk, self.forget)
+        self.worker = ReuseWorker(self.store, editor)
+        self.reuse = ReuseScheduler(self.store.host_bytes, max_candidates)
+        self.reuse.catalogue.joining = joining
+        self.counters = self.reuse.counters
+        self.tree = self.reuse.catalogue.tree
+        if disk is not None and disk.num_corrupt:
+            self.counters["damaged_at_start"] = disk.num_corrupt
+        known = self._restore(fingerprint)
+        if open_dense is not None:
+            self.reuse.semantic = SemanticIndex(
+                open_dense, known, self.store.update_embedding, self.counters
+            )
+
+    # -- a new request ----------------------------------------------------------------------
+
+    def load(
+        self,
+        plan: ReusePlan,
+        ns: str,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: np.ndarray | None,
+    ) -> None:
+        """Write what a plan keeps into a slot, see `ReuseWorker.load`."""
+        self.worker.load(self.reuse.catalogue.pieces(plan), ns, keys, values, positions)
+
+    def nodes(self) -> list[Node]:
+        """All donors as they are now."""
+        return self.reuse.catalogue.nodes()
+
+    # -- a finished request -----------------------------------------------------------------
+
+    def capture(
+        self,
+        keys: np.ndarray,
+        ns: str,
+        plan: ReusePlan,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        text: str,
+        attention: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
+        media: tuple[Segment, ...] = (),
+    ) -> str | None:
+        """Take up a finished request as a donor, see `ReuseScheduler.save`.
+
+        Args:
+            k: ``[num_layers, num_kv_heads, >= N, head_dim]`` its keys; copied.
+            v: its values; copied.
+
+        Returns:
+            The new node's id, or None if it did not become a donor.
+        """
+        node = self.reuse.save(keys, ns, plan, text, attention, positions, media)
+        if node is not None:
+            self.reuse.reported(self.worker.save(node, k, v))
+        self._carry_out()
+        return node.node_id if node is not None and node.node_id in self.tree else None
+
+    def forget(self, node_id: str) -> None:
+        """The store no longer holds a node: out of the tree and all indexes."""
+        self.reuse.forget(node_id)
+
+    def delete(self, node_id: str) -> None:
+        """Delete a donor everywhere."""
+        self.store.delete(node_id)
+        self.forget(node_id)
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until every donor is searchable and durable; False if time ran out."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        done = self.reuse.semantic is None or self.reuse.semantic.flush(timeout_s)
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return self.store.flush(left) and done
+
+    def close(self) -> None:
+        """Flush and stop the background threads."""
+        self.reuse.close()
+        self.store.close()
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _carry_out(self) -> None:
+        self.worker.carry_out(*self.reuse.orders())
+        # What is known of donors takes from the budget of their KV.
+        self.store.reserve(self.reuse.catalogue.num_bytes)
+
+    def _restore(self, fingerprint: str) -> list[IndexRecord]:
+        """Take up what an earlier process left in the store; returns what has a vector."""
+        embedded = []
+        report = Report()
+        for node, embedding in self.store.records():
+            if node.namespace.startswith(f"{fingerprint}-"):
+                report.restored.append(node)
+                if embedding is not None:
+                    embedded.append(
+                        IndexRecord(node.node_id, node.namespace, node.alignment_keys, embedding)
+                    )
+        self.reuse.reported(report)
+        self._carry_out()
+        return [record for record in embedded if record.node_id in self.tree]

@@ -1,0 +1,143 @@
+"""The KV editor: puts a plan's kept runs into a slot, keys re-rotated to their new positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvshare_mm.kernels.backend import resolve
+from kvshare_mm.kernels.dispatch import edit_kv
+from kvshare_mm.kernels.edits import KVEdit, rotation_table
+from kvshare_mm.node import Node, Piece
+from kvshare_mm.reuse.plan import one_turn
+from kvshare_mm.reuse.rotary import RotarySpec, rerotate
+from kvshare_mm.store.base import StoredNode
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A piece, the row of its owner's KV that it starts at, and what its keys are turned by."""
+
+    piece: Piece
+    row: int
+    turn: int
+
+
+class KVEditor:
+    """Edits donor KV into a slot.
+
+    Args:
+        spec: the model's rotation; None only if no piece is ever shifted.
+        backend: "triton" moves all pieces of a donor in one kernel; "torch" moves one after the
+            other, which is as fast where there is no launch to save; "auto" is what fits the
+            device that the slot is on.
+    """
+
+    def __init__(self, spec: RotarySpec | None, backend: str = "auto") -> None:
+        self._spec = spec
+        self._backend = backend
+
+    def edit(
+        self,
+        pieces: Sequence[Piece],
+        read: Callable[[str], StoredNode],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: np.ndarray | None = None,
+    ) -> int:
+        """Write the KV of `pieces` into a slot.
+
+        All donors are read before the first byte is written, so a donor that cannot be read leaves
+        the slot as it was.
+
+        Args:
+            pieces: target spans with their owners, in target coordinates.
+            read: fetches an owner; its errors (KVUnavailableError) pass through.
+            keys: ``[num_layers, num_kv_heads, max_len, head_dim]``, the slot's keys, written.
+            values: the slot's values, written.
+            positions: ``[3, N]`` rotary positions of the target; None: the index.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            ValueError: a piece that its owner does not own, or whose positions do not move as one.
+        """
+        owners = {owner: read(owner) for owner in dict.fromkeys(p.owner for p in pieces)}
+        placed: dict[str, list[_Placed]] = {owner: [] for owner in owners}
+        for piece in pieces:
+            placed[piece.owner].append(_place(piece, owners[piece.owner].node, positions))
+        if self._spec is None and any(p.turn for part in placed.values() for p in part):
+            raise ValueError("a shifted piece needs the model's rotation")
+        backend = resolve(self._backend, keys.device)
+        move = self._move if backend == "torch" else self._move_at_once
+        for owner, stored in owners.items():
+            move(stored, placed[owner], keys, values)
+        moved = sum(p.length for p in pieces)
+        return moved * (_position_bytes(keys) + _position_bytes(values))
+
+    def _move(
+        self,
+        stored: StoredNode,
+        placed: Sequence[_Placed],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Write one donor's pieces."""
+        for part in placed:
+            piece, row = part.piece, part.row
+            k = stored.kv.k[:, :, row : row + piece.length].to(keys.device, keys.dtype)
+            v = stored.kv.v[:, :, row : row + piece.length].to(values.device, values.dtype)
+            if part.turn:
+                assert self._spec is not None
+                k = rerotate(k, torch.full((piece.length,), part.turn), self._spec)
+            keys[:, :, piece.start : piece.end] = k
+            values[:, :, piece.start : piece.end] = v
+
+    def _move_at_once(
+        self,
+        stored: StoredNode,
+        placed: Sequence[_Placed],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """`_move` with one copy to the device and one launch."""
+        device = keys.device
+        pieces = [p.piece for p in placed]
+        first = min(p.row for p in placed)
+        rows = [p.row - first for p in placed]
+        last = max(p.row + p.piece.length for p in placed)
+        turn = torch.tensor([p.turn for p in placed])
+        inv_freq = torch.empty(0) if self._spec is None else self._spec.inv_freq.cpu()
+        cos, sin = rotation_table(turn, inv_freq)
+        lengths = torch.tensor([piece.length for piece in pieces])
+        edit = KVEdit(
+            torch.cat(
+                [torch.arange(r, r + p.length) for p, r in zip(pieces, rows, strict=True)]
+            ).to(device),
+            torch.cat([torch.arange(p.start, p.end) for p in pieces]).to(device),
+            torch.arange(len(placed), dtype=torch.int32).repeat_interleave(lengths).to(device),
+            cos.to(device),
+            sin.to(device),
+            self._spec is not None and self._spec.interleaved,
+        )
+        k, v = (x[:, :, first:last].to(device)[:, None] for x in (stored.kv.k, stored.kv.v))
+        edit_kv(k, v, keys[:, None], values[:, None], edit, "triton")
+
+
+def _place(piece: Piece, owner: Node, positions: np.ndarray | None) -> _Placed:
+    row = owner.owned_row(piece.owner_start, piece.length)
+    if row is None:
+        raise ValueError(f"{piece.owner} does not own {piece}")
+    turn = one_turn(positions, piece.start, owner.positions, piece.owner_start, piece.length)
+    if turn is None:
+        raise ValueError(f"the positions of {piece} do not move as one")
+    return _Placed(piece, row, turn)
+
+
+def _position_bytes(kv: torch.Tensor) -> int:
+    layers, heads, _, dim = kv.shape
+    return layers * heads * dim * kv.itemsize

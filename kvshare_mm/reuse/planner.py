@@ -1,0 +1,225 @@
+"""Planning: what to reuse of which donors.
+
+Planning is arithmetic on keys: no tensors, no store, no text. The order of trust is fixed:
+
+1. the longest prefix that is token-identical to a donor's and exact there is reused exactly;
+2. what follows is aligned with every candidate; the one that covers most becomes the primary
+   donor, the others fill the gaps it leaves (the paper's "combine", section 4.2);
+3. the last position is always computed, because its hidden state gives the first token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from kvshare_mm.reuse.align import align, common_prefix
+from kvshare_mm.reuse.cover import cover
+from kvshare_mm.reuse.divergence import harmless, looked_at
+from kvshare_mm.reuse.plan import (
+    Decline,
+    Donor,
+    KeptRun,
+    PlannerOptions,
+    ReusePlan,
+    Tolerance,
+    one_turn,
+)
+
+
+def make_plan(
+    target: np.ndarray,
+    donors: Sequence[Donor],
+    options: PlannerOptions,
+    positions: np.ndarray | None = None,
+    pictures: np.ndarray | None = None,
+) -> ReusePlan:
+    """Plan the reuse of `donors` for a target.
+
+    A run is kept only if its rotary positions move as one. Equal keys see to that: a medium's key
+    names its grid, so what is equal is laid out equally.
+
+    Args:
+        target: ``[N]`` uint64 keys.
+        donors: the better candidates first.
+        options: when reuse is worth it.
+        positions: ``[3, N]`` rotary positions of the target; None: the index.
+        pictures: ``[N]`` bool: positions that are pictures; None: none are.
+    """
+    n = len(target)
+    runs, too_loose = _prefix_runs(target, donors, options, positions, pictures)
+    prefix = runs[-1].end if runs else 0
+    rest: list[KeptRun] = []
+    declined: Decline | None = None
+    if options.exact_only:
+        declined = None if prefix >= n - 1 else Decline.EXACT_ONLY
+    elif prefix < n - 1:
+        rest = _approximate_runs(target, prefix, donors, options, positions)
+        if not rest and not runs:
+            declined = Decline.BELOW_MIN_GAIN if donors else Decline.NO_DONOR
+        if sum(r.length for r in rest) < max(
+            options.min_gain_tokens, options.min_gain_share * (n - prefix)
+        ):
+            declined = Decline.BELOW_MIN_GAIN if rest else declined
+            declined = Decline.DIVERGENCE if too_loose else declined
+            rest = []
+        rest = _with_foreign(target, prefix, rest, donors, options.min_run)
+    return _made(target, (*runs, *rest), donors, declined, pictures)
+
+
+def _with_foreign(
+    target: np.ndarray, prefix: int, runs: list[KeptRun], donors: Sequence[Donor], min_run: int
+) -> list[KeptRun]:
+    """The runs behind the prefix with what of the prefix their donors do not have."""
+    keys = {d.donor_id: d.keys for d in donors}
+    foreign: dict[str, int] = {}
+    for run in runs:
+        if run.donor not in foreign:
+            mine = keys[run.donor]
+            begun = min(common_prefix(mine, target), prefix)
+            there = mine[begun : max(begun, run.donor_start)]
+            found = align(there, target[begun:prefix], min_run) if begun < prefix else []
+            foreign[run.donor] = prefix - begun - sum(match.length for match in found)
+    return [run._replace(foreign=foreign[run.donor]) for run in runs]
+
+
+def _made(
+    target: np.ndarray,
+    runs: tuple[KeptRun, ...],
+    donors: Sequence[Donor],
+    declined: Decline | None,
+    pictures: np.ndarray | None,
+) -> ReusePlan:
+    """The plan of these runs, with what is known of what they are taken from."""
+    n = len(target)
+    attention = inherited = unedited = None
+    if not all(run.exact for run in runs):
+        attention = np.full(n, 1 / n, np.float32)
+        _carry(attention, runs, {d.donor_id: d.attention for d in donors})
+        if any(d.drift is not None for d in donors):
+            drifts = {d.donor_id: d.drift for d in donors}
+            inherited = np.zeros(n, np.float32)
+            _carry(inherited, runs, drifts)
+            _carry_what_was_read(inherited, runs, drifts)
+            unedited = _unedited(target, runs, {d.donor_id: d.keys for d in donors})
+    return ReusePlan(
+        n,
+        runs,
+        declined=declined,
+        attention=attention,
+        inherited=inherited,
+        unedited=unedited,
+        pictures=pictures,
+    )
+
+
+def _carry(
+    into: np.ndarray, runs: Iterable[KeptRun], known: Mapping[str, np.ndarray | None]
+) -> None:
+    """Put what is known of donors' positions where approximate runs take their KV to."""
+    for run in runs:
+        values = known[run.donor]
+        if values is not None and not run.exact:
+            part = values[run.donor_start : run.donor_start + run.length]
+            into[run.start : run.start + len(part)] = part
+
+
+def _carry_what_was_read(
+    into: np.ndarray, runs: Iterable[KeptRun], drifts: Mapping[str, np.ndarray | None]
+) -> None:
+    """What a donor computed behind approximate KV has read that: where something exact takes the
+    place of what it read, as much of it stays in what is continued as was worst there."""
+    for run in runs:
+        drift = drifts[run.donor]
+        if run.continued and drift is not None and run.start:
+            read = drift[: run.start].max(initial=0)
+            into[run.start : run.end] = np.maximum(into[run.start : run.end], read)
+
+
+def _unedited(
+    target: np.ndarray, runs: Sequence[KeptRun], keys: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    same = np.zeros(len(target), dtype=bool)
+    for before, run in itertools.pairwise(runs):
+        if (before.donor, before.shift) == (run.donor, run.shift):
+            gap = slice(before.end, run.start)
+            there = keys[run.donor][before.end - run.shift : run.donor_start]
+            same[gap] = np.array_equal(target[gap], there)
+    return same
+
+
+def _prefix_runs(
+    target: np.ndarray,
+    donors: Sequence[Donor],
+    options: PlannerOptions,
+    positions: np.ndarray | None,
+    pictures: np.ndarray | None,
+) -> tuple[tuple[KeptRun, ...], bool]:
+    """The exact prefix, and the approximate one that continues it token for token.
+
+    A request that repeats or extends an approximate one sees the very context that its KV was
+    computed in, so nothing is compounded: it gets the answer that one got. That is as far from full
+    recompute as the other was, so it is continued only as far as this one tolerates it. Less than
+    `min_run` positions are not worth it that all behind them are approximate too.
+
+    Returns:
+        The runs, and whether a donor could have been continued further by a more tolerant request.
+    """
+    limit = len(target) - 1
+    exact: KeptRun | None = None
+    longest: KeptRun | None = None
+    could = 0
+    for donor in donors:
+        shared = min(common_prefix(donor.keys, target), donor.readable, limit)
+        if shared and one_turn(positions, 0, donor.positions, 0, shared) != 0:
+            continue
+        sure = min(shared, donor.exact_len)
+        if sure > (exact.length if exact else 0):
+            exact = KeptRun(donor.donor_id, 0, 0, sure, exact=True)
+        if options.exact_only:
+            continue
+        could = max(could, shared)
+        reach = _reach_within(donor, shared, len(target), options.tolerance, pictures)
+        if reach > (longest.length if longest else 0):
+            longest = KeptRun(donor.donor_id, 0, 0, reach, exact=False)
+    sure = exact.length if exact else 0
+    runs = [exact] if exact else []
+    end = sure
+    if longest and longest.length - sure >= options.min_run:
+        end = longest.length
+        runs.append(KeptRun(longest.donor, sure, sure, end - sure, exact=False, continued=True))
+    return tuple(runs), could - end >= options.min_run
+
+
+def _reach_within(
+    donor: Donor, shared: int, n: int, tolerance: Tolerance, pictures: np.ndarray | None
+) -> int:
+    """How much of a donor's first `shared` positions a target of `n` tokens may continue."""
+    if donor.drift is None:
+        return shared
+    drift = donor.drift[:shared]
+    looked = np.full(len(drift), 1 / n, np.float32)
+    if donor.attention is not None:
+        looked[: len(donor.attention)] = donor.attention[: len(drift)]
+    danger = looked_at(drift, looked)
+    if tolerance.pictures and pictures is not None:
+        harmless(danger, pictures[: len(danger)])
+    # Drift is kept in 16 bits: what is just tolerated where it was made is so where it is read.
+    limit = tolerance.risk * (1 + float(np.finfo(np.float16).eps))
+    beyond = np.flatnonzero(~(np.sqrt(np.cumsum(np.square(danger))) <= limit))
+    return int(beyond[0]) if len(beyond) else shared
+
+
+def _approximate_runs(
+    target: np.ndarray,
+    prefix: int,
+    donors: Sequence[Donor],
+    options: PlannerOptions,
+    positions: np.ndarray | None,
+) -> list[KeptRun]:
+    return [
+        KeptRun(donors[i].donor_id, donor_start, start, length, exact=False)
+        for i, donor_start, start, length in cover(target, prefix, donors, options, positions)
+    ]

@@ -1,0 +1,241 @@
+"""The DELTA tree: stored requests that share KV instead of repeating it.
+
+A node is a stored request. It owns KV only for the positions it computed; for every other position
+it holds a *piece* that names the node that owns the KV and where. Pieces always name the owner
+itself, never a node that merely points on, so reading a node costs one step however long its
+history is, and dropping a node in between loses nothing but what that node owned.
+
+No tensors here: the tree is arithmetic on positions. KV bytes live in `kvshare_mm.store`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+
+import numpy as np
+
+from kvshare_mm.node import Node, Piece, Span, spans_of
+from kvshare_mm.reuse.divergence import as_risky_as, passed_on, residual_risk
+from kvshare_mm.reuse.plan import Donor, ReusePlan
+from kvshare_mm.stream import Segment
+
+_MANY = 100
+"""So many spans are cheaper painted at once than one by one."""
+
+
+class DeltaTree:
+    """All stored requests of one process.
+
+    Not thread-safe: the engine guards it with the lock that also guards its indexes.
+
+    Args:
+        max_owners: a new node borrows from at most this many others. What it would borrow from
+            more it owns itself: reading a node stays cheap however its history branched.
+    """
+
+    def __init__(self, max_owners: int = 8) -> None:
+        if max_owners < 1:
+            raise ValueError("max_owners must be at least 1")
+        self.max_owners = max_owners
+        self._nodes: dict[str, Node] = {}
+
+    def __contains__(self, node_id: object) -> bool:
+        return node_id in self._nodes
+
+    def __iter__(self) -> Iterator[Node]:
+        """The nodes as they are now, the oldest first."""
+        return iter(list(self._nodes.values()))
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __getitem__(self, node_id: str) -> Node:
+        return self._nodes[node_id]
+
+    def get(self, node_id: str) -> Node | None:
+        return self._nodes.get(node_id)
+
+    # -- life of a node ---------------------------------------------------------------------
+
+    def derive(
+        self,
+        node_id: str,
+        namespace: str,
+        keys: np.ndarray,
+        plan: ReusePlan,
+        created_s: float,
+        attention: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
+        media: tuple[Segment, ...] = (),
+    ) -> Node:
+        """The node of a request served with `plan`: it owns only what was computed.
+
+        Args:
+            keys: ``[N]`` keys of prompt and answer; ``N`` is at least ``plan.num_tokens``. Behind
+                the plan everything was computed.
+            attention: ``[P]`` float32 of the prompt's last position, if known.
+            positions: ``[3, N]`` rotary positions; None: the index.
+            media: where its pictures and clips are.
+
+        Returns:
+            A node that is not inserted yet.
+        """
+        kept = plan.kept
+        kept[plan.repair] = False
+        pieces: list[Piece] = []
+        for run in plan.runs:
+            if run.donor not in self._nodes:
+                continue  # dropped since it was planned: what it gave is owned
+            for span in spans_of(kept[run.start : run.end], run.start):
+                pieces.extend(self.resolve(run.donor, span.start, span.length, run.shift))
+        borrowed: dict[str, int] = {}
+        for piece in pieces:
+            borrowed[piece.owner] = borrowed.get(piece.owner, 0) + piece.length
+        owners = set(sorted(borrowed, key=lambda o: -borrowed[o])[: self.max_owners])
+        pieces = sorted((p for p in pieces if p.owner in owners), key=lambda p: p.start)
+        drift = passed_on(plan)
+        owned = np.ones(len(keys), dtype=bool)
+        for piece in pieces:
+            owned[piece.start : piece.end] = False
+        return Node(
+            node_id=node_id,
+            namespace=namespace,
+            keys=keys,
+            own=spans_of(owned),
+            pieces=tuple(pieces),
+            # What was computed before anything approximate is what a full prefill gives.
+            exact_len=len(keys) if drift is None else int(np.argmax(plan.reused)),
+            attention=attention,
+            parent=plan.donors[0] if plan.donors and plan.donors[0] in self._nodes else None,
+            created_s=created_s,
+            positions=positions,
+            media=media,
+            drift=drift,
+            risk=residual_risk(plan),
+        )
+
+    def insert(self, node: Node) -> None:
+        """Add a node. Pieces whose owner is not (or no longer) here are holes."""
+        if node.node_id in self._nodes:
+            raise ValueError(f"node {node.node_id} is in the tree already")
+        self._nodes[node.node_id] = node
+
+    def drop(self, node_id: str) -> None:
+        """Forget a node; an unknown id is not an error.
+
+        Children keep what they own and what others own for them; the rest of what they could read
+        are holes from now on. Nothing is rewritten: a node may have thousands of children.
+        """
+        self._nodes.pop(node_id, None)
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def resolve(self, node_id: str, start: int, length: int, shift: int = 0) -> list[Piece]:
+        """Who owns the KV of `length` positions of a node.
+
+        Args:
+            start: first position, in target coordinates: the node's position plus `shift`.
+            length: number of positions.
+            shift: target position minus the node's position.
+
+        Returns:
+            Pieces in target coordinates, ascending. Holes are left out.
+        """
+        node = self._nodes[node_id]
+        low, high = start - shift, start - shift + length
+        # A heavily edited request has thousands of pieces, and is asked for as many runs.
+        found = [
+            Piece(node_id, max(s.start, low), max(s.start, low) + shift, n)
+            for s in node.own[_overlapping(node.own, low, high)]
+            if (n := min(s.end, high) - max(s.start, low)) > 0
+        ]
+        for piece in node.pieces[_overlapping(node.pieces, low, high)]:
+            first = max(piece.start, low)
+            n = min(piece.end, high) - first
+            if n > 0 and piece.owner in self._nodes:
+                found.append(
+                    Piece(piece.owner, piece.owner_start + first - piece.start, first + shift, n)
+                )
+        return sorted(found, key=lambda p: p.start)
+
+    def begins(self, node_id: str) -> bool:
+        """Whether the KV of a node's first position can be read; cheap."""
+        node = self._nodes.get(node_id)
+        if node is None:
+            return False
+        first = node.pieces[0] if node.pieces else None
+        borrowed = first is not None and first.start == 0 and first.owner in self._nodes
+        return borrowed or bool(node.own and node.own[0].start == 0)
+
+    def donor(self, node_id: str) -> Donor:
+        """The node as the planner sees it."""
+        node = self._nodes[node_id]
+        owners, owner_start, start, length = _columns(node)
+        known = {o: self._nodes[o].exact_len for o in set(owners) if o in self._nodes}
+        length = length * np.array([o in known for o in owners], dtype=bool)
+        sure = np.array([known.get(o, 0) for o in owners], dtype=np.int64) - owner_start
+        readable = _painted(start, length, len(node))
+        material = _painted(start, np.clip(sure, 0, length), len(node))
+        holes = np.flatnonzero(~readable)
+        prefix = int(holes[0]) if len(holes) else len(node)
+        exact = min(prefix, node.exact_len)
+        attention, drift = _widened(node.attention), _widened(node.drift)
+        if drift is not None and attention is not None:
+            drift = as_risky_as(drift, attention, node.risk)
+        if drift is None and node.exact_len < len(node):
+            drift = np.where(np.arange(len(node)) < node.exact_len, 0, np.float32(np.inf))
+        return Donor(
+            node_id,
+            node.alignment_keys,
+            material,
+            prefix,
+            exact,
+            attention,
+            node.positions,
+            drift,
+        )
+
+    @property
+    def num_tokens_owned(self) -> int:
+        """Positions whose KV is held."""
+        return sum(n.num_owned for n in self)
+
+    @property
+    def num_tokens_whole(self) -> int:
+        """Positions that would be held if every readable request were stored whole."""
+        return sum(
+            n.num_owned + sum(p.length for p in n.pieces if p.owner in self._nodes) for n in self
+        )
+
+
+def _widened(values: np.ndarray | None) -> np.ndarray | None:
+    return None if values is None else values.astype(np.float32)
+
+
+def _overlapping(spans: Sequence[Span] | Sequence[Piece], low: int, high: int) -> slice:
+    """Those of ascending, disjoint spans that reach into ``[low, high)``."""
+    first = bisect_right(spans, low, key=attrgetter("end"))
+    return slice(first, bisect_left(spans, high, lo=first, key=attrgetter("start")))
+
+
+def _columns(node: Node) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Owner, owner's start, start and length (int64) of all that a node owns or borrows."""
+    owned = [Piece(node.node_id, span.start, span.start, span.length) for span in node.own]
+    parts = [*owned, *node.pieces]
+    owner_start, start, length = (
+        np.array([part[i] for part in parts], dtype=np.int64) for i in (1, 2, 3)
+    )
+    return [part.owner for part in parts], owner_start, start, length
+
+
+def _painted(start: np.ndarray, length: np.ndarray, n: int) -> np.ndarray:
+    """``[n]`` bool: positions in one of the disjoint spans."""
+    if len(start) < _MANY:
+        mask = np.zeros(n, dtype=bool)
+        for first, end in zip(start.tolist(), (start + length).tolist(), strict=True):
+            mask[first:end] = True
+        return mask
+    begun = np.bincount(start, minlength=n + 1) - np.bincount(start + length, minlength=n + 1)
+    return np.cumsum(begun)[:n] > 0

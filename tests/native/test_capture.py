@@ -1,0 +1,194 @@
+"""Donors: captured behind the answer, once, and found by meaning in time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from kvshare_mm import RequestOptions, RequestOutput, StreamChunk
+
+from .asking import (
+    _DONOR,
+    _PROMPTS,
+    _TARGET,
+    PATIENCE_S,
+    Gate,
+    Inbox,
+    OpenLLM,
+    eventually,
+    outcomes,
+    params,
+)
+
+
+def test_donors_are_captured_behind_the_answer(
+    open_llm: OpenLLM, alone: list[RequestOutput]
+) -> None:
+    llm = open_llm(max_num_seqs=2)
+    assert llm._parts.donors is not None
+    gate = Gate(llm._parts.donors, "capture")
+    llm.generate(_DONOR, params(2))
+    gate.wait()
+    assert llm.stats()["donors"]["nodes"] == 0
+    assert not llm.flush(0.01)
+    # The other slot serves meanwhile: other namespaces, and those who share with nobody.
+    for options in RequestOptions(cache_salt="b", store=False), RequestOptions(reuse="off"):
+        assert llm.generate(_PROMPTS[0], params(), options).token_ids == alone[0].token_ids
+    gate.open()
+    assert llm.flush()
+    assert llm.stats()["donors"]["nodes"] == 1
+    assert llm.generate(_TARGET, params(2)).provenance.reused > 0
+
+
+def test_what_is_asked_after_an_answer_finds_it(open_llm: OpenLLM) -> None:
+    """Though it is captured behind the answer, and however long that takes."""
+    llm = open_llm(max_num_seqs=2)
+    donors = llm._parts.donors
+    assert donors is not None
+    capture = donors.capture
+
+    def slowly(*args: Any) -> str | None:
+        time.sleep(0.05)
+        return capture(*args)
+
+    donors.capture = slowly  # type: ignore[method-assign]
+    llm.generate(_DONOR, params(2))
+    assert llm.generate(_TARGET, params(2)).provenance.reused > 0
+    exact = RequestOptions(reuse="exact")
+    prompt, known = llm.tokenize(_PROMPTS[3]), 0
+    for turn in range(6):
+        output = llm.generate(list(prompt), params(4), exact)
+        assert turn == 0 or output.provenance.exact == known
+        # The KV of the last token of an answer is not computed any more.
+        known = len(prompt) + 3
+        prompt = (*prompt, *output.token_ids, *llm.tokenize(" and what then?"))
+
+
+def test_what_was_asked_before_the_answer_does_not_wait_for_it(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=2)
+    assert llm._parts.donors is not None
+    gate = Gate(llm._parts.donors, "capture")
+    decoding = Gate(llm._parts.runner, "decode")
+    first = Inbox(llm, _DONOR, params(2))
+    decoding.wait()
+    second = Inbox(llm, _TARGET, params(2))
+    decoding.open()
+    first.result()
+    gate.wait()
+    assert second.result().provenance.declined == "no_donor"
+    gate.open()
+
+
+def test_nobody_waits_for_a_capture_for_ever(
+    open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvshare_mm.native.engine._MAX_HOLD_S", 0.05)
+    llm = open_llm(max_num_seqs=2)
+    assert llm._parts.donors is not None
+    gate = Gate(llm._parts.donors, "capture")
+    llm.generate(_DONOR, params(2))
+    gate.wait()
+    output = llm.generate(_TARGET, params(2), RequestOptions(store=False))
+    assert output.provenance.declined == "no_donor"
+    gate.open()
+
+
+def test_an_approximate_request_that_repeats_is_stored_once(open_llm: OpenLLM) -> None:
+    llm = open_llm()
+    donors = llm._parts.donors
+    assert donors is not None
+    touched: list[str] = []
+    touch = donors.store.touch
+    donors.store.touch = lambda node_id: (touched.append(node_id), touch(node_id))[1]  # type: ignore[method-assign]
+    llm.generate(_DONOR, params(2))
+    for _ in range(5):
+        output = llm.generate(_TARGET, params(2), RequestOptions(repair="none"))
+        assert output.provenance.reused > 0
+    assert llm.flush()
+    assert llm.stats()["donors"]["nodes"] == 2
+    assert touched == [output.provenance.donors[0]] * 4
+    # One that is better is kept, and found by those who want no worse.
+    again = RequestOptions(max_divergence=0)
+    assert llm.generate(_TARGET, params(2), again).provenance.reused == 0
+    repeated = llm.generate(_TARGET, params(2), again).provenance
+    assert repeated.recomputed == 1
+    assert llm.flush()
+    assert llm.stats()["donors"]["nodes"] == 3
+
+
+def test_a_flush_waits_for_every_answer_that_was_delivered(open_llm: OpenLLM) -> None:
+    llm = open_llm()
+    engine = llm._parts.engine
+    flushed_in_sink: list[bool] = []
+    done = threading.Event()
+
+    def sink(chunk: StreamChunk | Exception) -> None:
+        if isinstance(chunk, StreamChunk) and chunk.output is not None:
+            flushed_in_sink.append(engine.wait_captured(0))
+            done.set()
+
+    engine.submit(llm._prompt(_DONOR, params(2), None), sink)
+    assert done.wait(PATIENCE_S)
+    assert flushed_in_sink == [False]
+    assert llm.flush()
+    assert llm.stats()["donors"]["nodes"] == 1
+
+
+def test_a_capture_that_fails_is_counted_and_frees_its_slot(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=1)
+    assert llm._parts.donors is not None
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no memory for a copy")
+
+    llm._parts.donors.capture = broken  # type: ignore[method-assign]
+    for _ in range(3):
+        assert len(llm.generate(_DONOR, params(2)).token_ids) == 2
+    assert llm.flush()
+    assert outcomes(llm)["capture_failed"] == 3
+    assert llm.stats()["donors"]["nodes"] == 0
+
+
+def test_a_known_request_is_not_stored_twice(open_llm: OpenLLM) -> None:
+    llm = open_llm()
+    for _ in range(3):
+        llm.generate(_DONOR, params(2))
+        llm.flush()
+    donors = llm.stats()["donors"]
+    assert donors["nodes"] == 1
+    assert donors["events"]["capture_known"] == 2
+
+
+def test_donors_found_by_meaning_are_used_if_they_come_in_time(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=1)
+    donors = llm._parts.donors
+    assert donors is not None
+    asked: list[str] = []
+    given: list[tuple[str, ...]] = []
+    searched = threading.Event()
+    find = donors.reuse.find
+
+    def similar(text: str, ns: str) -> tuple[str, ...]:
+        asked.append(text)
+        searched.set()
+        return ("nobody-knows-it",)
+
+    def recorded(*asked: Any) -> Any:
+        given.append(asked[-1])
+        return find(*asked)
+
+    donors.reuse.similar, donors.reuse.find = similar, recorded  # type: ignore[method-assign]
+    gate = Gate(llm._parts.runner, "decode")
+    first = Inbox(llm, _PROMPTS[0], params(2))
+    gate.wait()
+    second = Inbox(llm, _PROMPTS[1], params(2))
+    assert searched.wait(PATIENCE_S)
+    assert eventually(lambda: bool(next(iter(llm._parts.engine._waiting)).similar))
+    gate.open()
+    first.result()
+    second.result()
+    assert asked == [_PROMPTS[1]]  # the first did not wait: it was not held up by a search
+    assert given == [(), ("nobody-knows-it",)]

@@ -1,0 +1,55 @@
+"""What the catalogue finds, and what it takes for the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvshare_mm.node import Node, Piece, Span
+from kvshare_mm.reuse.catalogue import Catalogue
+from kvshare_mm.reuse.plan import PlannerOptions
+
+from .plans import blocks, to_keys
+
+_EXACT = PlannerOptions(exact_only=True)
+
+
+def node(name: str, keys: np.ndarray, borrowed: int = 0, owner: str = "") -> Node:
+    """One computed in full behind what it borrows from another."""
+    pieces = (Piece(owner, 0, 0, borrowed),) if borrowed else ()
+    return Node(name, "ns", keys, (Span(borrowed, len(keys)),), pieces, len(keys))
+
+
+@pytest.mark.parametrize("children", [40, 400])
+def test_the_longest_exact_prefix_is_found_behind_newer_ones_that_are_lost(children: int) -> None:
+    catalogue = Catalogue(Counter())
+    keys = to_keys(blocks(*"ABCD"))
+    catalogue.add(node("whole", keys))
+    catalogue.add(node("lost", np.concatenate((keys, to_keys([1])))))
+    for i in range(children):
+        catalogue.add(node(f"child {i}", np.concatenate((keys, to_keys([2, i]))), 80, "lost"))
+    target = np.concatenate((keys, to_keys([3, 4])))
+    assert catalogue.find(target, "ns", _EXACT).plan.num_exact == 80
+    catalogue.remove("lost")
+    found = catalogue.find(target, "ns", _EXACT).plan
+    assert found.num_exact == 80 and found.donors == ("whole",)
+
+
+def test_a_twin_is_nowhere_looser() -> None:
+    keys = to_keys(blocks(*"ABC"))
+    drift = np.zeros(60, np.float16)
+    drift[30:40] = 0.5
+    stored = replace(node("stored", keys), exact_len=30, drift=drift)
+    catalogue = Catalogue(Counter())
+    catalogue.add(stored)
+    looser = drift.copy()
+    looser[50] = np.inf
+    elsewhere = np.zeros(60, np.float16)
+    elsewhere[50] = np.inf
+    for other, known in ((drift, True), (looser, True), (elsewhere, False), (0.9 * drift, False)):
+        again = replace(stored, node_id="again", drift=other.astype(np.float16))
+        assert (catalogue.twin(again) == "stored") == known
+    assert catalogue.twin(node("exact", keys)) is None

@@ -1,0 +1,63 @@
+"""Risk of reuse: attention of the prompt's end times the drift that edits cause."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvshare_mm.reuse.divergence import divergence_bound, residual_risk, risk, risk_within
+from kvshare_mm.reuse.plan import KeptRun, ReusePlan
+
+
+def test_by_hand():
+    # Four tokens of ten replaced, then two kept, and one more put in before the last kept ones.
+    plan = ReusePlan(
+        10, (KeptRun("a", 4, 4, 2, False), KeptRun("a", 6, 7, 2, False)), attention=np.full(10, 0.1)
+    )
+    changed = np.array([4 / 5, 4 / 6, 5 / 8, 5 / 9])
+    want = 0.1 * np.array([1, 2**-0.5, 1, 2**-0.5]) * changed**1.4
+    assert risk(plan)[[4, 5, 7, 8]] == pytest.approx(want)
+    assert risk(plan).sum() == pytest.approx(want.sum())
+
+
+def test_attention_scales_the_risk():
+    plan = ReusePlan(10, (KeptRun("a", 4, 4, 4, False),))
+    attention = np.full(10, 0.1, np.float32)
+    attention[6] = 0.3
+    uneven = risk(replace(plan, attention=attention))
+    assert uneven[6] == pytest.approx(3 * risk(plan)[6])
+    assert uneven[[4, 5, 7]] == pytest.approx(risk(plan)[[4, 5, 7]])
+
+
+def test_what_continues_a_prefix_token_for_token_is_no_risk():
+    plan = ReusePlan(30, (KeptRun("a", 0, 0, 10, True), KeptRun("b", 10, 10, 15, False)))
+    assert not risk(plan).any()
+
+
+def test_a_deletion_is_an_edit():
+    plan = ReusePlan(30, (KeptRun("a", 0, 0, 10, True), KeptRun("a", 14, 10, 15, False)))
+    assert (risk(plan)[10:25] > 0).all()
+
+
+def test_more_edits_before_a_run_are_more_risk():
+    few = ReusePlan(40, (KeptRun("a", 20, 20, 10, False), KeptRun("a", 31, 31, 5, False)))
+    many = ReusePlan(40, (KeptRun("a", 20, 20, 5, False), KeptRun("a", 31, 31, 5, False)))
+    assert risk(many)[31:36].sum() > risk(few)[31:36].sum()
+
+
+def test_what_is_repaired_is_no_risk_any_more_and_the_rest_adds_up_as_squares():
+    plan = ReusePlan(10, (KeptRun("a", 4, 4, 4, False),), attention=np.full(10, 0.1))
+    danger = risk(plan)
+    assert residual_risk(plan) == pytest.approx(np.sqrt((danger**2).sum()))
+    repaired = replace(plan, repair=np.array([4, 6]))
+    assert residual_risk(repaired) == pytest.approx(np.hypot(danger[5], danger[7]))
+    assert residual_risk(replace(plan, repair=np.arange(4, 8))) == 0
+
+
+@given(st.floats(1e-9, 10))
+def test_the_bound_and_its_inverse(kl):
+    assert divergence_bound(risk_within(kl)) == pytest.approx(kl)

@@ -1,0 +1,268 @@
+"""The KV editor against a reference that moves one position of one head at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.node import Node, Piece, Span
+from kvshare_mm.reuse.editor import KVEditor
+from kvshare_mm.reuse.rotary import RotarySpec
+from kvshare_mm.store.base import NodeKV, StoredNode
+
+LAYERS, HEADS, KEY_DIM, VALUE_DIM = 2, 2, 10, 6
+INV_FREQ = torch.tensor([1.0, 0.31, 0.1, 0.013])  # 8 of 10 channels turn
+SLOT_LEN = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _stored(node_id: str, own: tuple[tuple[int, int], ...], dtype: torch.dtype) -> StoredNode:
+    generator = torch.Generator().manual_seed(sum(node_id.encode()))
+    spans = tuple(Span(*s) for s in own)
+    node = Node(node_id, "ns", np.arange(64, dtype=np.uint64), spans)
+    kv = NodeKV(
+        *(
+            torch.randn(LAYERS, HEADS, node.num_owned, dim, generator=generator).to(dtype)
+            for dim in (KEY_DIM, VALUE_DIM)
+        )
+    )
+    return StoredNode(node, kv)
+
+
+def _slot(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    k, v = (
+        torch.randn(LAYERS, HEADS, SLOT_LEN, dim, generator=generator).to(dtype)
+        for dim in (KEY_DIM, VALUE_DIM)
+    )
+    return k, v
+
+
+def _row(stored: StoredNode, position: int) -> int:
+    """Where the node keeps `position`, counted by hand."""
+    owned = [p for span in stored.node.own for p in range(span.start, span.end)]
+    return owned.index(position)
+
+
+def _turned(key: torch.Tensor, shift: int, interleaved: bool) -> torch.Tensor:
+    """One head's key, pair by pair, in double precision."""
+    out = key.double().clone()
+    half = len(INV_FREQ)
+    for i, freq in enumerate(INV_FREQ.double().tolist()):
+        a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+        cos, sin = np.cos(shift * freq), np.sin(shift * freq)
+        out[a] = float(key[a]) * cos - float(key[b]) * sin
+        out[b] = float(key[b]) * cos + float(key[a]) * sin
+    return out
+
+
+def _reading(nodes: dict[str, StoredNode]) -> Callable[[str], StoredNode]:
+    def read(node_id: str) -> StoredNode:
+        if node_id not in nodes:
+            raise KVUnavailableError("evicted", node_id)
+        return nodes[node_id]
+
+    return read
+
+
+@st.composite
+def _edits(draw: st.DrawFn) -> tuple[dict[str, tuple[tuple[int, int], ...]], list[Piece]]:
+    """Owners with gaps in what they own, and target pieces that each lie in one owned span."""
+    owners = {}
+    for name in "abc"[: draw(st.integers(1, 3))]:
+        edges = sorted(draw(st.sets(st.integers(0, 64), min_size=2, max_size=6)))
+        owners[name] = tuple(zip(edges[::2], edges[1::2], strict=False))
+    pieces = []
+    at = draw(st.integers(0, 3))
+    while at < SLOT_LEN:
+        owner = draw(st.sampled_from(sorted(owners)))
+        start, end = draw(st.sampled_from(owners[owner]))
+        first = draw(st.integers(start, end - 1))
+        length = draw(st.integers(1, min(end - first, SLOT_LEN - at)))
+        pieces.append(Piece(owner, first, at, length))
+        at += length + draw(st.integers(0, 5))
+    return owners, draw(st.permutations(pieces))
+
+
+@settings(max_examples=25)
+@given(
+    edits=_edits(),
+    store_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    slot_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    interleaved=st.booleans(),
+)
+def test_same_as_position_by_position(
+    edits: tuple[dict[str, tuple[tuple[int, int], ...]], list[Piece]],
+    store_dtype: torch.dtype,
+    slot_dtype: torch.dtype,
+    interleaved: bool,
+) -> None:
+    owners, pieces = edits
+    nodes = {name: _stored(name, own, store_dtype) for name, own in owners.items()}
+    keys, values = _slot(slot_dtype)
+    untouched = torch.ones(SLOT_LEN, dtype=torch.bool)
+    before_k, before_v = keys.clone(), values.clone()
+    stored_before = {name: (n.kv.k.clone(), n.kv.v.clone()) for name, n in nodes.items()}
+
+    written = KVEditor(RotarySpec(INV_FREQ, interleaved)).edit(
+        pieces, _reading(nodes), keys, values
+    )
+
+    positions = 0
+    for piece in pieces:
+        for i in range(piece.length):
+            at, stored = piece.start + i, nodes[piece.owner]
+            row = _row(stored, piece.owner_start + i)
+            untouched[at] = False
+            positions += 1
+            assert torch.equal(values[:, :, at], stored.kv.v[:, :, row].to(slot_dtype))
+            source = stored.kv.k[:, :, row].to(slot_dtype)
+            for layer in range(LAYERS):
+                for head in range(HEADS):
+                    want = _turned(source[layer, head], piece.shift, interleaved)
+                    got = keys[layer, head, at].double()
+                    # One rounding to the slot's dtype, and float32 arithmetic before it.
+                    ulp = 2.0**-8 if slot_dtype == torch.bfloat16 else 0.0
+                    assert torch.all((got - want).abs() <= ulp * want.abs() + 1e-5)
+            if piece.shift == 0:
+                assert torch.equal(keys[:, :, at], source)
+    assert torch.equal(keys[:, :, untouched], before_k[:, :, untouched])
+    assert torch.equal(values[:, :, untouched], before_v[:, :, untouched])
+    per_position = LAYERS * HEADS * (KEY_DIM + VALUE_DIM) * slot_dtype.itemsize
+    assert written == positions * per_position
+    for name, (k, v) in stored_before.items():
+        assert torch.equal(nodes[name].kv.k, k) and torch.equal(nodes[name].kv.v, v)
+
+
+@pytest.mark.parametrize("reason", ["evicted", "corrupt", "io_error", "wrong_namespace"])
+def test_a_read_error_leaves_the_slot_as_it_was(reason: str) -> None:
+    nodes = {"a": _stored("a", ((0, 20),), torch.float32)}
+
+    def read(node_id: str) -> StoredNode:
+        if node_id == "lost":
+            raise KVUnavailableError(reason, "gone")
+        return nodes[node_id]
+
+    keys, values = _slot(torch.float32)
+    before_k, before_v = keys.clone(), values.clone()
+    pieces = [Piece("a", 0, 2, 8), Piece("lost", 3, 10, 5), Piece("a", 10, 20, 4)]
+    with pytest.raises(KVUnavailableError) as caught:
+        KVEditor(RotarySpec(INV_FREQ)).edit(pieces, read, keys, values)
+    assert caught.value.reason == reason
+    assert torch.equal(keys, before_k)
+    assert torch.equal(values, before_v)
+
+
+def test_every_owner_is_read_once() -> None:
+    reads: list[str] = []
+    nodes = {name: _stored(name, ((0, 30),), torch.float32) for name in "ab"}
+
+    def read(node_id: str) -> StoredNode:
+        reads.append(node_id)
+        return nodes[node_id]
+
+    pieces = [Piece("a", 0, 0, 4), Piece("b", 3, 4, 4), Piece("a", 9, 8, 4), Piece("b", 0, 20, 2)]
+    KVEditor(RotarySpec(INV_FREQ)).edit(pieces, read, *_slot(torch.float32))
+    assert sorted(reads) == ["a", "b"]
+
+
+def test_what_an_owner_does_not_own_is_refused() -> None:
+    nodes = {"a": _stored("a", ((0, 10), (14, 20)), torch.float32)}
+    for first, length in ((8, 4), (10, 2), (9, 6), (19, 2)):
+        with pytest.raises(ValueError, match="does not own"):
+            KVEditor(RotarySpec(INV_FREQ)).edit(
+                [Piece("a", first, 0, length)], _reading(nodes), *_slot(torch.float32)
+            )
+
+
+def test_without_a_rotation_only_unshifted_pieces_are_taken() -> None:
+    nodes = {"a": _stored("a", ((0, 20),), torch.float32)}
+    keys, values = _slot(torch.float32)
+    editor = KVEditor(None)
+    editor.edit([Piece("a", 5, 5, 10)], _reading(nodes), keys, values)
+    assert torch.equal(keys[:, :, 5:15], nodes["a"].kv.k[:, :, 5:15])
+    with pytest.raises(ValueError, match="rotation"):
+        editor.edit([Piece("a", 5, 6, 10)], _reading(nodes), keys, values)
+
+
+def test_no_pieces_write_nothing() -> None:
+    keys, values = _slot(torch.float32)
+    before = keys.clone()
+    assert KVEditor(None).edit([], _reading({}), keys, values) == 0
+    assert torch.equal(keys, before)
+
+
+def test_writes_through_a_view_of_all_slots() -> None:
+    """The engine hands in one slot's view of a bigger tensor."""
+    nodes = {"a": _stored("a", ((0, 20),), torch.float32)}
+    all_k = torch.zeros(LAYERS, 3, HEADS, SLOT_LEN, KEY_DIM)
+    all_v = torch.zeros(LAYERS, 3, HEADS, SLOT_LEN, VALUE_DIM)
+    KVEditor(None).edit([Piece("a", 4, 4, 6)], _reading(nodes), all_k[:, 1], all_v[:, 1])
+    assert torch.equal(all_k[:, 1, :, 4:10], nodes["a"].kv.k[:, :, 4:10])
+    assert not all_k[:, [0, 2]].any() and not all_v[:, [0, 2]].any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_pieces_turn_by_their_positions_and_not_by_their_index(backend: str) -> None:
+    stored = _stored("a", ((0, 12),), torch.float32)
+    owner = np.tile(np.arange(64), (3, 1))
+    owner[:, 6:] -= 4  # behind a picture of six tokens and a longer side of two
+    stored = StoredNode(replace(stored.node, positions=owner), stored.kv)
+    target = np.tile(np.arange(20), (3, 1))
+    pieces = [Piece("a", 8, 10, 3), Piece("a", 1, 2, 2)]
+    k, v = _slot(torch.float32)
+    editor = KVEditor(RotarySpec(INV_FREQ), backend)
+    editor.edit(pieces, lambda _: stored, k, v, target)
+    for piece, turn in zip(pieces, (6, 1), strict=True):
+        for i in range(piece.length):
+            row = piece.owner_start + i
+            for layer in range(LAYERS):
+                for head in range(HEADS):
+                    want = _turned(stored.kv.k[layer, head, row], turn, False)
+                    got = k[layer, head, piece.start + i].double()
+                    assert torch.allclose(got, want, atol=1e-5)
+                    assert torch.equal(
+                        v[layer, head, piece.start + i], stored.kv.v[layer, head, row]
+                    )
+
+
+def test_the_slots_device_decides_what_moves_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, ran = [], []
+
+    def resolve(backend: str, device: torch.device) -> str:
+        asked.append((backend, device.type))
+        return "triton"
+
+    monkeypatch.setattr("kvshare_mm.reuse.editor.resolve", resolve)
+    monkeypatch.setattr(
+        "kvshare_mm.reuse.editor.edit_kv", lambda *arguments: ran.append(arguments[-1])
+    )
+    nodes = {"a": _stored("a", ((0, 20),), torch.float32)}
+    KVEditor(None).edit([Piece("a", 4, 4, 6)], _reading(nodes), *_slot(torch.float32))
+    assert asked == [("auto", "cpu")]
+    assert ran == ["triton"]
+
+
+def test_a_piece_whose_axes_part_is_refused_before_anything_is_written() -> None:
+    stored = _stored("a", ((0, 12),), torch.float32)
+    target = np.tile(np.arange(20), (3, 1))
+    target[1, 5:] += 1
+    k, v = _slot(torch.float32)
+    before = k.clone(), v.clone()
+    with pytest.raises(ValueError, match="do not move as one"):
+        KVEditor(RotarySpec(INV_FREQ)).edit(
+            [Piece("a", 0, 0, 2), Piece("a", 4, 3, 4)], lambda _: stored, k, v, target
+        )
+    assert torch.equal(k, before[0])
+    assert torch.equal(v, before[1])

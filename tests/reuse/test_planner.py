@@ -1,0 +1,180 @@
+"""What the planner may and may not reuse, case by case."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvshare_mm.reuse.plan import Decline, PlannerOptions
+from kvshare_mm.reuse.planner import make_plan
+
+from .plans import EAGER, blocks, describe, donor_of, to_keys
+
+
+def test_a_changed_number_in_the_middle():
+    donor = donor_of(blocks(*"ABC"))
+    target = to_keys([*blocks("A"), 1, 2, *blocks("C")])
+    plan = make_plan(target, [donor], PlannerOptions())
+    assert describe(plan) == [("d", 0, 0, 20, True), ("d", 40, 22, 19, False)]
+    assert plan.compute.tolist() == [20, 21, 41]
+
+
+def test_what_follows_the_exact_prefix_must_be_worth_it():
+    donor = donor_of(blocks(*"ABC"))
+    target = to_keys([*blocks("A"), *blocks("X", length=60), *blocks("C"), 0])
+    plan = make_plan(target, [donor], PlannerOptions(min_gain_share=0.3))
+    assert describe(plan) == [("d", 0, 0, 20, True)]
+    assert plan.declined is Decline.BELOW_MIN_GAIN
+    # 20 of the 81 positions behind the prefix.
+    assert make_plan(target, [donor], PlannerOptions(min_gain_share=0.24)).num_reused == 20
+    few = PlannerOptions(min_gain_share=0.0, min_gain_tokens=21)
+    assert make_plan(target, [donor], few).declined is Decline.BELOW_MIN_GAIN
+
+
+def test_a_moved_block_fills_the_gap_that_the_main_alignment_leaves():
+    donor = donor_of(blocks(*"PABQ"))
+    plan = make_plan(to_keys([*blocks(*"PBAQ"), 0]), [donor], PlannerOptions())
+    assert describe(plan) == [
+        ("d", 0, 0, 20, True),
+        ("d", 40, 20, 20, False),
+        ("d", 20, 40, 20, False),
+        ("d", 60, 60, 20, False),
+    ]
+
+
+def test_moved_lines_that_share_their_ends_are_all_kept():
+    """Every line's match reaches into its neighbours by the separator they have in common."""
+    separator = [7, 8, 9]
+    lines = {name: [*separator, *blocks(name, length=6)] for name in "ABCDEF"}
+    donor = donor_of([key for name in "ABCDEF" for key in lines[name]])
+    target = to_keys([*(key for name in "FEDCBA" for key in lines[name]), 0])
+    plan = make_plan(target, [donor], PlannerOptions())
+    assert plan.compute.tolist() == [len(target) - 1]
+
+
+def test_a_second_donor_fills_what_the_first_lacks():
+    first, second = donor_of(blocks(*"XABY"), "first"), donor_of(blocks(*"UCV"), "second")
+    target = to_keys([0, *blocks(*"ACB"), 0])
+    plan = make_plan(target, [second, first], PlannerOptions())
+    assert describe(plan) == [
+        ("first", 20, 1, 20, False),
+        ("second", 20, 21, 20, False),
+        ("first", 40, 41, 20, False),
+    ]
+    assert plan.donors == ("first", "second")
+
+
+def test_the_donor_that_covers_more_is_the_main_one_not_the_one_listed_first():
+    little, much = donor_of(blocks(*"XA"), "little"), donor_of(blocks(*"XXABC"), "much")
+    plan = make_plan(to_keys([0, *blocks(*"ABC"), 0]), [little, much], PlannerOptions())
+    assert plan.donors == ("much",)
+
+
+def test_the_same_media_is_reused_and_other_media_is_not():
+    from kvshare_mm.stream import media_keys
+
+    text = np.arange(20, dtype=np.uint64)
+    donor = donor_of(np.concatenate((text, media_keys("1a" * 32, 30), text + np.uint64(50))))
+    same = np.concatenate((to_keys([99]), media_keys("1a" * 32, 30), to_keys([0])))
+    other = np.concatenate((to_keys([99]), media_keys("2a" * 32, 30), to_keys([0])))
+    assert make_plan(same, [donor], PlannerOptions()).num_reused == 30
+    assert make_plan(other, [donor], PlannerOptions()).declined is Decline.BELOW_MIN_GAIN
+
+
+def test_an_approximate_request_repeated_is_reused_whole():
+    donor = donor_of(blocks(*"ABC"), exact_len=20)
+    plan = make_plan(to_keys(blocks(*"ABC")), [donor], PlannerOptions())
+    assert describe(plan) == [("d", 0, 0, 20, True), ("d", 20, 20, 39, False)]
+
+
+def test_an_approximate_request_gives_nothing_behind_the_first_edit():
+    donor = donor_of(blocks(*"ABC"), exact_len=20)
+    target = to_keys([*blocks("A"), 1, *blocks("C"), 0])
+    plan = make_plan(target, [donor], PlannerOptions())
+    assert describe(plan) == [("d", 0, 0, 20, True)]
+
+
+def test_what_an_approximate_request_borrowed_exactly_may_be_edited_again():
+    material = np.arange(60) // 20 != 1
+    donor = donor_of(blocks(*"ABC"), exact_len=20, material=material)
+    target = to_keys([*blocks("A"), 1, *blocks("B"), *blocks("C"), 0])
+    plan = make_plan(target, [donor], PlannerOptions(min_gain_share=0.0))
+    assert describe(plan) == [("d", 0, 0, 20, True), ("d", 40, 41, 20, False)]
+
+
+def test_material_cuts_a_run_and_short_leftovers_are_dropped():
+    material = np.ones(60, bool)
+    material[[23, 30, 45]] = False
+    donor = donor_of(blocks(*"ABC"), exact_len=20, material=material)
+    target = to_keys([0, *blocks(*"BC"), 0])
+    plan = make_plan(target, [donor], PlannerOptions(min_run=4, min_gain_share=0.0))
+    # 20..22 is too short; 24..29, 31..44 and 46..59 stay.
+    assert [(r.donor_start, r.length) for r in plan.runs] == [(24, 6), (31, 14), (46, 14)]
+    assert all(r.shift == -19 for r in plan.runs)
+
+
+def test_a_hole_ends_the_prefix_and_what_is_behind_it_is_material():
+    material = np.arange(60) // 20 != 1
+    donor = donor_of(blocks(*"ABC"), readable=20, exact_len=20, material=material)
+    plan = make_plan(to_keys(blocks(*"ABC")), [donor], PlannerOptions())
+    assert describe(plan) == [("d", 0, 0, 20, True), ("d", 40, 40, 19, False)]
+
+
+def test_the_approximate_prefix_continues_another_donors_exact_one():
+    sure = donor_of(blocks(*"ABX"), "sure")
+    long = donor_of(blocks(*"ABC"), "long", exact_len=10)
+    plan = make_plan(to_keys([*blocks(*"ABC"), 0]), [long, sure], PlannerOptions())
+    assert describe(plan) == [("sure", 0, 0, 40, True), ("long", 40, 40, 20, False)]
+
+
+def test_one_approximate_position_more_does_not_spoil_an_exact_prefix():
+    # Everything behind an approximate run is approximate, whatever it saved.
+    sure = donor_of(blocks("A"), "sure")
+    other = donor_of([*blocks("A"), 1, 2, *blocks("X")], "other", exact_len=5)
+    plan = make_plan(to_keys([*blocks("A"), 1, 3, 4, 5, 6]), [sure, other], PlannerOptions())
+    assert describe(plan) == [("sure", 0, 0, 20, True)]
+
+
+def test_exact_only_reuses_no_approximate_position_even_of_an_identical_prompt():
+    donor = donor_of(blocks(*"ABC"), exact_len=20)
+    plan = make_plan(to_keys(blocks(*"ABC")), [donor], PlannerOptions(exact_only=True))
+    assert describe(plan) == [("d", 0, 0, 20, True)]
+    assert plan.declined is Decline.EXACT_ONLY
+
+
+@pytest.mark.parametrize("extra", [0, 1, 5])
+def test_a_target_that_a_donor_goes_beyond(extra):
+    donor = donor_of([*blocks("A"), *range(extra)])
+    plan = make_plan(to_keys(blocks("A")), [donor], PlannerOptions())
+    assert describe(plan) == [("d", 0, 0, 19, True)]
+
+
+def test_a_target_that_extends_its_donor():
+    plan = make_plan(to_keys(blocks(*"AB")), [donor_of(blocks("A"))], PlannerOptions())
+    assert describe(plan) == [("d", 0, 0, 20, True)]
+    assert plan.declined is None
+
+
+@pytest.mark.parametrize("donors", [[], [donor_of([1])], [donor_of([2])]])
+def test_of_one_token_nothing_can_be_reused(donors):
+    plan = make_plan(to_keys([1]), donors, EAGER)
+    assert plan.runs == ()
+    assert plan.compute.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("donors", "options", "reason"),
+    [
+        ([], PlannerOptions(), Decline.NO_DONOR),
+        ([donor_of(blocks("X"))], PlannerOptions(), Decline.BELOW_MIN_GAIN),
+        ([donor_of(blocks(*"XA"))], PlannerOptions(exact_only=True), Decline.EXACT_ONLY),
+        ([donor_of(blocks(*"XA"))], PlannerOptions().but_exact_only(), Decline.EXACT_ONLY),
+        ([donor_of(blocks(*"XA"))], PlannerOptions(), None),
+        ([donor_of(blocks(*"XA"), exact_len=0)], PlannerOptions(), Decline.BELOW_MIN_GAIN),
+        ([donor_of([])], PlannerOptions(), Decline.BELOW_MIN_GAIN),
+    ],
+)
+def test_why_nothing_is_reused(donors, options, reason):
+    plan = make_plan(to_keys([*blocks("A"), 0]), donors, options)
+    assert plan.declined is reason
+    assert bool(plan.runs) is (reason is None)

@@ -1,0 +1,59 @@
+"""Rotary positions in plans: a run moves as one, or is not reused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from kvshare_mm.reuse.plan import one_turn
+from kvshare_mm.reuse.planner import make_plan
+
+from .plans import EAGER, donor_of, to_keys
+
+
+def axes(*columns) -> np.ndarray:
+    return np.array(columns, dtype=np.int64).T
+
+
+def test_without_positions_a_run_turns_by_its_shift():
+    assert one_turn(None, 7, None, 3, 5) == 4
+
+
+def test_a_run_turns_by_what_all_its_positions_move():
+    picture = axes((5, 5, 5), (5, 5, 6), (5, 6, 5), (5, 6, 6), (7, 7, 7))
+    assert one_turn(picture + 3, 0, picture, 0, 5) == 3
+    assert one_turn(picture, 4, None, 6, 1) == 1
+    assert one_turn(None, 2, picture, 4, 1) == -5
+
+
+def test_a_run_whose_axes_part_has_no_turn():
+    picture = axes((5, 5, 5), (5, 5, 6), (5, 6, 5), (5, 6, 6))
+    line = axes((5, 5, 5), (5, 5, 6), (5, 5, 7), (5, 5, 8))
+    assert one_turn(picture, 0, line, 0, 4) is None
+    assert one_turn(picture, 0, line, 0, 2) == 0
+    assert one_turn(picture, 0, None, 0, 4) is None
+
+
+def test_runs_that_do_not_move_as_one_are_dropped():
+    """Equal keys with other positions do not happen; if they did, nothing wrong is reused."""
+    keys = to_keys(range(20))
+    straight, bent = (np.tile(np.arange(20), (3, 1)) for _ in range(2))
+    bent[1, 10:] += 2
+    donor = dataclasses.replace(donor_of(range(20)), positions=straight)
+    plan = make_plan(keys, [donor], EAGER, bent)
+    assert plan.runs == ()
+    same = make_plan(keys, [donor], EAGER, straight)
+    assert same.num_exact == 19
+    moved = make_plan(to_keys([99, *range(20)]), [donor], EAGER, np.tile(np.arange(21), (3, 1)))
+    assert moved.num_reused == 19
+    parted = np.tile(np.arange(21), (3, 1))
+    parted[2, 12:] += 1
+    assert make_plan(to_keys([99, *range(20)]), [donor], EAGER, parted).num_reused == 0
+
+
+def test_an_exact_prefix_stands_where_it_stood():
+    keys = to_keys(range(20))
+    donor = dataclasses.replace(donor_of(range(20)), positions=np.tile(np.arange(20), (3, 1)))
+    plan = make_plan(keys, [donor], EAGER, np.tile(np.arange(20) + 1, (3, 1)))
+    assert plan.num_exact == 0

@@ -1,0 +1,348 @@
+"""Repair policies: what each one picks, what it asks the probe, and their text form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvshare_mm.reuse.divergence import FRONT, TAIL, WORD, divergence_bound, risk, risk_within
+from kvshare_mm.reuse.plan import KeptRun, ReusePlan
+from kvshare_mm.reuse.repair import (
+    PICTURE_KL,
+    BoundaryWindow,
+    MaxDivergence,
+    NoRepair,
+    Tail,
+    TopDeviation,
+    Union,
+    make_policy,
+)
+
+
+class FakeProbe:
+    """Drift that was set by hand; remembers which layers were asked for."""
+
+    def __init__(self, drift: np.ndarray) -> None:
+        self.drift = drift.astype(np.float32)
+        self.asked: list[int] = []
+
+    def deviation(self, layer: int) -> np.ndarray:
+        self.asked.append(layer)
+        return self.drift
+
+
+class NoProbe:
+    def deviation(self, layer: int) -> np.ndarray:
+        raise AssertionError("this policy needs no probe")
+
+
+@st.composite
+def plans(draw, max_runs=4):
+    runs, end = [], draw(st.integers(0, 6))
+    if end:
+        runs.append(KeptRun("a", 0, 0, end, exact=True))
+    for _ in range(draw(st.integers(0, max_runs))):
+        start = end + draw(st.integers(0, 6))
+        end = start + draw(st.integers(1, 30))
+        runs.append(KeptRun("b", start + 5, start, end - start, exact=False))
+    return ReusePlan(end + draw(st.integers(1, 8)), tuple(runs))
+
+
+def drifting(plan: ReusePlan, seed: int = 0) -> FakeProbe:
+    drift = np.random.default_rng(seed).random(plan.num_tokens) + 0.1
+    return FakeProbe(np.where(plan.approximate, drift, 0))
+
+
+PLAN = ReusePlan(
+    40, (KeptRun("a", 0, 0, 4, True), KeptRun("a", 9, 8, 12, False), KeptRun("b", 0, 24, 10, False))
+)
+NO_APPROXIMATE = [ReusePlan(1), ReusePlan(7), ReusePlan(7, (KeptRun("a", 0, 0, 6, True),))]
+POLICIES = [
+    NoRepair(),
+    BoundaryWindow(3),
+    BoundaryWindow(0),
+    Tail(5),
+    Tail(0),
+    TopDeviation(0.3, layer=2, tail=3),
+    TopDeviation(0.0),
+    TopDeviation(1.0, tail=0),
+    MaxDivergence(0.01),
+    MaxDivergence(0.0),
+    MaxDivergence(1000.0),
+    Union((BoundaryWindow(2), Tail(4), TopDeviation(0.1))),
+    *map(make_policy, ["none", "window", "tail:3", "deviation", "auto", "window:2+tail:3"]),
+]
+
+
+@settings(max_examples=30)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@given(plan=plans())
+def test_every_policy_gives_positions_of_the_prompt(policy, plan):
+    positions = policy.positions(plan, drifting(plan))
+    assert positions.ndim == 1
+    assert np.issubdtype(positions.dtype, np.integer)
+    assert ((positions >= 0) & (positions < plan.num_tokens)).all()
+    repaired = plan.with_repair(positions)
+    assert repaired.num_exact == plan.num_exact
+    assert 0 <= repaired.num_reused <= plan.num_reused
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("plan", NO_APPROXIMATE, ids=["one", "none", "exact"])
+def test_without_approximate_runs_there_is_nothing_to_repair_nor_to_measure(policy, plan):
+    assert not plan.with_repair(policy.positions(plan, NoProbe())).repair.size
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [p for p in POLICIES if "TopDeviation" not in str(p) or p == TopDeviation(0.0)],
+    ids=str,
+)
+def test_policies_that_can_decide_without_the_probe_do(policy):
+    policy.positions(PLAN, NoProbe())
+
+
+def test_the_probe_is_asked_once_and_for_the_layer_wanted():
+    probe = drifting(PLAN)
+    TopDeviation(0.2, layer=3).positions(PLAN, probe)
+    assert probe.asked == [3]
+
+
+def test_no_repair():
+    assert NoRepair().positions(PLAN, NoProbe()).tolist() == []
+
+
+def test_boundary_windows_open_every_approximate_run():
+    assert BoundaryWindow(2).positions(PLAN, NoProbe()).tolist() == [8, 9, 24, 25]
+    wide = PLAN.with_repair(BoundaryWindow(1000).positions(PLAN, NoProbe()))
+    assert wide.num_reused == 0
+
+
+@given(plans(), st.integers(0, 50))
+def test_boundary_windows_are_no_wider_than_said(plan, width):
+    picked = BoundaryWindow(width).positions(plan, NoProbe())
+    assert len(picked) == sum(min(width, r.length) for r in plan.runs if not r.exact)
+    assert plan.approximate[picked].all()
+
+
+def test_the_tail_is_the_end_of_the_prompt():
+    assert Tail(3).positions(PLAN, NoProbe()).tolist() == [37, 38, 39]
+    assert Tail(100).positions(ReusePlan(4), NoProbe()).tolist() == [0, 1, 2, 3]
+    # 34 and later is computed anyway.
+    assert PLAN.with_repair(Tail(8).positions(PLAN, NoProbe())).repair.tolist() == [32, 33]
+
+
+@given(plans(), st.floats(0, 1), st.integers(0, 12), st.integers(0, 5))
+def test_top_deviation_picks_those_that_drifted_most_and_no_more(plan, share, tail, seed):
+    probe = drifting(plan, seed)
+    picked = plan.with_repair(TopDeviation(share, tail=tail).positions(plan, probe)).repair
+    approximate = np.flatnonzero(plan.approximate)
+    in_tail = approximate[approximate >= plan.num_tokens - tail]
+    assert np.isin(in_tail, picked).all()
+    assert len(picked) <= math.ceil(share * len(approximate)) + len(in_tail)
+    chosen = picked[~np.isin(picked, in_tail)]
+    left = np.setdiff1d(approximate, picked)
+    if len(chosen) and len(left):
+        assert probe.drift[chosen].min() >= probe.drift[left].max()
+    if share == 1:
+        assert not len(left)
+
+
+def test_top_deviation_by_hand():
+    drift = np.zeros(40)
+    drift[[12, 19, 33]] = 3, 1, 2
+    policy = TopDeviation(2 / 22, tail=0)
+    assert sorted(policy.positions(PLAN, FakeProbe(drift)).tolist()) == [12, 33]
+
+
+def _always(plan: ReusePlan) -> np.ndarray:
+    tail = np.arange(max(0, plan.num_tokens - TAIL), plan.num_tokens)
+    fronts = [np.arange(r.start, min(r.end, r.start + FRONT)) for r in plan.runs if not r.exact]
+    return np.unique(np.concatenate([tail, *fronts]))
+
+
+@given(plans(), st.floats(0, 1e308, allow_nan=False), st.integers(0, 2**32 - 1))
+def test_max_divergence_repairs_the_riskiest_and_no_more_than_it_must(plan, kl, seed):
+    attention = np.random.default_rng(seed).dirichlet(np.ones(plan.num_tokens)).astype(np.float32)
+    plan = replace(plan, attention=attention)
+    danger = risk(plan)
+    danger[_always(plan)] = 0
+    picked = MaxDivergence(kl).positions(plan, NoProbe())
+    left = np.delete(danger, picked)
+    chosen = np.setdiff1d(picked, _always(plan))
+    assert math.hypot(*left) <= risk_within(kl) * (1 + 1e-6) + 1e-12
+    if len(chosen):
+        assert danger[chosen].min() >= left.max(initial=0)
+        assert math.hypot(*left, danger[chosen].min()) > risk_within(kl) * (1 - 1e-6)
+
+
+def test_what_the_end_looks_at_is_repaired_first():
+    plan = ReusePlan(100, (KeptRun("a", 9, 8, 60, False),))
+    attention = np.full(100, 0.001, np.float32)
+    attention[[19, 43]] = 0.4
+    plan = replace(plan, attention=attention)
+    target = divergence_bound(0.9 * risk(plan)[[19, 43]].min())
+    picked = MaxDivergence(target).positions(plan, NoProbe())
+    assert sorted(set(picked.tolist()) - set(_always(plan).tolist())) == [19, 43]
+
+
+@pytest.mark.parametrize("kl", [0.0, 1.0, 1e6])
+def test_the_end_of_the_prompt_and_what_follows_an_edit_are_always_repaired(kl):
+    plan = ReusePlan(100, (KeptRun("a", 9, 8, 41, False), KeptRun("b", 50, 50, 49, False)))
+    picked = set(MaxDivergence(kl).positions(plan, NoProbe()).tolist())
+    assert {*range(8, 8 + FRONT), *range(50, 50 + FRONT), *range(84, 100)} <= picked
+
+
+def test_an_edited_word_is_repaired_to_its_end_as_far_as_that_is_near():
+    joined = np.zeros(100, dtype=bool)
+    joined[[8, 9, 10, 11, 13]] = True
+    joined[40:80] = True
+    runs = (KeptRun("a", 9, 8, 31, False), KeptRun("b", 50, 40, 20, False))
+    plan = replace(ReusePlan(100, runs), joined=joined)
+    picked = sorted(set(MaxDivergence(1e6).positions(plan, NoProbe()).tolist()))
+    assert picked == [*range(8, 12), *range(40, 40 + WORD), *range(84, 100)]
+    cut = replace(ReusePlan(100, (KeptRun("a", 9, 8, 3, False),)), joined=joined)
+    assert cut.with_repair(MaxDivergence(1e6).positions(cut, NoProbe())).repair.tolist() == [
+        8,
+        9,
+        10,
+    ]
+
+
+def test_a_picture_behind_an_edit_or_at_the_end_is_trusted():
+    pictures = np.zeros(100, dtype=bool)
+    pictures[8:30] = True
+    pictures[80:92] = True
+    plan = replace(ReusePlan(100, (KeptRun("a", 9, 8, 91, False),)), pictures=pictures)
+    loose, strict = (set(MaxDivergence(kl).positions(plan, NoProbe())) for kl in (1e6, 0.0))
+    assert not loose & {*range(8, 30), *range(80, 92)}
+    assert {*range(92, 100)} <= loose
+    assert {*range(8, 30), *range(80, 92)} <= strict
+
+
+def test_no_target_repairs_everything_and_a_loose_one_the_end_alone():
+    plan = ReusePlan(100, (KeptRun("a", 0, 0, 4, True), KeptRun("a", 9, 8, 80, False)))
+    assert set(plan.approximate.nonzero()[0]) <= set(MaxDivergence(0.0).positions(plan, NoProbe()))
+    loose = sorted(set(MaxDivergence(1e6).positions(plan, NoProbe()).tolist()))
+    assert loose == [*range(8, 8 + FRONT), *range(84, 100)]
+
+
+@given(plans())
+def test_a_union_wants_what_any_of_its_policies_wants(plan):
+    parts = BoundaryWindow(2), Tail(3)
+    together = plan.with_repair(Union(parts).positions(plan, NoProbe())).repair
+    apart = [plan.with_repair(p.positions(plan, NoProbe())).repair for p in parts]
+    assert together.tolist() == sorted(set(np.concatenate(apart).tolist()))
+
+
+@pytest.mark.parametrize(
+    ("spec", "policy"),
+    [
+        ("none", NoRepair()),
+        ("window", BoundaryWindow(8)),
+        ("window:5", BoundaryWindow(5)),
+        ("window:0", BoundaryWindow(0)),
+        ("tail", Tail(16)),
+        ("tail:4", Tail(4)),
+        ("deviation", TopDeviation(0.15)),
+        ("deviation:0.2", TopDeviation(0.2)),
+        ("deviation:1", TopDeviation(1.0)),
+        ("auto", MaxDivergence(0.01)),
+        ("auto:1.5", MaxDivergence(1.5)),
+        ("auto:0", MaxDivergence(0.0)),
+        (" window:2 + tail:4 ", Union((BoundaryWindow(2), Tail(4)))),
+        (
+            "auto+window:1+none",
+            Union((MaxDivergence(0.01), BoundaryWindow(1), NoRepair())),
+        ),
+    ],
+)
+def test_the_text_form(spec, policy):
+    assert make_policy(spec) == policy
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("", "'' is none of none, window, tail, deviation, auto"),
+        ("best", "'best' is none of"),
+        ("window:3+", "'' is none of"),
+        ("Window:3", "'Window' is none of"),
+        ("window:x", "window:x"),
+        ("window:1.5", "window:1.5"),
+        ("window:-1", "window:-1"),
+        ("tail:many", "tail:many"),
+        ("tail:-2", "tail:-2"),
+        ("deviation:a", "deviation:a"),
+        # Each of these would else fail a request, long after it was set.
+        ("deviation:1.5", "deviation:1.5"),
+        ("deviation:-0.1", "deviation:-0.1"),
+        ("deviation:nan", "deviation:nan"),
+        ("deviation:inf", "deviation:inf"),
+        ("auto:-1", "auto:-1"),
+        ("auto:nan", "auto:nan"),
+        ("auto:inf", "auto:inf"),
+        ("none:4", "none:4"),
+        ("tail:4+window:x", "window:x"),
+    ],
+)
+def test_a_wrong_text_form_is_refused_by_name(spec, says):
+    with pytest.raises(ValueError, match="repair policy") as error:
+        make_policy(spec)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BoundaryWindow(-1),
+        lambda: Tail(-1),
+        lambda: TopDeviation(1.1),
+        lambda: TopDeviation(-0.1),
+        lambda: TopDeviation(math.nan),
+        lambda: TopDeviation(tail=-1),
+        lambda: TopDeviation(layer=-1),
+        lambda: MaxDivergence(-0.5),
+        lambda: MaxDivergence(math.inf),
+        lambda: MaxDivergence(math.nan),
+    ],
+)
+def test_parameters_that_make_no_sense_are_refused(make):
+    with pytest.raises(ValueError):
+        make()
+
+
+def test_pictures_are_trusted_unless_the_target_is_too_tight():
+    plan = edited_plan()
+    pictures = np.zeros(plan.num_tokens, dtype=bool)
+    pictures[20:60] = True
+    with_picture = replace(plan, pictures=pictures)
+    for kl in (PICTURE_KL, 0.01, 1.0):
+        picked = MaxDivergence(kl).positions(with_picture, NoProbe())
+        assert not pictures[picked].any()
+    text = plan.approximate & ~pictures
+    tight = MaxDivergence(0.0).positions(with_picture, NoProbe())
+    assert set(tight.tolist()) >= set(np.flatnonzero(plan.approximate).tolist())
+    # Without the picture's share of the risk, less text has to be repaired.
+    loose = MaxDivergence(0.01).positions(with_picture, NoProbe())
+    assert text[loose].sum() <= text[MaxDivergence(0.01).positions(plan, NoProbe())].sum()
+
+
+@pytest.mark.parametrize("behind", [0, 7])
+def test_the_prompts_end_is_repaired_even_in_a_picture_behind_the_question(behind):
+    plan = replace(edited_plan(), pictures=np.arange(100) < 100 - behind)
+    assert MaxDivergence(0.01).positions(plan, NoProbe()).tolist() == list(range(84, 100))
+
+
+def edited_plan() -> ReusePlan:
+    """A hundred positions behind ten that changed."""
+    return ReusePlan(
+        100,
+        (KeptRun("d", 10, 10, 89, exact=False),),
+        attention=np.full(100, 0.01, np.float32),
+    )

@@ -1,0 +1,198 @@
+"""Re-rotation against transformers' own embeddings: a moved key is the key computed there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CohereConfig, GlmConfig, LlamaConfig, PhiConfig
+from transformers.models.cohere import modeling_cohere as cohere
+from transformers.models.glm import modeling_glm as glm
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.phi import modeling_phi as phi
+
+from kvshare_mm.reuse.rotary import RotarySpec, rerotate
+
+HEAD_DIM = 32
+ROPE: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "long base": {"rope_type": "default", "rope_theta": 1e6},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn with an attention factor": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "attention_factor": 2.5,
+        "original_max_position_embeddings": 64,
+    },
+}
+COMMON = {
+    "hidden_size": 2 * HEAD_DIM,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _llama(name: str) -> tuple[Any, Callable[..., Any], RotarySpec]:
+    rotary = llama.LlamaRotaryEmbedding(LlamaConfig(**COMMON, rope_parameters=ROPE[name]))
+    return rotary, llama.apply_rotary_pos_emb, RotarySpec(rotary.inv_freq)
+
+
+def _rotated(rotary: Any, apply: Callable[..., Any], k: torch.Tensor, at: torch.Tensor) -> Any:
+    """``k [1, heads, n, dim]`` as the model would cache it at positions `at`."""
+    cos, sin = rotary(k, at[None])
+    dim = cos.shape[-1]
+    moved = apply(k[..., :dim], k[..., :dim], cos, sin)[1]
+    return torch.cat((moved, k[..., dim:]), dim=-1)
+
+
+def _raw(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(1, 2, n, HEAD_DIM, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("name", ROPE)
+def test_moved_key_is_the_key_computed_there(name: str) -> None:
+    rotary, apply, spec = _llama(name)
+    k, start = _raw(60), torch.arange(100, 160)
+    before = _rotated(rotary, apply, k, start)
+    for shift in (torch.arange(-100, 140, 4), torch.full((60,), -100), torch.full((60,), 90)):
+        want = _rotated(rotary, apply, k, start + shift)
+        assert torch.allclose(rerotate(before, shift, spec), want, atol=1e-4)
+
+
+def test_yarn_factor_is_in_the_test() -> None:
+    plain, with_factor = _llama("yarn")[0], _llama("yarn with an attention factor")[0]
+    assert plain.attention_scaling != 1.0
+    assert with_factor.attention_scaling == 2.5
+
+
+def test_far_positions() -> None:
+    rotary, apply, spec = _llama("default")
+    k, start = _raw(8), torch.arange(8)
+    before = _rotated(rotary, apply, k, start)
+    shift = torch.full((8,), 8000)
+    # transformers multiplies angles in float32: at 8000 they are good to about 5e-4.
+    assert torch.allclose(
+        rerotate(before, shift, spec), _rotated(rotary, apply, k, start + shift), atol=5e-3
+    )
+
+
+def test_far_and_back_loses_nothing() -> None:
+    _, _, spec = _llama("default")
+    k = _raw(16)
+    far = torch.full((16,), 1_000_000)
+    assert torch.allclose(rerotate(rerotate(k, far, spec), -far, spec), k, atol=1e-5)
+
+
+def test_partial_rotary_dimensions() -> None:
+    config = PhiConfig(**COMMON, partial_rotary_factor=0.5)
+    rotary = phi.PhiRotaryEmbedding(config)
+    spec = RotarySpec(rotary.inv_freq)
+    assert spec.rotary_dim == HEAD_DIM // 2
+    k, start, shift = _raw(20), torch.arange(30, 50), torch.arange(-20, 20, 2)
+    before = _rotated(rotary, phi.apply_rotary_pos_emb, k, start)
+    moved = rerotate(before, shift, spec)
+    want = _rotated(rotary, phi.apply_rotary_pos_emb, k, start + shift)
+    assert torch.allclose(moved, want, atol=1e-4)
+    assert torch.equal(moved[..., spec.rotary_dim :], k[..., spec.rotary_dim :])
+
+
+def test_interleaved_layout() -> None:
+    rotary = cohere.CohereRotaryEmbedding(CohereConfig(**COMMON))
+    spec = RotarySpec(rotary.inv_freq, interleaved=True)
+    k, start, shift = _raw(20), torch.arange(30, 50), torch.arange(-20, 20, 2)
+    before = _rotated(rotary, cohere.apply_rotary_pos_emb, k, start)
+    want = _rotated(rotary, cohere.apply_rotary_pos_emb, k, start + shift)
+    assert torch.allclose(rerotate(before, shift, spec), want, atol=1e-4)
+    halves = RotarySpec(rotary.inv_freq)
+    assert not torch.allclose(rerotate(before, shift, halves), want, atol=1e-1)
+
+
+def test_interleaved_layout_on_part_of_the_channels() -> None:
+    config = GlmConfig(**COMMON, head_dim=HEAD_DIM, partial_rotary_factor=0.5, pad_token_id=0)
+    rotary = glm.GlmRotaryEmbedding(config)
+    spec = RotarySpec(rotary.inv_freq, interleaved=True)
+    k, start, shift = _raw(20), torch.arange(30, 50), torch.arange(-20, 20, 2)
+
+    def cached(at: torch.Tensor) -> torch.Tensor:
+        moved: torch.Tensor = glm.apply_rotary_pos_emb(k, k, *rotary(k, at[None]))[1]
+        return moved
+
+    moved = rerotate(cached(start), shift, spec)
+    assert torch.allclose(moved, cached(start + shift), atol=1e-4)
+    assert torch.equal(moved[..., HEAD_DIM // 2 :], k[..., HEAD_DIM // 2 :])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    _, _, spec = _llama("default")
+    k, shift = _raw(40, dtype), torch.arange(-20, 20)
+    moved = rerotate(k, shift, spec)
+    assert moved.dtype == dtype
+    assert torch.equal(moved, rerotate(k.float(), shift, spec).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_zero_shift_changes_no_bit(dtype: torch.dtype, interleaved: bool) -> None:
+    spec = RotarySpec(_llama("default")[2].inv_freq, interleaved)
+    k = _raw(12, dtype)
+    before = k.clone()
+    moved = rerotate(k, torch.zeros(12, dtype=torch.int64), spec)
+    assert torch.equal(moved, k)
+    assert moved.data_ptr() != k.data_ptr()
+    assert torch.equal(k, before)
+
+
+@settings(max_examples=40)
+@given(
+    a=st.integers(-3000, 3000),
+    b=st.integers(-3000, 3000),
+    name=st.sampled_from(sorted(ROPE)),
+    interleaved=st.booleans(),
+    dim=st.sampled_from([HEAD_DIM, HEAD_DIM + 6]),
+)
+def test_moves_add_up(a: int, b: int, name: str, interleaved: bool, dim: int) -> None:
+    spec = RotarySpec(_llama(name)[2].inv_freq, interleaved)
+    k = torch.randn(2, 3, 5, dim, generator=torch.Generator().manual_seed(dim))
+    shift_a, shift_b = torch.full((5,), a), torch.full((5,), b)
+    twice = rerotate(rerotate(k, shift_a, spec), shift_b, spec)
+    once = rerotate(k, shift_a + shift_b, spec)
+    assert torch.allclose(twice, once, atol=1e-5)
+    # A rotation keeps lengths, also of every pair.
+    assert torch.allclose(once.norm(dim=-1), k.norm(dim=-1), atol=1e-4)
+
+
+def test_tokens_move_independently() -> None:
+    _, _, spec = _llama("llama3")
+    k, shift = _raw(30), torch.randint(-500, 500, (30,), generator=torch.Generator().manual_seed(0))
+    moved = rerotate(k, shift, spec)
+    for i in range(30):
+        assert torch.equal(
+            moved[:, :, i], rerotate(k[:, :, i : i + 1], shift[i : i + 1], spec)[:, :, 0]
+        )
