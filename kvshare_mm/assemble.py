@@ -89,9 +89,9 @@ class Parts:
         return stats
 
     def flush(self, timeout_s: float | None) -> bool:
-        captured = self.engine.wait_captured(timeout_s)
+        saved = self.engine.wait_saved(timeout_s)
         seen = self.seen is None or self.seen.flush(timeout_s)
-        return captured and seen and (self.donors is None or self.donors.flush(timeout_s))
+        return saved and seen and (self.donors is None or self.donors.flush(timeout_s))
 
     def close(self) -> None:
         self.decoder.close()

@@ -70,16 +70,16 @@ class SlotCache(Cache):
     """K/V of all slots, preallocated; `batch` says where the next forward writes.
 
     Attributes:
-        keys: ``[num_layers, num_slots, num_kv_heads, max_len, head_dim]``.
-        values: the same (head_dim may differ).
+        k: ``[num_layers, num_slots, num_kv_heads, max_len, head_dim]``.
+        v: the same (head_dim may differ).
         moved_s: `time.perf_counter` of the last layer.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
         super().__init__(layers=[])
         self.moved_s = 0.0
-        self.keys = keys
-        self.values = values
+        self.k = k
+        self.v = v
         self.batch: RaggedQueries | None = None
 
     def update(
@@ -95,16 +95,16 @@ class SlotCache(Cache):
         if batch is None or batch.pages is None:
             raise RuntimeError("SlotCache.batch must be set before a forward, with slots")
         self.moved_s = time.perf_counter()
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        k, v = self.k[layer_idx], self.v[layer_idx]
         slots, index = batch.rows
         if batch.num_requests == 1:
             slot = batch.pages[0]
-            keys[slot].index_copy_(1, index, key_states[0])
-            values[slot].index_copy_(1, index, value_states[0])
+            k[slot].index_copy_(1, index, key_states[0])
+            v[slot].index_copy_(1, index, value_states[0])
         else:
-            keys[slots, :, index] = key_states[0].transpose(0, 1)
-            values[slots, :, index] = value_states[0].transpose(0, 1)
-        return keys, values
+            k[slots, :, index] = key_states[0].transpose(0, 1)
+            v[slots, :, index] = value_states[0].transpose(0, 1)
+        return k, v
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
     @property
     def shift(self) -> int:
-        """Target index minus owner index. What keys are turned by is told by `plan.one_turn`."""
+        """Target index minus owner index. Keys move by `plan.uniform_shift`."""
         return self.start - self.owner_start
 
 
@@ -52,8 +52,7 @@ class Node:
     Attributes:
         node_id: unique id.
         namespace: everything that must be equal before KV may be shared.
-        keys: ``[N]`` alignment keys of the request, kept as uint32 if they are tokens only, else as
-            uint64.
+        align_keys: ``[N]`` of the request, kept as uint32 if they are tokens only, else as uint64.
         own: spans whose KV this node owns, ascending and disjoint.
         pieces: spans whose KV other nodes own, ascending, disjoint, and disjoint from `own`.
         exact_len: positions ``[0, exact_len)`` equal what a full prefill gives.
@@ -71,7 +70,7 @@ class Node:
 
     node_id: str
     namespace: str
-    keys: np.ndarray = field(repr=False)
+    align_keys: np.ndarray = field(repr=False)
     own: tuple[Span, ...]
     pieces: tuple[Piece, ...] = ()
     exact_len: int = 0
@@ -85,8 +84,8 @@ class Node:
 
     def __post_init__(self) -> None:
         # Nodes are many, and all in RAM wherever their KV is.
-        if self.keys.dtype == np.uint64 and not (self.keys >> 32).any():
-            object.__setattr__(self, "keys", self.keys.astype(np.uint32))
+        if self.align_keys.dtype == np.uint64 and not (self.align_keys >> 32).any():
+            object.__setattr__(self, "align_keys", self.align_keys.astype(np.uint32))
         compact = {"attention": np.float16, "drift": np.float16, "positions": np.int32}
         for name, dtype in compact.items():
             if (values := getattr(self, name)) is not None:
@@ -97,14 +96,14 @@ class Node:
             if span.start < end or span.length <= 0:
                 raise ValueError(f"node {self.node_id}: spans overlap or are empty at {span}")
             end = span.end
-        if end > len(self.keys) or not 0 <= self.exact_len <= len(self.keys):
+        if end > len(self.align_keys) or not 0 <= self.exact_len <= len(self.align_keys):
             raise ValueError(f"node {self.node_id}: spans or exact_len go beyond the keys")
         for name in ("attention", "drift"):
-            if (values := getattr(self, name)) is not None and len(values) > len(self.keys):
+            if (values := getattr(self, name)) is not None and len(values) > len(self.align_keys):
                 raise ValueError(f"node {self.node_id}: more {name} than keys")
-        if self.positions is not None and self.positions.shape != (3, len(self.keys)):
-            raise ValueError(f"node {self.node_id}: positions are not [3, {len(self.keys)}]")
-        if any(m.end > len(self.keys) for m in self.media):
+        if self.positions is not None and self.positions.shape != (3, len(self.align_keys)):
+            raise ValueError(f"node {self.node_id}: positions are not [3, {len(self.align_keys)}]")
+        if any(m.end > len(self.align_keys) for m in self.media):
             raise ValueError(f"node {self.node_id}: media go beyond the keys")
         if list(self.own) != sorted(self.own) or list(self.pieces) != sorted(
             self.pieces, key=lambda p: p.start
@@ -112,17 +111,17 @@ class Node:
             raise ValueError(f"node {self.node_id}: spans must be ascending")
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.align_keys)
 
     @property
-    def alignment_keys(self) -> np.ndarray:
+    def wide_keys(self) -> np.ndarray:
         """``[N]`` uint64, as prompts and indexes have them."""
-        return self.keys.astype(np.uint64)
+        return self.align_keys.astype(np.uint64)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes in RAM wherever its KV is."""
-        arrays = (self.keys, self.attention, self.drift, self.positions)
+        arrays = (self.align_keys, self.attention, self.drift, self.positions)
         parts = len(self.own) + len(self.pieces) + len(self.media)
         return _NODE_BYTES + _PART_BYTES * parts + sum(a.nbytes for a in arrays if a is not None)
 

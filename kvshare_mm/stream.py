@@ -88,20 +88,20 @@ class SegmentStream:
 
     Attributes:
         token_ids: ``[N]`` int64, what the model's embedding table is asked for.
-        keys: ``[N]`` uint64 alignment keys.
+        align_keys: ``[N]`` uint64 alignment keys.
         segments: spans in order that tile ``[0, N)``.
         items: what stands in the segments that are not text, in order.
         positions: ``[3, N]`` int64 rotary positions (time, row, column); None: the index.
     """
 
     token_ids: np.ndarray
-    keys: np.ndarray
+    align_keys: np.ndarray
     segments: tuple[Segment, ...]
     items: tuple[MediaItem, ...] = ()
     positions: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.token_ids.shape != self.keys.shape or self.token_ids.ndim != 1:
+        if self.token_ids.shape != self.align_keys.shape or self.token_ids.ndim != 1:
             raise ValueError("token_ids and keys must be vectors of one length")
         ends = [0, *(s.end for s in self.segments)]
         starts = [*(s.start for s in self.segments), len(self.token_ids)]
@@ -130,7 +130,7 @@ class SegmentStream:
         return mask
 
     @property
-    def lead(self) -> int:
+    def rope_delta(self) -> int:
         """Rotary position minus index of whatever is written behind this stream."""
         return 0 if self.positions is None else int(self.positions.max()) + 1 - len(self)
 
@@ -138,7 +138,7 @@ class SegmentStream:
         """``[3, length]`` positions of the stream and of the text written behind it, or None."""
         if self.positions is None:
             return None
-        behind = np.arange(len(self), length) + self.lead
+        behind = np.arange(len(self), length) + self.rope_delta
         return np.hstack((self.positions, np.tile(behind, (3, 1))))
 
 

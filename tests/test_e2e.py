@@ -139,7 +139,7 @@ def test_the_default_embedders_index_outlives_a_process_that_is_killed(tmp_path:
         assert semantic._opened[0].ids() == set(stored)
         namespace = donors.tree[stored[0]].namespace
         [nearest, *_] = donors.reuse.similar(STORIES[0].target, namespace)
-        keys = donors.tree[nearest].keys.astype("int64")
+        keys = donors.tree[nearest].align_keys.astype("int64")
         assert "Laboratory report" in llm.tokenizer.decode(keys)
         output = llm.chat([{"role": "user", "content": STORIES[0].target}], _PARAMS)
         assert reused_share(output) >= 0.85

@@ -119,7 +119,9 @@ def user_span(stream: SegmentStream, head: int, tail: int) -> Span:
 
 def template_length(one: SegmentStream, other: SegmentStream) -> tuple[int, int]:
     """Tokens that two prompts with nothing else in common share at their beginning and end."""
-    return _common(one.keys, other.keys), _common(one.keys[::-1], other.keys[::-1])
+    return _common(one.align_keys, other.align_keys), _common(
+        one.align_keys[::-1], other.align_keys[::-1]
+    )
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:

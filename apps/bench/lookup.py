@@ -92,7 +92,7 @@ def run(
         "kind": "lookup",
         "records": len(records),
         "pairs": len(pairs),
-        "tokens": {"median": float(np.median([len(record.keys) for record in records]))},
+        "tokens": {"median": float(np.median([len(record.align_keys) for record in records]))},
         "embedder": embedder.name,
         "build_s": build,
         "methods": methods,

@@ -29,7 +29,7 @@ def run(rig: Rig, *, num_requests: int = 100) -> dict[str, Any]:
     for i in track(range(num_requests), "Serving lab reports", transient=True):
         text = lab_report(random_values(rng), str(10_000 + i), "Question: What is the urea value?")
         stream = encode(rig, text)
-        rig.capture(stream, ns, rig.serve(stream, ns, METHODS["kvshare"]))
+        rig.save(stream, ns, rig.serve(stream, ns, METHODS["kvshare"]))
     per_token = rig.loaded.kv_shape.bytes_per_token(rig.loaded.dtype) if rig.loaded.kv_shape else 0
     saved = rig.donors.tree.num_tokens_owned * per_token
     whole = rig.donors.tree.num_tokens_whole * per_token

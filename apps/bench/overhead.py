@@ -30,27 +30,27 @@ def run(
     """Fill the pool, then serve prompts that share nothing with it, with and without reuse.
 
     Donors are the first 32 tokens of prompts, with made-up KV of the model's shape: what lookup
-    and capture cost depends on their number and size, not on the values.
+    and save cost depends on their number and size, not on the values.
 
     Returns:
-        Medians in seconds of a full prefill without reuse, of lookup and planning, of capturing
+        Medians in seconds of a full prefill without reuse, of lookup and planning, of saving
         the request, and of the whole first-token time with reuse; and the shares.
     """
     ns = rig.namespace("overhead")
-    keys, values = rig.runner.slot_kv(0)
+    k, v = rig.runner.slot_kv(0)
     with torch.inference_mode():
-        keys[:, :, :num_tokens].normal_()
-        values[:, :, :num_tokens].normal_()
+        k[:, :, :num_tokens].normal_()
+        v[:, :, :num_tokens].normal_()
     tokenizer = rig.loaded.tokenizer
     stored = 0
     for text in track(prompts, "Storing donors", transient=True):
         ids = np.array(tokenizer(text)["input_ids"][:_DONOR_TOKENS], dtype=np.uint64)
-        if len(ids) and rig.donors.capture(ids, ns, ReusePlan(len(ids)), keys, values, ""):
+        if len(ids) and rig.donors.save(ids, ns, ReusePlan(len(ids)), k, v, ""):
             stored += 1
         if stored >= num_donors:
             break
     rng = np.random.default_rng(0)
-    full, shared, lookup, capture = [], [], [], []
+    full, shared, lookup, save = [], [], [], []
     for _ in track(range(repeats), "Measuring misses", transient=True):
         stream = text_stream(rng.integers(3, len(tokenizer), num_tokens))
         full.append(rig.serve(stream, ns, METHODS["full"]).ttft)
@@ -58,17 +58,17 @@ def run(
         shared.append(miss.ttft)
         lookup.append(miss.result.lookup + miss.result.planning)
         start = time.perf_counter()
-        captured = rig.capture(stream, ns, miss)
-        capture.append(time.perf_counter() - start)
-        if captured:
-            rig.donors.delete(captured)
+        saved = rig.save(stream, ns, miss)
+        save.append(time.perf_counter() - start)
+        if saved:
+            rig.donors.delete(saved)
     medians = {
         "full_prefill_s": statistics.median(full),
         "shared_prefill_s": statistics.median(shared),
         "lookup_and_plan_s": statistics.median(lookup),
-        "capture_s": statistics.median(capture),
+        "save_s": statistics.median(save),
     }
-    cost = medians["lookup_and_plan_s"] + medians["capture_s"]
+    cost = medians["lookup_and_plan_s"] + medians["save_s"]
     return {
         "kind": "overhead",
         "model": rig.loaded.name,

@@ -78,7 +78,7 @@ class PlannedPool:
             plan = plan.with_repair(self._policy.positions(plan, _NoModel()))
         stored = ReusePlan(len(stream)) if self._whole else plan
         kv = self._kv.expand(1, 1, len(stream), 1)
-        self._window.add(self._donors.capture(stream.keys, "plan-only", stored, kv, kv, ""))
+        self._window.add(self._donors.save(stream.align_keys, "plan-only", stored, kv, kv, ""))
         return plan, found.lookup + found.planning
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class ServedPool:
 
     def admit(self, stream: SegmentStream) -> tuple[ReusePlan, float]:
         served = self._rig.serve(stream, self._namespace, self._method)
-        self._window.add(self._rig.capture(stream, self._namespace, served))
+        self._window.add(self._rig.save(stream, self._namespace, served))
         return served.result.plan, served.result.lookup + served.result.planning
 
     def __len__(self) -> int:

@@ -107,16 +107,16 @@ class Rig:
         int(result.logits.argmax())
         return Served(slot, result, time.perf_counter() - start, self._counter.take())
 
-    def capture(self, stream: SegmentStream, ns: str, served: Served) -> str | None:
+    def save(self, stream: SegmentStream, ns: str, served: Served) -> str | None:
         """Make what is in the slot a donor."""
-        keys, values = self.runner.slot_kv(served.slot)
+        k, v = self.runner.slot_kv(served.slot)
         result = served.result
-        return self.donors.capture(
-            stream.keys,
+        return self.donors.save(
+            stream.align_keys,
             ns,
             result.plan,
-            keys,
-            values,
+            k,
+            v,
             "",
             result.attention,
             stream.positions,
@@ -127,7 +127,7 @@ class Rig:
     def known(self, donor: SegmentStream, ns: str, method: Method = FULL) -> Iterator[Served]:
         """A donor served in the first slot, and stored until this ends."""
         served = self.serve(donor, ns, method)
-        stored = self.capture(donor, ns, served)
+        stored = self.save(donor, ns, served)
         try:
             yield served
         finally:
@@ -163,7 +163,7 @@ class Rig:
                 [served[i].slot for i in active],
                 [answers[i][-1] for i in active],
                 [served[i].result.plan.num_tokens + len(answers[i]) - 1 for i in active],
-                [served[i].result.lead for i in active],
+                [served[i].result.rope_delta for i in active],
             )
             for i, token in zip(active, logits.argmax(-1).tolist(), strict=True):
                 answers[i].append(token)

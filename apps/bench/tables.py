@@ -263,7 +263,7 @@ TABLES: dict[str, Kind] = {
             "prompt": "{tokens} tokens",
             "full prefill": "{full_prefill_s:ms}",
             "lookup and plan": "{lookup_and_plan_s:ms}",
-            "capture": "{capture_s:ms}",
+            "save": "{save_s:ms}",
             "of the prefill": "{miss_cost_share:.1%}",
         },
     ),

@@ -29,7 +29,7 @@ def run(rig: Rig, *, reports: int, values: int, repeats: int) -> dict[str, Any]:
     ns = rig.namespace("template")
     kvshare = METHODS["kvshare"]
     first = rig.serve(donor, ns, METHODS["full"])
-    rig.capture(donor, ns, first)
+    rig.save(donor, ns, first)
     ways: dict[str, list[float]] = {w: [] for w in ("full", "kvshare", "ideal", "repeat")}
     for _ in range(repeats):
         ways["full"].append(rig.serve(target, ns, METHODS["full"]).ttft)

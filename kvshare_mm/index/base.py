@@ -26,13 +26,13 @@ class IndexRecord:
     Attributes:
         node_id: id of the DELTA-tree node.
         namespace: requests see only records of their own namespace.
-        keys: ``[N]`` uint64 alignment keys.
+        align_keys: ``[N]`` uint64 alignment keys.
         embedding: ``[dim]`` float32, unit length, or None if there is none (yet).
     """
 
     node_id: str
     namespace: str
-    keys: np.ndarray
+    align_keys: np.ndarray
     embedding: np.ndarray | None = None
 
 

@@ -157,7 +157,7 @@ class LexicalIndex(PostingsIndex[_Sample]):
         """
         sampled: dict[str, list[tuple[str, _Sample, _U64]]] = {}
         for record in {record.node_id: record for record in records}.values():
-            sample = _Sample(*smallest_ngrams(record.keys, self._max_ngrams, self.n))
+            sample = _Sample(*smallest_ngrams(record.align_keys, self._max_ngrams, self.n))
             added = sampled.setdefault(record.namespace, [])
             added.append((record.node_id, sample, sample.ngrams))
         self._put(sampled)

@@ -58,7 +58,7 @@ def row(record: IndexRecord, dim: int) -> dict[str, Any]:
         "namespace": text_identity(record.namespace),
         "embedded": record.embedding is not None,
         "dense": np.asarray(dense, np.float32),
-        "sparse": fingerprint(record.keys) or {_NO_NGRAMS: 1.0},
+        "sparse": fingerprint(record.align_keys) or {_NO_NGRAMS: 1.0},
     }
 
 

@@ -38,7 +38,7 @@ class PrefixIndex(PostingsIndex[None]):
         chained: dict[str, list[tuple[str, None, NDArray[np.uint64]]]] = {}
         for record in {record.node_id: record for record in records}.values():
             added = chained.setdefault(record.namespace, [])
-            added.append((record.node_id, None, self._chain(record.keys)))
+            added.append((record.node_id, None, self._chain(record.align_keys)))
         self._put(chained)
 
     def longest(self, namespace: str, keys: NDArray[np.uint64], limit: int = 4) -> list[str]:

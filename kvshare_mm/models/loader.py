@@ -99,16 +99,16 @@ def load_model(
     """
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
-    where = _device(device)
+    target = _device(device)
     try:
-        backend = resolve(attention_backend, where)
+        backend = resolve(attention_backend, target)
     except BackendError as error:
         raise ConfigError(str(error)) from error
     source = locate(name)
     hf_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        chosen = _dtype(dtype, config, where)
+        chosen = _dtype(dtype, config, target)
         options = {
             "dtype": chosen,
             "trust_remote_code": trust_remote_code,
@@ -132,7 +132,7 @@ def load_model(
     if report["missing_keys"]:  # transformers fills them with random numbers
         missing = sorted(report["missing_keys"])
         raise ModelLoadError(f"The model {name!r} lacks {len(missing)} weights, e.g. {missing[0]}")
-    model = model.to(where).eval().requires_grad_(False)
+    model = model.to(target).eval().requires_grad_(False)
     language = model if family is None else family.decoder
     support = check_support(language, attention_name(backend))
     if support.reason:
@@ -141,7 +141,7 @@ def load_model(
         name=name,
         model=language,
         tokenizer=tokenizer,
-        device=where,
+        device=target,
         dtype=chosen,
         context_len=int(getattr(language.config, "max_position_embeddings", None) or 1 << 20),
         eos_token_ids=_eos(model, tokenizer),
@@ -217,16 +217,16 @@ def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        where = torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device {device!r} is not known to torch") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
+    if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} asks for a GPU, and torch sees none")
     try:
-        torch.zeros(1, device=where).item()
+        torch.zeros(1, device=found).item()
     except Exception as error:  # each backend fails in its own way
         raise ConfigError(f"device {device!r} cannot be used here: {error}") from error
-    return where
+    return found
 
 
 def _dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:

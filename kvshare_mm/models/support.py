@@ -45,7 +45,7 @@ class Support:
     kv_shape: KVShape | None = None
 
 
-class _Captured(Exception):
+class _Saved(Exception):
     """Ends a forward early: the first layer's K and V are known."""
 
 
@@ -63,8 +63,8 @@ class _FirstLayer(SlotCache):
         *_: Any,
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys, self.values = key_states, value_states
-        raise _Captured
+        self.k, self.v = key_states, value_states
+        raise _Saved
 
 
 def check_support(model: Any, attention: str = ATTENTION_NAME) -> Support:
@@ -87,13 +87,13 @@ def check_support(model: Any, attention: str = ATTENTION_NAME) -> Support:
     try:
         vocab = int(model.config.vocab_size)
         ids = torch.arange(3, 3 + _PROBE_TOKENS, device=device).remainder(vocab)[None]
-        places = _places(model.config, device)
+        positions = _rotary_positions(model.config, device)
         with torch.inference_mode():
             expected = model(
-                input_ids=ids, position_ids=_position_ids(places), use_cache=False
+                input_ids=ids, position_ids=_position_ids(positions), use_cache=False
             ).logits[0, -1]
             model.set_attn_implementation(attention)
-            support = _prove(model, ids, places, expected, RotarySpec(inv_freq))
+            support = _prove(model, ids, positions, expected, RotarySpec(inv_freq))
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         support = Support(f"it does not run under PartialAttention ({error})")
     if support.reason:
@@ -127,7 +127,7 @@ def _inv_freq(model: Any) -> torch.Tensor | None:
     return None
 
 
-def _places(config: Any, device: torch.device) -> torch.Tensor:
+def _rotary_positions(config: Any, device: torch.device) -> torch.Tensor:
     """Rotary positions of the probe: ``[1, n]``, or ``[3, n]`` with axes that go different ways."""
     index = torch.arange(_PROBE_TOKENS, device=device)
     if not (getattr(config, "rope_parameters", None) or {}).get("mrope_section"):
@@ -135,29 +135,29 @@ def _places(config: Any, device: torch.device) -> torch.Tensor:
     return torch.stack((index, 2 * index % 7, 3 * index % 11))
 
 
-def _position_ids(places: torch.Tensor) -> torch.Tensor:
+def _position_ids(positions: torch.Tensor) -> torch.Tensor:
     """As models take them: ``[1, n]``, or ``[3, 1, n]``."""
-    return places if len(places) == 1 else places[:, None]
+    return positions if len(positions) == 1 else positions[:, None]
 
 
 def _prove(
-    model: Any, ids: torch.Tensor, places: torch.Tensor, expected: torch.Tensor, spec: RotarySpec
+    model: Any, ids: torch.Tensor, positions: torch.Tensor, expected: torch.Tensor, spec: RotarySpec
 ) -> Support:
     n = ids.shape[1]
     index = torch.arange(n, device=ids.device)
-    first = _first_layer(model, ids, places)
-    moved = _first_layer(model, ids, places + _PROBE_SHIFT)
+    first = _first_layer(model, ids, positions)
+    moved = _first_layer(model, ids, positions + _PROBE_SHIFT)
     shape = KVShape(
         num_layers=model.config.num_hidden_layers,
-        num_kv_heads=first.keys.shape[1],
-        key_dim=first.keys.shape[3],
-        value_dim=first.values.shape[3],
+        num_kv_heads=first.k.shape[1],
+        key_dim=first.k.shape[3],
+        value_dim=first.v.shape[3],
     )
-    tolerance = 1e-3 if first.keys.dtype == torch.float32 else 5e-2
-    scale = first.keys.float().abs().max().clamp(min=1e-6)
+    tolerance = 1e-3 if first.k.dtype == torch.float32 else 5e-2
+    scale = first.k.float().abs().max().clamp(min=1e-6)
     shift = torch.full((n,), _PROBE_SHIFT)
     for candidate in (spec, replace(spec, interleaved=True)):
-        error = (rerotate(first.keys, shift, candidate) - moved.keys).float().abs().max()
+        error = (rerotate(first.k, shift, candidate) - moved.k).float().abs().max()
         if error <= tolerance * scale:
             spec = candidate
             break
@@ -166,21 +166,21 @@ def _prove(
     heads, layers = shape.num_kv_heads, shape.num_layers
     # Two slots: an attention that ignores the layout sees both and fails.
     cache = SlotCache(
-        first.keys.new_zeros(layers, 2, heads, n, shape.key_dim),
-        first.values.new_zeros(layers, 2, heads, n, shape.value_dim),
+        first.k.new_zeros(layers, 2, heads, n, shape.key_dim),
+        first.v.new_zeros(layers, 2, heads, n, shape.value_dim),
     )
     # Every layer: some models rotate only in most of theirs. With the same inputs in both forwards,
     # or the rounding of the layers below would drown the difference.
     with _same_inputs(model):
-        _fill(model, ids, cache, 0, index, places)
-        _fill(model, ids, cache, 1, index, places + _PROBE_SHIFT)
-    for layer, (base, target) in enumerate(zip(cache.keys[:, 0], cache.keys[:, 1], strict=True)):
+        _fill(model, ids, cache, 0, index, positions)
+        _fill(model, ids, cache, 1, index, positions + _PROBE_SHIFT)
+    for layer, (base, target) in enumerate(zip(cache.k[:, 0], cache.k[:, 1], strict=True)):
         error = (rerotate(base, shift, spec) - target).float().abs().max()
         if not error <= tolerance * target.float().abs().max():
             return Support(f"the keys of its layer {layer} do not follow its rotary embedding")
     # The last position is computed by itself, so that the keys it needs come from the slot.
-    _fill(model, ids, cache, 0, index[:-1], places)
-    logits = _fill(model, ids, cache, 0, index[-1:], places)
+    _fill(model, ids, cache, 0, index[:-1], positions)
+    logits = _fill(model, ids, cache, 0, index[-1:], positions)
     error = (logits - expected).float().abs().max()
     if not error <= 2 * tolerance * expected.float().abs().max():
         return Support("PartialAttention does not reproduce its logits")
@@ -218,30 +218,30 @@ def _fill(
     cache: SlotCache,
     slot: int,
     index: torch.Tensor,
-    places: torch.Tensor,
+    positions: torch.Tensor,
 ) -> Any:
-    """Compute tokens `index` of `ids` into a slot, turned as `places` say; the last logits."""
+    """Compute tokens `index` of `ids` into a slot, turned as `positions` say; the last logits."""
     cache.batch = RaggedQueries.in_slots([slot], [index])
     return model(
         input_ids=ids[:, index],
-        position_ids=_position_ids(places[:, index]),
+        position_ids=_position_ids(positions[:, index]),
         past_key_values=cache,
         use_cache=True,
         kvshare_batch=cache.batch,
     ).logits[0, -1]
 
 
-def _first_layer(model: Any, ids: torch.Tensor, places: torch.Tensor) -> _FirstLayer:
+def _first_layer(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> _FirstLayer:
     cache = _FirstLayer()
     cache.batch = RaggedQueries.in_slots([0], [torch.arange(ids.shape[1])])
     try:
         model(
             input_ids=ids,
-            position_ids=_position_ids(places),
+            position_ids=_position_ids(positions),
             past_key_values=cache,
             use_cache=True,
             kvshare_batch=cache.batch,
         )
-    except _Captured:
+    except _Saved:
         return cache
     raise ValueError("its layers do not use transformers' cache")

@@ -1,8 +1,8 @@
 """The engine's loop: one prefill at a time, decode batched over all active requests.
 
-One thread runs the model. A second one captures finished requests as donors; their slots are free
+One thread runs the model. A second one saves finished requests as donors; their slots are free
 again once that is done. A request that is submitted after an answer was returned finds
-it as a donor: it waits for the capture, those of other namespaces and those that run do not.
+it as a donor: it waits for the save, those of other namespaces and those that run do not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvshare_mm.reuse.donors import DonorPool
 
 logger = logging.getLogger(__name__)
 
-# Longest that a request waits for a donor that is being captured before it does without, seconds.
+# Longest that a request waits for a donor that is being saved before it does without, seconds.
 _MAX_HOLD_S = 0.5
 # So many requests have to fail one after the other, the model too when it is tried alone, before
 # the engine calls itself unhealthy.
@@ -73,17 +73,17 @@ class NativeEngine:
         self._active: list[Request] = []
         self._known: dict[str, Request] = {}
         self._closing = False
-        self._captures: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        # Captures are numbered as they are ordered and done in that order. The last of each
+        self._saves: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        # Saves are numbered as they are ordered and done in that order. The last of each
         # namespace that may not be done yet:
-        self._ordered = self._captured = 0
-        self._last_capture: dict[str, int] = {}
+        self._ordered = self._saved = 0
+        self._last_save: dict[str, int] = {}
         self._failures = 0
         self._lookups: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
-        self._capturer = threading.Thread(target=self._capture, name="kvshare-capture", daemon=True)
+        self._saver = threading.Thread(target=self._save, name="kvshare-save", daemon=True)
         self._thread.start()
-        self._capturer.start()
+        self._saver.start()
         self._searcher = start_on_one_core(self._search, "kvshare-search")
 
     # -- called from any thread -------------------------------------------------------------
@@ -114,7 +114,7 @@ class NativeEngine:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("the engine is closed")
             if spec.reuse != "off":
-                request.after = self._last_capture.get(spec.namespace, 0)
+                request.after = self._last_save.get(spec.namespace, 0)
             must_wait = bool(self._waiting) or not self._free
             try:
                 self._waiting.add(spec.tenant, request)
@@ -135,10 +135,10 @@ class NativeEngine:
                 request.cancelled = True
                 self._changed.notify_all()
 
-    def wait_captured(self, timeout_s: float | None = None) -> bool:
+    def wait_saved(self, timeout_s: float | None = None) -> bool:
         """Wait until every finished request has become a donor; False if time ran out."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._captured == self._ordered, timeout_s)
+            return self._changed.wait_for(lambda: self._saved == self._ordered, timeout_s)
 
     @property
     def max_model_len(self) -> int:
@@ -167,14 +167,14 @@ class NativeEngine:
         return len(self._active)
 
     def close(self) -> None:
-        """Abort what is in flight, capture what is finished, stop the threads."""
+        """Abort what is in flight, save what is finished, stop the threads."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
-        self._captures.put(None)
+        self._saves.put(None)
         self._lookups.put(None)
-        self._capturer.join()
+        self._saver.join()
         self._searcher.join()
 
     # -- the engine's thread ----------------------------------------------------------------
@@ -224,7 +224,7 @@ class NativeEngine:
         if not self._free:
             return None
         latest = time.perf_counter() - _MAX_HOLD_S
-        return self._waiting.next(lambda r: r.after <= self._captured or r.submitted <= latest)
+        return self._waiting.next(lambda r: r.after <= self._saved or r.submitted <= latest)
 
     def _gone(self) -> list[Request]:
         """Waiting requests that nobody waits for any more. Lock held."""
@@ -286,7 +286,7 @@ class NativeEngine:
             [r.slot for r in batch],
             [r.token_ids[-1] for r in batch],
             [r.num_cached for r in batch],
-            [r.prefill.lead if r.prefill else 0 for r in batch],
+            [r.prefill.rope_delta if r.prefill else 0 for r in batch],
         )
 
     def _charge(self, request: Request, amount: int) -> None:
@@ -339,8 +339,8 @@ class NativeEngine:
                 # Before the caller hears of the end: a flush must wait for it, and what the caller
                 # asks next.
                 self._ordered += 1
-                self._last_capture[request.spec.namespace] = self._ordered
-            self._captures.put(request)
+                self._last_save[request.spec.namespace] = self._ordered
+            self._saves.put(request)
             self._tell(request, reason)
             with self._changed:
                 self._known.pop(request.request_id, None)
@@ -381,34 +381,34 @@ class NativeEngine:
                     request.spec.text, request.spec.namespace
                 )
 
-    # -- the capture thread -----------------------------------------------------------------
+    # -- the save thread -----------------------------------------------------------------
 
-    def _capture(self) -> None:
-        while (request := self._captures.get()) is not None:
+    def _save(self) -> None:
+        while (request := self._saves.get()) is not None:
             start = time.perf_counter()
             try:
-                self._capture_one(request)
+                self._save_one(request)
             except Exception:
-                self.counters["capture_failed"] += 1
+                self.counters["save_failed"] += 1
                 logger.exception("could not take up %s as a donor", request.request_id)
             finally:
-                self.counters["capture_us"] += int(1e6 * (time.perf_counter() - start))
+                self.counters["save_us"] += int(1e6 * (time.perf_counter() - start))
                 self._release(request)
                 with self._changed:
-                    self._captured += 1
-                    if self._last_capture.get(request.spec.namespace) == self._captured:
-                        del self._last_capture[request.spec.namespace]
+                    self._saved += 1
+                    if self._last_save.get(request.spec.namespace) == self._saved:
+                        del self._last_save[request.spec.namespace]
                     self._changed.notify_all()
 
-    def _capture_one(self, request: Request) -> None:
+    def _save_one(self, request: Request) -> None:
         assert self._donors is not None and request.prefill is not None
         assert isinstance(self._runner, SlotRunner)
         stream = request.spec.stream
         answer = np.array(request.token_ids[:-1], dtype=np.uint64)
         keys, values = self._runner.slot_kv(request.slot)
         with torch.inference_mode():
-            self._donors.capture(
-                np.concatenate((stream.keys, answer)),
+            self._donors.save(
+                np.concatenate((stream.align_keys, answer)),
                 request.spec.namespace,
                 request.prefill.plan,
                 keys,

@@ -42,7 +42,7 @@ class PrefillResult:
         fallback: why a planned reuse was given up, or None.
         lookup, planning, edit, encode, compute: seconds.
         media: the prompt's pictures and clips.
-        lead: rotary position minus index of the answer's tokens.
+        rope_delta: rotary position minus index of the answer's tokens.
     """
 
     logits: torch.Tensor
@@ -55,7 +55,7 @@ class PrefillResult:
     compute: float
     encode: float = 0.0
     media: tuple[MediaUse, ...] = ()
-    lead: int = 0
+    rope_delta: int = 0
 
 
 class Prefiller:
@@ -144,7 +144,7 @@ class Prefiller:
             compute=compute,
             encode=media.seconds,
             media=media.uses,
-            lead=stream.lead,
+            rope_delta=stream.rope_delta,
         )
 
     def _plan(

@@ -65,7 +65,7 @@ class Request:
     """A request's state. Only the engine's thread touches it, except for `cancelled`.
 
     Attributes:
-        after: number of the capture that has to be done before it starts, so that it finds what was
+        after: number of the save that has to be done before it starts, so that it finds what was
             answered before it was asked.
     """
 

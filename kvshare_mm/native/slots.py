@@ -108,7 +108,7 @@ class SlotRunner:
     @property
     def max_bytes(self) -> int:
         """Bytes that the slots take when all are full."""
-        return self._cache.keys.nbytes + self._cache.values.nbytes
+        return self._cache.k.nbytes + self._cache.v.nbytes
 
     @property
     def moved_s(self) -> float:
@@ -116,7 +116,7 @@ class SlotRunner:
 
     def slot_kv(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a slot, ``[num_layers, num_kv_heads, max_len, head_dim]``, as views."""
-        return self._cache.keys[:, slot], self._cache.values[:, slot]
+        return self._cache.k[:, slot], self._cache.v[:, slot]
 
     @torch.inference_mode()
     def prefill(
@@ -175,7 +175,7 @@ class SlotRunner:
         Returns:
             ``[N]`` float32 L2 norms over heads and channels; 0 before `start`.
         """
-        layer = min(layer, len(self._cache.keys) - 1)
+        layer = min(layer, len(self._cache.k) - 1)
         cache = _DeviationCache(self._cache, slot, len(token_ids), layer)
         ids = torch.from_numpy(token_ids).to(self._device)
         index = torch.arange(start, len(token_ids), device=self._device)
@@ -220,11 +220,11 @@ class _DeviationCache(SlotCache):
 
     def __init__(self, cache: SlotCache, slot: int, length: int, layer: int) -> None:
         super().__init__(
-            cache.keys[:layer, slot : slot + 1, :, :length].clone(),
-            cache.values[:layer, slot : slot + 1, :, :length].clone(),
+            cache.k[:layer, slot : slot + 1, :, :length].clone(),
+            cache.v[:layer, slot : slot + 1, :, :length].clone(),
         )
         self._layer = layer
-        self._edited = cache.values[layer, slot, :, :length]
+        self._edited = cache.v[layer, slot, :, :length]
 
     def update(
         self,
@@ -281,12 +281,12 @@ class PlainRunner:
         leads: Sequence[int] | None = None,
     ) -> torch.Tensor:
         logits = []
-        for slot, token, position, lead in zip(
+        for slot, token, position, rope_delta in zip(
             slots, token_ids, positions, leads or [0] * len(slots), strict=True
         ):
             inputs = {
                 "input_ids": torch.tensor([[token]], device=self._device),
-                "position_ids": torch.tensor([[position + lead]], device=self._device),
+                "position_ids": torch.tensor([[position + rope_delta]], device=self._device),
             }
             logits.append(self._step(slot, inputs))
         return torch.stack(logits)

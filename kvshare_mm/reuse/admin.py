@@ -93,7 +93,7 @@ class CacheAdmin:
         parts: list[str] = []
         ids: list[int] = []
         in_media = False
-        for key in (int(k) for k in node.keys):
+        for key in (int(k) for k in node.align_keys):
             if key & MEDIA_BIT:
                 if not in_media:
                     parts += [str(self._tokenizer.decode(ids)), "[media]"]
@@ -159,7 +159,7 @@ class CacheAdmin:
             tier=self._donors.store.resident(node.node_id),
             created_s=node.created_s,
             pinned_s=pinned_s,
-            num_media_tokens=int((node.alignment_keys >> 63).sum()),
+            num_media_tokens=int((node.wide_keys >> 63).sum()),
         )
 
 

@@ -127,7 +127,7 @@ class Catalogue:
     ) -> Node | None:
         """The node of a finished request, not yet added; None: it is too short to be one.
 
-        Args: see `DonorPool.capture`.
+        Args: see `DonorPool.save`.
         """
         if len(keys) < _MIN_STORED_TOKENS:
             return None
@@ -138,11 +138,11 @@ class Catalogue:
 
     def twin(self, node: Node) -> str | None:
         """A donor that gives all that `node` would, as exactly; None: there is none."""
-        keys = node.alignment_keys
+        keys = node.wide_keys
         with self._lock:
             for donor in self._donors(self._prefixes.longest(node.namespace, keys), node.namespace):
                 whole = donor.readable >= len(keys) and np.array_equal(
-                    donor.keys[: len(keys)], keys
+                    donor.align_keys[: len(keys)], keys
                 )
                 if whole and _nowhere_looser(donor.drift, node.drift, len(keys)):
                     return donor.donor_id
@@ -150,7 +150,7 @@ class Catalogue:
 
     def add(self, node: Node) -> None:
         """A node's KV is stored: it can be found from now on."""
-        keys = node.alignment_keys
+        keys = node.wide_keys
         with self._lock:
             self.tree.insert(node)
             self._node_bytes += node.num_bytes
@@ -158,7 +158,7 @@ class Catalogue:
         record = IndexRecord(node.node_id, node.namespace, keys)
         self._lexical.add([record])
         self._prefixes.add([record])
-        self._exact.add([replace(record, keys=keys[: node.exact_len])])
+        self._exact.add([replace(record, align_keys=keys[: node.exact_len])])
         if node.node_id not in self.tree:  # removed meanwhile
             self._remove_from_indexes(node.node_id)
 
@@ -224,7 +224,7 @@ class Catalogue:
                     found = self._donors([node_id], ns)
                 looked += 1
                 for donor in found:
-                    exact = min(common_prefix(donor.keys, keys), donor.exact_len)
+                    exact = min(common_prefix(donor.align_keys, keys), donor.exact_len)
                     if exact > reach:
                         reach, best = exact, [node_id]
                 if reach >= length or looked >= _EXACT_CANDIDATES:

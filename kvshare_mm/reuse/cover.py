@@ -76,7 +76,7 @@ def cover(
     limit, min_run = len(target) - 1, options.min_run
     if limit - prefix < min_run or not donors or time.thread_time() >= deadline:
         return []
-    matcher = Matcher(target, [d.keys for d in donors], min_run)
+    matcher = Matcher(target, [d.align_keys for d in donors], min_run)
     shared = [matcher.shared(i)[prefix : limit - min_run + 1] for i in range(len(donors))]
     reach = [_reach(s, min_run) for s in shared]
     best, covered = _NO_RUNS, 0
@@ -118,11 +118,11 @@ def _reach(begins: Mask, min_run: int) -> int:
 
 
 def _usable(matches: Ints, donor: Donor, gaps: Ints, min_run: int) -> Ints:
-    """What of `matches` (``[m, 3]``) is in a gap (``[g, 2]``) and material of the donor."""
+    """What of `matches` (``[m, 3]``) is in a gap (``[g, 2]``) and reusable of the donor."""
     matches = _clip(matches, 1, gaps, min_run)
-    if donor.material.all():
+    if donor.reusable.all():
         return matches
-    return _clip(matches, 0, _stretches(donor.material, min_run), min_run)
+    return _clip(matches, 0, _stretches(donor.reusable, min_run), min_run)
 
 
 def _runs(number: int, matches: Ints, donor: Donor, positions: Ints | None) -> Ints:
@@ -210,7 +210,7 @@ def _lay_down(pieces: Ints, num_tokens: int, min_run: int) -> Ints:
 
 
 def _moving_as_one(matches: Ints, target: Ints | None, donor: Ints | None) -> Mask:
-    """``[m]`` bool: all positions of a match move by the same, on all axes (see `plan.one_turn`).
+    """``[m]`` bool: all of a match moves by the same on all axes, see `plan.uniform_shift`.
 
     Args:
         target, donor: ``[3, N]`` and ``[3, M]`` rotary positions; None: the index.

@@ -68,12 +68,12 @@ class DonorPool:
         self,
         plan: ReusePlan,
         ns: str,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         positions: np.ndarray | None,
     ) -> None:
         """Write what a plan keeps into a slot, see `ReuseWorker.load`."""
-        self.worker.load(self.reuse.catalogue.pieces(plan), ns, keys, values, positions)
+        self.worker.load(self.reuse.catalogue.pieces(plan), ns, k, v, positions)
 
     def nodes(self) -> list[Node]:
         """All donors as they are now."""
@@ -81,7 +81,7 @@ class DonorPool:
 
     # -- a finished request -----------------------------------------------------------------
 
-    def capture(
+    def save(
         self,
         keys: np.ndarray,
         ns: str,
@@ -145,7 +145,7 @@ class DonorPool:
                 report.restored.append(node)
                 if embedding is not None:
                     embedded.append(
-                        IndexRecord(node.node_id, node.namespace, node.alignment_keys, embedding)
+                        IndexRecord(node.node_id, node.namespace, node.wide_keys, embedding)
                     )
         self.reuse.reported(report)
         self._carry_out()

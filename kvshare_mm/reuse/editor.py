@@ -12,7 +12,7 @@ from kvshare_mm.kernels.backend import resolve
 from kvshare_mm.kernels.dispatch import edit_kv
 from kvshare_mm.kernels.edits import KVEdit, rotation_table
 from kvshare_mm.node import Node, Piece
-from kvshare_mm.reuse.plan import one_turn
+from kvshare_mm.reuse.plan import uniform_shift
 from kvshare_mm.reuse.rotary import RotarySpec, rerotate
 from kvshare_mm.store.base import StoredNode
 
@@ -23,7 +23,7 @@ class _Placed:
 
     piece: Piece
     row: int
-    turn: int
+    shift: int
 
 
 class KVEditor:
@@ -44,8 +44,8 @@ class KVEditor:
         self,
         pieces: Sequence[Piece],
         read: Callable[[str], StoredNode],
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         positions: np.ndarray | None = None,
     ) -> int:
         """Write the KV of `pieces` into a slot.
@@ -56,8 +56,8 @@ class KVEditor:
         Args:
             pieces: target spans with their owners, in target coordinates.
             read: fetches an owner; its errors (KVUnavailableError) pass through.
-            keys: ``[num_layers, num_kv_heads, max_len, head_dim]``, the slot's keys, written.
-            values: the slot's values, written.
+            k: ``[num_layers, num_kv_heads, max_len, head_dim]``, the slot's keys, written.
+            v: the slot's values, written.
             positions: ``[3, N]`` rotary positions of the target; None: the index.
 
         Returns:
@@ -70,49 +70,49 @@ class KVEditor:
         placed: dict[str, list[_Placed]] = {owner: [] for owner in owners}
         for piece in pieces:
             placed[piece.owner].append(_place(piece, owners[piece.owner].node, positions))
-        if self._spec is None and any(p.turn for part in placed.values() for p in part):
+        if self._spec is None and any(p.shift for part in placed.values() for p in part):
             raise ValueError("a shifted piece needs the model's rotation")
-        backend = resolve(self._backend, keys.device)
+        backend = resolve(self._backend, k.device)
         move = self._move if backend == "torch" else self._move_at_once
         for owner, stored in owners.items():
-            move(stored, placed[owner], keys, values)
+            move(stored, placed[owner], k, v)
         moved = sum(p.length for p in pieces)
-        return moved * (_position_bytes(keys) + _position_bytes(values))
+        return moved * (_position_bytes(k) + _position_bytes(v))
 
     def _move(
         self,
         stored: StoredNode,
         placed: Sequence[_Placed],
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
     ) -> None:
         """Write one donor's pieces."""
         for part in placed:
             piece, row = part.piece, part.row
-            k = stored.kv.k[:, :, row : row + piece.length].to(keys.device, keys.dtype)
-            v = stored.kv.v[:, :, row : row + piece.length].to(values.device, values.dtype)
-            if part.turn:
+            part_k = stored.kv.k[:, :, row : row + piece.length].to(k.device, k.dtype)
+            part_v = stored.kv.v[:, :, row : row + piece.length].to(v.device, v.dtype)
+            if part.shift:
                 assert self._spec is not None
-                k = rerotate(k, torch.full((piece.length,), part.turn), self._spec)
-            keys[:, :, piece.start : piece.end] = k
-            values[:, :, piece.start : piece.end] = v
+                part_k = rerotate(part_k, torch.full((piece.length,), part.shift), self._spec)
+            k[:, :, piece.start : piece.end] = part_k
+            v[:, :, piece.start : piece.end] = part_v
 
     def _move_at_once(
         self,
         stored: StoredNode,
         placed: Sequence[_Placed],
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
     ) -> None:
         """`_move` with one copy to the device and one launch."""
-        device = keys.device
+        device = k.device
         pieces = [p.piece for p in placed]
         first = min(p.row for p in placed)
         rows = [p.row - first for p in placed]
         last = max(p.row + p.piece.length for p in placed)
-        turn = torch.tensor([p.turn for p in placed])
+        shift = torch.tensor([p.shift for p in placed])
         inv_freq = torch.empty(0) if self._spec is None else self._spec.inv_freq.cpu()
-        cos, sin = rotation_table(turn, inv_freq)
+        cos, sin = rotation_table(shift, inv_freq)
         lengths = torch.tensor([piece.length for piece in pieces])
         edit = KVEdit(
             torch.cat(
@@ -124,18 +124,20 @@ class KVEditor:
             sin.to(device),
             self._spec is not None and self._spec.interleaved,
         )
-        k, v = (x[:, :, first:last].to(device)[:, None] for x in (stored.kv.k, stored.kv.v))
-        edit_kv(k, v, keys[:, None], values[:, None], edit, "triton")
+        source_k, source_v = (
+            x[:, :, first:last].to(device)[:, None] for x in (stored.kv.k, stored.kv.v)
+        )
+        edit_kv(source_k, source_v, k[:, None], v[:, None], edit, "triton")
 
 
 def _place(piece: Piece, owner: Node, positions: np.ndarray | None) -> _Placed:
     row = owner.owned_row(piece.owner_start, piece.length)
     if row is None:
         raise ValueError(f"{piece.owner} does not own {piece}")
-    turn = one_turn(positions, piece.start, owner.positions, piece.owner_start, piece.length)
-    if turn is None:
+    shift = uniform_shift(positions, piece.start, owner.positions, piece.owner_start, piece.length)
+    if shift is None:
         raise ValueError(f"the positions of {piece} do not move as one")
-    return _Placed(piece, row, turn)
+    return _Placed(piece, row, shift)
 
 
 def _position_bytes(kv: torch.Tensor) -> int:

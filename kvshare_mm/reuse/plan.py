@@ -29,8 +29,8 @@ class Donor:
 
     Attributes:
         donor_id: the node's id.
-        keys: ``[M]`` uint64 alignment keys.
-        material: ``[M]`` bool, positions whose KV is exact where it was computed, so that it may
+        align_keys: ``[M]`` uint64 alignment keys.
+        reusable: ``[M]`` bool, positions whose KV is exact where it was computed, so that it may
             be edited into another context.
         readable: length of the prefix whose KV can be read at all.
         exact_len: length of the prefix that is exact.
@@ -42,8 +42,8 @@ class Donor:
     """
 
     donor_id: str
-    keys: np.ndarray = field(repr=False)
-    material: np.ndarray = field(repr=False)
+    align_keys: np.ndarray = field(repr=False)
+    reusable: np.ndarray = field(repr=False)
     readable: int
     exact_len: int
     attention: np.ndarray | None = field(default=None, repr=False)
@@ -76,7 +76,7 @@ class KeptRun(NamedTuple):
 
     @property
     def shift(self) -> int:
-        """Target index minus donor index. What keys are turned by is told by `one_turn`."""
+        """Target index minus donor index. Keys move by `uniform_shift`."""
         return self.start - self.donor_start
 
 
@@ -246,7 +246,7 @@ class PlannerOptions:
         return replace(self, exact_only=True)
 
 
-def one_turn(
+def uniform_shift(
     target: np.ndarray | None, start: int, donor: np.ndarray | None, donor_start: int, length: int
 ) -> int | None:
     """By how many positions the keys of a run move, the same on all axes; None if they do not.

@@ -25,7 +25,7 @@ from kvshare_mm.reuse.plan import (
     PlannerOptions,
     ReusePlan,
     Tolerance,
-    one_turn,
+    uniform_shift,
 )
 
 
@@ -73,7 +73,7 @@ def _with_foreign(
     target: np.ndarray, prefix: int, runs: list[KeptRun], donors: Sequence[Donor], min_run: int
 ) -> list[KeptRun]:
     """The runs behind the prefix with what of the prefix their donors do not have."""
-    keys = {d.donor_id: d.keys for d in donors}
+    keys = {d.donor_id: d.align_keys for d in donors}
     foreign: dict[str, int] = {}
     for run in runs:
         if run.donor not in foreign:
@@ -103,7 +103,7 @@ def _made(
             inherited = np.zeros(n, np.float32)
             _carry(inherited, runs, drifts)
             _carry_what_was_read(inherited, runs, drifts)
-            unedited = _unedited(target, runs, {d.donor_id: d.keys for d in donors})
+            unedited = _unedited(target, runs, {d.donor_id: d.align_keys for d in donors})
     return ReusePlan(
         n,
         runs,
@@ -172,8 +172,8 @@ def _prefix_runs(
     longest: KeptRun | None = None
     could = 0
     for donor in donors:
-        shared = min(common_prefix(donor.keys, target), donor.readable, limit)
-        if shared and one_turn(positions, 0, donor.positions, 0, shared) != 0:
+        shared = min(common_prefix(donor.align_keys, target), donor.readable, limit)
+        if shared and uniform_shift(positions, 0, donor.positions, 0, shared) != 0:
             continue
         sure = min(shared, donor.exact_len)
         if sure > (exact.length if exact else 0):

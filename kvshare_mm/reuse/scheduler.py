@@ -84,7 +84,7 @@ class ReuseScheduler:
         """
         try:
             return self.catalogue.find(
-                stream.keys,
+                stream.align_keys,
                 ns,
                 replace(options, tolerance=policy.tolerance),
                 similar,
@@ -137,7 +137,7 @@ class ReuseScheduler:
             if twin is not None:
                 # Stored again with each repetition, it would push others out.
                 self._touched.append(twin)
-                self.counters["capture_known"] += 1
+                self.counters["save_known"] += 1
                 return None
             self._saving[node.node_id] = node, text
         return node
@@ -166,7 +166,7 @@ class ReuseScheduler:
                 self.counters["restored"] += 1
                 self._add(node)
         for node_id, reason in report.not_saved.items():
-            self.counters[f"capture_{reason}"] += 1
+            self.counters[f"save_{reason}"] += 1
             self.forget(node_id)
         for node_id in report.gone:
             self.forget(node_id)
@@ -180,9 +180,9 @@ class ReuseScheduler:
 
     def _saved(self, node: Node, text: str, attention: np.ndarray | None) -> None:
         self._add(node if attention is None else replace(node, attention=attention))
-        self.counters["captured"] += 1
+        self.counters["saved"] += 1
         if self.semantic is not None:
-            record = IndexRecord(node.node_id, node.namespace, node.alignment_keys)
+            record = IndexRecord(node.node_id, node.namespace, node.wide_keys)
             self.semantic.add(record, text)
         # Only now: who waits for it looks for it the moment that it is no longer being saved.
         if not self._over(node.node_id):

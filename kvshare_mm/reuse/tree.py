@@ -102,7 +102,7 @@ class DeltaTree:
         return Node(
             node_id=node_id,
             namespace=namespace,
-            keys=keys,
+            align_keys=keys,
             own=spans_of(owned),
             pieces=tuple(pieces),
             # What was computed before anything approximate is what a full prefill gives.
@@ -177,7 +177,7 @@ class DeltaTree:
         length = length * np.array([o in known for o in owners], dtype=bool)
         sure = np.array([known.get(o, 0) for o in owners], dtype=np.int64) - owner_start
         readable = _painted(start, length, len(node))
-        material = _painted(start, np.clip(sure, 0, length), len(node))
+        reusable = _painted(start, np.clip(sure, 0, length), len(node))
         holes = np.flatnonzero(~readable)
         prefix = int(holes[0]) if len(holes) else len(node)
         exact = min(prefix, node.exact_len)
@@ -188,8 +188,8 @@ class DeltaTree:
             drift = np.where(np.arange(len(node)) < node.exact_len, 0, np.float32(np.inf))
         return Donor(
             node_id,
-            node.alignment_keys,
-            material,
+            node.wide_keys,
+            reusable,
             prefix,
             exact,
             attention,

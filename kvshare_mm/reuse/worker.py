@@ -35,8 +35,8 @@ class ReuseWorker:
         self,
         pieces: Sequence[Piece],
         ns: str,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         positions: np.ndarray | None,
     ) -> None:
         """Write donors' KV where a request computes. All is read before the first byte is written.
@@ -44,14 +44,14 @@ class ReuseWorker:
         Args:
             pieces: who owns the KV of what is kept, in the request's coordinates.
             ns: the request's namespace; a donor of another one is refused.
-            keys: ``[num_layers, num_kv_heads, >= N, head_dim]``, written.
-            values: the same.
+            k: ``[num_layers, num_kv_heads, >= N, head_dim]``, written.
+            v: the same.
             positions: ``[3, N]`` rotary positions of the request; None: the index.
 
         Raises:
             KVUnavailableError: a donor cannot be had, or is not of this model.
         """
-        layers, heads, _, dim = keys.shape
+        layers, heads, _, dim = k.shape
 
         def read(node_id: str) -> StoredNode:
             stored = self.store.get(node_id, ns)
@@ -60,18 +60,18 @@ class ReuseWorker:
             return stored
 
         with torch.inference_mode():
-            self._editor.edit(pieces, read, keys, values, positions)
+            self._editor.edit(pieces, read, k, v, positions)
 
-    def save(self, node: Node, keys: torch.Tensor, values: torch.Tensor) -> Report:
+    def save(self, node: Node, k: torch.Tensor, v: torch.Tensor) -> Report:
         """Keep what a node owns of a finished request's KV, and tell what became of that.
 
         Args:
-            keys: ``[num_layers, num_kv_heads, >= N, head_dim]``; copied.
-            values: the same.
+            k: ``[num_layers, num_kv_heads, >= N, head_dim]``; copied.
+            v: the same.
         """
         node_id = node.node_id
         try:
-            kv = NodeKV(_owned_rows(keys, node), _owned_rows(values, node))
+            kv = NodeKV(_owned_rows(k, node), _owned_rows(v, node))
             self.store.put(StoredNode(node, kv))
         except Exception:
             # A cache problem is never a request's problem.

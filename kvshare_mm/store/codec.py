@@ -132,7 +132,7 @@ def _encode(stored: StoredNode) -> list[bytes | memoryview]:
     # record together.
     arrays = {
         "own": np.array(node.own, dtype="<i8").reshape(-1, 2),
-        "keys": node.keys,
+        "keys": node.align_keys,
         "positions": node.positions,
         "attention": _float32(node.attention),
         "drift": _float32(node.drift),
@@ -264,7 +264,7 @@ def _read_record(file: BufferedReader) -> _Record:
     node = Node(
         node_id=fields["node_id"],
         namespace=fields["namespace"],
-        keys=arrays["keys"],
+        align_keys=arrays["keys"],
         own=tuple(Span(int(start), int(end)) for start, end in arrays["own"]),
         pieces=tuple(Piece(*piece) for piece in fields["pieces"]),
         exact_len=fields["exact_len"],

@@ -123,4 +123,4 @@ def ram_bytes(stored: StoredNode) -> int:
     """Return the bytes a node takes in RAM: K, V, keys, positions and embedding."""
     extras = (stored.embedding, stored.node.positions)
     extra_bytes = sum(array.nbytes for array in extras if array is not None)
-    return stored.kv.num_bytes + stored.node.keys.nbytes + extra_bytes
+    return stored.kv.num_bytes + stored.node.align_keys.nbytes + extra_bytes

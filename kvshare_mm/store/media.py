@@ -47,7 +47,7 @@ def as_node(ns: str, item: MediaItem, features: torch.Tensor) -> StoredNode:
     node = Node(
         node_id=media_id(ns, item),
         namespace=media_namespace(ns),
-        keys=np.arange(length, dtype=np.uint64),
+        align_keys=np.arange(length, dtype=np.uint64),
         own=(Span(0, length),),
         created_s=time.time(),
         media=(Segment(item.modality, 0, length, item.content_hash, item.label),),

@@ -22,16 +22,18 @@ from kvshare_mm.vllm.gate import deployment_obstacle, picture_merge
 from kvshare_mm.vllm.options import ConnectorOptions
 from kvshare_mm.vllm.pages import PageLayout
 from kvshare_mm.vllm.rotation import rotary_spec
-from kvshare_mm.vllm.runner import Runner
-from kvshare_mm.vllm.scheduler import Scheduler
+from kvshare_mm.vllm.scheduler_side import SchedulerSide
+from kvshare_mm.vllm.worker_side import WorkerSide
 
 logger = logging.getLogger(__name__)
 
 
-def build_scheduler(vllm_config: Any, kv_cache_config: Any, options: ConnectorOptions) -> Scheduler:
+def build_scheduler(
+    vllm_config: Any, kv_cache_config: Any, options: ConnectorOptions
+) -> SchedulerSide:
     """The scheduler side."""
     merge = picture_merge(vllm_config)
-    scheduler = Scheduler(
+    scheduler = SchedulerSide(
         options,
         compat.fingerprint(vllm_config),
         int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size),
@@ -61,7 +63,7 @@ def build_scheduler(vllm_config: Any, kv_cache_config: Any, options: ConnectorOp
 
 def build_runner(
     vllm_config: Any, kv_cache_config: Any, kv_caches: dict[str, Any], options: ConnectorOptions
-) -> Runner:
+) -> WorkerSide:
     """The worker side of this rank.
 
     Raises:
@@ -88,7 +90,7 @@ def build_runner(
         disk = DiskTier(options.core.store_dir / name, options.core.disk_bytes // ranks)
     gone: deque[str] = deque()
     store = TieredStore(HostTier(options.core.host_bytes // ranks), disk, gone.append)
-    return Runner(
+    return WorkerSide(
         layers,
         PageLayout(next(iter(layers.values()))),
         forward,

@@ -16,9 +16,9 @@ from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.build import build_runner, build_scheduler
 from kvshare_mm.vllm.meta import Orders, WorkerReport
 from kvshare_mm.vllm.options import ConnectorOptions
-from kvshare_mm.vllm.runner import Runner
-from kvshare_mm.vllm.scheduler import Scheduler
+from kvshare_mm.vllm.scheduler_side import SchedulerSide
 from kvshare_mm.vllm.stats import KVShareProm, KVShareStats, drained
+from kvshare_mm.vllm.worker_side import WorkerSide
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._options = ConnectorOptions.of(extra)
         self._caches_of = kv_cache_config
-        self._scheduler: Scheduler | None = None
-        self._runner: Runner | None = None
+        self._scheduler: SchedulerSide | None = None
+        self._runner: WorkerSide | None = None
         self._obstacle: str | None = compat.unsupported()
         self._requests: dict[str, Any] = {}
         if role is KVConnectorRole.SCHEDULER and self._obstacle is None:
@@ -83,8 +83,8 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._requests.pop(request.request_id, None)
         if self._scheduler is None:
             return False, None
-        hold, told = self._scheduler.finished(request, block_ids)
-        return hold, told or None
+        hold, summary = self._scheduler.finished(request, block_ids)
+        return hold, summary or None
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]

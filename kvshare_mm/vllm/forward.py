@@ -132,7 +132,7 @@ class PartialForward:
         token_id: int,
         place: np.ndarray | None,
         block_ids: Sequence[int],
-        keys: Sequence[torch.Tensor],
+        k: Sequence[torch.Tensor],
     ) -> np.ndarray:
         """What position `last` attends to: ``[last + 1]`` float32, mean over heads and layers.
 
@@ -140,11 +140,11 @@ class PartialForward:
 
         Args:
             place: ``[3]`` its rotary position; None: the index.
-            keys: ``[num_kv_heads, >= last + 1, head_dim]`` of each layer.
+            k: ``[num_kv_heads, >= last + 1, head_dim]`` of each layer.
         """
         tail = TailAttention()
         hooks = []
-        for layer, key in zip(self._layers.values(), keys, strict=True):
+        for layer, key in zip(self._layers.values(), k, strict=True):
 
             def record(
                 module: Any, args: tuple[Any, ...], k: torch.Tensor = key[:, : last + 1]

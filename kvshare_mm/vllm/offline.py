@@ -313,19 +313,19 @@ def provenance_of(last: Any, stream: SegmentStream) -> Provenance:
         stream: its prompt.
     """
     num_tokens = len(stream)
-    told = (last.kv_transfer_params or {}).get("kvshare") or {}
-    reused = int(told.get("reused") or 0)
-    exact = told.get("exact")
+    summary = (last.kv_transfer_params or {}).get("kvshare") or {}
+    reused = int(summary.get("reused") or 0)
+    exact = summary.get("exact")
     exact = (last.num_cached_tokens or 0) if exact is None else int(exact)
     return Provenance(
         exact=exact,
         reused=reused,
         recomputed=num_tokens - exact - reused,
-        donors=tuple(told.get("donors") or ()),
+        donors=tuple(summary.get("donors") or ()),
         similarity=(exact + reused) / num_tokens,
-        declined=told.get("declined"),
-        fallback=told.get("fallback"),
-        media=uses_of(stream, exact + reused + int(told.get("gaps") or 0)),
+        declined=summary.get("declined"),
+        fallback=summary.get("fallback"),
+        media=uses_of(stream, exact + reused + int(summary.get("gaps") or 0)),
     )
 
 

@@ -34,7 +34,7 @@ def _prove(rotary: Any, spec: RotarySpec) -> None:
     cache = rotary.cos_sin_cache
     generator = torch.Generator().manual_seed(0)
     key = torch.randn(_PROBE_TOKENS, rotary.head_size, generator=generator).to(cache)
-    places = torch.arange(_PROBE_TOKENS, device=cache.device)
+    positions = torch.arange(_PROBE_TOKENS, device=cache.device)
     shift = torch.full((_PROBE_TOKENS,), _PROBE_SHIFT)
 
     def rotated(positions: torch.Tensor) -> torch.Tensor:
@@ -43,8 +43,8 @@ def _prove(rotary: Any, spec: RotarySpec) -> None:
         return torch.as_tensor(turned)
 
     with torch.inference_mode():
-        target = rotated(places + _PROBE_SHIFT)
-        error = (rerotate(rotated(places), shift, spec) - target).float().abs().max()
+        target = rotated(positions + _PROBE_SHIFT)
+        error = (rerotate(rotated(positions), shift, spec) - target).float().abs().max()
     tolerance = 1e-3 if key.dtype == torch.float32 else 5e-2
     if not error <= tolerance * target.float().abs().max():
         raise ValueError("the model's keys do not follow its rotary embedding")

@@ -15,7 +15,7 @@ from kvshare_mm.metrics import SMALL_SECONDS
 from kvshare_mm.outputs import Provenance
 
 
-def told(use: Provenance, gaps: int) -> dict[str, Any]:
+def summary(use: Provenance, gaps: int) -> dict[str, Any]:
     """A prompt's provenance as it stands in a response.
 
     Args:

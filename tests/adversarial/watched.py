@@ -150,7 +150,7 @@ class Watched:
         assert self.llm.flush(_FLUSH_S) or self.donors.store.counters
         assert sorted(engine._free) == list(range(engine._runner.num_slots))
         assert not engine._active and not engine._waiting and not engine._known
-        assert not engine._last_capture
+        assert not engine._last_save
         assert engine.healthy
         fresh = [n for n in self.donors.nodes() if n.node_id not in self._checked]
         for i in rng.permutation(len(fresh))[:most]:
@@ -226,7 +226,7 @@ class Watched:
                     self._wrong.append(f"{ns} read {node.namespace}")
             p, q = full.log_softmax(-1), result.logits.log_softmax(-1)
             self._seen.append(Served(result, ns, float((p.exp() * (p - q)).sum())))
-            self.streams[stream.keys.tobytes()] = stream
+            self.streams[stream.align_keys.tobytes()] = stream
         except Exception as error:
             self._wrong.append(repr(error))
         return result
@@ -248,8 +248,8 @@ class Watched:
         return self._reference.prefill(0, ids, np.arange(n), None, media).float()
 
     def _check_node(self, node: Node) -> None:
-        keys = node.alignment_keys
-        known = [s for s in self.streams.values() if np.array_equal(keys[: len(s)], s.keys)]
+        keys = node.wide_keys
+        known = [s for s in self.streams.values() if np.array_equal(keys[: len(s)], s.align_keys)]
         if not known:
             return  # of an earlier example, or of a request that nobody waited for
         stream = max(known, key=len)

@@ -108,7 +108,7 @@ def test_outputs_and_stats_are_json(open_llm: OpenLLM, tmp_path: Path) -> None:
     assert 0 < stats["donors"]["tokens_owned"] < stats["donors"]["tokens_whole"]
     assert set(stats["donors"]["bytes"]) == {"host", "disk"}
     assert all(n > 0 for n in stats["donors"]["bytes"].values())
-    assert stats["donors"]["events"]["captured"] == 2
+    assert stats["donors"]["events"]["saved"] == 2
 
 
 def test_the_context_manager_closes(tiny_folder: Path) -> None:

@@ -56,7 +56,7 @@ def broken_model(monkeypatch: pytest.MonkeyPatch, *, logits: bool = True) -> Ite
 
     def spoil(self: Any, cache: Any, slot: int, ids: Any, index: torch.Tensor, *rest: Any) -> Any:
         out = forward(self, cache, slot, ids, index, *rest)
-        for tensor in (cache.keys, cache.values):
+        for tensor in (cache.k, cache.v):
             tensor[1:, slot, :, index] = float("nan")
         if logits:
             out.logits[:] = float("nan")
@@ -109,7 +109,7 @@ def test_kv_of_no_numbers_is_not_taken_up_from_an_answer_that_is_fine(
         llm.chat(FIRST, SamplingParams(max_tokens=1))
         assert donors(llm) == 0
     assert events(llm)["not_finite"] == 1
-    assert events(llm)["capture_failed"] == 1
+    assert events(llm)["save_failed"] == 1
     assert_as_alone(llm, NEXT)
     llm.close()
 

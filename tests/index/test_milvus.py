@@ -46,7 +46,7 @@ def dense(index: MilvusIndex, number: int, limit: int = 3, namespace: str = "ns"
 
 
 def sparse(index: MilvusIndex, number: int, limit: int = 5, namespace: str = "ns") -> list[str]:
-    return [c.node_id for c in index.search_sparse(namespace, record(number).keys, limit)]
+    return [c.node_id for c in index.search_sparse(namespace, record(number).align_keys, limit)]
 
 
 def test_an_empty_index_finds_nothing(index: MilvusIndex) -> None:
@@ -69,7 +69,7 @@ def test_both_searches_rank_and_stay_in_the_namespace(index: MilvusIndex, flushe
     assert set(dense(index, 5)[1:]) == {"node-4", "node-6"}
     assert sparse(index, 5)[0] == "node-5"
     assert set(sparse(index, 5)[1:]) == {"node-4", "node-6"}
-    assert index.search_sparse("ns", record(5).keys, 1)[0].score == pytest.approx(38)
+    assert index.search_sparse("ns", record(5).align_keys, 1)[0].score == pytest.approx(38)
     assert index.search_dense("ns", embedding(5), 1)[0].score == pytest.approx(1, abs=1e-5)
     assert sparse(index, 20) == []
     assert dense(index, 20, namespace='other"; 1 == 1') == ["node-20"]
@@ -111,7 +111,7 @@ def test_records_without_embedding_are_only_found_by_words(index: MilvusIndex) -
 def test_prompts_too_short_for_an_ngram_are_kept(index: MilvusIndex) -> None:
     tiny = IndexRecord("tiny", "ns", np.array([1], dtype=np.uint64), embedding(1))
     index.add([tiny, IndexRecord("empty", "ns", np.array([], dtype=np.uint64))])
-    assert index.search_sparse("ns", tiny.keys, 5) == []
+    assert index.search_sparse("ns", tiny.align_keys, 5) == []
     assert dense(index, 1) == ["tiny"]
     assert index.ids() == {"tiny", "empty"}
 
@@ -220,8 +220,10 @@ def test_wrong_arguments_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shape"):
         index.search_dense("ns", np.zeros(DIM + 1, dtype=np.float32), 1)
     with pytest.raises(ValueError, match="shape"):
-        index.add([IndexRecord("a", "ns", record(1).keys, np.zeros(DIM + 1, dtype=np.float32))])
+        index.add(
+            [IndexRecord("a", "ns", record(1).align_keys, np.zeros(DIM + 1, dtype=np.float32))]
+        )
     with pytest.raises(ValueError, match="node id"):
-        index.add([IndexRecord("a" * 300, "ns", record(1).keys)])
+        index.add([IndexRecord("a" * 300, "ns", record(1).align_keys)])
     # None of these got as far as opening the file.
     assert not (tmp_path / "index.db").exists()

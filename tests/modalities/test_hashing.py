@@ -41,7 +41,7 @@ def assert_apart(one: MediaItem, other: MediaItem) -> None:
     assert one.digest != other.digest
     assert one.content_hash != other.content_hash
     streams = [media_stream([5], [item], {item.modality: 5}, False) for item in (one, other)]
-    assert not np.intersect1d(*(stream.keys for stream in streams)).size
+    assert not np.intersect1d(*(stream.align_keys for stream in streams)).size
 
 
 def test_pictures_made_to_collide_are_two(images: ImageAdapter) -> None:

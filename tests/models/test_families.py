@@ -122,7 +122,7 @@ def test_positions_are_the_models(oracles: Callable[[str], Oracle], family: str,
     if got is None:
         got = np.broadcast_to(np.arange(len(stream)), (3, len(stream)))
     assert got.tolist() == want[:, 0].tolist()
-    assert stream.lead == int(delta.reshape(-1)[0])
+    assert stream.rope_delta == int(delta.reshape(-1)[0])
     assert (stream.positions is None) == (not any(item.grid for item in stream.items))
 
 
@@ -159,7 +159,9 @@ def test_greedy_answers_are_the_models(
         answer = [int(logits.argmax())]
         while len(answer) < 8:
             at = n + len(answer) - 1
-            answer.append(int(runner.decode([0], [answer[-1]], [at], [stream.lead])[0].argmax()))
+            answer.append(
+                int(runner.decode([0], [answer[-1]], [at], [stream.rope_delta])[0].argmax())
+            )
     finally:
         if plain:
             oracle.loaded.model.set_attn_implementation("kvshare_torch")
@@ -197,7 +199,7 @@ def test_decoding_in_a_batch_with_other_positions(oracles: Callable[[str], Oracl
     names = ["first", "none", "two of other sizes"]
     runner = SlotRunner(oracle.loaded, 3, MAX_LEN, 4096)
     streams = [oracle.stream(MESSAGES[name]) for name in names]
-    assert len({stream.lead for stream in streams}) == 3
+    assert len({stream.rope_delta for stream in streams}) == 3
     answers = []
     for slot, stream in enumerate(streams):
         media = encoded(oracle, stream)
@@ -208,7 +210,7 @@ def test_decoding_in_a_batch_with_other_positions(oracles: Callable[[str], Oracl
             [0, 1, 2],
             [answer[-1] for answer in answers],
             [len(stream) + step for stream in streams],
-            [stream.lead for stream in streams],
+            [stream.rope_delta for stream in streams],
         )
         for answer, row in zip(answers, logits, strict=True):
             answer.append(int(row.argmax()))

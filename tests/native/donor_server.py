@@ -39,7 +39,7 @@ def _edited(ids: np.ndarray, *positions: int) -> np.ndarray:
 
 
 class Server:
-    """A prefiller over donors, as the engine drives it: prefill, then capture."""
+    """A prefiller over donors, as the engine drives it: prefill, then save."""
 
     def __init__(
         self, tiny: Any, disk: DiskTier | None = None, host_bytes: int = 1 << 26, chunk: int = 4096
@@ -85,9 +85,9 @@ class Server:
         _assert_adds_up(result, provenance(result))
         return result
 
-    def capture(self, ids: np.ndarray, result: PrefillResult, ns: str = NS) -> str | None:
+    def save(self, ids: np.ndarray, result: PrefillResult, ns: str = NS) -> str | None:
         k, v = self.runner.slot_kv(1)
-        node_id = self.pool.capture(ids.astype(np.uint64), ns, result.plan, k, v, "")
+        node_id = self.pool.save(ids.astype(np.uint64), ns, result.plan, k, v, "")
         if node_id is not None:
             n = len(ids)
             self.served[node_id] = k[:, :, :n].clone(), v[:, :, :n].clone()
@@ -96,7 +96,7 @@ class Server:
 
     def serve(self, ids: np.ndarray, ns: str = NS, **options: Any) -> tuple[PrefillResult, str]:
         result = self.prefill(ids, ns, **options)
-        node_id = self.capture(ids, result, ns)
+        node_id = self.save(ids, result, ns)
         assert node_id is not None
         return result, node_id
 

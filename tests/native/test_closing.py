@@ -61,10 +61,10 @@ def test_close_reaches_the_callers(open_llm: OpenLLM) -> None:
     assert len(errors) == 1
 
 
-def test_close_captures_what_is_finished(open_llm: OpenLLM) -> None:
+def test_close_saves_what_is_finished(open_llm: OpenLLM) -> None:
     llm = open_llm()
     assert llm._parts.donors is not None
-    gate = Gate(llm._parts.donors, "capture")
+    gate = Gate(llm._parts.donors, "save")
     llm.generate(_DONOR, params(2))
     gate.wait()
     closing = threading.Thread(target=llm.close)

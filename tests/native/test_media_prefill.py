@@ -94,8 +94,16 @@ class Server:
         stream = self.oracle.stream(messages)
         result = self.prefill(stream, ns, **options)
         k, v = self.runner.slot_kv(0)
-        self.pool.capture(
-            stream.keys, ns, result.plan, k, v, "", result.attention, stream.positions, stream.media
+        self.pool.save(
+            stream.align_keys,
+            ns,
+            result.plan,
+            k,
+            v,
+            "",
+            result.attention,
+            stream.positions,
+            stream.media,
         )
         return result
 

@@ -31,14 +31,14 @@ def test_repeat_of_an_approximate_request_gets_the_same_answer(server: Server) -
 
 
 @pytest.mark.parametrize("cut", [0, 10])
-def test_capture_of_a_known_request_adds_nothing(server: Server, cut: int) -> None:
+def test_save_of_a_known_request_adds_nothing(server: Server, cut: int) -> None:
     ids = _ids(60, 0)
     server.serve(ids)
     before = server.pool.store.bytes_by_tier()
     known = ids[: len(ids) - cut]
-    assert server.capture(known, server.prefill(known)) is None
+    assert server.save(known, server.prefill(known)) is None
     assert len(server.pool.tree) == 1
-    assert server.pool.counters["capture_known"] == 1
+    assert server.pool.counters["save_known"] == 1
     assert server.pool.store.bytes_by_tier() == before
 
 
@@ -57,7 +57,7 @@ def test_an_approximate_repeat_is_replaced_once_it_was_computed(server: Server) 
     target = _edited(ids, 3, 30)
     server.serve(target)
     exact = server.prefill(target, reuse="off")
-    assert server.capture(target, exact) is not None
+    assert server.save(target, exact) is not None
     assert server.prefill(target).plan.num_exact == 59
 
 
@@ -69,7 +69,7 @@ def test_answers_become_prefix_of_the_next_turn(server: Server) -> None:
         logits = server.runner.decode([1], [tokens[-1]], [49 + len(tokens)])
         tokens.append(int(logits[0].argmax()))
     turn = np.concatenate((ids, tokens[:-1]))
-    assert server.capture(turn, result) is not None
+    assert server.save(turn, result) is not None
     longer = np.concatenate((ids, tokens, _ids(10, 4)))
     assert server.prefill(longer).plan.num_exact == 59
 
@@ -84,7 +84,7 @@ def test_the_answer_of_an_approximate_request_is_not_exact(server: Server) -> No
         logits = server.runner.decode([1], [tokens[-1]], [49 + len(tokens)])
         tokens.append(int(logits[0].argmax()))
     turn = np.concatenate((target, tokens[:-1]))
-    node_id = server.capture(turn, result)
+    node_id = server.save(turn, result)
     assert node_id is not None and server.pool.tree[node_id].exact_len == 11
     longer = np.concatenate((target, tokens, _ids(10, 4)))
     plan = server.prefill(longer).plan

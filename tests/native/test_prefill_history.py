@@ -56,7 +56,7 @@ def test_any_history_of_requests(tiny_llama: Any, data: st.DataObject) -> None:
         if reuse == "exact":
             assert torch.allclose(result.logits, tiny_llama.full(ids).logits[-1], atol=ATOL)
         if data.draw(st.booleans()):
-            server.capture(ids, result, ns)
+            server.save(ids, result, ns)
         if known and data.draw(st.integers(0, 3)) == 0:
             lost = data.draw(st.sampled_from(known))
             if data.draw(st.booleans()):

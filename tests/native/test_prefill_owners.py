@@ -40,7 +40,7 @@ def test_what_was_repaired_is_owned(server: Server) -> None:
     assert torch.allclose(again.logits, first.logits, atol=ATOL)
 
 
-def test_a_donor_dropped_before_the_capture(server: Server) -> None:
+def test_a_donor_dropped_before_the_save(server: Server) -> None:
     """The slot holds all KV by then: the new node owns what it can no longer borrow."""
     a = _ids(60, 0)
     _, node_a = server.serve(a)
@@ -48,7 +48,7 @@ def test_a_donor_dropped_before_the_capture(server: Server) -> None:
     result = server.prefill(b)
     assert result.plan.num_reused > 0
     server.pool.delete(node_a)
-    node_b = server.capture(b, result)
+    node_b = server.save(b, result)
     assert node_b is not None
     assert server.pool.tree[node_b].num_owned == 60
     assert server.pool.tree[node_b].exact_len == 31
@@ -77,13 +77,13 @@ def test_a_new_node_that_pushes_its_own_owner_out(tiny_llama: Any) -> None:
 def test_a_request_too_large_for_the_store(tiny_llama: Any) -> None:
     server = Server(tiny_llama, host_bytes=1000)
     ids = _ids(60, 0)
-    assert server.capture(ids, server.prefill(ids)) is None
-    assert server.pool.counters["capture_too_large"] == 1
+    assert server.save(ids, server.prefill(ids)) is None
+    assert server.pool.counters["save_too_large"] == 1
     assert len(server.pool.tree) == 0
     assert server.prefill(ids).plan.declined == Decline.NO_DONOR
 
 
 def test_short_requests_are_not_stored(server: Server) -> None:
     ids = _ids(15, 0)
-    assert server.capture(ids, server.prefill(ids)) is None
+    assert server.save(ids, server.prefill(ids)) is None
     assert len(server.pool.tree) == 0

@@ -22,7 +22,7 @@ def test_the_first_request_is_computed_and_becomes_a_donor(server: Server) -> No
     server.assert_full(ids, result)
     assert result.plan.declined == Decline.NO_DONOR
     assert result.fallback is None
-    assert server.pool.counters["captured"] == 1
+    assert server.pool.counters["saved"] == 1
     node = server.pool.tree[node_id]
     assert node.num_owned == 60 and node.exact_len == 60
     stored = server.pool.store.get(node_id, NS)

@@ -14,14 +14,14 @@ def to_keys(symbols) -> np.ndarray:
     return np.array(list(symbols), dtype=np.uint64)
 
 
-def donor_of(symbols, donor_id="d", *, exact_len=None, readable=None, material=None) -> Donor:
+def donor_of(symbols, donor_id="d", *, exact_len=None, readable=None, reusable=None) -> Donor:
     """By default a request that was computed in full."""
     keys = to_keys(symbols)
     readable = len(keys) if readable is None else readable
     exact_len = readable if exact_len is None else exact_len
-    if material is None:
-        material = np.arange(len(keys)) < exact_len
-    return Donor(donor_id, keys, np.asarray(material, dtype=bool), readable, exact_len)
+    if reusable is None:
+        reusable = np.arange(len(keys)) < exact_len
+    return Donor(donor_id, keys, np.asarray(reusable, dtype=bool), readable, exact_len)
 
 
 def maximal_matches(donor: np.ndarray, target: np.ndarray, min_run: int) -> list[Match]:

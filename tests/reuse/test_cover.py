@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from kvshare_mm import chain, cover, ranks, runs
 from kvshare_mm.reuse import align as align_module
 from kvshare_mm.reuse.align import align, common_prefix
-from kvshare_mm.reuse.plan import Donor, PlannerOptions, ReusePlan, one_turn
+from kvshare_mm.reuse.plan import Donor, PlannerOptions, ReusePlan, uniform_shift
 from kvshare_mm.reuse.planner import make_plan
 
 from .plans import blocks, donor_of, maximal_matches, to_keys
@@ -33,17 +33,17 @@ def slow_cover(target, prefix, donors, options, positions=None) -> list[Row]:
             start, end = max(t, low), min(t + n, high)
             if end > start:
                 shift = t - d
-                for a, b in stretches(donor.material[start - shift : end - shift], min_run):
+                for a, b in stretches(donor.reusable[start - shift : end - shift], min_run):
                     yield start - shift + a, start + a, b - a
 
     def moving(number, found):
         for d, t, n in found:
-            if one_turn(positions, t, donors[number].positions, d, n) is not None:
+            if uniform_shift(positions, t, donors[number].positions, d, n) is not None:
                 yield number, d, t, n
 
     def reach(donor):
         keys = target[prefix:limit]
-        windows = {tuple(w.tolist()) for w in every(donor.keys, min_run)}
+        windows = {tuple(w.tolist()) for w in every(donor.align_keys, min_run)}
         known = [tuple(w.tolist()) in windows for w in every(keys, min_run)]
         return sum(any(known[max(0, i - min_run + 1) : i + 1]) for i in range(len(keys)))
 
@@ -52,12 +52,12 @@ def slow_cover(target, prefix, donors, options, positions=None) -> list[Row]:
     for i in sorted(range(len(donors)), key=lambda i: -reach(donors[i])):
         if best and reach(donors[i]) < covered + options.min_gain_tokens:
             break
-        matches = align(donors[i].keys, target, min_run)
+        matches = align(donors[i].align_keys, target, min_run)
         found = list(moving(i, usable(matches, donors[i], prefix, limit)))
         if sum(n for *_, n in found) > covered:
             best, covered = found, sum(n for *_, n in found)
     for i, donor in enumerate(donors):
-        matches = maximal_matches(donor.keys, target, min_run)
+        matches = maximal_matches(donor.align_keys, target, min_run)
         free = np.zeros(len(target), dtype=bool)
         free[prefix:limit] = True
         for _, _, t, n in best:
@@ -101,7 +101,7 @@ def test_runs_that_do_not_move_as_one_are_left_to_others(task):
         return positions
 
     donors = [
-        dataclasses.replace(d, positions=bent(len(d.keys), 5) if i % 2 else None)
+        dataclasses.replace(d, positions=bent(len(d.align_keys), 5) if i % 2 else None)
         for i, d in enumerate(donors)
     ]
     positions = bent(len(target), 9)
@@ -123,7 +123,7 @@ def test_long_prompts_are_covered_as_by_the_plain_search(seed):
     donors = []
     for i in range(4):
         keys = prompt(8)
-        donors.append(donor_of(keys, f"d{i}", material=rng.random(len(keys)) > 0.05 * (i % 2)))
+        donors.append(donor_of(keys, f"d{i}", reusable=rng.random(len(keys)) > 0.05 * (i % 2)))
     target, options = prompt(10), PlannerOptions()
     found = cover.cover(target, 0, donors, unhurried(options), None)
     assert [tuple(run) for run in found] == slow_cover(target, 0, donors, options)
@@ -141,13 +141,13 @@ def check_valid(plan: ReusePlan, target: np.ndarray, donors: list[Donor]) -> Non
     by_id = {d.donor_id: d for d in donors}
     end = 0
     for run in plan.runs:
-        source = by_id[run.donor].keys[run.donor_start : run.donor_start + run.length]
+        source = by_id[run.donor].align_keys[run.donor_start : run.donor_start + run.length]
         assert run.start >= end
         assert np.array_equal(source, target[run.start : run.end])
         end = run.end
     assert end < len(target)
     assert plan.num_exact == max(
-        min(common_prefix(d.keys, target), d.exact_len, len(target) - 1) for d in donors
+        min(common_prefix(d.align_keys, target), d.exact_len, len(target) - 1) for d in donors
     )
 
 

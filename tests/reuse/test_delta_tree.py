@@ -58,7 +58,7 @@ def test_what_was_repaired_is_owned_and_is_no_material():
     assert child.own == (Span(0, 3), Span(21, 22))
     # Up to the first that is reused, what is computed has seen nothing but exact KV.
     assert child.exact_len == 3
-    assert np.flatnonzero(~tree.donor("b").material).tolist() == [21]
+    assert np.flatnonzero(~tree.donor("b").reusable).tolist() == [21]
 
 
 def test_resolve_part_of_a_node_at_another_place():
@@ -104,7 +104,7 @@ def test_a_node_of_many_pieces_reads_as_position_by_position():
         assert read == source[start : start + length]
     exact = {"a": 2000, "b": 700, "n": 1200}
     donor = tree.donor("n")
-    assert donor.material.tolist() == [s is not None and s[1] < exact[s[0]] for s in source]
+    assert donor.reusable.tolist() == [s is not None and s[1] < exact[s[0]] for s in source]
     assert donor.readable == source.index(None)
 
 
@@ -116,12 +116,12 @@ def test_a_dropped_donor_leaves_a_hole_and_what_is_behind_it_stays_readable():
     tree.drop("a")
     donor = tree.donor("b")
     assert (donor.readable, donor.exact_len) == (0, 0)
-    assert np.flatnonzero(donor.material).tolist() == list(range(20, 40))
+    assert np.flatnonzero(donor.reusable).tolist() == list(range(20, 40))
     assert tree.num_tokens_whole == 20 + 21
 
 
 def test_a_request_whose_donor_is_gone_owns_all_of_it():
-    """Between the plan and the capture of a request lies its whole answer: donors get evicted."""
+    """Between the plan and the save of a request lies its whole answer: donors get evicted."""
     tree = DeltaTree()
     serve(tree, "a", range(20))
     serve(tree, "x", range(100, 120))

@@ -230,9 +230,9 @@ def test_drift_adds_to_what_was_inherited():
 
 def test_what_a_donor_computed_itself_is_no_edit_where_it_stands_the_same():
     """Of a request that was edited from another one, its placeholders cannot be had."""
-    material = np.ones(60, bool)
-    material[20:25] = False
-    donor = donor_of(blocks(*"ABC"), exact_len=20, material=material)
+    reusable = np.ones(60, bool)
+    reusable[20:25] = False
+    donor = donor_of(blocks(*"ABC"), exact_len=20, reusable=reusable)
     donor = replace(donor, drift=np.where(np.arange(60) < 25, 0, 0.1))
     # Behind an edit of its own at the very beginning.
     target = to_keys([7, 8, *blocks(*"ABC")[2:], 0])

@@ -95,17 +95,17 @@ def test_an_approximate_request_gives_nothing_behind_the_first_edit():
 
 
 def test_what_an_approximate_request_borrowed_exactly_may_be_edited_again():
-    material = np.arange(60) // 20 != 1
-    donor = donor_of(blocks(*"ABC"), exact_len=20, material=material)
+    reusable = np.arange(60) // 20 != 1
+    donor = donor_of(blocks(*"ABC"), exact_len=20, reusable=reusable)
     target = to_keys([*blocks("A"), 1, *blocks("B"), *blocks("C"), 0])
     plan = make_plan(target, [donor], PlannerOptions(min_gain_share=0.0))
     assert describe(plan) == [("d", 0, 0, 20, True), ("d", 40, 41, 20, False)]
 
 
 def test_material_cuts_a_run_and_short_leftovers_are_dropped():
-    material = np.ones(60, bool)
-    material[[23, 30, 45]] = False
-    donor = donor_of(blocks(*"ABC"), exact_len=20, material=material)
+    reusable = np.ones(60, bool)
+    reusable[[23, 30, 45]] = False
+    donor = donor_of(blocks(*"ABC"), exact_len=20, reusable=reusable)
     target = to_keys([0, *blocks(*"BC"), 0])
     plan = make_plan(target, [donor], PlannerOptions(min_run=4, min_gain_share=0.0))
     # 20..22 is too short; 24..29, 31..44 and 46..59 stay.
@@ -114,8 +114,8 @@ def test_material_cuts_a_run_and_short_leftovers_are_dropped():
 
 
 def test_a_hole_ends_the_prefix_and_what_is_behind_it_is_material():
-    material = np.arange(60) // 20 != 1
-    donor = donor_of(blocks(*"ABC"), readable=20, exact_len=20, material=material)
+    reusable = np.arange(60) // 20 != 1
+    donor = donor_of(blocks(*"ABC"), readable=20, exact_len=20, reusable=reusable)
     plan = make_plan(to_keys(blocks(*"ABC")), [donor], PlannerOptions())
     assert describe(plan) == [("d", 0, 0, 20, True), ("d", 40, 40, 19, False)]
 

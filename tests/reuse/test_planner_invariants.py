@@ -50,9 +50,9 @@ def tasks(draw):
         readable = draw(st.one_of(st.just(n), st.integers(0, n)))
         exact_len = draw(st.one_of(st.just(readable), st.integers(0, readable)))
         holes = draw(st.lists(st.booleans(), min_size=n, max_size=n))
-        material = np.where(np.arange(n) < exact_len, True, np.array(holes, dtype=bool))
+        reusable = np.where(np.arange(n) < exact_len, True, np.array(holes, dtype=bool))
         donors.append(
-            donor_of(symbols, f"d{i}", readable=readable, exact_len=exact_len, material=material)
+            donor_of(symbols, f"d{i}", readable=readable, exact_len=exact_len, reusable=reusable)
         )
     if donors and draw(st.booleans()):
         donors.append(donors[0])
@@ -82,10 +82,10 @@ def test_only_what_may_be_reused_is(task):
     for run in plan.runs:
         donor = by_id[run.donor]
         source = slice(run.donor_start, run.donor_start + run.length)
-        assert source.stop <= len(donor.keys)
-        assert np.array_equal(donor.keys[source], target[run.start : run.end])
+        assert source.stop <= len(donor.align_keys)
+        assert np.array_equal(donor.align_keys[source], target[run.start : run.end])
         same_prefix = run.shift == 0 and run.end <= min(
-            common_prefix(donor.keys, target), donor.readable
+            common_prefix(donor.align_keys, target), donor.readable
         )
         if run.exact:
             assert same_prefix
@@ -93,7 +93,7 @@ def test_only_what_may_be_reused_is(task):
         else:
             assert not options.exact_only
             assert run.length >= options.min_run
-            assert same_prefix or donor.material[source].all()
+            assert same_prefix or donor.reusable[source].all()
 
 
 @settings(max_examples=150)
@@ -102,14 +102,14 @@ def test_the_longest_exact_prefix_is_reused(task):
     target, donors, options = task
     limit = len(target) - 1
     longest = max(
-        (min(common_prefix(d.keys, target), d.exact_len, limit) for d in donors), default=0
+        (min(common_prefix(d.align_keys, target), d.exact_len, limit) for d in donors), default=0
     )
     assert make_plan(target, donors, options).num_exact == longest
 
 
 def prefix_of(target: np.ndarray, donors: list[Donor], options: PlannerOptions) -> int:
     """End of what is reused because a donor begins with the very same tokens."""
-    shared = [min(common_prefix(d.keys, target), d.readable, len(target) - 1) for d in donors]
+    shared = [min(common_prefix(d.align_keys, target), d.readable, len(target) - 1) for d in donors]
     exact = max((min(s, d.exact_len) for s, d in zip(shared, donors, strict=True)), default=0)
     longest = max(shared, default=0)
     return exact if options.exact_only or longest - exact < options.min_run else longest
@@ -150,9 +150,11 @@ def test_no_gap_is_left_that_a_donor_could_fill(task):
     edges = np.flatnonzero(np.diff(np.concatenate(([1], covered.astype(np.int8), [1]))))
     for low, high in edges.reshape(-1, 2):
         for donor in donors:
-            for d, _, length in maximal_matches(donor.keys, target[low:high], options.min_run):
+            for d, _, length in maximal_matches(
+                donor.align_keys, target[low:high], options.min_run
+            ):
                 run = 0
-                for usable in donor.material[d : d + length]:
+                for usable in donor.reusable[d : d + length]:
                     run = run + 1 if usable else 0
                     assert run < options.min_run, (int(low), int(high), donor)
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from kvshare_mm.reuse.plan import one_turn
+from kvshare_mm.reuse.plan import uniform_shift
 from kvshare_mm.reuse.planner import make_plan
 
 from .plans import EAGER, donor_of, to_keys
@@ -17,22 +17,22 @@ def axes(*columns) -> np.ndarray:
 
 
 def test_without_positions_a_run_turns_by_its_shift():
-    assert one_turn(None, 7, None, 3, 5) == 4
+    assert uniform_shift(None, 7, None, 3, 5) == 4
 
 
 def test_a_run_turns_by_what_all_its_positions_move():
     picture = axes((5, 5, 5), (5, 5, 6), (5, 6, 5), (5, 6, 6), (7, 7, 7))
-    assert one_turn(picture + 3, 0, picture, 0, 5) == 3
-    assert one_turn(picture, 4, None, 6, 1) == 1
-    assert one_turn(None, 2, picture, 4, 1) == -5
+    assert uniform_shift(picture + 3, 0, picture, 0, 5) == 3
+    assert uniform_shift(picture, 4, None, 6, 1) == 1
+    assert uniform_shift(None, 2, picture, 4, 1) == -5
 
 
 def test_a_run_whose_axes_part_has_no_turn():
     picture = axes((5, 5, 5), (5, 5, 6), (5, 6, 5), (5, 6, 6))
     line = axes((5, 5, 5), (5, 5, 6), (5, 5, 7), (5, 5, 8))
-    assert one_turn(picture, 0, line, 0, 4) is None
-    assert one_turn(picture, 0, line, 0, 2) == 0
-    assert one_turn(picture, 0, None, 0, 4) is None
+    assert uniform_shift(picture, 0, line, 0, 4) is None
+    assert uniform_shift(picture, 0, line, 0, 2) == 0
+    assert uniform_shift(picture, 0, None, 0, 4) is None
 
 
 def test_runs_that_do_not_move_as_one_are_dropped():

@@ -24,14 +24,14 @@ digests = st.binary(min_size=16, max_size=32).map(bytes.hex)
 def test_the_keys_of_text_are_its_token_ids(ids):
     stream = text_stream(ids)
     assert stream.token_ids.dtype == np.int64
-    assert stream.keys.dtype == np.uint64
-    assert stream.token_ids.tolist() == stream.keys.tolist() == ids
+    assert stream.align_keys.dtype == np.uint64
+    assert stream.token_ids.tolist() == stream.align_keys.tolist() == ids
     assert stream.segments == (Segment(Modality.TEXT, 0, len(ids)),)
     assert len(stream) == len(ids)
 
 
 def test_text_may_come_as_an_array():
-    assert text_stream(np.array([3, 1, 2], dtype=np.int32)).keys.tolist() == [3, 1, 2]
+    assert text_stream(np.array([3, 1, 2], dtype=np.int32)).align_keys.tolist() == [3, 1, 2]
 
 
 def test_a_text_stream_without_tokens_is_refused():
@@ -49,7 +49,7 @@ def test_the_arrays_of_a_stream_are_not_the_callers():
     ids = np.array([1, 2, 3])
     stream = text_stream(ids)
     ids[0] = 9
-    assert stream.token_ids.tolist() == stream.keys.tolist() == [1, 2, 3]
+    assert stream.token_ids.tolist() == stream.align_keys.tolist() == [1, 2, 3]
 
 
 @given(digests, st.integers(0, 200))
@@ -74,7 +74,7 @@ def test_media_keys_tell_content_and_offset_apart(a, b, a_len, b_len):
 def test_media_keys_are_of_the_whole_digest():
     one, other = (_item(length=9, digest="ab" * 8 + end * 8) for end in ("cd", "ce"))
     assert one.content_hash == other.content_hash
-    a, b = (media_stream([901], [item], PLACES, mrope=False).keys for item in (one, other))
+    a, b = (media_stream([901], [item], PLACES, mrope=False).align_keys for item in (one, other))
     assert not np.intersect1d(a, b).size
 
 
@@ -153,9 +153,9 @@ def test_placeholders_are_replaced_by_their_items():
         (Modality.IMAGE, 5, 9),
     ]
     assert stream.media == stream.segments[1::2]
-    assert stream.keys[1:4].tolist() == media_keys("cd" * 16, 3).tolist()
+    assert stream.align_keys[1:4].tolist() == media_keys("cd" * 16, 3).tolist()
     assert stream.positions is None
-    assert stream.lead == 0
+    assert stream.rope_delta == 0
 
 
 def test_a_stream_without_media_is_text():
@@ -178,7 +178,7 @@ def test_positions_of_a_picture():
         [0, 1, 2, 2, 2, 3, 3, 3, 5],
         [0, 1, 2, 3, 4, 2, 3, 4, 5],
     ]
-    assert stream.lead == 6 - 9
+    assert stream.rope_delta == 6 - 9
     assert stream.pictures.tolist() == [False, False, *[True] * 6, False]
     assert stream.positions_to(11)[:, 9:].tolist() == [[6, 7]] * 3
     assert stream.positions_to(9).tolist() == stream.positions.tolist()

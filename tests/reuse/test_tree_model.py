@@ -136,7 +136,7 @@ class TreeMachine(RuleBasedStateMachine):
     @invariant()
     def every_node_reads_as_if_stored_whole(self):
         for node_id, whole in self.whole.items():
-            node, readable = self.tree[node_id], np.zeros(len(whole.keys), dtype=bool)
+            node, readable = self.tree[node_id], np.zeros(len(whole.align_keys), dtype=bool)
             at = 0
             for piece in self.tree.resolve(node_id, 0, len(node)):
                 assert piece.start >= at
@@ -145,7 +145,7 @@ class TreeMachine(RuleBasedStateMachine):
                 assert set(whole.owner[piece.start : piece.end]) == {piece.owner}
                 readable[piece.start : piece.end] = True
             assert np.array_equal(readable, self._readable(node_id))
-            assert (whole.kv[:, 1] == np.arange(len(whole.keys))).all()
+            assert (whole.kv[:, 1] == np.arange(len(whole.align_keys))).all()
             assert node.num_owned == len(self.rows[node_id])
             owners = [o for o in whole.owner if o not in (None, node_id)]
             alive = {o: n for o, n in node.owners.items() if o in self.tree}
@@ -154,23 +154,23 @@ class TreeMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_called_exact_is(self):
         for node_id, whole in self.whole.items():
-            truth = full_prefill(whole.keys)
+            truth = full_prefill(whole.align_keys)
             node, donor = self.tree[node_id], self.tree.donor(node_id)
             readable = self._readable(node_id)
             prefix = int(np.cumprod(readable).sum())
             assert node.exact_len == whole.exact
             assert np.array_equal(whole.kv[: node.exact_len, 0], truth[: node.exact_len])
             assert donor.donor_id == node_id
-            assert donor.keys.dtype == np.uint64
-            assert np.array_equal(donor.keys, node.keys)
+            assert donor.align_keys.dtype == np.uint64
+            assert np.array_equal(donor.align_keys, node.align_keys)
             assert donor.readable == prefix
             assert donor.exact_len == min(prefix, whole.exact)
-            assert not (donor.material & ~readable).any()
-            assert donor.material[: donor.exact_len].all()
-            # Contents of an edited context are negative: none of them is ever material.
-            assert (whole.kv[donor.material, 0] >= 0).all()
+            assert not (donor.reusable & ~readable).any()
+            assert donor.reusable[: donor.exact_len].all()
+            # Contents of an edited context are negative: none of them is ever reusable.
+            assert (whole.kv[donor.reusable, 0] >= 0).all()
             # And nothing that the owner has exactly is refused.
-            for p in np.flatnonzero(readable & ~donor.material):
+            for p in np.flatnonzero(readable & ~donor.reusable):
                 owner = self.whole[whole.owner[p]]
                 found = np.flatnonzero(owner.kv[: owner.exact, 0] == whole.kv[p, 0])
                 assert not len(found) or whole.owner[p] == node_id
@@ -187,7 +187,7 @@ class TreeMachine(RuleBasedStateMachine):
     # -- the model --------------------------------------------------------------------------
 
     def _edit(self, data, base: str) -> np.ndarray:
-        keys = self.whole[base].keys.tolist()
+        keys = self.whole[base].align_keys.tolist()
         for _ in range(data.draw(st.integers(0, 3))):
             a, b = sorted(data.draw(st.tuples(*[st.integers(0, len(keys))] * 2)))
             new = data.draw(st.lists(st.integers(4, 6), max_size=3))

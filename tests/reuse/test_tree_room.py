@@ -45,7 +45,7 @@ def lab_reports(count: int) -> list[np.ndarray]:
 def test_a_hundred_lab_reports_take_a_fifth_of_the_room(repair):
     """Served each by the latest report, and by the one that owns most of what that one shows.
 
-    The second matters with repairs: a repaired position is no material, so reports that know only
+    The second matters with repairs: a repaired position is no reusable, so reports that know only
     the one before them would repair more and more of it.
     """
     tree = DeltaTree()

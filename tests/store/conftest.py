@@ -55,7 +55,7 @@ def make_stored() -> MakeStored:
         node = Node(
             node_id=node_id,
             namespace=namespace,
-            keys=rng.integers(0, 2**64, num_tokens, dtype=np.uint64),
+            align_keys=rng.integers(0, 2**64, num_tokens, dtype=np.uint64),
             own=spans,
             pieces=pieces,
             exact_len=exact_len,
@@ -87,8 +87,8 @@ def assert_same() -> Callable[[StoredNode, StoredNode], None]:
             "risk",
         ):
             assert getattr(got.node, name) == getattr(want.node, name), name
-        assert got.node.keys.dtype == want.node.keys.dtype
-        assert np.array_equal(got.node.keys, want.node.keys)
+        assert got.node.align_keys.dtype == want.node.align_keys.dtype
+        assert np.array_equal(got.node.align_keys, want.node.align_keys)
         for name in ("attention", "drift", "positions"):
             a, b = getattr(got.node, name), getattr(want.node, name)
             assert (a is None) == (b is None), name

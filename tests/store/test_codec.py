@@ -47,7 +47,7 @@ def stored_nodes(draw) -> StoredNode:
     node = Node(
         node_id=draw(st.text(max_size=20)),
         namespace=draw(st.text(max_size=20)),
-        keys=rng.integers(0, 2 ** draw(st.sampled_from([32, 64])), position, dtype=np.uint64),
+        align_keys=rng.integers(0, 2 ** draw(st.sampled_from([32, 64])), position, dtype=np.uint64),
         own=tuple(own),
         pieces=tuple(pieces),
         exact_len=draw(st.integers(0, position)),
@@ -97,7 +97,7 @@ def test_the_safetensors_library_reads_the_file(tmp_path, make_stored, dtype):
         assert torch.equal(file.get_tensor("v"), stored.kv.v)
         assert file.get_tensor("own").tolist() == [[1, 3], [5, 8]]
         assert file.get_tensor("embedding").tolist() == [0, 1, 2]
-        assert np.array_equal(file.get_tensor("keys").numpy(), stored.node.keys)
+        assert np.array_equal(file.get_tensor("keys").numpy(), stored.node.align_keys)
         assert file.metadata()["version"] == codec.FORMAT_VERSION
 
 
@@ -119,7 +119,7 @@ def test_views_and_numpy_integers_are_stored_by_value(tmp_path, assert_same, mak
     assert_same(got, StoredNode(node, NodeKV(*view)))
     assert got.kv.k.is_contiguous()
     assert got.kv.v.is_contiguous()
-    assert got.node.keys.flags.writeable
+    assert got.node.align_keys.flags.writeable
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_put_get_delete(tmp_path, make_stored, assert_same):
 @pytest.mark.parametrize("node_id", ["../../etc/passwd", "a/b", "", "x" * 5000, "\ud800", "A\0b"])
 def test_any_node_id_stays_inside_the_folder(tmp_path, make_stored, assert_same, node_id):
     stored = make_stored("a")
-    stored = StoredNode(Node(node_id, "ns", stored.node.keys, stored.node.own), stored.kv)
+    stored = StoredNode(Node(node_id, "ns", stored.node.align_keys, stored.node.own), stored.kv)
     DiskTier(tmp_path, BUDGET).put(stored)
     assert_same(DiskTier(tmp_path, BUDGET).get(node_id), stored)
     assert len(list(tmp_path.iterdir())) == 1

@@ -95,7 +95,7 @@ def test_a_writer_killed_in_the_middle_leaves_only_whole_nodes(tmp_path, die_bef
     assert sorted(tier) == [str(i) for i in range(8)]
     for node_id in tier:
         stored = tier.get(node_id)
-        version = int(stored.node.keys[0])
+        version = int(stored.node.align_keys[0])
         assert version > written - 8
         assert version % 8 == int(node_id)
         assert (stored.kv.k == version).all()
@@ -128,7 +128,7 @@ def test_two_tiers_on_one_folder_never_read_anything_wrong(tmp_path, make_stored
                     tier.delete(node_id)
                 else:
                     for node, _ in tier.records():
-                        assert np.array_equal(node.keys, nodes[node.node_id].node.keys)
+                        assert np.array_equal(node.align_keys, nodes[node.node_id].node.align_keys)
         except BaseException as problem:
             problems.append(problem)
 

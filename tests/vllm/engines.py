@@ -83,7 +83,7 @@ class Shared:
         assert self.llm.reset_prefix_cache()
 
 
-def told(output: Any) -> dict[str, Any]:
+def summary(output: Any) -> dict[str, Any]:
     """What the response says about reuse."""
     return dict(output.kv_transfer_params["kvshare"])
 

@@ -24,7 +24,7 @@ def test_donors_are_moved_by_what_fits_the_gpu(monkeypatch: pytest.MonkeyPatch) 
     for part in ("PartialForward", "PageLayout", "TieredStore"):
         monkeypatch.setattr(build, part, lambda *_: None)
     made: list[Any] = []
-    monkeypatch.setattr(build, "Runner", lambda *parts: made.extend(parts))
+    monkeypatch.setattr(build, "WorkerSide", lambda *parts: made.extend(parts))
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context={"0": layer}),
         model_config=SimpleNamespace(uses_mrope=False),

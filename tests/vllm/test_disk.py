@@ -13,7 +13,7 @@ import pytest
 from kvshare_mm.assets.shop.pictures import draw, random_photo
 from kvshare_mm.models.loader import load_tokenizer, locate
 
-from .engines import Shared, shared_engine, tokens, told
+from .engines import Shared, shared_engine, summary, tokens
 
 pytestmark = pytest.mark.vllm
 
@@ -53,7 +53,7 @@ def test_pictures_on_disk_outlive_the_engine(tmp_path: Path) -> None:
         (found,) = engine.scheduler.reuse.catalogue.nodes()
     assert found.media == node.media and len(node.media) == 1
     assert np.array_equal(found.positions, node.positions)
-    assert told(after)["reused"] == told(before)["reused"] > 16
+    assert summary(after)["reused"] == summary(before)["reused"] > 16
     assert tokens(after) == tokens(before)
 
 
@@ -66,7 +66,7 @@ def test_donors_on_disk_outlive_the_engine_and_damage(
     def serve(engine: Shared, prompt: list[int]) -> tuple[dict[str, Any], list[int]]:
         assert engine.llm.reset_prefix_cache()
         output = engine.serve(prompt, store=False)
-        return told(output), tokens(output)
+        return summary(output), tokens(output)
 
     with shared_engine(random_model("llama"), options) as engine:
         for prompt in prompts:

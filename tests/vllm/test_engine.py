@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvshare_mm.errors import KVUnavailableError
 
-from .engines import Shared, shared_engine, stock_engine, stock_tokens, tokens, told
+from .engines import Shared, shared_engine, stock_engine, stock_tokens, summary, tokens
 
 pytestmark = pytest.mark.vllm
 
@@ -64,7 +64,7 @@ def test_reuse_off_is_stock_vllm(engine: Shared, stock: Any) -> None:
     prompt = ids(200)
     output = engine.serve(prompt, 8, reuse="off")
     assert tokens(output) == stock_tokens(stock, prompt, 8)
-    assert told(output) == {
+    assert summary(output) == {
         "exact": 0,
         "reused": 0,
         "recomputed": 200,
@@ -77,9 +77,9 @@ def test_reuse_off_is_stock_vllm(engine: Shared, stock: Any) -> None:
 
 def test_a_similar_request_reuses(engine: Shared) -> None:
     first = ids(300)
-    assert told(engine.serve(first))["declined"] == "no_donor"
+    assert summary(engine.serve(first))["declined"] == "no_donor"
     second = edited(first, 100)
-    use = told(engine.serve(second))
+    use = summary(engine.serve(second))
     assert use["exact"] == 100
     assert use["reused"] > 150
     assert use["gaps"] >= 5
@@ -91,7 +91,7 @@ def test_vllm_counts_what_is_really_reused(engine: Shared) -> None:
     first = ids(300)
     engine.serve(first)
     output = engine.serve(edited(first, 100))
-    use = told(output)
+    use = summary(output)
     assert output.num_cached_tokens == use["exact"] + use["reused"]
 
 
@@ -101,11 +101,11 @@ def test_an_exact_donor_gives_stock_tokens(engine: Shared, stock: Any) -> None:
     assert engine.llm.reset_prefix_cache()
     longer = [*prompt, *ids(40, 7)]
     output = engine.serve(longer, 12, reuse="exact")
-    assert told(output)["exact"] == 230  # not a multiple of the block size
-    assert told(output)["reused"] == 0
+    assert summary(output)["exact"] == 230  # not a multiple of the block size
+    assert summary(output)["reused"] == 0
     assert tokens(output) == stock_tokens(stock, longer, 12)
     # Exact blocks are for everybody.
-    assert told(engine.serve(longer, reuse="off"))["exact"] == 256
+    assert summary(engine.serve(longer, reuse="off"))["exact"] == 256
 
 
 def test_a_plan_that_repairs_everything_gives_stock_tokens(engine: Shared, stock: Any) -> None:
@@ -113,8 +113,8 @@ def test_a_plan_that_repairs_everything_gives_stock_tokens(engine: Shared, stock
     engine.serve(first)
     second = edited(first, 100)
     output = engine.serve(second, 12, repair="window:100000")
-    assert told(output)["reused"] == 0
-    assert told(output)["declined"] == "divergence"
+    assert summary(output)["reused"] == 0
+    assert summary(output)["declined"] == "divergence"
     assert tokens(output) == stock_tokens(stock, second, 12)
 
 
@@ -123,11 +123,11 @@ def test_exact_requests_never_hit_approximate_blocks(engine: Shared, stock: Any)
     engine.serve(first)
     second = edited(first, 100)
     approximate = engine.serve(second, 40)
-    assert told(approximate)["reused"] > 150
+    assert summary(approximate)["reused"] > 150
     whole = [*second, *tokens(approximate)]
     # All of its blocks are still in the cache; only those before the edit may be found.
     replay = engine.serve(whole, 8, reuse="off")
-    assert told(replay)["exact"] == 100 // BLOCK * BLOCK
+    assert summary(replay)["exact"] == 100 // BLOCK * BLOCK
     assert tokens(replay) == stock_tokens(stock, whole, 8)
 
 
@@ -138,9 +138,9 @@ def test_a_short_prompt_is_apart_when_its_answer_fills_the_block(
     engine.serve(first)
     second = [*first[:5], *ids(2, 3), *first[5:30]]  # less than two blocks
     output = engine.serve(second, 70, repair="none")
-    assert told(output)["reused"] > 0
+    assert summary(output)["reused"] > 0
     replay = engine.serve([*second, *tokens(output)], 4, reuse="off")
-    assert told(replay)["exact"] == 0
+    assert summary(replay)["exact"] == 0
 
 
 def test_a_cancelled_load_gives_its_blocks_back(engine: Shared) -> None:
@@ -175,12 +175,12 @@ def test_a_donor_lost_before_its_load(
 
     monkeypatch.setattr(engine.runner._worker.store, "get", lost)
     output = engine.serve(second, 12)
-    use = told(output)
+    use = summary(output)
     assert (use["declined"], use["reused"], use["exact"]) == (reason, 0, 96)
     assert tokens(output) == stock_tokens(stock, second, 12)
     # It is exact after all, and found as such.
     monkeypatch.undo()
-    assert told(engine.serve(second, reuse="off"))["exact"] == 288
+    assert summary(engine.serve(second, reuse="off"))["exact"] == 288
 
 
 def test_a_donor_evicted_between_plan_and_load(engine: Shared, stock: Any) -> None:
@@ -190,9 +190,9 @@ def test_a_donor_evicted_between_plan_and_load(engine: Shared, stock: Any) -> No
         engine.runner._worker.store.delete(node.node_id)  # the scheduler does not know yet
     second = edited(first, 100)
     output = engine.serve(second, 12)
-    assert told(output)["reused"] == 0
+    assert summary(output)["reused"] == 0
     assert tokens(output) == stock_tokens(stock, second, 12)
-    assert told(output)["declined"] in ("evicted", "no_donor")
+    assert summary(output)["declined"] in ("evicted", "no_donor")
     assert len(engine.scheduler.reuse.catalogue.nodes()) == 1  # the new one
 
 
@@ -214,7 +214,7 @@ def test_a_late_lookup_is_done_without(
     second = edited(first, 100)
     output = engine.serve(second, 8)
     release.set()
-    assert told(output)["declined"] == "lookup_late"
+    assert summary(output)["declined"] == "lookup_late"
     assert tokens(output) == stock_tokens(stock, second, 8)
 
 
@@ -227,12 +227,12 @@ def test_a_lookup_that_fails_is_a_miss(
     monkeypatch.setattr(engine.scheduler.reuse.catalogue, "find", fail)
     prompt = ids(100, 4)
     output = engine.serve(prompt, 8)
-    assert told(output)["declined"] == "lookup_error"
+    assert summary(output)["declined"] == "lookup_error"
     assert tokens(output) == stock_tokens(stock, prompt, 8)
 
 
 def test_wrong_knobs_are_told(engine: Shared) -> None:
-    assert told(engine.serve(ids(50), reuse="perhaps"))["declined"] == "invalid_options"
+    assert summary(engine.serve(ids(50), reuse="perhaps"))["declined"] == "invalid_options"
 
 
 def test_a_request_that_is_not_to_be_stored(engine: Shared) -> None:
@@ -246,7 +246,7 @@ def test_salts_are_apart(engine: Shared) -> None:
     params = {"prompt_token_ids": edited(first, 100), "cache_salt": "other"}
     (output,) = engine.llm.generate([params], use_tqdm=False)
     engine.settle()
-    assert told(output)["declined"] == "no_donor"
+    assert summary(output)["declined"] == "no_donor"
 
 
 BASES = [ids(length, 50 + length) for length in (150, 260, 330)]
@@ -303,5 +303,5 @@ def test_the_burst_does_preempt_and_reuse(engine: Shared) -> None:
     while engine.llm.llm_engine.has_unfinished_requests():
         done = engine.step()
         preempted += sum(r.num_preemptions for r in requests.values())
-        reused += sum(told(o)["reused"] for o in done)
+        reused += sum(summary(o)["reused"] for o in done)
     assert preempted and reused

@@ -34,10 +34,10 @@ def test_a_chat_is_answered(llm: KVShare) -> None:
     assert output.prompt_token_ids == llm.tokenize([question])
     assert output.metrics.ttft > 0
     assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids)
-    for told in output.logprobs:
-        assert told.top[0] == (told.token_id, told.logprob), "greedy: the chosen one is first"
-        assert len(told.top) == 2
-        assert math.exp(told.top[0][1]) + math.exp(told.top[1][1]) <= 1 + 1e-5
+    for each in output.logprobs:
+        assert each.top[0] == (each.token_id, each.logprob), "greedy: the chosen one is first"
+        assert len(each.top) == 2
+        assert math.exp(each.top[0][1]) + math.exp(each.top[1][1]) <= 1 + 1e-5
 
 
 def test_a_similar_prompt_reuses_and_a_salt_keeps_apart(llm: KVShare) -> None:

@@ -30,7 +30,7 @@ from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.pictures import picture_support, prompt_of
 
-from .engines import Shared, shared_engine, stock_engine, stock_tokens, tokens, told
+from .engines import Shared, shared_engine, stock_engine, stock_tokens, summary, tokens
 
 pytestmark = pytest.mark.vllm
 
@@ -97,7 +97,7 @@ def serve(engine: Shared, stream: SegmentStream, **knobs: Any) -> Any:
 
 def loaded(output: Any) -> int:
     """Where vLLM's own prefill began."""
-    return sum(int(told(output)[kind]) for kind in ("exact", "reused", "gaps"))
+    return sum(int(summary(output)[kind]) for kind in ("exact", "reused", "gaps"))
 
 
 def inquiry(seed: int, topic: str = "my_fee", num_photos: int = 1) -> Request:
@@ -139,11 +139,11 @@ def test_the_same_photo_is_not_seen_again(
         target = stream_of(by_another(first))
         (photo,) = target.media
         seen.clear()
-        assert told(serve(engine, stream_of(first)))["declined"] == "no_donor"
+        assert summary(serve(engine, stream_of(first)))["declined"] == "no_donor"
         assert seen == [1]
         seen.clear()
         output = serve(engine, target)
-        use = told(output)
+        use = summary(output)
         assert seen == [], "the tower ran for a photo that was kept"
         assert use["reused"] >= photo.end - photo.start
         assert loaded(output) >= photo.end
@@ -166,14 +166,14 @@ def test_another_photo_is_seen(engine: Shared, stock: Any, seen: list[int]) -> N
         output = serve(engine, target)
         assert seen == [1]
         assert loaded(output) <= photo.start
-        assert told(output)["reused"] > 0
+        assert summary(output)["reused"] > 0
         assert tokens(output) == stock_tokens(stock, prompt_of(target), LENGTH)
         assert tokens(output) != tokens(answer)
         on_its_own(engine, stock, target, tokens(output))
     engine.forget()
     serve(engine, stream_of(first))
     output = serve(engine, target, repair="none")
-    assert told(output)["declined"] == "new_picture", "words behind it are known, but not loaded"
+    assert summary(output)["declined"] == "new_picture", "words behind it are known, but not loaded"
     assert loaded(output) <= photo.start
 
 
@@ -191,7 +191,7 @@ def test_a_load_ends_before_the_first_new_photo(
     output = serve(engine, behind)
     assert seen == [1]
     assert kept.end <= loaded(output) <= fresh.start
-    assert told(output)["reused"] >= kept.end - kept.start
+    assert summary(output)["reused"] >= kept.end - kept.start
     on_its_own(engine, stock, behind, tokens(output))
 
     engine.forget()
@@ -218,10 +218,10 @@ def test_prefix_caching_covers_a_part_of_a_photo(
     output = serve(engine, target, reuse="exact")
     assert photo.start < photo.end // BLOCK * BLOCK < photo.end, "what vLLM finds ends in the photo"
     assert seen == []
-    assert told(output)["exact"] >= photo.end
+    assert summary(output)["exact"] >= photo.end
     assert tokens(output) == stock_tokens(stock, prompt_of(target), LENGTH)
     # Nothing of it is approximate, so everybody may find it.
-    assert told(serve(engine, target, reuse="off"))["exact"] >= photo.end // BLOCK * BLOCK
+    assert summary(serve(engine, target, reuse="off"))["exact"] >= photo.end // BLOCK * BLOCK
     # Without the donor the rest of the photo is vLLM's to compute, and its tower runs.
     engine.forget()
     serve(engine, stream_of(first), store=False)
@@ -245,7 +245,7 @@ def test_repairs_that_reach_into_a_photo_leave_it_to_vllm(
         assert seen == [1]
         assert loaded(output) <= photo.start
         assert engine.llm.reset_prefix_cache()
-    assert told(output)["declined"] == "divergence"
+    assert summary(output)["declined"] == "divergence"
     assert tokens(output) == stock_tokens(stock, prompt_of(target), LENGTH)
 
 
@@ -277,10 +277,10 @@ def test_a_prompt_that_cannot_be_read_is_a_miss(
     def fail(*_: Any) -> Any:
         raise ValueError("a grid of two numbers")
 
-    monkeypatch.setattr("kvshare_mm.vllm.scheduler.request_stream", fail)
+    monkeypatch.setattr("kvshare_mm.vllm.scheduler_side.request_stream", fail)
     stream = stream_of(inquiry(0))
     output = serve(engine, stream)
-    assert told(output)["declined"] == "lookup_error"
+    assert summary(output)["declined"] == "lookup_error"
     assert tokens(output) == stock_tokens(stock, prompt_of(stream), LENGTH)
     assert not engine.scheduler.reuse.catalogue.nodes()
 
@@ -349,7 +349,7 @@ def test_the_native_engine_reuses_the_same(engine: Shared) -> None:
             params = VLLMParams(max_tokens=1, logprobs=20, **greedy)
             (output,) = engine.llm.generate([prompt_of(stream_of(target))], params, use_tqdm=False)
             engine.settle()
-            p, use = expected.provenance, told(output)
+            p, use = expected.provenance, summary(output)
             assert [m.source for m in p.media] == ["kv"]
             assert (use["exact"], use["reused"], use["declined"]) == (p.exact, p.reused, p.declined)
             assert use["recomputed"] == p.recomputed
@@ -393,4 +393,4 @@ def test_positions_are_vllms(
     model.iter_mm_grid_thw = lambda found: architecture.iter_mm_grid_thw(model, found)
     expected, delta = architecture.get_mrope_input_positions(model, ids, features)
     assert np.array_equal(stream.positions, expected.numpy())
-    assert stream.lead == delta
+    assert stream.rope_delta == delta

@@ -22,7 +22,7 @@ from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm.pictures import picture_support, prompt_of
 
 from .. import media_models
-from .engines import Shared, shared_engine, tokens, told
+from .engines import Shared, shared_engine, summary, tokens
 
 pytestmark = pytest.mark.vllm
 
@@ -108,7 +108,7 @@ def test_the_native_engine_reuses_the_same(
     params = VLLMParams(max_tokens=1, logprobs=20, extra_args=knobs, **GREEDY)
     (output,) = shared.llm.generate([prompt], params, use_tqdm=False)
     shared.settle()
-    p, use = expected.provenance, told(output)
+    p, use = expected.provenance, summary(output)
     assert p.reused > 40
     assert {m.source for m in p.media} <= {"kv"}
     assert (use["exact"], use["reused"]) == (p.exact, p.reused)

@@ -35,7 +35,7 @@ def feature(offset: int, rows: int = 2, columns: int = 2, name: str = "a", **oth
 def test_text_is_its_token_ids() -> None:
     stream = request_stream([5, PLACE, 7], [], None)
     assert stream is not None
-    assert stream.keys.tolist() == [5, PLACE, 7]
+    assert stream.align_keys.tolist() == [5, PLACE, 7]
     assert stream.positions is None
 
 
@@ -43,10 +43,10 @@ def test_a_picture_has_keys_of_its_own() -> None:
     ids = [5, PLACE, PLACE, PLACE, PLACE, 7]
     a, again, b = (request_stream(ids, [feature(1, name=n)], 2) for n in "aab")
     assert a is not None and again is not None and b is not None
-    assert a.keys.tolist() == again.keys.tolist()
-    assert a.keys[[0, 5]].tolist() == [5, 7]
-    assert (a.keys[1:5] >= 1 << 63).all()
-    assert len({*a.keys.tolist(), *b.keys.tolist()}) == 2 + 4 + 4
+    assert a.align_keys.tolist() == again.align_keys.tolist()
+    assert a.align_keys[[0, 5]].tolist() == [5, 7]
+    assert (a.align_keys[1:5] >= 1 << 63).all()
+    assert len({*a.align_keys.tolist(), *b.align_keys.tolist()}) == 2 + 4 + 4
     assert [(s.start, s.end) for s in a.media] == [(1, 5)]
     assert a.positions is not None
     assert a.positions[:, 5].tolist() == [3, 3, 3]
@@ -58,14 +58,14 @@ def test_a_name_that_is_used_for_another_grid_is_another_picture() -> None:
     square = request_stream(ids, [feature(0)], 2)
     flat = request_stream(ids, [feature(0, 1, 4)], 2)
     assert square is not None and flat is not None
-    assert set(square.keys.tolist()) & set(flat.keys.tolist()) == {7}
+    assert set(square.align_keys.tolist()) & set(flat.align_keys.tolist()) == {7}
 
 
 def test_names_made_to_collide_are_two_pictures() -> None:
     ids = [PLACE] * 4 + [7]
     one, other = (request_stream(ids, [feature(0, name=name)], 2) for name in twin_texts())
     assert one is not None and other is not None
-    assert set(one.keys.tolist()) & set(other.keys.tolist()) == {7}
+    assert set(one.align_keys.tolist()) & set(other.align_keys.tolist()) == {7}
 
 
 def test_the_order_of_features_does_not_matter() -> None:

@@ -14,7 +14,7 @@ from vllm import SamplingParams as VLLMParams
 from kvshare_mm import KVShare, SamplingParams, assets
 from kvshare_mm.models.loader import load_tokenizer, locate
 
-from .engines import Shared, shared_engine, tokens, told
+from .engines import Shared, shared_engine, summary, tokens
 
 pytestmark = pytest.mark.vllm
 
@@ -73,7 +73,7 @@ def test_the_same_reuse_and_the_same_first_token(case: tuple[Shared, KVShare, Pa
             target, SamplingParams(max_tokens=1, temperature=0, logprobs=10, ignore_eos=True)
         )
         output = _with_logprobs(shared, target)
-        p, use = expected.provenance, told(output)
+        p, use = expected.provenance, summary(output)
         assert (use["exact"], use["reused"]) == (p.exact, p.reused)
         assert use["recomputed"] == p.recomputed
         assert use["declined"] == p.declined

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
-from .engines import Shared, shared_engine, told
+from .engines import Shared, shared_engine, summary
 
 pytestmark = pytest.mark.vllm
 
@@ -51,16 +51,16 @@ def test_a_full_host_tier_forgets_the_oldest(small: Shared) -> None:
         small.serve(prompt)
     assert 1 <= len(small.scheduler.reuse.catalogue.nodes()) <= 2
     assert counted("kvshare:donor_events", event="forgotten") - before >= 3
-    assert told(small.serve(edited(prompts[-1])))["reused"] > 100
+    assert summary(small.serve(edited(prompts[-1])))["reused"] > 100
     assert small.llm.reset_prefix_cache()
-    assert told(small.serve(edited(prompts[0])))["reused"] == 0
+    assert summary(small.serve(edited(prompts[0])))["reused"] == 0
     assert small.num_free == free
 
 
 def test_without_milvus_words_still_find_donors(small: Shared) -> None:
     first = ids(300, 20)
     small.serve(first)
-    use = told(small.serve(edited(first)))
+    use = summary(small.serve(edited(first)))
     assert use["reused"] > 100
     assert small.scheduler.reuse.semantic is not None
     small.scheduler.reuse.semantic.flush(60)
@@ -72,7 +72,7 @@ def test_metrics_tell_exact_reused_and_recomputed_apart(small: Shared) -> None:
     kinds = ("exact", "reused", "recomputed")
     before = {k: counted("kvshare:prompt_tokens", source=k) for k in kinds}
     first = ids(300, 30)
-    uses = [told(small.serve(p)) for p in (first, edited(first), first)]
+    uses = [summary(small.serve(p)) for p in (first, edited(first), first)]
     small.serve(ids(20, 31), store=False)
     uses.append({"exact": 0, "reused": 0, "recomputed": 20})
     for kind in kinds:

@@ -61,12 +61,13 @@ def test_similar_requests_share_and_it_is_told(url: str) -> None:
     off = {"kv_transfer_params": {"kvshare": {"reuse": "off"}}, "cache_salt": "off"}
     plain = _ask(url, prompts["target"], **off)
     reply = _ask(url, prompts["target"])
-    told = reply["kv_transfer_params"]["kvshare"]
+    summary = reply["kv_transfer_params"]["kvshare"]
     total = reply["usage"]["prompt_tokens"]
-    assert told["reused"] > total // 2
-    assert sum(told[k] for k in ("exact", "reused", "recomputed")) == total
+    assert summary["reused"] > total // 2
+    assert sum(summary[k] for k in ("exact", "reused", "recomputed")) == total
     assert (
-        reply["usage"]["prompt_tokens_details"]["cached_tokens"] == told["exact"] + told["reused"]
+        reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+        == summary["exact"] + summary["reused"]
     )
     assert plain["kv_transfer_params"]["kvshare"]["reused"] == 0
     for _ in range(100):
@@ -76,4 +77,4 @@ def test_similar_requests_share_and_it_is_told(url: str) -> None:
         if found:
             break
         time.sleep(0.2)
-    assert found == [told["reused"]]
+    assert found == [summary["reused"]]

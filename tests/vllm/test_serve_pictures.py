@@ -64,11 +64,11 @@ def test_a_photo_is_answered_and_shared(tmp_path: Path) -> None:
         assert first["kv_transfer_params"]["kvshare"]["declined"] == "no_donor"
         time.sleep(1)  # stored behind the answer
         reply = ask(again, store=False)
-        told = reply["kv_transfer_params"]["kvshare"]
+        summary = reply["kv_transfer_params"]["kvshare"]
         usage = reply["usage"]
         photo = usage["prompt_tokens_details"]["multimodal_tokens"]["image"]
-        assert told["reused"] >= photo > 0
-        assert sum(told[k] for k in ("exact", "reused", "recomputed")) == (usage["prompt_tokens"])
+        assert summary["reused"] >= photo > 0
+        assert sum(summary[k] for k in ("exact", "reused", "recomputed")) == usage["prompt_tokens"]
         assert answer(reply) == answer(ask(again, reuse="off"))
         wrong = ask(messages, repair="deviation:0.1")
         assert answer(wrong) == want

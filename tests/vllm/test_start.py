@@ -1,4 +1,4 @@
-"""vLLM's start on a machine that others use, and what is told when it fails. Needs no vLLM."""
+"""vLLM's start on a machine that others use, and what is summary when it fails. Needs no vLLM."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ _WAYS = ["spawn"] if importlib.util.find_spec("vllm") else ["spawn", "fork"]
 @pytest.mark.parametrize("way", _WAYS)
 def test_the_process_that_failed_says_why(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2])  # where another process finds `_core`
-    with pytest.raises(ModelLoadError) as told:
+    with pytest.raises(ModelLoadError) as summary:
         VLLMEngine({"words": CAUSE, "way": way})
-    assert str(told.value) == f"vLLM could not start with this model: ValueError: {CAUSE}"
+    assert str(summary.value) == f"vLLM could not start with this model: ValueError: {CAUSE}"
 
 
 @pytest.mark.usefixtures("fake")

@@ -11,7 +11,7 @@ from vllm import SamplingParams as VLLMParams
 
 from kvshare_mm import KVShare, SamplingParams
 
-from .engines import Shared, shared_engine, tokens, told
+from .engines import Shared, shared_engine, summary, tokens
 
 pytestmark = pytest.mark.vllm
 
@@ -42,7 +42,7 @@ def test_two_ranks_reuse_as_one_does(engine: Shared, folder: Path) -> None:
     (output,) = engine.llm.generate([{"prompt_token_ids": target}], params, use_tqdm=False)
     engine.settle()
     assert engine.num_free == free
-    use = told(output)
+    use = summary(output)
     with KVShare(str(folder), dtype="float32", embedder=None) as native:
         ours = SamplingParams(max_tokens=4, temperature=0, logprobs=10, ignore_eos=True)
         native.generate(donor, ours)
@@ -60,7 +60,7 @@ def test_a_donor_that_one_rank_lost_is_lost_for_both(engine: Shared) -> None:
     rng = np.random.default_rng(1)
     donor = rng.integers(3, 250, 300).tolist()
     engine.serve(donor)
-    (node,) = [n for n in engine.scheduler.reuse.catalogue.nodes() if n.keys[0] == donor[0]]
+    (node,) = [n for n in engine.scheduler.reuse.catalogue.nodes() if n.align_keys[0] == donor[0]]
     store = engine.scheduler._options.core.store_dir
     assert store is not None
     # Rank 1 forgets it and says nothing.
@@ -70,8 +70,8 @@ def test_a_donor_that_one_rank_lost_is_lost_for_both(engine: Shared) -> None:
     expected = tokens(engine.serve(target, reuse="off", store=False))
     assert engine.llm.reset_prefix_cache()
     output = engine.serve(target)
-    assert told(output)["reused"] == 0
-    assert told(output)["declined"] in ("evicted", "other_rank")
+    assert summary(output)["reused"] == 0
+    assert summary(output)["declined"] in ("evicted", "other_rank")
     assert tokens(output) == expected
 
 

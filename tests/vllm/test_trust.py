@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .engines import Shared, shared_engine, stock_engine, stock_tokens, tokens, told
+from .engines import Shared, shared_engine, stock_engine, stock_tokens, summary, tokens
 
 pytestmark = pytest.mark.vllm
 
@@ -46,15 +46,15 @@ def test_a_careless_request_changes_nothing_for_a_strict_one(engine: Shared, sto
     first = ids(300)
     engine.serve(first)
     second = edited(first, 40)
-    assert told(engine.serve(second, repair="none"))["reused"] > 200
+    assert summary(engine.serve(second, repair="none"))["reused"] > 200
     for prompt in (second, [*second, *ids(20, 5)], [*second[:150], *ids(60, 6)]):
         output = engine.serve(prompt, 12, max_divergence=0, store=False)
-        assert told(output)["reused"] == 0
-        assert told(output)["exact"] >= 40
+        assert summary(output)["reused"] == 0
+        assert summary(output)["exact"] >= 40
         assert tokens(output) == stock_tokens(stock, prompt, 12)
     # Who takes what there is continues it.
     assert engine.llm.reset_prefix_cache()
-    again = told(engine.serve(second, repair="none", store=False))
+    again = summary(engine.serve(second, repair="none", store=False))
     assert again["reused"] > 200 and again["declined"] is None
 
 
@@ -79,7 +79,7 @@ def test_every_turn_of_an_agent_that_does_not_pause_begins_with_the_turn_before(
         while not done:
             done = engine.step()
         assert llm is not None
-        assert told(done[0])["exact"] >= known - 8  # fewest tokens worth a load
+        assert summary(done[0])["exact"] >= known - 8  # fewest tokens worth a load
         known = len(prompt) + 11
         prompt = [*prompt, *tokens(done[0]), *ids(7, 10 + turn)]
     engine.run()
@@ -98,7 +98,7 @@ def test_a_preempted_request_does_not_call_its_own_approximate_blocks_exact(
     while engine.llm.llm_engine.has_unfinished_requests():
         done = engine.step()
         preempted |= {name for name, r in requests.items() if r.num_preemptions}
-        outputs.update({o.request_id: told(o) for o in done})
+        outputs.update({o.request_id: summary(o) for o in done})
     engine.settle()
     reused = {name: use for name, use in outputs.items() if use["reused"]}
     assert preempted and reused
@@ -132,5 +132,5 @@ def test_what_is_known_of_donors_counts_in_a_budget(
     engine.serve(ids(200, 9), 1)
     left = catalogue.nodes()
     assert 1 <= len(left) <= 3
-    assert left[-1].keys[:200].tolist() == ids(200, 9)
+    assert left[-1].align_keys[:200].tolist() == ids(200, 9)
     assert sorted(engine.runner._worker.store.ids()) == sorted(node.node_id for node in left)

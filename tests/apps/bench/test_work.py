@@ -53,7 +53,7 @@ def test_probes_cost_what_they_run(rig: Rig, pairs: list[dict[str, Any]]) -> Non
     ns = rig.namespace("work")
     first = rig.serve(donor, ns, METHODS["full"])
     assert first.work == len(donor)
-    stored = rig.capture(donor, ns, first)
+    stored = rig.save(donor, ns, first)
     assert stored
     window = rig.serve(target, ns, pick("repair=window:4")[0])
     assert window.work == window.result.plan.num_computed
@@ -79,7 +79,7 @@ def test_answers_of_a_batch_are_those_of_one_by_one(rig: Rig, pairs: list[dict[s
 def test_donors_remember_where_their_end_looked(rig: Rig, pairs: list[dict[str, Any]]) -> None:
     donor, target = encode(rig, pairs[0]["donor"]), encode(rig, pairs[0]["target"])
     ns = rig.namespace("attention")
-    stored = rig.capture(donor, ns, rig.serve(donor, ns, METHODS["full"]))
+    stored = rig.save(donor, ns, rig.serve(donor, ns, METHODS["full"]))
     assert stored
     plan = rig.serve(target, ns, METHODS["placeholders"]).result.plan
     assert plan.attention is not None

@@ -29,7 +29,7 @@ from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.options import ConnectorOptions, RequestKnobs
 from kvshare_mm.vllm.spans import behind, cut, kept_in_the_end, loadable_end
-from kvshare_mm.vllm.stats import told
+from kvshare_mm.vllm.stats import summary
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class _Lookup:
     provenance: Provenance = field(default_factory=Provenance)
 
 
-class Scheduler:
+class SchedulerSide:
     """KVShare's part of vLLM's scheduler.
 
     Args:
@@ -171,7 +171,7 @@ class Scheduler:
         found = find()
         plan = found.plan
         if not exact and not plan.num_reused and self.reuse.semantic is not None:
-            similar = self.reuse.similar(self._text(stream.keys), ns)
+            similar = self.reuse.similar(self._text(stream.align_keys), ns)
             if similar:
                 plan = find(similar).plan
         self.times.setdefault("lookup_seconds", []).append(found.lookup)
@@ -339,7 +339,7 @@ class Scheduler:
             fallback=lookup.fallback,
         )
         count_use(self.counters, use)
-        return told(use, gaps)
+        return summary(use, gaps)
 
     def _keep(self, request: Any, lookup: _Lookup, block_ids: list[int]) -> bool:
         """Order a finished request's KV to be stored, if it is worth it."""
@@ -362,7 +362,7 @@ class Scheduler:
         if plan is None:
             plan = lookup.plan or ReusePlan(len(stream))
             plan = ReusePlan(plan.num_tokens, tuple(r for r in plan.runs if r.exact))
-        keys = np.concatenate((stream.keys, answer))
+        keys = np.concatenate((stream.align_keys, answer))
         node = self.reuse.save(
             keys,
             lookup.namespace,

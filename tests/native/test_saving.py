@@ -1,4 +1,4 @@
-"""Donors: captured behind the answer, once, and found by meaning in time."""
+"""Donors: saved behind the answer, once, and found by meaning in time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ from .asking import (
 )
 
 
-def test_donors_are_captured_behind_the_answer(
-    open_llm: OpenLLM, alone: list[RequestOutput]
-) -> None:
+def test_donors_are_saved_behind_the_answer(open_llm: OpenLLM, alone: list[RequestOutput]) -> None:
     llm = open_llm(max_num_seqs=2)
     assert llm._parts.donors is not None
-    gate = Gate(llm._parts.donors, "capture")
+    gate = Gate(llm._parts.donors, "save")
     llm.generate(_DONOR, params(2))
     gate.wait()
     assert llm.stats()["donors"]["nodes"] == 0
@@ -44,17 +42,17 @@ def test_donors_are_captured_behind_the_answer(
 
 
 def test_what_is_asked_after_an_answer_finds_it(open_llm: OpenLLM) -> None:
-    """Though it is captured behind the answer, and however long that takes."""
+    """Though it is saved behind the answer, and however long that takes."""
     llm = open_llm(max_num_seqs=2)
     donors = llm._parts.donors
     assert donors is not None
-    capture = donors.capture
+    save = donors.save
 
     def slowly(*args: Any) -> str | None:
         time.sleep(0.05)
-        return capture(*args)
+        return save(*args)
 
-    donors.capture = slowly  # type: ignore[method-assign]
+    donors.save = slowly  # type: ignore[method-assign]
     llm.generate(_DONOR, params(2))
     assert llm.generate(_TARGET, params(2)).provenance.reused > 0
     exact = RequestOptions(reuse="exact")
@@ -70,7 +68,7 @@ def test_what_is_asked_after_an_answer_finds_it(open_llm: OpenLLM) -> None:
 def test_what_was_asked_before_the_answer_does_not_wait_for_it(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=2)
     assert llm._parts.donors is not None
-    gate = Gate(llm._parts.donors, "capture")
+    gate = Gate(llm._parts.donors, "save")
     decoding = Gate(llm._parts.runner, "decode")
     first = Inbox(llm, _DONOR, params(2))
     decoding.wait()
@@ -82,13 +80,13 @@ def test_what_was_asked_before_the_answer_does_not_wait_for_it(open_llm: OpenLLM
     gate.open()
 
 
-def test_nobody_waits_for_a_capture_for_ever(
+def test_nobody_waits_for_a_save_for_ever(
     open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvshare_mm.native.engine._MAX_HOLD_S", 0.05)
     llm = open_llm(max_num_seqs=2)
     assert llm._parts.donors is not None
-    gate = Gate(llm._parts.donors, "capture")
+    gate = Gate(llm._parts.donors, "save")
     llm.generate(_DONOR, params(2))
     gate.wait()
     output = llm.generate(_TARGET, params(2), RequestOptions(store=False))
@@ -127,7 +125,7 @@ def test_a_flush_waits_for_every_answer_that_was_delivered(open_llm: OpenLLM) ->
 
     def sink(chunk: StreamChunk | Exception) -> None:
         if isinstance(chunk, StreamChunk) and chunk.output is not None:
-            flushed_in_sink.append(engine.wait_captured(0))
+            flushed_in_sink.append(engine.wait_saved(0))
             done.set()
 
     engine.submit(llm._prompt(_DONOR, params(2), None), sink)
@@ -137,18 +135,18 @@ def test_a_flush_waits_for_every_answer_that_was_delivered(open_llm: OpenLLM) ->
     assert llm.stats()["donors"]["nodes"] == 1
 
 
-def test_a_capture_that_fails_is_counted_and_frees_its_slot(open_llm: OpenLLM) -> None:
+def test_a_save_that_fails_is_counted_and_frees_its_slot(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=1)
     assert llm._parts.donors is not None
 
     def broken(*args: Any) -> None:
         raise RuntimeError("no memory for a copy")
 
-    llm._parts.donors.capture = broken  # type: ignore[method-assign]
+    llm._parts.donors.save = broken  # type: ignore[method-assign]
     for _ in range(3):
         assert len(llm.generate(_DONOR, params(2)).token_ids) == 2
     assert llm.flush()
-    assert outcomes(llm)["capture_failed"] == 3
+    assert outcomes(llm)["save_failed"] == 3
     assert llm.stats()["donors"]["nodes"] == 0
 
 
@@ -159,7 +157,7 @@ def test_a_known_request_is_not_stored_twice(open_llm: OpenLLM) -> None:
         llm.flush()
     donors = llm.stats()["donors"]
     assert donors["nodes"] == 1
-    assert donors["events"]["capture_known"] == 2
+    assert donors["events"]["save_known"] == 2
 
 
 def test_donors_found_by_meaning_are_used_if_they_come_in_time(open_llm: OpenLLM) -> None:

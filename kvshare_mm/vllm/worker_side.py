@@ -35,7 +35,7 @@ class _Running:
     todo: deque[Span] = field(default_factory=deque)
 
 
-class Runner:
+class WorkerSide:
     """Loads and saves of one rank.
 
     Args:
@@ -144,10 +144,10 @@ class Runner:
         heads, dim = first.kv_cache.shape[1], first.kv_cache.shape[3] // 2
         shape = (len(self._layers), load.end, heads, dim)
         like = first.kv_cache
-        keys, values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
-        slot = keys.transpose(1, 2), values.transpose(1, 2)
+        k, v = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        slot = k.transpose(1, 2), v.transpose(1, 2)
         self._worker.load(load.pieces, load.namespace, *slot, load.positions)
-        return keys, values
+        return k, v
 
     def _advance(self, running: _Running, budget: int) -> int:
         """Compute as much of a load as the budget allows; returns what it used."""
