@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm import runs
 from kvshare_mm.reuse import align as align_module
+from kvshare_mm.reuse import runs
 from kvshare_mm.reuse.align import MAX_MATCHES, Match, align, common_prefix
 from kvshare_mm.stream import media_keys
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from kvshare_mm import chain, cover, ranks, runs
 from kvshare_mm.reuse import align as align_module
+from kvshare_mm.reuse import chain, cover, ranks, runs
 from kvshare_mm.reuse.align import align, common_prefix
 from kvshare_mm.reuse.plan import Donor, PlannerOptions, ReusePlan, uniform_shift
 from kvshare_mm.reuse.planner import make_plan

@@ -18,7 +18,7 @@ _NEEDED: dict[type[BaseModel], dict[str, Any]] = {
     schema.LookupBody: {},
     schema.ClearBody: {},
     schema.StreamOptions: {},
-    schema.Reuse: {},
+    schema.KVShareField: {},
 }
 _OPTIONAL = [
     pytest.param(model, name, id=f"{model.__name__}.{name}")
