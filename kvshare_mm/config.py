@@ -63,7 +63,7 @@ class KVShareConfig(BaseModel):
     repair: str | None = Field(
         None,
         description="which kept positions are recomputed: none, window:K, tail:K, "
-        "deviation:SHARE, auto:KL (several joined with +); default: auto:0.01",
+        "auto:KL (several joined with +); default: auto:0.01",
     )
     max_divergence: float | None = Field(
         None,

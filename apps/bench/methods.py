@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from kvshare_mm.apps.bench import gptcache
 from kvshare_mm.config import Reuse
 from kvshare_mm.errors import ConfigError
+from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.reuse.repair import RepairPolicy, make_policy
 
+if TYPE_CHECKING:
+    from kvshare_mm.apps.bench.drift import Measure
+
 _POLICY = "repair="
+
+
+def _unmeasured(plan: ReusePlan, layer: int) -> np.ndarray:
+    raise ConfigError("this repair policy measures KV, and no model is running")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +44,17 @@ class Method:
     repair: str | None = None
     budgets: tuple[str, ...] = ()
 
-    @property
-    def policy(self) -> RepairPolicy | None:
-        return make_policy(self.repair) if self.repair else None
+    def policy(self, measure: Measure = _unmeasured) -> RepairPolicy | None:
+        """How it repairs; None: as the project does. Raises ValueError: there is no such policy.
+
+        Args:
+            measure: drift of the slot that a request is served in.
+        """
+        if self.repair is None:
+            return None
+        from kvshare_mm.apps.bench.drift import measuring_policies  # torch: not for `--help`
+
+        return make_policy(self.repair, measuring_policies(measure))
 
     def at_budgets(self) -> tuple[Method, ...]:
         """The method at each of its budgets, named ``method@policy``."""
@@ -152,11 +170,12 @@ def pick_any(names: str) -> list[AnyMethod]:
 def _method(name: str) -> AnyMethod:
     if name.startswith(_POLICY):
         spec = name.removeprefix(_POLICY)
+        method = Method(name, f"repair policy {spec}", "similar", spec)
         try:
-            make_policy(spec)
+            method.policy()
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        return Method(name, f"repair policy {spec}", "similar", spec)
+        return method
     known: dict[str, AnyMethod] = {**METHODS, **ANSWER_METHODS}
     if name not in known:
         raise ConfigError(f"method {name!r} is none of {', '.join(known)}, repair=POLICY")

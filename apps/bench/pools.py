@@ -6,13 +6,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from kvshare_mm.apps.bench.methods import METHODS, Method
 from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.config import KVShareConfig
-from kvshare_mm.errors import ConfigError
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.editor import KVEditor
 from kvshare_mm.reuse.plan import PlannerOptions, ReusePlan
@@ -74,8 +72,6 @@ class PlannedPool:
     def admit(self, stream: SegmentStream) -> tuple[ReusePlan, float]:
         found = self._donors.reuse.find(stream, "plan-only", self._options, self._policy)
         plan = found.plan
-        if plan.num_reused:
-            plan = plan.with_repair(self._policy.positions(plan, _NoModel()))
         stored = ReusePlan(len(stream)) if self._whole else plan
         kv = self._kv.expand(1, 1, len(stream), 1)
         self._window.add(self._donors.save(stream.align_keys, "plan-only", stored, kv, kv, ""))
@@ -152,16 +148,3 @@ class _Window:
 
     def __len__(self) -> int:
         return len(self._ids)
-
-
-class _NoModel:
-    """Stands in for the measurements of a slot that does not exist."""
-
-    def __getattr__(self, name: str) -> np.ndarray:
-        raise ConfigError(
-            "this repair policy measures KV, which planning alone cannot: choose none, window:K "
-            "or tail:K, or leave --plan-only out"
-        )
-
-    def deviation(self, layer: int) -> np.ndarray:
-        return self.__getattr__("deviation")

@@ -6,16 +6,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
+
 from kvshare_mm import __version__
+from kvshare_mm.apps.bench.drift import value_deviation
 from kvshare_mm.apps.bench.methods import FULL, Method
 from kvshare_mm.apps.bench.work import LayerCounter
 from kvshare_mm.assemble import assemble
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import InvalidRequestError, ModelLoadError
-from kvshare_mm.native.prefill import PrefillResult
+from kvshare_mm.native.prefill import PrefillResult, PromptMedia
 from kvshare_mm.native.slots import SlotRunner
+from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.stream import SegmentStream
 
@@ -102,10 +107,27 @@ class Rig:
         self._counter.take()
         start = time.perf_counter()
         result = self._parts.prefiller.prefill(
-            slot, stream, ns, reuse=method.reuse, policy=method.policy, store=store
+            slot,
+            stream,
+            ns,
+            reuse=method.reuse,
+            policy=method.policy(partial(self._drift, slot, stream, ns)),
+            store=store,
         )
         int(result.logits.argmax())
         return Served(slot, result, time.perf_counter() - start, self._counter.take())
+
+    def _drift(
+        self, slot: int, stream: SegmentStream, ns: str, plan: ReusePlan, layer: int
+    ) -> np.ndarray:
+        """How far V of a plan's positions drifts, measured where it will be served."""
+        kv = self.runner.slot_kv(slot)
+        self.donors.load(plan, ns, *kv, stream.positions)
+        start = min(int(np.flatnonzero(plan.approximate)[0]), int(plan.placeholders[0]))
+        media = PromptMedia(self.encoder, stream, ns, reuse=True, store=False)
+        inputs = media.inputs(np.arange(start, len(stream)))
+        found = value_deviation(self.loaded, kv, stream.token_ids, start, layer, inputs)
+        return np.where(plan.approximate, found, np.float32(0))
 
     def save(self, stream: SegmentStream, ns: str, served: Served) -> str | None:
         """Make what is in the slot a donor."""

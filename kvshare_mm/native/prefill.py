@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +20,7 @@ from kvshare_mm.native.slots import ModelRunner, SlotRunner
 from kvshare_mm.outputs import MediaUse, Provenance, Span
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.plan import Decline, PlannerOptions, ReusePlan
-from kvshare_mm.reuse.repair import RepairPolicy, repaired_plan
+from kvshare_mm.reuse.repair import RepairPolicy
 from kvshare_mm.stream import SegmentStream
 
 logger = logging.getLogger(__name__)
@@ -107,12 +106,13 @@ class Prefiller:
         policy = policy or self._policy
         plan, fallback, lookup, planning = self._plan(stream, ns, reuse, similar, policy)
         start = time.perf_counter()
-        media = _Media(self._encoder, stream, ns, reuse != "off", store)
+        media = PromptMedia(self._encoder, stream, ns, reuse != "off", store)
         for attempt in range(2):
             if not plan.runs:
                 break
             try:
-                plan, fallback = self._edited(plan, slot, stream, ns, policy, media), None
+                self._edit(plan, slot, ns, stream.positions)
+                fallback = None
                 break
             except KVUnavailableError as error:
                 logger.info("donor lost: %s", error)
@@ -126,13 +126,13 @@ class Prefiller:
                 logger.exception("edit failed; computing in full")
                 fallback = "edit_error"
             plan = ReusePlan(len(stream), declined=plan.declined)
-        edited, encoded = time.perf_counter(), media.seconds
+        edited = time.perf_counter()
         # Only donors need it; without a pool there will be none.
         tail = TailAttention() if self._donors is not None else None
         inputs = media.inputs(plan.compute)
         logits = self._runner.prefill(slot, stream.token_ids, plan.compute, tail, inputs)
         attention = tail.mass if tail is not None else None
-        compute = time.perf_counter() - edited - (media.seconds - encoded)
+        compute = time.perf_counter() - edited - media.seconds
         return PrefillResult(
             logits=logits,
             plan=plan,
@@ -140,7 +140,7 @@ class Prefiller:
             fallback=fallback,
             lookup=lookup,
             planning=planning,
-            edit=edited - start - encoded,
+            edit=edited - start,
             compute=compute,
             encode=media.seconds,
             media=media.uses,
@@ -165,34 +165,12 @@ class Prefiller:
         failed = "lookup_error" if found.plan.declined is Decline.LOOKUP_ERROR else None
         return found.plan, failed, found.lookup, found.planning
 
-    def _edited(
-        self,
-        plan: ReusePlan,
-        slot: int,
-        stream: SegmentStream,
-        ns: str,
-        policy: RepairPolicy,
-        media: _Media,
-    ) -> ReusePlan:
-        """Repair the plan and put what it reuses into the slot; the slot first only for policies
-        that measure in it."""
-        assert isinstance(self._runner, SlotRunner)
-
-        def fill(plan: ReusePlan = plan) -> None:
-            self._edit(plan, slot, ns, stream.positions)
-
-        probe = _SlotProbe(self._runner, slot, stream.token_ids, plan, media, fill)
-        repaired = repaired_plan(plan, policy, probe)
-        if repaired.runs and not probe.filled:
-            fill(repaired)
-        return repaired
-
     def _edit(self, plan: ReusePlan, slot: int, ns: str, positions: np.ndarray | None) -> None:
         assert self._donors is not None and isinstance(self._runner, SlotRunner)
         self._donors.load(plan, ns, *self._runner.slot_kv(slot), positions)
 
 
-class _Media:
+class PromptMedia:
     """A prompt's media while it is prefilled; each is encoded at most once, and only if needed."""
 
     def __init__(
@@ -241,42 +219,6 @@ class _Media:
                 )
             )
         return tuple(uses)
-
-
-class _SlotProbe:
-    """Measures drift of a slot, which is edited for it when it is first asked."""
-
-    def __init__(
-        self,
-        runner: SlotRunner,
-        slot: int,
-        token_ids: np.ndarray,
-        plan: ReusePlan,
-        media: _Media,
-        fill: Callable[[], None],
-    ) -> None:
-        self._fill = fill
-        self.filled = False
-        self._runner = runner
-        self._slot = slot
-        self._token_ids = token_ids
-        self._plan = plan
-        self._media = media
-
-    def deviation(self, layer: int) -> np.ndarray:
-        if not self.filled:
-            self._fill()
-            self.filled = True
-        first = int(np.flatnonzero(self._plan.approximate)[0])
-        start = min(first, int(self._plan.placeholders[0]))
-        deviation = self._runner.value_deviation(
-            self._slot,
-            self._token_ids,
-            start,
-            layer,
-            self._media.inputs(np.arange(start, len(self._token_ids))),
-        )
-        return np.where(self._plan.approximate, deviation, np.float32(0))
 
 
 def provenance(result: PrefillResult) -> Provenance:

@@ -158,34 +158,6 @@ class SlotRunner:
     def release(self, slot: int) -> None:
         """Nothing to do: the next request overwrites what it uses."""
 
-    @torch.inference_mode()
-    def value_deviation(
-        self,
-        slot: int,
-        token_ids: np.ndarray,
-        start: int,
-        layer: int,
-        media: MediaInputs | None = None,
-    ) -> np.ndarray:
-        """How far the slot's V is from what the context gives, at an early layer.
-
-        Runs the first layers over positions ``[start, N)``; those before must be in the slot.
-        A model with fewer layers is measured at its last one.
-
-        Returns:
-            ``[N]`` float32 L2 norms over heads and channels; 0 before `start`.
-        """
-        layer = min(layer, len(self._cache.k) - 1)
-        cache = _DeviationCache(self._cache, slot, len(token_ids), layer)
-        ids = torch.from_numpy(token_ids).to(self._device)
-        index = torch.arange(start, len(token_ids), device=self._device)
-        deviation = np.zeros(len(token_ids), np.float32)
-        try:
-            self._forward(cache, 0, ids, index, media)
-        except _Measured as measured:
-            deviation[start:] = measured.deviation.float().cpu().numpy()
-        return deviation
-
     def _forward(
         self,
         cache: SlotCache,
@@ -205,40 +177,6 @@ class SlotRunner:
             kvshare_batch=batch,
             kvshare_tail=tail,
         )
-
-
-class _Measured(Exception):
-    """Ends a forward early: the deviation is known."""
-
-    def __init__(self, deviation: torch.Tensor) -> None:
-        super().__init__()
-        self.deviation = deviation
-
-
-class _DeviationCache(SlotCache):
-    """A copy of one slot's first layers; compares V at `layer` and ends the forward there."""
-
-    def __init__(self, cache: SlotCache, slot: int, length: int, layer: int) -> None:
-        super().__init__(
-            cache.k[:layer, slot : slot + 1, :, :length].clone(),
-            cache.v[:layer, slot : slot + 1, :, :length].clone(),
-        )
-        self._layer = layer
-        self._edited = cache.v[layer, slot, :, :length]
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer_idx < self._layer:
-            return super().update(key_states, value_states, layer_idx)
-        n = value_states.shape[2]
-        difference = value_states[0] - self._edited[:, -n:]
-        raise _Measured(difference.float().pow(2).sum((0, 2)).sqrt())
 
 
 class PlainRunner:

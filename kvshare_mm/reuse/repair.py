@@ -1,14 +1,13 @@
 """Repair policies: which kept positions are computed anyway, because their donor KV is not trusted.
 
-A policy is one small frozen class with its parameters as fields. It sees the plan and may ask the
-probe how far each position's KV drifted from what the new context gives; asking costs a pass over
-the first layers, so policies that can decide without it do.
+A policy is one small frozen class with its parameters as fields. It sees the plan and nothing else:
+what is repaired is known before anything runs, in either engine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -34,16 +33,6 @@ _MIN_REUSED_SHARE = 0.1
 _DEFAULT_KL = 0.01
 
 
-class DriftProbe(Protocol):
-    """Measures drift on the first layers, once, when a policy asks."""
-
-    def deviation(self, layer: int) -> np.ndarray:
-        """``[num_tokens]`` float32: L2 norm over heads of new V minus the edited V at `layer`.
-
-        Positions without donor KV are 0.
-        """
-
-
 class RepairPolicy(Protocol):
     """Chooses repair positions for a plan."""
 
@@ -51,7 +40,7 @@ class RepairPolicy(Protocol):
     def tolerance(self) -> Tolerance:
         """How approximate the KV of a donor may be that a request with this policy takes over."""
 
-    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
+    def positions(self, plan: ReusePlan) -> np.ndarray:
         """Positions to compute, any order; those outside approximate runs are ignored."""
 
 
@@ -61,7 +50,7 @@ class NoRepair:
 
     tolerance: ClassVar[Tolerance] = Tolerance()
 
-    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
+    def positions(self, plan: ReusePlan) -> np.ndarray:
         return np.empty(0, np.int64)
 
 
@@ -78,7 +67,7 @@ class BoundaryWindow:
     def __post_init__(self) -> None:
         _check_not_negative("width", self.width)
 
-    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
+    def positions(self, plan: ReusePlan) -> np.ndarray:
         return fronts(plan, self.width)
 
 
@@ -92,37 +81,8 @@ class Tail:
     def __post_init__(self) -> None:
         _check_not_negative("width", self.width)
 
-    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
+    def positions(self, plan: ReusePlan) -> np.ndarray:
         return np.arange(max(0, plan.num_tokens - self.width), plan.num_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class TopDeviation:
-    """The `share` of approximate positions whose V drifted most at an early layer.
-
-    CacheBlend's choice (arXiv 2405.16444) with one selection layer, and the prompt's last `tail`
-    positions on top.
-    """
-
-    share: float = 0.15
-    layer: int = 1
-    tail: int = 8
-    tolerance: ClassVar[Tolerance] = Tolerance(risk_within(_DEFAULT_KL))
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share must lie in 0..1, not {self.share}")
-        _check_not_negative("layer", self.layer)
-        _check_not_negative("tail", self.tail)
-
-    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
-        approximate = np.flatnonzero(plan.approximate)
-        count = int(np.ceil(self.share * len(approximate)))
-        if not count:
-            return Tail(self.tail).positions(plan, probe)
-        drift = probe.deviation(self.layer)[approximate]
-        top = approximate[np.argpartition(-drift, count - 1)[:count]]
-        return np.concatenate((top, Tail(self.tail).positions(plan, probe)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +109,8 @@ class MaxDivergence:
     def tolerance(self) -> Tolerance:
         return Tolerance(risk_within(self.kl), pictures=self.kl >= PICTURE_KL)
 
-    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
-        tail, behind = Tail(TAIL).positions(plan, probe), fronts(plan, FRONT, to_word_end=True)
+    def positions(self, plan: ReusePlan) -> np.ndarray:
+        tail, behind = Tail(TAIL).positions(plan), fronts(plan, FRONT, to_word_end=True)
         danger = risk(plan)
         if plan.pictures is not None and self.tolerance.pictures:
             behind = behind[~plan.pictures[behind]]
@@ -174,16 +134,16 @@ class Union:
         each = [p.tolerance for p in self.policies]
         return Tolerance(min(t.risk for t in each), all(t.pictures for t in each))
 
-    def positions(self, plan: ReusePlan, probe: DriftProbe) -> np.ndarray:
-        return np.concatenate([p.positions(plan, probe) for p in self.policies])
+    def positions(self, plan: ReusePlan) -> np.ndarray:
+        return np.concatenate([p.positions(plan) for p in self.policies])
 
 
-def repaired_plan(plan: ReusePlan, policy: RepairPolicy, probe: DriftProbe) -> ReusePlan:
+def repaired_plan(plan: ReusePlan, policy: RepairPolicy) -> ReusePlan:
     """The plan with its repairs. Where nearly all is repaired, the rest is computed as well: it
     costs little more, the answer is exact, and so is what later requests find here."""
     if not plan.num_reused:
         return plan
-    wanted = policy.positions(plan, probe)
+    wanted = policy.positions(plan)
     repaired = plan.with_repair(np.concatenate((wanted, _not_tolerated(plan, wanted, policy))))
     if repaired.num_reused < _MIN_REUSED_SHARE * plan.num_reused:
         return plan.only_exact(Decline.DIVERGENCE)
@@ -216,24 +176,30 @@ _POLICIES: dict[str, Callable[[str], RepairPolicy]] = {
     "none": _no_repair,
     "window": lambda a: BoundaryWindow(int(a or 8)),
     "tail": lambda a: Tail(int(a or 16)),
-    "deviation": lambda a: TopDeviation(float(a or 0.15)),
     "auto": lambda a: MaxDivergence(float(a or _DEFAULT_KL)),
 }
 
 
-def make_policy(spec: str) -> RepairPolicy:
-    """A policy from its text form, e.g. ``window:8`` or ``deviation:0.2+tail:8``.
+def make_policy(
+    spec: str, others: Mapping[str, Callable[[str], RepairPolicy]] | None = None
+) -> RepairPolicy:
+    """A policy from its text form, e.g. ``window:8`` or ``auto:0.02+tail:8``.
+
+    Args:
+        others: makers of policies beside the project's own, by name, from what stands behind the
+            colon.
 
     Raises:
         ValueError: unknown policy, or a parameter that is no number of its kind or out of range.
     """
+    known = {**_POLICIES, **(others or {})}
     policies = []
     for part in spec.split("+"):
         name, _, argument = part.strip().partition(":")
-        if name not in _POLICIES:
-            raise ValueError(f"repair policy {name!r} is none of {', '.join(_POLICIES)}")
+        if name not in known:
+            raise ValueError(f"repair policy {name!r} is none of {', '.join(known)}")
         try:
-            policies.append(_POLICIES[name](argument))
+            policies.append(known[name](argument))
         except ValueError as error:
             raise ValueError(f"repair policy {part.strip()!r}: {error}") from error
     return policies[0] if len(policies) == 1 else Union(tuple(policies))

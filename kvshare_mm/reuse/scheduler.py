@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from kvshare_mm.node import Node
 from kvshare_mm.reuse.catalogue import Catalogue, Found
 from kvshare_mm.reuse.orders import Report
 from kvshare_mm.reuse.plan import Decline, PlannerOptions, ReusePlan
-from kvshare_mm.reuse.repair import RepairPolicy
+from kvshare_mm.reuse.repair import RepairPolicy, repaired_plan
 from kvshare_mm.stream import Segment, SegmentStream
 
 logger = logging.getLogger(__name__)
@@ -74,16 +75,17 @@ class ReuseScheduler:
         policy: RepairPolicy,
         similar: tuple[str, ...] = (),
     ) -> Found:
-        """Plan the reuse of stored requests for a prompt, repairs not chosen yet.
+        """Plan the reuse of stored requests for a prompt, repairs included.
 
         Args:
             ns: its namespace; donors of others are never looked at.
             options: when reuse is worth it.
-            policy: what it takes over from approximate donors.
+            policy: which kept positions are computed anyway, and what it takes over from
+                approximate donors.
             similar: ids that a search by meaning brought in time, if any.
         """
         try:
-            return self.catalogue.find(
+            found = self.catalogue.find(
                 stream.align_keys,
                 ns,
                 replace(options, tolerance=policy.tolerance),
@@ -91,6 +93,9 @@ class ReuseScheduler:
                 stream.positions,
                 stream.pictures,
             )
+            begun = time.perf_counter()
+            plan = repaired_plan(found.plan, policy)
+            return Found(plan, found.lookup, found.planning + time.perf_counter() - begun)
         except Exception:
             # A cache problem is never a request's problem.
             self.counters["lookup_error"] += 1

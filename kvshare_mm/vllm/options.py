@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kvshare_mm.config import KVShareConfig, Reuse, refuse_old_words
 from kvshare_mm.errors import ConfigError, InvalidRequestError
-from kvshare_mm.reuse.repair import RepairPolicy, TopDeviation, Union, policy_of
+from kvshare_mm.reuse.repair import RepairPolicy, policy_of
 
 # What `KVShareConfig` says about reuse and storage; the rest is vLLM's own business.
 SHARED_OPTIONS = frozenset(
@@ -30,14 +30,6 @@ SHARED_OPTIONS = frozenset(
         "store_dir",
     }
 )
-
-
-def _check_needs_no_forward(policy: RepairPolicy | None) -> None:
-    """Raises ValueError: a policy that measures drift, which takes a forward before the plan is
-    made; vLLM has none to give."""
-    parts = policy.policies if isinstance(policy, Union) else (policy,)
-    if any(isinstance(part, TopDeviation) for part in parts):
-        raise ValueError("deviation measures drift, which vLLM has no forward for; use auto")
 
 
 class ConnectorOptions(BaseModel):
@@ -71,10 +63,6 @@ class ConnectorOptions(BaseModel):
         shared = {name: given.pop(name) for name in SHARED_OPTIONS & given.keys()}
         core = KVShareConfig.of(**{"embedder": None, **shared})
         try:
-            _check_needs_no_forward(core.policy)
-        except ValueError as error:
-            raise ConfigError(f"Invalid options: repair: {error}") from error
-        try:
             return cls(core=core, **given)
         except ValidationError as error:
             problems = "; ".join(
@@ -101,7 +89,7 @@ class RequestKnobs(BaseModel):
         given = params.get("kvshare") if isinstance(params, Mapping) else None
         try:
             knobs = cls.model_validate({} if given is None else given)
-            _check_needs_no_forward(policy_of(knobs.repair, knobs.max_divergence))
+            policy_of(knobs.repair, knobs.max_divergence)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, ("kv_transfer_params.kvshare", *first["loc"])))

@@ -20,7 +20,7 @@ from kvshare_mm.node import spans_of
 from kvshare_mm.outputs import Provenance, count_use
 from kvshare_mm.reuse.catalogue import Found
 from kvshare_mm.reuse.plan import Decline, ReusePlan
-from kvshare_mm.reuse.repair import RepairPolicy, repaired_plan
+from kvshare_mm.reuse.repair import RepairPolicy
 from kvshare_mm.reuse.scheduler import ReuseScheduler, namespace
 from kvshare_mm.stream import MEDIA_BIT, SegmentStream
 from kvshare_mm.vllm import compat
@@ -176,7 +176,7 @@ class SchedulerSide:
                 plan = find(similar).plan
         self.times.setdefault("lookup_seconds", []).append(found.lookup)
         self.times.setdefault("plan_seconds", []).append(found.planning)
-        return repaired_plan(plan, policy, _NoProbe())
+        return plan
 
     def matched(self, request: Any, local: int) -> tuple[int | None, bool]:
         """How many tokens behind vLLM's own `local` ones a load gives; None: ask again."""
@@ -385,10 +385,3 @@ class SchedulerSide:
         self._heard.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.reuse.close()
-
-
-class _NoProbe:
-    """Policies that measure drift need a forward before the plan is made; vLLM has none to give."""
-
-    def deviation(self, layer: int) -> np.ndarray:
-        raise InvalidRequestError("this repair policy measures drift, which vLLM cannot", "repair")

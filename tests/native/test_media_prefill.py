@@ -19,8 +19,8 @@ from kvshare_mm.native.prefill import Prefiller, PrefillResult, provenance
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.editor import KVEditor
-from kvshare_mm.reuse.plan import PlannerOptions
-from kvshare_mm.reuse.repair import make_policy
+from kvshare_mm.reuse.plan import PlannerOptions, ReusePlan
+from kvshare_mm.reuse.repair import NoRepair, make_policy
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
@@ -412,8 +412,13 @@ def test_a_repair_inside_a_known_picture_needs_no_encoder(server: Server) -> Non
     server.serve(user(say(_DONOR_TEXT), see(), say("What is it?")))
     messages = user(say("Dear shop. " + _DONOR_TEXT), see(), say("What is it?"))
     stream = server.oracle.stream(messages)
-    result = server.prefill(stream, policy=make_policy("deviation:0.9"))
     [segment] = stream.media
+
+    class InThePicture(NoRepair):
+        def positions(self, plan: ReusePlan) -> np.ndarray:
+            return np.arange(segment.start + 1, segment.end)
+
+    result = server.prefill(stream, policy=InThePicture())
     assert set(range(segment.start, segment.end)) & set(result.plan.repair.tolist())
     assert server.runs == 1
     assert [use.source for use in result.media] == ["features"]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from kvshare_mm.apps.bench.drift import value_deviation
 from kvshare_mm.native.slots import SlotRunner
 
 MAX_LEN = 80
@@ -235,7 +236,7 @@ def test_prefill_between_decode_steps(tiny: Any) -> None:
     assert tokens[1] == tiny.greedy(b, 5)
 
 
-# -- deviation ------------------------------------------------------------------------------
+# -- the bench's measure of drift -----------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -265,7 +266,7 @@ def test_value_deviation(tiny: Any, layer: int, start: int) -> None:
     runner = _runner(tiny, chunk=16)
     _plant(runner, slot, edited, np.empty(0, np.int64))
     before = [tensor.clone() for tensor in runner.slot_kv(slot)]
-    got = runner.value_deviation(slot, ids, start, layer)
+    got = value_deviation(tiny.loaded, runner.slot_kv(slot), ids, start, layer)
     assert got.dtype == np.float32 and got.shape == (50,)
     assert np.allclose(got, _slow_deviation(tiny, edited.k, edited.v, ids, start, layer), atol=ATOL)
     assert not got[:start].any()
@@ -278,7 +279,7 @@ def test_an_exact_donor_does_not_deviate(tiny: Any) -> None:
     ids = _ids(40)
     runner = _runner(tiny)
     _plant(runner, 0, tiny.full(ids), np.empty(0, np.int64))
-    assert runner.value_deviation(0, ids, 10, 1).max() < ATOL
+    assert value_deviation(tiny.loaded, runner.slot_kv(0), ids, 10, 1).max() < ATOL
 
 
 def test_positions_without_kv_do_not_spoil_the_others(tiny: Any) -> None:
@@ -286,7 +287,7 @@ def test_positions_without_kv_do_not_spoil_the_others(tiny: Any) -> None:
     ids = _ids(40)
     runner, edited, holes = _runner(tiny), tiny.full(_ids(40, seed=4)), np.r_[12:15, 30, 39]
     _plant(runner, 0, edited, holes)
-    got = runner.value_deviation(0, ids, 8, 1)
+    got = value_deviation(tiny.loaded, runner.slot_kv(0), ids, 8, 1)
     want = _slow_deviation(tiny, edited.k, edited.v, ids, 8, 1)
     kept = np.setdiff1d(np.arange(40), holes)
     assert np.allclose(got[kept], want[kept], atol=ATOL)
@@ -296,7 +297,7 @@ def test_prefill_after_a_measurement(tiny: Any) -> None:
     ids = _ids(40)
     full, runner, compute = tiny.full(ids), _runner(tiny), np.r_[12:15, 30, 39]
     _plant(runner, 0, full, compute)
-    runner.value_deviation(0, ids, 12, 1)
+    value_deviation(tiny.loaded, runner.slot_kv(0), ids, 12, 1)
     logits = runner.prefill(0, ids, compute)
     assert torch.allclose(logits, full.logits[-1], atol=ATOL, rtol=0)
     _assert_filled(runner, 0, full)

@@ -50,7 +50,7 @@ def test_any_history_of_requests(tiny_llama: Any, data: st.DataObject) -> None:
         seen.append(ids)
         ns = data.draw(st.sampled_from([NS, NS, NS, OTHER_NS]))
         reuse = data.draw(st.sampled_from(["similar", "similar", "similar", "exact", "off"]))
-        spec = data.draw(st.sampled_from(["none", "window:2", "deviation:0.2", "auto"]))
+        spec = data.draw(st.sampled_from(["none", "window:2", "tail:3", "auto"]))
         known = tuple(server.served)
         result = server.prefill(ids, ns, reuse=reuse, policy=make_policy(spec), similar=known[-2:])
         if reuse == "exact":

@@ -30,16 +30,11 @@ from .plans import EAGER, blocks, donor_of, to_keys
 SPECS = ["none", "window:2", "tail:4", "auto:0", "auto:0.001", "auto:0.01", "auto:1", "auto+tail:3"]
 
 
-class NoProbe:
-    def deviation(self, layer: int) -> np.ndarray:
-        raise AssertionError("this policy needs no probe")
-
-
 def served(tree: DeltaTree, target: np.ndarray, policy: RepairPolicy) -> ReusePlan:
     """Plan a request of a tree from all its nodes, the newest first."""
     donors = [tree.donor(node.node_id) for node in tree][::-1]
     options = replace(EAGER, tolerance=policy.tolerance)
-    return repaired_plan(make_plan(target, donors, options), policy, NoProbe())
+    return repaired_plan(make_plan(target, donors, options), policy)
 
 
 def store(tree: DeltaTree, name: str, keys: np.ndarray, plan: ReusePlan) -> None:
@@ -137,7 +132,7 @@ def test_a_donor_that_looks_nowhere_is_not_trusted_where_it_was_not_repaired():
 def test_who_tolerates_nothing_reuses_nothing_though_nothing_looks_at_it():
     plan = ReusePlan(60, (KeptRun("d", 0, 0, 10, True), KeptRun("d", 12, 15, 44, False)))
     plan = replace(plan, attention=np.zeros(60, np.float32))
-    assert not plan.with_repair(make_policy("auto:0").positions(plan, NoProbe())).num_reused
+    assert not plan.with_repair(make_policy("auto:0").positions(plan)).num_reused
 
 
 def test_why_a_request_that_could_continue_another_one_does_not():
@@ -254,7 +249,7 @@ def test_the_prefix_of_another_donor_counts_as_far_as_ones_own_donor_lacks_it():
     assert (exact.donor, exact.end, run.donor, run.start) == ("other", 30, "first", 30)
     assert run.foreign == 3
     assert drift(plan)[30] == pytest.approx((3 / 31) ** 1.4)
-    assert {30, 31} <= set(make_policy("auto:1").positions(plan, NoProbe()).tolist())
+    assert {30, 31} <= set(make_policy("auto:1").positions(plan).tolist())
 
 
 def test_an_edit_that_another_donor_fills_is_one_to_the_first():
@@ -334,7 +329,7 @@ def test_nobody_reads_what_is_looser_than_they_asked_for(history, answer):
 
 @pytest.mark.parametrize(
     ("spec", "kl"),
-    [("window:3", 0.01), ("deviation", 0.01), ("auto:0.5", 0.5), ("auto:0.5+tail", 0.01)],
+    [("window:3", 0.01), ("auto:0.5", 0.5), ("auto:0.5+tail", 0.01)],
 )
 def test_how_approximate_a_donor_may_be(spec, kl):
     assert make_policy(spec).tolerance.risk == pytest.approx(risk_within(kl))

@@ -1,4 +1,4 @@
-"""Repair policies: what each one picks, what it asks the probe, and their text form."""
+"""Repair policies: what each one picks, and their text form."""
 
 from __future__ import annotations
 
@@ -18,27 +18,9 @@ from kvshare_mm.reuse.repair import (
     MaxDivergence,
     NoRepair,
     Tail,
-    TopDeviation,
     Union,
     make_policy,
 )
-
-
-class FakeProbe:
-    """Drift that was set by hand; remembers which layers were asked for."""
-
-    def __init__(self, drift: np.ndarray) -> None:
-        self.drift = drift.astype(np.float32)
-        self.asked: list[int] = []
-
-    def deviation(self, layer: int) -> np.ndarray:
-        self.asked.append(layer)
-        return self.drift
-
-
-class NoProbe:
-    def deviation(self, layer: int) -> np.ndarray:
-        raise AssertionError("this policy needs no probe")
 
 
 @st.composite
@@ -53,11 +35,6 @@ def plans(draw, max_runs=4):
     return ReusePlan(end + draw(st.integers(1, 8)), tuple(runs))
 
 
-def drifting(plan: ReusePlan, seed: int = 0) -> FakeProbe:
-    drift = np.random.default_rng(seed).random(plan.num_tokens) + 0.1
-    return FakeProbe(np.where(plan.approximate, drift, 0))
-
-
 PLAN = ReusePlan(
     40, (KeptRun("a", 0, 0, 4, True), KeptRun("a", 9, 8, 12, False), KeptRun("b", 0, 24, 10, False))
 )
@@ -68,14 +45,11 @@ POLICIES = [
     BoundaryWindow(0),
     Tail(5),
     Tail(0),
-    TopDeviation(0.3, layer=2, tail=3),
-    TopDeviation(0.0),
-    TopDeviation(1.0, tail=0),
     MaxDivergence(0.01),
     MaxDivergence(0.0),
     MaxDivergence(1000.0),
-    Union((BoundaryWindow(2), Tail(4), TopDeviation(0.1))),
-    *map(make_policy, ["none", "window", "tail:3", "deviation", "auto", "window:2+tail:3"]),
+    Union((BoundaryWindow(2), Tail(4))),
+    *map(make_policy, ["none", "window", "tail:3", "auto", "window:2+tail:3"]),
 ]
 
 
@@ -83,7 +57,7 @@ POLICIES = [
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @given(plan=plans())
 def test_every_policy_gives_positions_of_the_prompt(policy, plan):
-    positions = policy.positions(plan, drifting(plan))
+    positions = policy.positions(plan)
     assert positions.ndim == 1
     assert np.issubdtype(positions.dtype, np.integer)
     assert ((positions >= 0) & (positions < plan.num_tokens)).all()
@@ -94,70 +68,32 @@ def test_every_policy_gives_positions_of_the_prompt(policy, plan):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("plan", NO_APPROXIMATE, ids=["one", "none", "exact"])
-def test_without_approximate_runs_there_is_nothing_to_repair_nor_to_measure(policy, plan):
-    assert not plan.with_repair(policy.positions(plan, NoProbe())).repair.size
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [p for p in POLICIES if "TopDeviation" not in str(p) or p == TopDeviation(0.0)],
-    ids=str,
-)
-def test_policies_that_can_decide_without_the_probe_do(policy):
-    policy.positions(PLAN, NoProbe())
-
-
-def test_the_probe_is_asked_once_and_for_the_layer_wanted():
-    probe = drifting(PLAN)
-    TopDeviation(0.2, layer=3).positions(PLAN, probe)
-    assert probe.asked == [3]
+def test_without_approximate_runs_there_is_nothing_to_repair(policy, plan):
+    assert not plan.with_repair(policy.positions(plan)).repair.size
 
 
 def test_no_repair():
-    assert NoRepair().positions(PLAN, NoProbe()).tolist() == []
+    assert NoRepair().positions(PLAN).tolist() == []
 
 
 def test_boundary_windows_open_every_approximate_run():
-    assert BoundaryWindow(2).positions(PLAN, NoProbe()).tolist() == [8, 9, 24, 25]
-    wide = PLAN.with_repair(BoundaryWindow(1000).positions(PLAN, NoProbe()))
+    assert BoundaryWindow(2).positions(PLAN).tolist() == [8, 9, 24, 25]
+    wide = PLAN.with_repair(BoundaryWindow(1000).positions(PLAN))
     assert wide.num_reused == 0
 
 
 @given(plans(), st.integers(0, 50))
 def test_boundary_windows_are_no_wider_than_said(plan, width):
-    picked = BoundaryWindow(width).positions(plan, NoProbe())
+    picked = BoundaryWindow(width).positions(plan)
     assert len(picked) == sum(min(width, r.length) for r in plan.runs if not r.exact)
     assert plan.approximate[picked].all()
 
 
 def test_the_tail_is_the_end_of_the_prompt():
-    assert Tail(3).positions(PLAN, NoProbe()).tolist() == [37, 38, 39]
-    assert Tail(100).positions(ReusePlan(4), NoProbe()).tolist() == [0, 1, 2, 3]
+    assert Tail(3).positions(PLAN).tolist() == [37, 38, 39]
+    assert Tail(100).positions(ReusePlan(4)).tolist() == [0, 1, 2, 3]
     # 34 and later is computed anyway.
-    assert PLAN.with_repair(Tail(8).positions(PLAN, NoProbe())).repair.tolist() == [32, 33]
-
-
-@given(plans(), st.floats(0, 1), st.integers(0, 12), st.integers(0, 5))
-def test_top_deviation_picks_those_that_drifted_most_and_no_more(plan, share, tail, seed):
-    probe = drifting(plan, seed)
-    picked = plan.with_repair(TopDeviation(share, tail=tail).positions(plan, probe)).repair
-    approximate = np.flatnonzero(plan.approximate)
-    in_tail = approximate[approximate >= plan.num_tokens - tail]
-    assert np.isin(in_tail, picked).all()
-    assert len(picked) <= math.ceil(share * len(approximate)) + len(in_tail)
-    chosen = picked[~np.isin(picked, in_tail)]
-    left = np.setdiff1d(approximate, picked)
-    if len(chosen) and len(left):
-        assert probe.drift[chosen].min() >= probe.drift[left].max()
-    if share == 1:
-        assert not len(left)
-
-
-def test_top_deviation_by_hand():
-    drift = np.zeros(40)
-    drift[[12, 19, 33]] = 3, 1, 2
-    policy = TopDeviation(2 / 22, tail=0)
-    assert sorted(policy.positions(PLAN, FakeProbe(drift)).tolist()) == [12, 33]
+    assert PLAN.with_repair(Tail(8).positions(PLAN)).repair.tolist() == [32, 33]
 
 
 def _always(plan: ReusePlan) -> np.ndarray:
@@ -172,7 +108,7 @@ def test_max_divergence_repairs_the_riskiest_and_no_more_than_it_must(plan, kl, 
     plan = replace(plan, attention=attention)
     danger = risk(plan)
     danger[_always(plan)] = 0
-    picked = MaxDivergence(kl).positions(plan, NoProbe())
+    picked = MaxDivergence(kl).positions(plan)
     left = np.delete(danger, picked)
     chosen = np.setdiff1d(picked, _always(plan))
     assert math.hypot(*left) <= risk_within(kl) * (1 + 1e-6) + 1e-12
@@ -187,14 +123,14 @@ def test_what_the_end_looks_at_is_repaired_first():
     attention[[19, 43]] = 0.4
     plan = replace(plan, attention=attention)
     target = divergence_bound(0.9 * risk(plan)[[19, 43]].min())
-    picked = MaxDivergence(target).positions(plan, NoProbe())
+    picked = MaxDivergence(target).positions(plan)
     assert sorted(set(picked.tolist()) - set(_always(plan).tolist())) == [19, 43]
 
 
 @pytest.mark.parametrize("kl", [0.0, 1.0, 1e6])
 def test_the_end_of_the_prompt_and_what_follows_an_edit_are_always_repaired(kl):
     plan = ReusePlan(100, (KeptRun("a", 9, 8, 41, False), KeptRun("b", 50, 50, 49, False)))
-    picked = set(MaxDivergence(kl).positions(plan, NoProbe()).tolist())
+    picked = set(MaxDivergence(kl).positions(plan).tolist())
     assert {*range(8, 8 + FRONT), *range(50, 50 + FRONT), *range(84, 100)} <= picked
 
 
@@ -204,10 +140,10 @@ def test_an_edited_word_is_repaired_to_its_end_as_far_as_that_is_near():
     joined[40:80] = True
     runs = (KeptRun("a", 9, 8, 31, False), KeptRun("b", 50, 40, 20, False))
     plan = replace(ReusePlan(100, runs), joined=joined)
-    picked = sorted(set(MaxDivergence(1e6).positions(plan, NoProbe()).tolist()))
+    picked = sorted(set(MaxDivergence(1e6).positions(plan).tolist()))
     assert picked == [*range(8, 12), *range(40, 40 + WORD), *range(84, 100)]
     cut = replace(ReusePlan(100, (KeptRun("a", 9, 8, 3, False),)), joined=joined)
-    assert cut.with_repair(MaxDivergence(1e6).positions(cut, NoProbe())).repair.tolist() == [
+    assert cut.with_repair(MaxDivergence(1e6).positions(cut)).repair.tolist() == [
         8,
         9,
         10,
@@ -219,7 +155,7 @@ def test_a_picture_behind_an_edit_or_at_the_end_is_trusted():
     pictures[8:30] = True
     pictures[80:92] = True
     plan = replace(ReusePlan(100, (KeptRun("a", 9, 8, 91, False),)), pictures=pictures)
-    loose, strict = (set(MaxDivergence(kl).positions(plan, NoProbe())) for kl in (1e6, 0.0))
+    loose, strict = (set(MaxDivergence(kl).positions(plan)) for kl in (1e6, 0.0))
     assert not loose & {*range(8, 30), *range(80, 92)}
     assert {*range(92, 100)} <= loose
     assert {*range(8, 30), *range(80, 92)} <= strict
@@ -227,16 +163,16 @@ def test_a_picture_behind_an_edit_or_at_the_end_is_trusted():
 
 def test_no_target_repairs_everything_and_a_loose_one_the_end_alone():
     plan = ReusePlan(100, (KeptRun("a", 0, 0, 4, True), KeptRun("a", 9, 8, 80, False)))
-    assert set(plan.approximate.nonzero()[0]) <= set(MaxDivergence(0.0).positions(plan, NoProbe()))
-    loose = sorted(set(MaxDivergence(1e6).positions(plan, NoProbe()).tolist()))
+    assert set(plan.approximate.nonzero()[0]) <= set(MaxDivergence(0.0).positions(plan))
+    loose = sorted(set(MaxDivergence(1e6).positions(plan).tolist()))
     assert loose == [*range(8, 8 + FRONT), *range(84, 100)]
 
 
 @given(plans())
 def test_a_union_wants_what_any_of_its_policies_wants(plan):
     parts = BoundaryWindow(2), Tail(3)
-    together = plan.with_repair(Union(parts).positions(plan, NoProbe())).repair
-    apart = [plan.with_repair(p.positions(plan, NoProbe())).repair for p in parts]
+    together = plan.with_repair(Union(parts).positions(plan)).repair
+    apart = [plan.with_repair(p.positions(plan)).repair for p in parts]
     assert together.tolist() == sorted(set(np.concatenate(apart).tolist()))
 
 
@@ -249,9 +185,6 @@ def test_a_union_wants_what_any_of_its_policies_wants(plan):
         ("window:0", BoundaryWindow(0)),
         ("tail", Tail(16)),
         ("tail:4", Tail(4)),
-        ("deviation", TopDeviation(0.15)),
-        ("deviation:0.2", TopDeviation(0.2)),
-        ("deviation:1", TopDeviation(1.0)),
         ("auto", MaxDivergence(0.01)),
         ("auto:1.5", MaxDivergence(1.5)),
         ("auto:0", MaxDivergence(0.0)),
@@ -269,7 +202,7 @@ def test_the_text_form(spec, policy):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("", "'' is none of none, window, tail, deviation, auto"),
+        ("", "'' is none of none, window, tail, auto"),
         ("best", "'best' is none of"),
         ("window:3+", "'' is none of"),
         ("Window:3", "'Window' is none of"),
@@ -278,12 +211,7 @@ def test_the_text_form(spec, policy):
         ("window:-1", "window:-1"),
         ("tail:many", "tail:many"),
         ("tail:-2", "tail:-2"),
-        ("deviation:a", "deviation:a"),
         # Each of these would else fail a request, long after it was set.
-        ("deviation:1.5", "deviation:1.5"),
-        ("deviation:-0.1", "deviation:-0.1"),
-        ("deviation:nan", "deviation:nan"),
-        ("deviation:inf", "deviation:inf"),
         ("auto:-1", "auto:-1"),
         ("auto:nan", "auto:nan"),
         ("auto:inf", "auto:inf"),
@@ -302,11 +230,6 @@ def test_a_wrong_text_form_is_refused_by_name(spec, says):
     [
         lambda: BoundaryWindow(-1),
         lambda: Tail(-1),
-        lambda: TopDeviation(1.1),
-        lambda: TopDeviation(-0.1),
-        lambda: TopDeviation(math.nan),
-        lambda: TopDeviation(tail=-1),
-        lambda: TopDeviation(layer=-1),
         lambda: MaxDivergence(-0.5),
         lambda: MaxDivergence(math.inf),
         lambda: MaxDivergence(math.nan),
@@ -323,20 +246,20 @@ def test_pictures_are_trusted_unless_the_target_is_too_tight():
     pictures[20:60] = True
     with_picture = replace(plan, pictures=pictures)
     for kl in (PICTURE_KL, 0.01, 1.0):
-        picked = MaxDivergence(kl).positions(with_picture, NoProbe())
+        picked = MaxDivergence(kl).positions(with_picture)
         assert not pictures[picked].any()
     text = plan.approximate & ~pictures
-    tight = MaxDivergence(0.0).positions(with_picture, NoProbe())
+    tight = MaxDivergence(0.0).positions(with_picture)
     assert set(tight.tolist()) >= set(np.flatnonzero(plan.approximate).tolist())
     # Without the picture's share of the risk, less text has to be repaired.
-    loose = MaxDivergence(0.01).positions(with_picture, NoProbe())
-    assert text[loose].sum() <= text[MaxDivergence(0.01).positions(plan, NoProbe())].sum()
+    loose = MaxDivergence(0.01).positions(with_picture)
+    assert text[loose].sum() <= text[MaxDivergence(0.01).positions(plan)].sum()
 
 
 @pytest.mark.parametrize("behind", [0, 7])
 def test_the_prompts_end_is_repaired_even_in_a_picture_behind_the_question(behind):
     plan = replace(edited_plan(), pictures=np.arange(100) < 100 - behind)
-    assert MaxDivergence(0.01).positions(plan, NoProbe()).tolist() == list(range(84, 100))
+    assert MaxDivergence(0.01).positions(plan).tolist() == list(range(84, 100))
 
 
 def edited_plan() -> ReusePlan:

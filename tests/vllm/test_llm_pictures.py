@@ -82,5 +82,5 @@ def test_mistakes_are_named_at_the_door(llm: KVShare) -> None:
         ask({"type": "video_url", "video_url": {"url": "lamp.mp4"}})
     with pytest.raises(InvalidRequestError, match="stands for a picture"):
         llm.generate(llm.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "a"]))
-    with pytest.raises(InvalidRequestError, match="deviation"):
-        llm.generate("Hello", _PARAMS, RequestOptions(repair="deviation:0.2"))
+    with pytest.raises(InvalidRequestError, match="magic"):
+        llm.generate("Hello", _PARAMS, RequestOptions(repair="magic:0.2"))

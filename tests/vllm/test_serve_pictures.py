@@ -70,7 +70,7 @@ def test_a_photo_is_answered_and_shared(tmp_path: Path) -> None:
         assert summary["reused"] >= photo > 0
         assert sum(summary[k] for k in ("exact", "reused", "recomputed")) == usage["prompt_tokens"]
         assert answer(reply) == answer(ask(again, reuse="off"))
-        wrong = ask(messages, repair="deviation:0.1")
+        wrong = ask(messages, repair="magic:0.1")
         assert answer(wrong) == want
         assert wrong["kv_transfer_params"]["kvshare"]["declined"] == "invalid_options"
     assert "is served without KVShare" in (tmp_path / "log").read_text()

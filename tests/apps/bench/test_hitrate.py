@@ -105,13 +105,6 @@ def test_repairs_count_as_computed() -> None:
     assert with_repairs.num_computed == without.num_computed + 8
 
 
-def test_policies_that_measure_need_a_model() -> None:
-    one = pool(5, "deviation:0.2")
-    one.admit(stream(range(100)))
-    with pytest.raises(ConfigError, match="plan-only"):
-        one.admit(stream(range(500, 520), range(20, 100)))
-
-
 def test_served_prompts_are_planned_as_without_a_model(rig: Rig) -> None:
     ids = np.random.default_rng(0).integers(3, 300, 120)
     changed = ids.copy()

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from kvshare_mm import ConfigError
+from kvshare_mm.apps.bench.drift import measuring_policies
 from kvshare_mm.apps.bench.gptcache import GPTCacheStore, counts_as_hit
 from kvshare_mm.apps.bench.methods import ANSWER_METHODS, METHODS, Method, pick, pick_any
+from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.reuse.repair import make_policy
 
 needs_gptcache = pytest.mark.skipif(
@@ -28,6 +30,10 @@ def test_the_tables_are_keyed_by_name() -> None:
         assert method.about
 
 
+def unmeasured(plan: ReusePlan, layer: int) -> np.ndarray:
+    raise AssertionError("nothing is served here")
+
+
 def test_every_budget_is_a_policy_and_names_its_point() -> None:
     for method in METHODS.values():
         points = method.at_budgets()
@@ -37,7 +43,9 @@ def test_every_budget_is_a_policy_and_names_its_point() -> None:
             continue
         for spec, point in zip(method.budgets, points, strict=True):
             assert (point.repair, point.reuse) == (spec, method.reuse)
-            assert point.policy == make_policy(spec)
+            assert str(point.policy(unmeasured)) == str(
+                make_policy(spec, measuring_policies(unmeasured))
+            )
             assert point.name == f"{method.name}@{spec}"
 
 
@@ -51,7 +59,7 @@ def test_methods_by_name() -> None:
     assert [m.name for m in pick("full, epic")] == ["full", "epic"]
     [own] = pick("repair=window:3+tail:2")
     assert (own.reuse, own.repair) == ("similar", "window:3+tail:2")
-    assert all(m.repair is None or m.policy is not None for m in METHODS.values())
+    assert all(m.repair is None or m.policy() is not None for m in METHODS.values())
     for wrong in ("magic", "", "full,", "repair=magic", "repair=window:x"):
         with pytest.raises(ConfigError):
             pick(wrong)

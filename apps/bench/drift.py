@@ -1,0 +1,132 @@
+"""CacheBlend's choice of repairs: it measures how far reused KV drifted, with a forward of its own.
+
+The product's policies decide from the plan alone; this one needs a slot to measure in, and is here
+to be compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from kvshare_mm.attention import SlotCache
+from kvshare_mm.kernels.ragged import RaggedQueries
+from kvshare_mm.models.loader import LoadedModel
+from kvshare_mm.native.inputs import MediaInputs, model_inputs
+from kvshare_mm.reuse.plan import ReusePlan, Tolerance
+from kvshare_mm.reuse.repair import RepairPolicy, Tail
+
+Measure = Callable[[ReusePlan, int], np.ndarray]
+"""A plan and a layer -> ``[num_tokens]`` float32: how far V of each position is from what the new
+context gives; 0 where nothing is approximate."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopDeviation:
+    """The `share` of approximate positions whose V drifted most at an early layer.
+
+    CacheBlend's choice (arXiv 2405.16444) with one selection layer, and the prompt's last `tail`
+    positions on top.
+    """
+
+    measure: Measure
+    share: float = 0.15
+    layer: int = 1
+    tail: int = 8
+    tolerance: ClassVar[Tolerance] = Tail.tolerance
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must lie in 0..1, not {self.share}")
+
+    def positions(self, plan: ReusePlan) -> np.ndarray:
+        tail = Tail(self.tail).positions(plan)
+        approximate = np.flatnonzero(plan.approximate)
+        count = int(np.ceil(self.share * len(approximate)))
+        if not count:
+            return tail
+        drift = self.measure(plan, self.layer)[approximate]
+        return np.concatenate((approximate[np.argpartition(-drift, count - 1)[:count]], tail))
+
+
+def measuring_policies(measure: Measure) -> Mapping[str, Callable[[str], RepairPolicy]]:
+    """Policies that measure, as `make_policy` takes them beside the product's."""
+    return {"deviation": lambda share: TopDeviation(measure, float(share or 0.15))}
+
+
+@torch.inference_mode()
+def value_deviation(
+    loaded: LoadedModel,
+    slot: tuple[torch.Tensor, torch.Tensor],
+    token_ids: np.ndarray,
+    start: int,
+    layer: int,
+    media: MediaInputs | None = None,
+) -> np.ndarray:
+    """How far a slot's V is from what its context gives, at an early layer.
+
+    Runs the first layers over positions ``[start, N)``; those before must be in the slot. A model
+    with fewer layers is measured at its last one.
+
+    Args:
+        slot: K and V, ``[num_layers, num_kv_heads, >= N, head_dim]``; left as they are.
+
+    Returns:
+        ``[N]`` float32 L2 norms over heads and channels; 0 before `start`.
+    """
+    k, v = slot
+    layer = min(layer, len(k) - 1)
+    cache = _DeviationCache(k, v, len(token_ids), layer)
+    ids = torch.from_numpy(token_ids).to(loaded.device)
+    index = torch.arange(start, len(token_ids), device=loaded.device)
+    cache.batch = RaggedQueries.in_slots([0], [index])
+    deviation = np.zeros(len(token_ids), np.float32)
+    try:
+        loaded.model(
+            **model_inputs(loaded.model, ids, index, media),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            kvshare_batch=cache.batch,
+        )
+    except _Measured as measured:
+        deviation[start:] = measured.deviation.float().cpu().numpy()
+    return deviation
+
+
+class _Measured(Exception):
+    """Ends a forward early: the deviation is known."""
+
+    def __init__(self, deviation: torch.Tensor) -> None:
+        super().__init__()
+        self.deviation = deviation
+
+
+class _DeviationCache(SlotCache):
+    """A copy of one slot's first layers; compares V at `layer` and ends the forward there."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, length: int, layer: int) -> None:
+        super().__init__(
+            k[:layer, None, :, :length].clone(),
+            v[:layer, None, :, :length].clone(),
+        )
+        self._layer = layer
+        self._edited = v[layer, :, :length]
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer_idx < self._layer:
+            return super().update(key_states, value_states, layer_idx)
+        n = value_states.shape[2]
+        difference = value_states[0] - self._edited[:, -n:]
+        raise _Measured(difference.float().pow(2).sum((0, 2)).sqrt())
