@@ -17,8 +17,8 @@ from rich.table import Table
 
 from kvshare_mm.apps.stories import STORIES, Story
 from kvshare_mm.apps.token_view import legend, token_view
-from kvshare_mm.config import Reuse
-from kvshare_mm.llm import KVShare, RequestOptions
+from kvshare_mm.config import RequestOptions, Reuse
+from kvshare_mm.llm import KVShare
 from kvshare_mm.outputs import RequestOutput
 from kvshare_mm.sampling import SamplingParams
 

@@ -25,8 +25,8 @@ from kvshare_mm.outputs import (
 )
 
 if TYPE_CHECKING:
-    from kvshare_mm.config import KVShareConfig
-    from kvshare_mm.llm import KVShare, RequestOptions
+    from kvshare_mm.config import KVShareConfig, RequestOptions
+    from kvshare_mm.llm import KVShare
     from kvshare_mm.sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -56,7 +56,7 @@ __all__ = [
 _LATE = {
     "KVShare": "kvshare_mm.llm",
     "KVShareConfig": "kvshare_mm.config",
-    "RequestOptions": "kvshare_mm.llm",
+    "RequestOptions": "kvshare_mm.config",
     "SamplingParams": "kvshare_mm.sampling",
 }
 

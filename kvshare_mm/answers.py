@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from typing import Protocol
 
-from kvshare_mm.native.request import RequestSpec, Sink
 from kvshare_mm.outputs import RequestOutput, StreamChunk
+from kvshare_mm.request import RequestSpec, Sink
 
 
 class Engine(Protocol):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from kvshare_mm.errors import ConfigError
+from kvshare_mm.errors import ConfigError, InvalidRequestError
 from kvshare_mm.reuse.plan import PlannerOptions
 from kvshare_mm.reuse.repair import MaxDivergence, RepairPolicy, policy_of
 
@@ -174,3 +175,53 @@ class KVShareConfig(BaseModel):
             min_gain_share=self.min_gain_share,
             exact_only=self.reuse == "exact",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What a single request may set for itself; None means the engine's setting.
+
+    Attributes:
+        reuse: "similar", "exact" or "off".
+        repair: repair policy, e.g. "window:8".
+        max_divergence: largest first-token KL in nats that repairs aim at, instead of `repair`.
+        cache_salt: only requests with the same salt share KV.
+        store: whether the request becomes a donor.
+        tenant: whose request it is. Where several tenants wait, the native engine gives each the
+            same share of its time; vLLM's scheduler serves as requests come.
+
+    Raises:
+        InvalidRequestError: a value that does not exist, with the field's name.
+    """
+
+    reuse: Reuse | None = None
+    repair: str | None = None
+    cache_salt: str | None = None
+    store: bool = True
+    max_divergence: float | None = None
+    tenant: str = ""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "reuse": self.reuse is None or self.reuse in get_args(Reuse),
+            "cache_salt": self.cache_salt is None or isinstance(self.cache_salt, str),
+            "store": isinstance(self.store, bool),
+            "tenant": isinstance(self.tenant, str),
+        }
+        for name, good in checks.items():
+            if not good:
+                raise InvalidRequestError(
+                    f"{name}={getattr(self, name)!r} is not allowed; see RequestOptions", name
+                )
+        asked = "repair" if self.max_divergence is None else "max_divergence"
+        try:
+            policy_of(self.repair, self.max_divergence)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InvalidRequestError(
+                f"{asked}={getattr(self, asked)!r}: {error}", asked
+            ) from error
+
+    @property
+    def policy(self) -> RepairPolicy | None:
+        """The repairs that it names; None: it names none."""
+        return policy_of(self.repair, self.max_divergence)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeGuard, get_args, overload
+from typing import TYPE_CHECKING, Any, Self, TypeGuard, overload
 
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.answers import achunks, answer, answers, chunks
 from kvshare_mm.assemble import Parts, assemble
 from kvshare_mm.chat import Message, Prompt, chat_stream, prompt_stream
-from kvshare_mm.config import KVShareConfig, Reuse
+from kvshare_mm.config import KVShareConfig, RequestOptions
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 from kvshare_mm.modalities.seen import SeenMedium
-from kvshare_mm.native.request import RequestSpec
 from kvshare_mm.outputs import RequestOutput, StreamChunk
+from kvshare_mm.request import RequestSpec
 from kvshare_mm.reuse.admin import CacheAdmin
 from kvshare_mm.reuse.catalogue import Found
-from kvshare_mm.reuse.repair import policy_of
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import Modality, SegmentStream
@@ -28,51 +27,6 @@ from kvshare_mm.text_bound import TextBound
 
 if TYPE_CHECKING:
     from kvshare_mm.vllm.offline import VLLMParts
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOptions:
-    """What a single request may set for itself; None means the engine's setting.
-
-    Attributes:
-        reuse: "similar", "exact" or "off".
-        repair: repair policy, e.g. "window:8".
-        max_divergence: largest first-token KL in nats that repairs aim at, instead of `repair`.
-        cache_salt: only requests with the same salt share KV.
-        store: whether the request becomes a donor.
-        tenant: whose request it is. Where several tenants wait, the native engine gives each the
-            same share of its time; vLLM's scheduler serves as requests come.
-
-    Raises:
-        InvalidRequestError: a value that does not exist, with the field's name.
-    """
-
-    reuse: Reuse | None = None
-    repair: str | None = None
-    cache_salt: str | None = None
-    store: bool = True
-    max_divergence: float | None = None
-    tenant: str = ""
-
-    def __post_init__(self) -> None:
-        checks = {
-            "reuse": self.reuse is None or self.reuse in get_args(Reuse),
-            "cache_salt": self.cache_salt is None or isinstance(self.cache_salt, str),
-            "store": isinstance(self.store, bool),
-            "tenant": isinstance(self.tenant, str),
-        }
-        for name, good in checks.items():
-            if not good:
-                raise InvalidRequestError(
-                    f"{name}={getattr(self, name)!r} is not allowed; see RequestOptions", name
-                )
-        asked = "repair" if self.max_divergence is None else "max_divergence"
-        try:
-            policy_of(self.repair, self.max_divergence)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise InvalidRequestError(
-                f"{asked}={getattr(self, asked)!r}: {error}", asked
-            ) from error
 
 
 class KVShare:
@@ -251,8 +205,6 @@ class KVShare:
     ) -> Found | None:
         """What a request would reuse if it came now; nothing is run or stored.
 
-        Which of the kept tokens are repaired is decided later, with the model, and is not in it.
-
         Returns:
             The plan and what it took to make it; None if nothing can ever be reused.
 
@@ -262,11 +214,11 @@ class KVShare:
         spec = self._any(prompt, None, options)
         if self.config.engine == "vllm":
             raise ConfigError("lookup: the donors are in vLLM's processes; see a request's answer")
-        if self._parts.donors is None or spec.reuse == "off":
+        if self._parts.donors is None or spec.options.reuse == "off":
             return None
-        policy = spec.policy or self.config.policy
+        policy = spec.options.policy or self.config.policy
         planner = self.config.planner
-        if spec.reuse == "exact":
+        if spec.options.reuse == "exact":
             planner = planner.but_exact_only()
         return self._parts.donors.reuse.find(spec.stream, spec.namespace, planner, policy)
 
@@ -387,7 +339,7 @@ class KVShare:
             self.text_bound,
         )
         spec = self._spec(stream, text, params, options)
-        if self._parts.seen is not None and spec.store:
+        if self._parts.seen is not None and spec.options.store:
             self._parts.seen.add(stream.items, spec.namespace)
         return spec
 
@@ -408,14 +360,7 @@ class KVShare:
             text=text,
             params=params,
             namespace=namespace(self._parts.loaded.fingerprint, salt),
-            reuse=options.reuse or self.config.reuse,
-            policy=policy_of(options.repair, options.max_divergence),
-            store=options.store,
-            tenant=options.tenant,
-            cache_salt=salt,
-            repair=options.repair
-            if options.max_divergence is None
-            else f"auto:{options.max_divergence}",
+            options=replace(options, reuse=options.reuse or self.config.reuse, cache_salt=salt),
         )
         self._parts.engine.check(spec)
         return spec

@@ -22,8 +22,9 @@ import numpy as np
 from rich.progress import track
 
 from kvshare_mm.apps.bench.serve import ask, client_of, first_model
+from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import ConfigError
-from kvshare_mm.llm import KVShare, RequestOptions
+from kvshare_mm.llm import KVShare
 from kvshare_mm.sampling import SamplingParams
 
 _WORDS = (

@@ -18,10 +18,10 @@ from typing import Any
 
 from kvshare_mm.answers import answers
 from kvshare_mm.apps.bench.prompts import prompt
-from kvshare_mm.config import KVShareConfig
+from kvshare_mm.config import KVShareConfig, RequestOptions
 from kvshare_mm.models.loader import load_tokenizer
-from kvshare_mm.native.request import RequestSpec
 from kvshare_mm.outputs import RequestOutput
+from kvshare_mm.request import RequestSpec
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import SegmentStream, text_stream
@@ -183,7 +183,9 @@ def _serve(
     engine: VLLMEngine, stream: SegmentStream, salt: str, max_new_tokens: int
 ) -> RequestOutput:
     params = SamplingParams(max_tokens=max_new_tokens)
-    spec = RequestSpec(stream, "", params, namespace("bench", salt), cache_salt=salt)
+    spec = RequestSpec(
+        stream, "", params, namespace("bench", salt), RequestOptions(cache_salt=salt)
+    )
     return answers(engine, [spec])[0]
 
 

@@ -24,8 +24,8 @@ from kvshare_mm.apps.server.service import Service
 from kvshare_mm.config import Reuse
 from kvshare_mm.errors import InvalidRequestError, KVShareError
 from kvshare_mm.llm import KVShare
-from kvshare_mm.native.request import RequestSpec
 from kvshare_mm.outputs import RequestOutput
+from kvshare_mm.request import RequestSpec
 from kvshare_mm.stream import Modality
 
 PICTURES = Path(__file__).with_name("pictures")

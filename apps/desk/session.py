@@ -12,9 +12,9 @@ from typing import Any
 
 from kvshare_mm.apps.desk.shop import Letter
 from kvshare_mm.apps.server.errors import ApiError
-from kvshare_mm.config import Reuse
+from kvshare_mm.config import RequestOptions, Reuse
 from kvshare_mm.errors import InvalidRequestError, QueueFullError
-from kvshare_mm.llm import KVShare, RequestOptions
+from kvshare_mm.llm import KVShare
 from kvshare_mm.outputs import RequestOutput
 from kvshare_mm.reuse.admin import DonorInfo
 from kvshare_mm.sampling import SamplingParams

@@ -19,9 +19,9 @@ from kvshare_mm.apps.server.replies import provenance, usage
 from kvshare_mm.apps.server.schema import KVShareField
 from kvshare_mm.apps.server.scope import scope
 from kvshare_mm.apps.server.service import Service
-from kvshare_mm.llm import RequestOptions
-from kvshare_mm.native.request import RequestSpec
+from kvshare_mm.config import RequestOptions
 from kvshare_mm.outputs import RequestOutput, StreamChunk, TokenLogprob
+from kvshare_mm.request import RequestSpec
 from kvshare_mm.sampling import SamplingParams
 
 Prompt = Any  # text, token ids or messages: what `KVShare.astream` takes

@@ -11,8 +11,8 @@ import re
 
 from kvshare_mm.apps.server.keys import Caller
 from kvshare_mm.apps.server.options import Scope
+from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import InvalidRequestError
-from kvshare_mm.llm import RequestOptions
 
 _SALT = re.compile(r"[^@/\\\0]{1,128}", re.DOTALL)
 

@@ -26,9 +26,10 @@ from kvshare_mm.modalities.one_core import start_on_one_core
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN, FairQueue
 from kvshare_mm.native.prefill import Prefiller, PrefillResult, provenance
-from kvshare_mm.native.request import Request, RequestSpec, Sink
+from kvshare_mm.native.request import SlotRequest
 from kvshare_mm.native.slots import ModelRunner, SlotRunner
 from kvshare_mm.outputs import FinishReason, count_use
+from kvshare_mm.request import RequestSpec, Sink
 from kvshare_mm.reuse.donors import DonorPool
 
 logger = logging.getLogger(__name__)
@@ -68,18 +69,18 @@ class NativeEngine:
         self._donors = donors
         self._max_model_len = max_model_len
         self._changed = threading.Condition()
-        self._waiting: FairQueue[Request] = FairQueue(max_queue)
+        self._waiting: FairQueue[SlotRequest] = FairQueue(max_queue)
         self._free = list(range(runner.num_slots))
-        self._active: list[Request] = []
-        self._known: dict[str, Request] = {}
+        self._active: list[SlotRequest] = []
+        self._known: dict[str, SlotRequest] = {}
         self._closing = False
-        self._saves: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._saves: queue.SimpleQueue[SlotRequest | None] = queue.SimpleQueue()
         # Saves are numbered as they are ordered and done in that order. The last of each
         # namespace that may not be done yet:
         self._ordered = self._saved = 0
         self._last_save: dict[str, int] = {}
         self._failures = 0
-        self._lookups: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._lookups: queue.SimpleQueue[SlotRequest | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
         self._saver = threading.Thread(target=self._save, name="kvshare-save", daemon=True)
         self._thread.start()
@@ -109,21 +110,21 @@ class NativeEngine:
             EngineClosedError: the engine was closed or has died.
         """
         self.check(spec)
-        request = Request(spec, sink)
+        request = SlotRequest(spec, sink)
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("the engine is closed")
-            if spec.reuse != "off":
+            if spec.options.reuse != "off":
                 request.after = self._last_save.get(spec.namespace, 0)
             must_wait = bool(self._waiting) or not self._free
             try:
-                self._waiting.add(spec.tenant, request)
+                self._waiting.add(spec.options.tenant, request)
             except QueueFullError:
                 self.counters["queue_full"] += 1
                 raise
             self._known[request.request_id] = request
             self._changed.notify_all()
-        if must_wait and spec.reuse == "similar":
+        if must_wait and spec.options.reuse == "similar":
             self._lookups.put(request)
         return request.request_id
 
@@ -206,10 +207,10 @@ class NativeEngine:
                 return False
             gone = self._gone()
             for dropped in gone:
-                self._waiting.remove(dropped.spec.tenant, dropped)
+                self._waiting.remove(dropped.spec.options.tenant, dropped)
             request = self._next()
             if request is not None:
-                self._waiting.remove(request.spec.tenant, request)
+                self._waiting.remove(request.spec.options.tenant, request)
                 slot = self._free.pop()
         for dropped in gone:
             self._finish(dropped, "abort")
@@ -219,18 +220,18 @@ class NativeEngine:
             self._decode()
         return True
 
-    def _next(self) -> Request | None:
+    def _next(self) -> SlotRequest | None:
         """The request that starts next, if one can. Lock held."""
         if not self._free:
             return None
         latest = time.perf_counter() - _MAX_HOLD_S
         return self._waiting.next(lambda r: r.after <= self._saved or r.submitted <= latest)
 
-    def _gone(self) -> list[Request]:
+    def _gone(self) -> list[SlotRequest]:
         """Waiting requests that nobody waits for any more. Lock held."""
         return [r for r in self._waiting if r.cancelled]
 
-    def _start(self, request: Request, slot: int) -> None:
+    def _start(self, request: SlotRequest, slot: int) -> None:
         spec = request.spec
         try:
             request.begin(slot, self._loaded.tokenizer, self._loaded.device)
@@ -238,10 +239,10 @@ class NativeEngine:
                 slot,
                 spec.stream,
                 spec.namespace,
-                reuse=spec.reuse,
-                policy=spec.policy,
+                reuse=spec.options.reuse or "similar",
+                policy=spec.options.policy,
                 similar=request.similar,
-                store=spec.store,
+                store=spec.options.store,
             )
         except Exception as failure:
             self._fail(request, failure)
@@ -266,7 +267,7 @@ class NativeEngine:
         for request, row in zip(batch, rows, strict=True):
             self._accept(request, row)
 
-    def _decode_alone(self, batch: list[Request]) -> None:
+    def _decode_alone(self, batch: list[SlotRequest]) -> None:
         """The step of a batch that failed, request by request: the culprit fails alone."""
         if self._loaded.device.type == "cuda":
             torch.cuda.empty_cache()  # what failed may have been short of memory
@@ -279,7 +280,7 @@ class NativeEngine:
             else:
                 self._accept(request, row)
 
-    def _decoded(self, batch: list[Request]) -> torch.Tensor:
+    def _decoded(self, batch: list[SlotRequest]) -> torch.Tensor:
         """``[len(batch), vocab_size]`` logits of the next token. A step can be repeated: it writes
         the same KV to the same places."""
         return self._runner.decode(
@@ -289,11 +290,11 @@ class NativeEngine:
             [r.prefill.rope_delta if r.prefill else 0 for r in batch],
         )
 
-    def _charge(self, request: Request, amount: int) -> None:
+    def _charge(self, request: SlotRequest, amount: int) -> None:
         with self._changed:
-            self._waiting.charge(request.spec.tenant, amount)
+            self._waiting.charge(request.spec.options.tenant, amount)
 
-    def _accept(self, request: Request, logits: torch.Tensor) -> None:
+    def _accept(self, request: SlotRequest, logits: torch.Tensor) -> None:
         self._charge(request, ANSWER_TOKEN)
         left = self._max_model_len - len(request.spec.stream)
         try:
@@ -305,7 +306,7 @@ class NativeEngine:
         if reason is not None:
             self._finish(request, reason)
 
-    def _fail(self, request: Request, failure: Exception) -> None:
+    def _fail(self, request: SlotRequest, failure: Exception) -> None:
         """One request that the model cannot take must not end the others."""
         logger.error("request %s failed", request.request_id, exc_info=failure)
         self.counters["failed"] += 1
@@ -326,15 +327,17 @@ class NativeEngine:
             return False
         return True
 
-    def _finish(self, request: Request, reason: FinishReason) -> None:
+    def _finish(self, request: SlotRequest, reason: FinishReason) -> None:
         if request in self._active:
             self._active.remove(request)
         if reason != "abort":
             self._failures = 0
         self.counters[f"finished_{reason}"] += 1
         self.counters["generation_tokens"] += len(request.token_ids)
-        wanted = self._donors is not None and request.spec.store and request.prefill is not None
-        if wanted and request.spec.reuse != "off" and isinstance(self._runner, SlotRunner):
+        wanted = (
+            self._donors is not None and request.spec.options.store and request.prefill is not None
+        )
+        if wanted and request.spec.options.reuse != "off" and isinstance(self._runner, SlotRunner):
             with self._changed:
                 # Before the caller hears of the end: a flush must wait for it, and what the caller
                 # asks next.
@@ -348,7 +351,7 @@ class NativeEngine:
             self._tell(request, reason)
             self._release(request)
 
-    def _tell(self, request: Request, reason: FinishReason) -> None:
+    def _tell(self, request: SlotRequest, reason: FinishReason) -> None:
         """Hand a request its output, or what became of it: it must not wait for ever."""
         try:
             request.finish(reason)
@@ -356,7 +359,7 @@ class NativeEngine:
             logger.exception("the output of %s could not be made", request.request_id)
             request.emit(failure)
 
-    def _release(self, request: Request) -> None:
+    def _release(self, request: SlotRequest) -> None:
         if request.slot >= 0:
             self._runner.release(request.slot)
         with self._changed:
@@ -376,7 +379,7 @@ class NativeEngine:
         while (request := self._lookups.get()) is not None:
             waits = request.slot < 0 and not request.cancelled
             # Identical beginnings are found by key; meaning adds nothing to them.
-            if waits and request.spec.reuse == "similar" and self._donors is not None:
+            if waits and request.spec.options.reuse == "similar" and self._donors is not None:
                 request.similar = self._donors.reuse.similar(
                     request.spec.text, request.spec.namespace
                 )
@@ -400,7 +403,7 @@ class NativeEngine:
                         del self._last_save[request.spec.namespace]
                     self._changed.notify_all()
 
-    def _save_one(self, request: Request) -> None:
+    def _save_one(self, request: SlotRequest) -> None:
         assert self._donors is not None and request.prefill is not None
         assert isinstance(self._runner, SlotRunner)
         stream = request.spec.stream

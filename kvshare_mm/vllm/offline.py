@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import REGISTRY
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.chat import TEXT_ONLY, MediaSupport
-from kvshare_mm.config import KVShareConfig
+from kvshare_mm.config import KVShareConfig, RequestOptions
 from kvshare_mm.errors import ConfigError, EngineClosedError, InvalidRequestError, ModelLoadError
 from kvshare_mm.models.loader import load_tokenizer
-from kvshare_mm.native.request import RequestSpec, Sink
 from kvshare_mm.outputs import (
     FinishReason,
     Provenance,
-    RequestMetrics,
     RequestOutput,
     StreamChunk,
     TokenLogprob,
     count_use,
 )
+from kvshare_mm.request import Request, RequestSpec, Sink
 from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm.arguments import check_installed, engine_arguments
 from kvshare_mm.vllm.failures import noted
-from kvshare_mm.vllm.options import RequestKnobs
+from kvshare_mm.vllm.options import OF_REQUESTS
 from kvshare_mm.vllm.pictures import picture_support, prompt_of, uses_of
 from kvshare_mm.vllm.room import fitted
 
@@ -107,17 +104,11 @@ def assemble_vllm(config: KVShareConfig) -> VLLMParts:
     return VLLMParts(Named(config.model, tokenizer), VLLMEngine(arguments), media)
 
 
-@dataclass(slots=True)
-class _Answer:
-    """What has come of one request so far."""
+@dataclass(eq=False, slots=True)
+class _VLLMRequest(Request):
+    """A request and the words that vLLM has answered."""
 
-    spec: RequestSpec
-    request_id: str
-    submitted: float = field(default_factory=time.perf_counter)
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
 
     def add(self, output: Any) -> StreamChunk:
         """Take vLLM's next piece (`vllm.CompletionOutput`, of output kind DELTA)."""
@@ -138,23 +129,13 @@ class _Answer:
         Args:
             last: vLLM's last `RequestOutput`, or None if there was none.
         """
-        done = time.perf_counter()
         timed = getattr(last, "metrics", None)
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt_token_ids=tuple(self.spec.stream.token_ids.tolist()),
-            text=self.text,
-            token_ids=tuple(self.token_ids),
-            finish_reason=reason,
-            provenance=provenance_of(last, self.spec.stream) if last else Provenance(),
-            metrics=RequestMetrics(
-                queue=max(0.0, timed.scheduled_ts - timed.queued_ts) if timed else 0.0,
-                prefill=max(0.0, timed.first_token_ts - timed.scheduled_ts) if timed else 0.0,
-                ttft=self.times[0] - self.submitted if self.times else 0.0,
-                token_times=tuple(b - a for a, b in itertools.pairwise(self.times)),
-                total=done - self.submitted,
-            ),
-            logprobs=tuple(self.logprobs) if self.spec.params.logprobs is not None else None,
+        return self.output(
+            self.text,
+            reason,
+            provenance_of(last, self.spec.stream) if last else Provenance(),
+            queue=max(0.0, timed.scheduled_ts - timed.queued_ts) if timed else 0.0,
+            prefill=max(0.0, timed.first_token_ts - timed.scheduled_ts) if timed else 0.0,
         )
 
 
@@ -189,7 +170,6 @@ class VLLMEngine:
     def check(self, spec: RequestSpec) -> None:
         """Raises InvalidRequestError: a prompt that leaves no room in the context, or repairs that
         vLLM has no way to choose."""
-        RequestKnobs.of({"kvshare": _knobs(spec)})
         if (n := len(spec.stream)) >= self.max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {n} tokens and the context holds {self.max_model_len}, "
@@ -207,15 +187,15 @@ class VLLMEngine:
         self.check(spec)
         if self._closed:
             raise EngineClosedError("the engine is closed")
-        answer = _Answer(spec, uuid.uuid4().hex)
+        request = _VLLMRequest(spec, sink)
 
         def begin() -> None:
-            task = self._loop.create_task(self._serve(answer, sink))
-            self._tasks[answer.request_id] = task
-            task.add_done_callback(lambda _: self._tasks.pop(answer.request_id, None))
+            task = self._loop.create_task(self._serve(request))
+            self._tasks[request.request_id] = task
+            task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
 
         self._loop.call_soon_threadsafe(begin)
-        return answer.request_id
+        return request.request_id
 
     def cancel(self, request_id: str) -> None:
         """End a request at its next token; an unknown or finished one is not an error."""
@@ -251,29 +231,29 @@ class VLLMEngine:
 
     # -- in the loop's thread ---------------------------------------------------------------
 
-    async def _serve(self, answer: _Answer, sink: Sink) -> None:
-        spec = answer.spec
+    async def _serve(self, request: _VLLMRequest) -> None:
+        spec, sink = request.spec, request.sink
         last = None
         try:
             # Pictures take time to decode; the loop has others to serve meanwhile.
             prompt = await asyncio.to_thread(prompt_of, spec.stream)
-            if spec.cache_salt:
+            if spec.options.cache_salt:
                 prompt["cache_salt"] = spec.namespace  # a hash: vLLM does not take every text
             params = _sampling_params(spec)
-            async for last in self._llm.generate(prompt, params, answer.request_id):
-                chunk = answer.add(last.outputs[0])
+            async for last in self._llm.generate(prompt, params, request.request_id):
+                chunk = request.add(last.outputs[0])
                 if not last.finished:
                     sink(chunk)
             if last is None:
                 raise EngineClosedError("vLLM ended a request without an output")
             reason: FinishReason = "length" if last.outputs[0].finish_reason == "length" else "stop"
-            output = answer.finish(reason, last)
+            output = request.finish(reason, last)
             self._count(output)
             sink(StreamChunk(chunk.text, chunk.token_ids, output, chunk.logprobs))
         except asyncio.CancelledError:
             self.counters["finished_abort"] += 1
             closed = EngineClosedError("the engine was closed")
-            sink(closed if self._closed else StreamChunk("", output=answer.finish("abort")))
+            sink(closed if self._closed else StreamChunk("", output=request.finish("abort")))
         except ValueError as error:  # what vLLM refuses
             self.counters["failed"] += 1
             sink(InvalidRequestError(f"vLLM refuses this request: {error}"))
@@ -345,12 +325,10 @@ async def _start(arguments: Mapping[str, Any]) -> Any:
             raise ModelLoadError(f"vLLM could not start with this model: {said}") from error
 
 
-def _knobs(spec: RequestSpec) -> dict[str, Any]:
-    """As `RequestKnobs` takes them."""
-    knobs: dict[str, Any] = {"reuse": spec.reuse, "store": spec.store}
-    if spec.repair is not None:
-        knobs["repair"] = spec.repair
-    return knobs
+def _as_asked(options: RequestOptions) -> dict[str, Any]:
+    """As `request_options` takes them."""
+    asked = {name: getattr(options, name) for name in OF_REQUESTS}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _sampling_params(spec: RequestSpec) -> Any:
@@ -369,7 +347,7 @@ def _sampling_params(spec: RequestSpec) -> Any:
         ignore_eos=asked.ignore_eos,
         logprobs=asked.logprobs,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={"kv_transfer_params": {"kvshare": _knobs(spec)}},
+        extra_args={"kv_transfer_params": {"kvshare": _as_asked(spec.options)}},
     )
 
 

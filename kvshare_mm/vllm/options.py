@@ -7,9 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kvshare_mm.config import KVShareConfig, Reuse, refuse_old_words
+from kvshare_mm.config import KVShareConfig, RequestOptions, refuse_old_words
 from kvshare_mm.errors import ConfigError, InvalidRequestError
-from kvshare_mm.reuse.repair import RepairPolicy, policy_of
 
 # What `KVShareConfig` says about reuse and storage; the rest is vLLM's own business.
 SHARED_OPTIONS = frozenset(
@@ -30,6 +29,10 @@ SHARED_OPTIONS = frozenset(
         "store_dir",
     }
 )
+
+
+# What a request may set for itself; vLLM has words of its own for the rest.
+OF_REQUESTS = frozenset({"reuse", "repair", "max_divergence", "store"})
 
 
 class ConnectorOptions(BaseModel):
@@ -71,33 +74,21 @@ class ConnectorOptions(BaseModel):
             raise ConfigError(f"Invalid options: {problems}") from error
 
 
-class RequestKnobs(BaseModel):
-    """What one request may set in ``kv_transfer_params["kvshare"]``; None: the engine's setting."""
+def request_options(params: Any) -> RequestOptions:
+    """What a request says in ``kv_transfer_params["kvshare"]``.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    reuse: Reuse | None = None
-    repair: str | None = None
-    max_divergence: float | None = Field(default=None, ge=0)
-    store: bool = True
-
-    _words = model_validator(mode="before")(refuse_old_words)
-
-    @classmethod
-    def of(cls, params: Any) -> RequestKnobs:
-        """Knobs of a request. Raises InvalidRequestError naming the field."""
-        given = params.get("kvshare") if isinstance(params, Mapping) else None
-        try:
-            knobs = cls.model_validate({} if given is None else given)
-            policy_of(knobs.repair, knobs.max_divergence)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, ("kv_transfer_params.kvshare", *first["loc"])))
-            raise InvalidRequestError(f"{name}: {first['msg']}", name) from error
-        except ValueError as error:
-            raise InvalidRequestError(str(error), "kv_transfer_params.kvshare.repair") from error
-        return knobs
-
-    @property
-    def policy(self) -> RepairPolicy | None:
-        return policy_of(self.repair, self.max_divergence)
+    Raises:
+        InvalidRequestError: a name or a value that does not exist, with the field's name.
+    """
+    given = params.get("kvshare") if isinstance(params, Mapping) else None
+    try:
+        if given is not None and not isinstance(given, Mapping):
+            raise InvalidRequestError("it holds options by name")
+        refuse_old_words(given := given or {})
+        if unknown := sorted(given.keys() - OF_REQUESTS):
+            raise InvalidRequestError(f"there is no {unknown[0]}", unknown[0])
+        return RequestOptions(**given)
+    except ValueError as error:
+        field = getattr(error, "field", None)
+        name = ".".join(("kv_transfer_params.kvshare", *([field] if field else [])))
+        raise InvalidRequestError(f"{name}: {error}", name) from error

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import InvalidRequestError, KVUnavailableError
 from kvshare_mm.node import spans_of
 from kvshare_mm.outputs import Provenance, count_use
@@ -27,7 +28,7 @@ from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.gate import request_obstacle
 from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
-from kvshare_mm.vllm.options import ConnectorOptions, RequestKnobs
+from kvshare_mm.vllm.options import ConnectorOptions, request_options
 from kvshare_mm.vllm.spans import behind, cut, kept_in_the_end, loadable_end
 from kvshare_mm.vllm.stats import summary
 
@@ -50,7 +51,7 @@ class _Lookup:
     """
 
     namespace: str
-    knobs: RequestKnobs
+    options: RequestOptions
     deadline: float
     stream: SegmentStream | None = None
     future: Future[ReusePlan] | None = None
@@ -117,7 +118,7 @@ class SchedulerSide:
         salt = f"{self._options.core.cache_salt}\0{request.cache_salt or ''}"
         lookup = _Lookup(
             namespace=namespace(self._fingerprint, salt),
-            knobs=RequestKnobs(),
+            options=RequestOptions(),
             deadline=time.monotonic() + self._options.lookup_deadline_s,
         )
         self._lookups[request.request_id] = lookup
@@ -136,16 +137,16 @@ class SchedulerSide:
             lookup.declined = "media"
             return
         try:
-            lookup.knobs = RequestKnobs.of(request.kv_transfer_params)
+            lookup.options = request_options(request.kv_transfer_params)
         except InvalidRequestError as error:
             logger.warning("%s is served without KVShare: %s", request.request_id, error)
             lookup.declined = "invalid_options"
             return
-        reuse = lookup.knobs.reuse or self._options.core.reuse
+        reuse = lookup.options.reuse or self._options.core.reuse
         if reuse == "off":
             lookup.declined = Decline.REUSE_OFF
             return
-        policy = lookup.knobs.policy or self._options.core.policy
+        policy = lookup.options.policy or self._options.core.policy
         # Who asks after an answer finds it, though it is still being stored.
         saving = self.reuse.saving(lookup.namespace)
         asked = lookup.stream, lookup.namespace, policy, reuse == "exact", saving
@@ -345,7 +346,7 @@ class SchedulerSide:
         """Order a finished request's KV to be stored, if it is worth it."""
         if (
             lookup.loading
-            or not lookup.knobs.store
+            or not lookup.options.store
             or lookup.stream is None
             or self.obstacle is not None
             or self._options.core.reuse == "off"

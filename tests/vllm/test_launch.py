@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 from kvshare_mm.reuse.repair import MaxDivergence
 from kvshare_mm.vllm import kv_transfer_config
-from kvshare_mm.vllm.options import ConnectorOptions, RequestKnobs
+from kvshare_mm.vllm.options import ConnectorOptions, request_options
 
 
 def test_config_is_json_and_recomputes_what_cannot_be_loaded() -> None:
@@ -42,9 +43,9 @@ def test_a_wrong_option_is_named(options: dict[str, Any], named: str) -> None:
         kv_transfer_config(options)
 
 
-def test_no_knobs() -> None:
+def test_a_request_that_says_nothing() -> None:
     for params in (None, {}, {"kvshare": None}, {"other": 1}):
-        assert RequestKnobs.of(params) == RequestKnobs()
+        assert request_options(params) == RequestOptions()
 
 
 @pytest.mark.parametrize(
@@ -57,10 +58,11 @@ def test_no_knobs() -> None:
         ({"repair": "window:4+magic:0.1"}, "magic"),
         ({"repair": "none", "max_divergence": 0.1}, "repair"),
         ({"shoring": "off"}, "shoring"),
+        ({"sharing": "off"}, "sharing is called reuse now"),
         ([], "kvshare"),
     ],
 )
 def test_a_wrong_knob_is_named(knobs: Any, named: str) -> None:
     with pytest.raises(InvalidRequestError, match=named) as caught:
-        RequestKnobs.of({"kvshare": knobs})
+        request_options({"kvshare": knobs})
     assert caught.value.field is not None and "kvshare" in caught.value.field

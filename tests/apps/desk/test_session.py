@@ -24,8 +24,8 @@ from kvshare_mm.apps.desk.visitors import Visitors
 from kvshare_mm.apps.server.keys import Caller, Limits
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.service import Service
+from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import KVShareError
-from kvshare_mm.llm import RequestOptions
 from kvshare_mm.outputs import RequestOutput
 
 _ANNA = Letter("Anna", "48210", "How long does it take?")

@@ -1,0 +1,81 @@
+"""A request: what it asks for, with the user's options as given, and what has come of it so far."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvshare_mm.config import RequestOptions
+from kvshare_mm.outputs import (
+    FinishReason,
+    Provenance,
+    RequestMetrics,
+    RequestOutput,
+    StreamChunk,
+    TokenLogprob,
+)
+from kvshare_mm.sampling import SamplingParams
+from kvshare_mm.stream import SegmentStream
+
+Sink = Callable[[StreamChunk | Exception], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """What is asked for.
+
+    Attributes:
+        stream: the prompt.
+        text: the prompt in words, for dense search.
+        params: how to decode.
+        namespace: which donors it may use and become.
+        options: how it reuses.
+    """
+
+    stream: SegmentStream
+    text: str
+    params: SamplingParams
+    namespace: str
+    options: RequestOptions = field(default_factory=RequestOptions)
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A request that an engine runs, and its answer so far."""
+
+    spec: RequestSpec
+    sink: Sink
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    submitted: float = field(default_factory=time.perf_counter)
+    token_ids: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def output(
+        self, text: str, reason: FinishReason, provenance: Provenance, **seconds: Any
+    ) -> RequestOutput:
+        """The whole output.
+
+        Args:
+            seconds: of `RequestMetrics`, what only the engine knows.
+        """
+        times = self.times
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt_token_ids=tuple(self.spec.stream.token_ids.tolist()),
+            text=text,
+            token_ids=tuple(self.token_ids),
+            finish_reason=reason,
+            provenance=provenance,
+            metrics=RequestMetrics(
+                ttft=times[0] - self.submitted if times else 0.0,
+                token_times=tuple(b - a for a, b in itertools.pairwise(times)),
+                total=time.perf_counter() - self.submitted,
+                **seconds,
+            ),
+            logprobs=tuple(self.logprobs) if self.spec.params.logprobs is not None else None,
+        )
