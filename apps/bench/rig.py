@@ -131,19 +131,7 @@ class Rig:
 
     def save(self, stream: SegmentStream, ns: str, served: Served) -> str | None:
         """Make what is in the slot a donor."""
-        k, v = self.runner.slot_kv(served.slot)
-        result = served.result
-        return self.donors.save(
-            stream.align_keys,
-            ns,
-            result.plan,
-            k,
-            v,
-            "",
-            result.attention,
-            stream.positions,
-            stream.media,
-        )
+        return self._parts.prefiller.save(served.slot, stream, ns, served.result)
 
     @contextmanager
     def known(self, donor: SegmentStream, ns: str, method: Method = FULL) -> Iterator[Served]:

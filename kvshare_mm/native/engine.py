@@ -27,7 +27,7 @@ from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN, FairQueue
 from kvshare_mm.native.prefill import Prefiller, PrefillResult, provenance
 from kvshare_mm.native.request import SlotRequest
-from kvshare_mm.native.slots import ModelRunner, SlotRunner
+from kvshare_mm.native.slots import ModelRunner
 from kvshare_mm.outputs import FinishReason, count_use
 from kvshare_mm.request import RequestSpec, Sink
 from kvshare_mm.reuse.donors import DonorPool
@@ -67,7 +67,7 @@ class NativeEngine:
         self._runner = runner
         self._prefiller = prefiller
         self._donors = donors
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._changed = threading.Condition()
         self._waiting: FairQueue[SlotRequest] = FairQueue(max_queue)
         self._free = list(range(runner.num_slots))
@@ -91,12 +91,11 @@ class NativeEngine:
 
     def check(self, spec: RequestSpec) -> None:
         """Raises InvalidRequestError: empty prompt, or one longer than the context."""
-        n = len(spec.stream)
-        if n == 0:
+        if (n := len(spec.stream)) == 0:
             raise InvalidRequestError("the prompt is empty", "prompt")
-        if n >= self._max_model_len:
+        if n >= self.max_model_len:
             raise InvalidRequestError(
-                f"the prompt has {n} tokens and the context holds {self._max_model_len}, "
+                f"the prompt has {n} tokens and the context holds {self.max_model_len}, "
                 "answer included; shorten it or raise max_model_len",
                 "prompt",
             )
@@ -140,11 +139,6 @@ class NativeEngine:
         """Wait until every finished request has become a donor; False if time ran out."""
         with self._changed:
             return self._changed.wait_for(lambda: self._saved == self._ordered, timeout_s)
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt plus answer, in tokens."""
-        return self._max_model_len
 
     @property
     def healthy(self) -> bool:
@@ -296,7 +290,7 @@ class NativeEngine:
 
     def _accept(self, request: SlotRequest, logits: torch.Tensor) -> None:
         self._charge(request, ANSWER_TOKEN)
-        left = self._max_model_len - len(request.spec.stream)
+        left = self.max_model_len - len(request.spec.stream)
         try:
             reason = request.accept(logits, self._loaded.eos_token_ids, left)
         except Exception as failure:  # logits that are no numbers: there is nothing to draw from
@@ -334,10 +328,9 @@ class NativeEngine:
             self._failures = 0
         self.counters[f"finished_{reason}"] += 1
         self.counters["generation_tokens"] += len(request.token_ids)
-        wanted = (
-            self._donors is not None and request.spec.options.store and request.prefill is not None
-        )
-        if wanted and request.spec.options.reuse != "off" and isinstance(self._runner, SlotRunner):
+        asked = request.spec.options
+        wanted = asked.store and asked.reuse != "off" and request.prefill is not None
+        if wanted and self._donors is not None:
             with self._changed:
                 # Before the caller hears of the end: a flush must wait for it, and what the caller
                 # asks next.
@@ -390,7 +383,11 @@ class NativeEngine:
         while (request := self._saves.get()) is not None:
             start = time.perf_counter()
             try:
-                self._save_one(request)
+                assert request.prefill is not None
+                spec, answer = request.spec, request.token_ids[:-1]
+                self._prefiller.save(
+                    request.slot, spec.stream, spec.namespace, request.prefill, answer, spec.text
+                )
             except Exception:
                 self.counters["save_failed"] += 1
                 logger.exception("could not take up %s as a donor", request.request_id)
@@ -402,22 +399,3 @@ class NativeEngine:
                     if self._last_save.get(request.spec.namespace) == self._saved:
                         del self._last_save[request.spec.namespace]
                     self._changed.notify_all()
-
-    def _save_one(self, request: SlotRequest) -> None:
-        assert self._donors is not None and request.prefill is not None
-        assert isinstance(self._runner, SlotRunner)
-        stream = request.spec.stream
-        answer = np.array(request.token_ids[:-1], dtype=np.uint64)
-        keys, values = self._runner.slot_kv(request.slot)
-        with torch.inference_mode():
-            self._donors.save(
-                np.concatenate((stream.align_keys, answer)),
-                request.spec.namespace,
-                request.prefill.plan,
-                keys,
-                values,
-                request.spec.text,
-                request.prefill.attention,
-                stream.positions_to(len(stream) + len(answer)),
-                stream.media,
-            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -164,6 +165,40 @@ class Prefiller:
         found = self._donors.reuse.find(stream, ns, options, policy, similar)
         failed = "lookup_error" if found.plan.declined is Decline.LOOKUP_ERROR else None
         return found.plan, failed, found.lookup, found.planning
+
+    @torch.inference_mode()
+    def save(
+        self,
+        slot: int,
+        stream: SegmentStream,
+        ns: str,
+        result: PrefillResult,
+        answer: Sequence[int] = (),
+        text: str = "",
+    ) -> str | None:
+        """Make a prompt and its answer a donor.
+
+        Args:
+            slot: where their KV is.
+            result: what the prefill gave.
+            answer: tokens whose KV is in the slot as well.
+            text: what it shall be found by.
+
+        Returns:
+            The node's id, or None if it is not stored.
+        """
+        assert self._donors is not None and isinstance(self._runner, SlotRunner)
+        keys = np.concatenate((stream.align_keys, np.array(answer, np.uint64)))
+        return self._donors.save(
+            keys,
+            ns,
+            result.plan,
+            *self._runner.slot_kv(slot),
+            text,
+            result.attention,
+            stream.positions_to(len(keys)),
+            stream.media,
+        )
 
     def _edit(self, plan: ReusePlan, slot: int, ns: str, positions: np.ndarray | None) -> None:
         assert self._donors is not None and isinstance(self._runner, SlotRunner)

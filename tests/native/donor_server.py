@@ -86,10 +86,10 @@ class Server:
         return result
 
     def save(self, ids: np.ndarray, result: PrefillResult, ns: str = NS) -> str | None:
-        k, v = self.runner.slot_kv(1)
-        node_id = self.pool.save(ids.astype(np.uint64), ns, result.plan, k, v, "")
+        node_id = self.prefiller.save(1, text_stream(ids), ns, result)
         if node_id is not None:
             n = len(ids)
+            k, v = self.runner.slot_kv(1)
             self.served[node_id] = k[:, :, :n].clone(), v[:, :, :n].clone()
             self.namespaces[node_id] = ns
         return node_id

@@ -93,18 +93,7 @@ class Server:
         """Prefill and take up as a donor."""
         stream = self.oracle.stream(messages)
         result = self.prefill(stream, ns, **options)
-        k, v = self.runner.slot_kv(0)
-        self.pool.save(
-            stream.align_keys,
-            ns,
-            result.plan,
-            k,
-            v,
-            "",
-            result.attention,
-            stream.positions,
-            stream.media,
-        )
+        self.prefiller.save(0, stream, ns, result)
         return result
 
     def assert_first_layer(self, messages: Parts) -> None:
