@@ -35,7 +35,7 @@ def router(service: Service) -> APIRouter:
     async def stats() -> dict[str, Any]:
         """Counters since the start and sizes now."""
         stats = await service.prepared(service.llm.stats)
-        return {**stats, "reuse": service.options.scope}
+        return {**stats, "scope": service.options.scope}
 
     @routes.get("/donors")
     async def donors(

@@ -54,7 +54,7 @@ class Whole:
         owner: ``[N]`` names of nodes; None where the KV can no longer be read.
     """
 
-    keys: np.ndarray
+    align_keys: np.ndarray
     kv: np.ndarray
     owner: list[str | None]
     exact: int

@@ -67,7 +67,7 @@ def test_vllms_server_gets_the_connector_the_options_and_its_own(
     assert started[-1] == "--enforce-eager"
     config = json.loads(after(started, "--kv-transfer-config"))
     options = ConnectorOptions.of(config["kv_connector_extra_config"])
-    assert options.reuse == "exact"
+    assert options.core.reuse == "exact"
     assert options.core.host_bytes == 1 << 30
 
 
