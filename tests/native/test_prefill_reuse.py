@@ -56,7 +56,7 @@ def test_repairs_are_computed_and_told(server: Server) -> None:
     assert provenance(result).recomputed == 13
 
 
-def test_choosing_repairs_is_part_of_the_edit(server: Server) -> None:
+def test_choosing_repairs_is_part_of_planning(server: Server) -> None:
     class Slow:
         tolerance = Tolerance()
 
@@ -67,7 +67,7 @@ def test_choosing_repairs_is_part_of_the_edit(server: Server) -> None:
     ids = _ids(60, 0)
     server.serve(ids)
     result = server.prefill(_edited(ids, 20), policy=Slow())
-    assert result.compute < 0.5 <= result.edit
+    assert result.compute < 0.5 <= result.planning
 
 
 def test_repairing_everything_gives_the_full_prefill(server: Server) -> None:
@@ -118,7 +118,7 @@ def test_default_policy_is_used_unless_the_request_has_one(tiny_llama: Any) -> N
         calls = 0
         tolerance = Tolerance()
 
-        def positions(self, plan: Any, probe: Any) -> np.ndarray:
+        def positions(self, plan: Any) -> np.ndarray:
             Recorded.calls += 1
             return np.empty(0, np.int64)
 

@@ -15,6 +15,6 @@ def serve(tree: DeltaTree, node_id: str, keys, donors=(), options=EAGER, repair=
     keys = to_keys(keys)
     plan = make_plan(keys, [tree.donor(d) for d in donors], options)
     policy: RepairPolicy = repair or NoRepair()
-    node = tree.derive(node_id, "ns", keys, plan.with_repair(policy.positions(plan, None)), 0.0)
+    node = tree.derive(node_id, "ns", keys, plan.with_repair(policy.positions(plan)), 0.0)
     tree.insert(node)
     return node
