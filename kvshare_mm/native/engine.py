@@ -25,7 +25,7 @@ from kvshare_mm.errors import (
 from kvshare_mm.modalities.one_core import start_on_one_core
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN, FairQueue
-from kvshare_mm.native.prefill import Prefiller, PrefillResult, provenance
+from kvshare_mm.native.prefill import Prefiller, provenance
 from kvshare_mm.native.request import SlotRequest
 from kvshare_mm.native.slots import ModelRunner
 from kvshare_mm.outputs import FinishReason, count_use
@@ -241,7 +241,8 @@ class NativeEngine:
         except Exception as failure:
             self._fail(request, failure)
             return
-        self._count(request.prefill)
+        count_use(self.counters, provenance(request.prefill))
+        self.counters["prompt_tokens"] += request.prefill.plan.num_tokens
         self._charge(request, PROMPT_TOKEN * request.prefill.plan.num_computed)
         self._active.append(request)
         self._accept(request, request.prefill.logits)
@@ -340,9 +341,9 @@ class NativeEngine:
             self._tell(request, reason)
             with self._changed:
                 self._known.pop(request.request_id, None)
-        else:
-            self._tell(request, reason)
-            self._release(request)
+            return
+        self._tell(request, reason)
+        self._release(request)
 
     def _tell(self, request: SlotRequest, reason: FinishReason) -> None:
         """Hand a request its output, or what became of it: it must not wait for ever."""
@@ -360,10 +361,6 @@ class NativeEngine:
             if request.slot >= 0:
                 self._free.append(request.slot)
             self._changed.notify_all()
-
-    def _count(self, prefill: PrefillResult) -> None:
-        count_use(self.counters, provenance(prefill))
-        self.counters["prompt_tokens"] += prefill.plan.num_tokens
 
     # -- the search thread ------------------------------------------------------------------
 

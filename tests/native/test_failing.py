@@ -193,7 +193,7 @@ def test_even_a_request_between_queue_and_slot_hears_of_the_engines_death(
     def broken(*args: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(llm._parts.engine, "_count", broken)
+    monkeypatch.setattr(llm._parts.engine, "_charge", broken)
     with pytest.raises(EngineClosedError, match="a bug"):
         llm.generate(_PROMPTS[0])
 

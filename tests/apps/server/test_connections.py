@@ -26,7 +26,6 @@ from kvshare_mm.apps.server.gate import Gate
 from kvshare_mm.apps.server.keys import KeyRing
 from kvshare_mm.apps.server.limits import Meters
 from kvshare_mm.apps.server.options import ServerOptions
-from kvshare_mm.errors import ConfigError
 
 from .conftest import until
 
@@ -378,23 +377,6 @@ def test_https(serve: Serve) -> None:
     with closing(trusted.wrap_socket(raw, server_hostname="localhost")) as client:
         client.sendall(_HALF)
         dripped_to_its_end(client)
-
-
-def test_certificates_are_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
-    run.check_certificate(None, None)
-    run.check_certificate(_CERTIFICATE, None)
-    run.check_certificate(_CERTIFICATE, _CERTIFICATE)
-    text = _CERTIFICATE.read_text()
-    alone = tmp_path / "alone.pem"
-    alone.write_text(text[: text.index("-----BEGIN PRIVATE")])
-    for certificate, key, said in (
-        (tmp_path / "none.pem", None, "none.pem"),
-        (alone, None, "alone.pem"),
-        (_CERTIFICATE, tmp_path / "none.pem", "none.pem"),
-        (None, _CERTIFICATE, "needs --ssl-certfile"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            run.check_certificate(certificate, key)
 
 
 def test_websockets_are_not_spoken(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
