@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -48,7 +49,7 @@ def edits(draw):
         at = draw(st.integers(0, len(target) - 1))
         new = [next(token) for _ in range(draw(st.integers(0, 6)))]
         target[at : at + draw(st.integers(0, 1))] = [new]
-    flat = [sum(side, []) for side in (blocks, target)]
+    flat = [list(itertools.chain(*side)) for side in (blocks, target)]
     return [np.array([*tokens, 10_000 + i], np.uint64) for i, tokens in enumerate(flat)]
 
 
