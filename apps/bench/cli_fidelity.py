@@ -169,8 +169,9 @@ def hitrate(
         bool, typer.Option("--plan-only", help="tokenizer and planner only: no model is loaded")
     ] = False,
     repair: Annotated[
-        str, typer.Option(help="with --plan-only, repairs that count: none, window:K, tail:K")
-    ] = "none",
+        str,
+        typer.Option(help="with --plan-only, repairs that count: auto:KL, none, window:K, tail:K"),
+    ] = "auto",
     limit: Limit = None,
     measure: Annotated[
         int | None, typer.Option(min=1, help="measure the last N prompts; default: a quarter")

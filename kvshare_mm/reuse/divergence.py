@@ -6,9 +6,8 @@ Neither needs a forward pass:
 - Where the end looks is known from the donors: when a prompt is prefilled, the attention of its
   last position is kept with it, and prompts that are alike look at the same things. On similar chat
   prompts the donor's attention chooses repairs as well as the target's own would.
-- Drift comes from edits: it is largest right behind one, fades with the distance, and grows with
-  the share of the context that changed. The exponents are those, of the few tried, that spend
-  least on forms while chat prompts diverge no more at one cost.
+- Drift comes from edits: it is as large as the share of a position's context that is another, where
+  what is near counts more than what is far (see `reuse.context`).
 
 The product is a position's *risk*. Drifts of different positions point in different directions,
 and KL grows with the square of a small error: so risks add up as squares, and many small ones do
@@ -18,7 +17,8 @@ There are two exceptions to all of this, and `MaxDivergence` always repairs both
 behind an edit remember what stood before them, and so does the rest of a word that was cut: that is
 how a model copies a number later, long after its first token. Stale, they make it drop or change
 the last digits, though the first token is right: of order number 5766, 766 of it reused,
-SmolLM2-135M made 576 (`kvshare bench quality --task letters`). The prompt's end is the other. Its
+SmolLM2-135M made 576 (`kvshare bench quality --task letters`). Behind a large edit they are more:
+the prompt's end may not look at them, but what it looks at does. The prompt's end is the other. Its
 last positions have *read* the prompt for the question they ask: in the donor's KV they hold the
 donor's answer, whatever the attention to them.
 On exams with other answers, repairing the last 16 positions and nothing else takes the first
@@ -33,27 +33,31 @@ token goes as far as the risk fits its own bound; what it edits, it repairs unti
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
+from kvshare_mm.reuse.context import changed_context
 from kvshare_mm.reuse.plan import KeptRun, ReusePlan
 
 # Positions at the prompt's end that have read the question.
 TAIL = 16
-# Positions behind an edit that remember the token before them. One is enough on SmolLM2-135M.
-FRONT = 2
+# Positions behind an edit that are always repaired, and how many are at most, as long as more than
+# `STALE` of what they read is another: one behind a number in a form, 16 behind turns left out.
+FRONT = 1
+WINDOW = 16
+STALE = 0.2
 # An edited word or number is repaired to its end, at most so far.
 WORD = 16
 # A picture with fewer positions behind it has no question there: it may have read one before it.
 _QUESTION = 8
-_DISTANCE_POWER = -0.5
-_CHANGED_POWER = 1.4
 
 # KL(full || reused) of the first token's distribution, in nats, stays below
 # BOUND_SCALE * residual ** BOUND_POWER for 95% of the requests that reuse anything:
-# `kvshare bench calibrate` on 132 pairs of similar chat prompts, SmolLM2-135M.
-BOUND_SCALE = 139.0
-BOUND_POWER = 0.93
+# as `kvshare bench calibrate` fits it, to 20 pairs of similar chat prompts and 18 of long ones with
+# small edits (1,000 tokens), SmolLM2-135M.
+BOUND_SCALE = 288.0
+BOUND_POWER = 1.27
 
 # Drift is stored as float16: nothing approximate may be rounded to exact.
 _LEAST_ATTENTION = np.float32(1e-8)
@@ -67,36 +71,10 @@ def drift(plan: ReusePlan) -> np.ndarray:
         ``[num_tokens]`` float64, at least 0: what it inherits from its donor, and what the edits
         between donor and target add; 0 outside approximate runs.
     """
-    found = np.zeros(plan.num_tokens)
-    inherited = plan.inherited
-    changed = end = shift = 0
-    last: dict[str, tuple[int, int, int]] = {}
-    for run in plan.runs:
-        # Tokens put in, taken out or replaced before it: since the run before, and since the last
-        # of this donor, to which what others put between them is as foreign as what is computed.
-        if _goes_on(plan, end, run):
-            edits = last[run.donor][0] if run.donor in last else changed
-        else:
-            own, own_end, own_shift = last.get(run.donor, (run.foreign, end, shift))
-            changed += max(run.start - end, abs(run.shift - shift))
-            edits = own + max(run.start - own_end, abs(run.shift - own_shift))
-            edits = max(edits, changed)
-        end, shift = run.end, run.shift
-        last[run.donor] = edits, end, shift
-        if not run.exact and not run.continued:
-            share = np.minimum(1.0, edits / (np.arange(run.start, run.end) + 1))
-            fading = (1.0 + np.arange(run.length)) ** _DISTANCE_POWER
-            found[run.start : run.end] = share**_CHANGED_POWER * fading
-        if inherited is not None and not run.exact:
-            found[run.start : run.end] += inherited[run.start : run.end]
+    found = changed_context(plan)
+    if plan.inherited is not None:
+        found += np.where(plan.approximate, plan.inherited, 0)
     return found
-
-
-def _goes_on(plan: ReusePlan, end: int, run: KeptRun) -> bool:
-    """Whether between `end`, of the run before, and `run` there is no edit."""
-    return run.continued or bool(
-        plan.unedited is not None and run.start > end and plan.unedited[end : run.start].all()
-    )
 
 
 def looked_at(drift: np.ndarray, attention: np.ndarray) -> np.ndarray:
@@ -129,20 +107,33 @@ def asked_before(pictures: np.ndarray) -> bool:
     return bool(pictures[-_QUESTION:].any())
 
 
-def fronts(plan: ReusePlan, width: int, to_word_end: bool = False) -> np.ndarray:
-    """The first `width` positions behind every edit, int64, and on to the end of a cut word."""
+def fronts(plan: ReusePlan, width: int) -> np.ndarray:
+    """The first `width` positions behind every edit, int64."""
+    found = [np.arange(run.start, min(run.start + width, run.end)) for run in _behind_edits(plan)]
+    return np.concatenate((np.empty(0, np.int64), *found))
+
+
+def stale_fronts(plan: ReusePlan) -> np.ndarray:
+    """The positions behind every edit that remember what stood there, int64: at least `FRONT`, to
+    the end of a cut word, and as far as most of what they read nearby is another."""
     found = [np.empty(0, np.int64)]
-    end = 0
-    for run in plan.runs:
-        goes_on, end = _goes_on(plan, end, run), run.end
-        if run.exact or goes_on:
-            continue
-        reach = width
-        if to_word_end and plan.joined is not None:
+    changed = changed_context(plan)
+    for run in _behind_edits(plan):
+        near = changed[run.start : min(run.end, run.start + WINDOW)] > STALE
+        reach = max(FRONT, int(np.argmin(np.append(near, False))))
+        if plan.joined is not None:
             word = plan.joined[run.start : min(run.end, run.start + WORD)]
             reach = max(reach, int(np.argmin(np.append(word, False))))
         found.append(np.arange(run.start, min(run.start + reach, run.end)))
     return np.concatenate(found)
+
+
+def _behind_edits(plan: ReusePlan) -> Iterator[KeptRun]:
+    end = 0
+    for run in plan.runs:
+        if not run.exact and not plan.goes_on(end, run):
+            yield run
+        end = run.end
 
 
 def passed_on(plan: ReusePlan) -> np.ndarray | None:
@@ -161,7 +152,7 @@ def passed_on(plan: ReusePlan) -> np.ndarray | None:
     found = drift(plan)
     found[edited] = np.maximum(found[edited], _LEAST_DRIFT)
     stale = np.zeros(plan.num_tokens, dtype=bool)
-    stale[fronts(plan, FRONT, to_word_end=True)] = True
+    stale[stale_fronts(plan)] = True
     tail = np.zeros(plan.num_tokens, dtype=bool)
     tail[-TAIL:] = True
     if plan.pictures is not None:

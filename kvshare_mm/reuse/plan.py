@@ -197,6 +197,12 @@ class ReusePlan:
         """``[num_tokens]`` bool: positions inside an approximate run that continues its donor."""
         return self._inside(r for r in self.runs if r.continued)
 
+    def goes_on(self, end: int, run: KeptRun) -> bool:
+        """Whether between `end`, of the run before, and `run` there is no edit."""
+        return run.continued or bool(
+            self.unedited is not None and run.start > end and self.unedited[end : run.start].all()
+        )
+
     def _inside(self, runs: Iterable[KeptRun]) -> np.ndarray:
         mask = np.zeros(self.num_tokens, dtype=bool)
         for run in runs:

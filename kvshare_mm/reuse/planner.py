@@ -97,7 +97,9 @@ def _made(
     attention = inherited = unedited = None
     if not all(run.exact for run in runs):
         attention = np.full(n, 1 / n, np.float32)
-        _carry(attention, runs, {d.donor_id: d.attention for d in donors})
+        looked = {d.donor_id: d.attention for d in donors}
+        _carry(attention, runs, looked)
+        _look_from_the_end(attention, runs, looked)
         if any(d.drift is not None for d in donors):
             drifts = {d.donor_id: d.drift for d in donors}
             inherited = np.zeros(n, np.float32)
@@ -124,6 +126,20 @@ def _carry(
         if values is not None and not run.exact:
             part = values[run.donor_start : run.donor_start + run.length]
             into[run.start : run.start + len(part)] = part
+
+
+def _look_from_the_end(
+    attention: np.ndarray, runs: Iterable[KeptRun], known: Mapping[str, np.ndarray | None]
+) -> None:
+    """What moved towards the prompt's end is looked at more, what moved away from it less: by the
+    root of how much nearer it is, in dialogues and documents alike."""
+    for run in runs:
+        values = known[run.donor]
+        if values is not None and not run.exact:
+            length = min(run.length, len(values) - run.donor_start)
+            away = len(attention) - np.arange(run.start, run.start + length)
+            was = len(values) - np.arange(run.donor_start, run.donor_start + length)
+            attention[run.start : run.start + length] *= np.sqrt(was / away)
 
 
 def _carry_what_was_read(

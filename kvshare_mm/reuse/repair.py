@@ -23,11 +23,14 @@ from kvshare_mm.reuse.divergence import (
     risk,
     risk_within,
     riskiest,
+    stale_fronts,
 )
 from kvshare_mm.reuse.plan import Decline, ReusePlan, Tolerance
 
 # Nats that a reused picture may be worth; it was 0.0002 at the worst token of an answer.
 PICTURE_KL = 0.001
+# What is reused in the end is worth that all behind it is approximate from so many positions on.
+_MIN_REUSED = 16
 _MIN_REUSED_SHARE = 0.1
 # Nats that the default policy keeps to, and that others take over from approximate donors.
 _DEFAULT_KL = 0.01
@@ -110,7 +113,7 @@ class MaxDivergence:
         return Tolerance(risk_within(self.kl), pictures=self.kl >= PICTURE_KL)
 
     def positions(self, plan: ReusePlan) -> np.ndarray:
-        tail, behind = Tail(TAIL).positions(plan), fronts(plan, FRONT, to_word_end=True)
+        tail, behind = Tail(TAIL).positions(plan), stale_fronts(plan)
         danger = risk(plan)
         if plan.pictures is not None and self.tolerance.pictures:
             behind = behind[~plan.pictures[behind]]
@@ -139,13 +142,14 @@ class Union:
 
 
 def repaired_plan(plan: ReusePlan, policy: RepairPolicy) -> ReusePlan:
-    """The plan with its repairs. Where nearly all is repaired, the rest is computed as well: it
-    costs little more, the answer is exact, and so is what later requests find here."""
+    """The plan with its repairs. Where nearly all is repaired, or little was there, the rest is
+    computed as well: it costs little more, the answer is exact, and so is what later requests find
+    here."""
     if not plan.num_reused:
         return plan
     wanted = policy.positions(plan)
     repaired = plan.with_repair(np.concatenate((wanted, _not_tolerated(plan, wanted, policy))))
-    if repaired.num_reused < _MIN_REUSED_SHARE * plan.num_reused:
+    if repaired.num_reused < max(_MIN_REUSED, _MIN_REUSED_SHARE * plan.num_reused):
         return plan.only_exact(Decline.DIVERGENCE)
     return repaired
 

@@ -18,10 +18,15 @@ def test_by_hand():
     plan = ReusePlan(
         10, (KeptRun("a", 4, 4, 2, False), KeptRun("a", 6, 7, 2, False)), attention=np.full(10, 0.1)
     )
-    changed = np.array([4 / 5, 4 / 6, 5 / 8, 5 / 9])
-    want = 0.1 * np.array([1, 2**-0.5, 1, 2**-0.5]) * changed**1.4
-    assert risk(plan)[[4, 5, 7, 8]] == pytest.approx(want)
-    assert risk(plan).sum() == pytest.approx(want.sum())
+    seen = np.log1p([4, 5, 7, 8])
+    changed = [
+        1,
+        (np.log(6) - np.log(2)) / seen[1],
+        (np.log(8) - np.log(4) + np.log(2)) / seen[2],
+        (np.log(9) - np.log(5) + np.log(3) - np.log(2)) / seen[3],
+    ]
+    assert risk(plan)[[4, 5, 7, 8]] == pytest.approx(0.1 * np.array(changed))
+    assert risk(plan).sum() == pytest.approx(0.1 * sum(changed))
 
 
 def test_attention_scales_the_risk():

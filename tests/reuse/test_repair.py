@@ -10,8 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm.reuse.divergence import FRONT, TAIL, WORD, divergence_bound, risk, risk_within
-from kvshare_mm.reuse.plan import KeptRun, ReusePlan
+from kvshare_mm.reuse.divergence import (
+    FRONT,
+    TAIL,
+    WINDOW,
+    WORD,
+    divergence_bound,
+    risk,
+    risk_within,
+    stale_fronts,
+)
+from kvshare_mm.reuse.plan import Decline, KeptRun, ReusePlan
 from kvshare_mm.reuse.repair import (
     PICTURE_KL,
     BoundaryWindow,
@@ -20,6 +29,7 @@ from kvshare_mm.reuse.repair import (
     Tail,
     Union,
     make_policy,
+    repaired_plan,
 )
 
 
@@ -98,8 +108,7 @@ def test_the_tail_is_the_end_of_the_prompt():
 
 def _always(plan: ReusePlan) -> np.ndarray:
     tail = np.arange(max(0, plan.num_tokens - TAIL), plan.num_tokens)
-    fronts = [np.arange(r.start, min(r.end, r.start + FRONT)) for r in plan.runs if not r.exact]
-    return np.unique(np.concatenate([tail, *fronts]))
+    return np.unique(np.concatenate([tail, stale_fronts(plan)]))
 
 
 @given(plans(), st.floats(0, 1e308, allow_nan=False), st.integers(0, 2**32 - 1))
@@ -120,11 +129,11 @@ def test_max_divergence_repairs_the_riskiest_and_no_more_than_it_must(plan, kl, 
 def test_what_the_end_looks_at_is_repaired_first():
     plan = ReusePlan(100, (KeptRun("a", 9, 8, 60, False),))
     attention = np.full(100, 0.001, np.float32)
-    attention[[19, 43]] = 0.4
+    attention[[39, 53]] = 0.4
     plan = replace(plan, attention=attention)
-    target = divergence_bound(0.9 * risk(plan)[[19, 43]].min())
+    target = divergence_bound(0.9 * risk(plan)[[39, 53]].min())
     picked = MaxDivergence(target).positions(plan)
-    assert sorted(set(picked.tolist()) - set(_always(plan).tolist())) == [19, 43]
+    assert sorted(set(picked.tolist()) - set(_always(plan).tolist())) == [39, 53]
 
 
 @pytest.mark.parametrize("kl", [0.0, 1.0, 1e6])
@@ -134,20 +143,43 @@ def test_the_end_of_the_prompt_and_what_follows_an_edit_are_always_repaired(kl):
     assert {*range(8, 8 + FRONT), *range(50, 50 + FRONT), *range(84, 100)} <= picked
 
 
+# A token replaced in the middle of a long prompt, and another one further on.
+SMALL_EDITS = ReusePlan(
+    700,
+    (
+        KeptRun("a", 0, 0, 600, True),
+        KeptRun("a", 601, 601, 31, False),
+        KeptRun("a", 633, 633, 66, False),
+    ),
+)
+
+
 def test_an_edited_word_is_repaired_to_its_end_as_far_as_that_is_near():
-    joined = np.zeros(100, dtype=bool)
-    joined[[8, 9, 10, 11, 13]] = True
-    joined[40:80] = True
-    runs = (KeptRun("a", 9, 8, 31, False), KeptRun("b", 50, 40, 20, False))
-    plan = replace(ReusePlan(100, runs), joined=joined)
+    joined = np.zeros(700, dtype=bool)
+    joined[[601, 602, 603, 604, 606]] = True
+    joined[633:673] = True
+    plan = replace(SMALL_EDITS, joined=joined)
     picked = sorted(set(MaxDivergence(1e6).positions(plan).tolist()))
-    assert picked == [*range(8, 12), *range(40, 40 + WORD), *range(84, 100)]
-    cut = replace(ReusePlan(100, (KeptRun("a", 9, 8, 3, False),)), joined=joined)
-    assert cut.with_repair(MaxDivergence(1e6).positions(cut)).repair.tolist() == [
-        8,
-        9,
-        10,
+    assert picked == [*range(601, 605), *range(633, 633 + WORD), *range(684, 700)]
+    runs = (SMALL_EDITS.runs[0], KeptRun("a", 601, 601, 3, False))
+    cut = replace(plan, runs=runs)
+    repaired = cut.with_repair(MaxDivergence(1e6).positions(cut)).repair
+    assert repaired.tolist() == [601, 602, 603]
+
+
+def test_behind_a_small_edit_little_is_repaired_and_behind_a_large_one_more():
+    assert stale_fronts(SMALL_EDITS).tolist() == [
+        *range(601, 601 + FRONT),
+        *range(633, 633 + FRONT),
     ]
+    prefix = KeptRun("a", 0, 0, 300, True)
+    reach = []
+    for left_out in (1, 5, 20, 300):
+        plan = ReusePlan(700, (prefix, KeptRun("a", 300 + left_out, 300, 399, False)))
+        reach.append(len(stale_fronts(plan)))
+    assert reach[0] == FRONT < reach[1] < reach[2] < reach[3] == WINDOW
+    short = ReusePlan(700, (prefix, KeptRun("a", 600, 300, 5, False)))
+    assert stale_fronts(short).tolist() == [*range(300, 305)]
 
 
 def test_a_picture_behind_an_edit_or_at_the_end_is_trusted():
@@ -161,11 +193,11 @@ def test_a_picture_behind_an_edit_or_at_the_end_is_trusted():
     assert {*range(8, 30), *range(80, 92)} <= strict
 
 
-def test_no_target_repairs_everything_and_a_loose_one_the_end_alone():
-    plan = ReusePlan(100, (KeptRun("a", 0, 0, 4, True), KeptRun("a", 9, 8, 80, False)))
+def test_no_target_repairs_everything_and_a_loose_one_the_end_and_what_follows_edits_alone():
+    plan = SMALL_EDITS
     assert set(plan.approximate.nonzero()[0]) <= set(MaxDivergence(0.0).positions(plan))
     loose = sorted(set(MaxDivergence(1e6).positions(plan).tolist()))
-    assert loose == [*range(8, 8 + FRONT), *range(84, 100)]
+    assert loose == [601, 633, *range(684, 700)]
 
 
 @given(plans())
@@ -269,3 +301,13 @@ def edited_plan() -> ReusePlan:
         (KeptRun("d", 10, 10, 89, exact=False),),
         attention=np.full(100, 0.01, np.float32),
     )
+
+
+def test_a_plan_that_keeps_little_in_the_end_keeps_nothing():
+    prefix = KeptRun("a", 0, 0, 10, True)
+    for kept in (8, 15, 16, 40):
+        plan = ReusePlan(10 + 1 + kept + 16, (prefix, KeptRun("a", 11, 11, kept, False)))
+        left = repaired_plan(plan, NoRepair())
+        assert left.num_reused == (kept if kept >= 16 else 0)
+        assert left.declined == (None if kept >= 16 else Decline.DIVERGENCE)
+        assert left.num_exact == 10

@@ -1,0 +1,97 @@
+"""What of a run's context is another: against sets of tokens, one position after the other."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvshare_mm.reuse.plan import (Donor, KeptRun, ReusePlan)
+from kvshare_mm.reuse.planner import (make_plan)
+from kvshare_mm.reuse import context
+from kvshare_mm.reuse.context import changed_context
+
+from .plans import EAGER
+
+
+def slow(plan: ReusePlan) -> np.ndarray:
+    """Plans of one donor, by the definition."""
+    source = {}
+    for run in plan.runs:
+        source |= {run.start + i: run.donor_start + i for i in range(run.length)}
+    found = np.zeros(plan.num_tokens)
+    for run in plan.runs:
+        if run.exact:
+            continue
+        for i in range(run.start, run.end):
+            j = source[i]
+            read = {t for t in range(i) if t in source and source[t] < j}
+            had = {source[t] for t in read}
+            new = sum(np.log1p(i - t) - np.log(i - t) for t in range(i) if t not in read)
+            missing = sum(np.log1p(j - t) - np.log(j - t) for t in range(j) if t not in had)
+            shares = [part / np.log1p(at) for part, at in ((new, i), (missing, j)) if at]
+            found[i] = max(shares, default=0.0)
+    return found
+
+
+@st.composite
+def edits(draw):
+    """A prompt in blocks, and the same with blocks moved, replaced, left out and put in."""
+    sizes = draw(st.lists(st.integers(4, 12), min_size=2, max_size=6))
+    token = iter(range(10_000))
+    blocks = [[next(token) for _ in range(size)] for size in sizes]
+    target = draw(st.permutations(blocks)) if draw(st.booleans()) else list(blocks)
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(target) - 1))
+        new = [next(token) for _ in range(draw(st.integers(0, 6)))]
+        target[at : at + draw(st.integers(0, 1))] = [new]
+    flat = [list(itertools.chain(*side)) for side in (blocks, target)]
+    return [np.array([*tokens, 10_000 + i], np.uint64) for i, tokens in enumerate(flat)]
+
+
+@given(edits())
+def test_it_is_what_the_sets_of_tokens_say(pair):
+    donor, target = pair
+    m = len(donor)
+    plan = make_plan(target, [Donor("d", donor, np.ones(m, bool), m, m)], EAGER)
+    assert changed_context(plan) == pytest.approx(slow(plan))
+
+
+def test_a_block_that_moved_behind_others_has_not_changed_what_stands_behind_all():
+    moved = (
+        KeptRun("d", 0, 0, 100, True),
+        KeptRun("d", 200, 100, 100, False),
+        KeptRun("d", 100, 200, 100, False),
+        KeptRun("d", 300, 300, 50, False),
+    )
+    found = changed_context(ReusePlan(360, moved))
+    assert found[100] > 0.8 and found[200] > 0.8
+    assert not found[300:350].any()
+
+
+def test_edits_far_away_are_counted_as_if_they_were_spread_evenly():
+    r = random.Random(1)
+    runs, end = [KeptRun("d", 0, 0, 20, True)], 20
+    for _ in range(200):
+        start = end + r.randint(1, 3)
+        runs.append(KeptRun("d", start, start, r.randint(4, 20), False))
+        end = runs[-1].end
+    plan = ReusePlan(end + 5, tuple(runs))
+    found, whole = changed_context(plan), slow(plan)
+    assert found[:end] == pytest.approx(whole[:end], rel=0.02)
+    assert not np.array_equal(found, whole)
+    assert len(runs) > 4 * context._NEAREST
+
+
+def test_what_a_donor_cannot_give_is_no_edit_to_what_it_gives_behind():
+    runs = (KeptRun("d", 0, 0, 20, True), KeptRun("d", 25, 25, 30, False))
+    plan = ReusePlan(60, runs)
+    assert changed_context(plan)[25:55].all()
+    unedited = np.zeros(60, bool)
+    unedited[20:25] = True
+    assert not changed_context(replace(plan, unedited=unedited)).any()
