@@ -14,7 +14,6 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from kvshare_mm.reuse.divergence import (
-    FRONT,
     TAIL,
     asked_before,
     fronts,

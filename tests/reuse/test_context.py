@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.reuse.plan import (Donor, KeptRun, ReusePlan)
-from kvshare_mm.reuse.planner import (make_plan)
 from kvshare_mm.reuse import context
 from kvshare_mm.reuse.context import changed_context
+from kvshare_mm.reuse.plan import Donor, KeptRun, ReusePlan
+from kvshare_mm.reuse.planner import make_plan
 
 from .plans import EAGER
 

@@ -9,8 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm.reuse.divergence import (FRONT, TAIL, WINDOW, as_risky_as, drift, passed_on, residual_risk, risk, risk_within, riskiest, stale_fronts)
-from kvshare_mm.reuse.plan import (Tolerance)
+from kvshare_mm.reuse.divergence import (
+    FRONT,
+    TAIL,
+    WINDOW,
+    as_risky_as,
+    drift,
+    passed_on,
+    residual_risk,
+    risk,
+    risk_within,
+    riskiest,
+    stale_fronts,
+)
 from kvshare_mm.reuse.plan import Decline, KeptRun, PlannerOptions, ReusePlan, Tolerance
 from kvshare_mm.reuse.planner import make_plan
 from kvshare_mm.reuse.repair import RepairPolicy, make_policy, repaired_plan

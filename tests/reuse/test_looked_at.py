@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvshare_mm.reuse.plan import (Donor)
-from kvshare_mm.reuse.planner import (make_plan)
+from kvshare_mm.reuse.plan import Donor
+from kvshare_mm.reuse.planner import make_plan
 
 from .plans import EAGER, blocks, to_keys
 
