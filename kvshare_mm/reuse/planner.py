@@ -136,7 +136,7 @@ def _look_from_the_end(
     for run in runs:
         values = known[run.donor]
         if values is not None and not run.exact:
-            length = min(run.length, len(values) - run.donor_start)
+            length = max(0, min(run.length, len(values) - run.donor_start))
             away = len(attention) - np.arange(run.start, run.start + length)
             was = len(values) - np.arange(run.donor_start, run.donor_start + length)
             attention[run.start : run.start + length] *= np.sqrt(was / away)

@@ -37,3 +37,5 @@ def test_what_a_donor_answered_is_looked_at_as_anything():
     found = attention_of([*blocks("X"), *blocks(*"BCD"), 0], [*blocks("A"), *blocks(*"BCD"), 1], 40)
     assert found[40:80] == pytest.approx(1 / 81)
     assert (found[20:40] != np.float32(1 / 81)).all()
+    moved = attention_of([*blocks(*"DBC"), 0], [*blocks(*"ABCD"), 1], 10)
+    assert moved == pytest.approx(1 / 61)
