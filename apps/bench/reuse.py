@@ -54,7 +54,7 @@ def run(
     per_pair, skipped = measured_pairs(
         rig,
         pairs,
-        lambda asked: _measure(rig, asked, methods, max_new_tokens, repeats, layers),
+        lambda asked: measure(rig, asked, methods, max_new_tokens, repeats, layers),
         journal,
         answer=max_new_tokens,
     )
@@ -66,12 +66,12 @@ def run(
         "skipped": skipped,
         "repeats": repeats,
         "max_new_tokens": max_new_tokens,
-        "methods": {m.name: _summary(m.name, per_pair) for m in methods},
+        "methods": {m.name: summary(m.name, per_pair) for m in methods},
         "per_pair": per_pair,
     }
 
 
-def _measure(
+def measure(
     rig: Rig,
     asked: Asked,
     methods: Sequence[Method],
@@ -123,7 +123,7 @@ def _quality(answer: str, reference: str | None) -> dict[str, float]:
     }
 
 
-def _summary(name: str, per_pair: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(name: str, per_pair: list[dict[str, Any]]) -> dict[str, Any]:
     rows = [p["methods"][name] for p in per_pair]
     full = [p["methods"][FULL.name]["ttft_s"] for p in per_pair]
     tokens = sum(p["tokens"] for p in per_pair)

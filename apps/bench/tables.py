@@ -65,6 +65,17 @@ def _methods(report: Report) -> list[Row]:
     return [{**report, "name": name, **found} for name, found in report["methods"].items()]
 
 
+def _workloads(report: Report) -> list[Row]:
+    """A row for each kind; prefix caching's figures beside the others'."""
+    rows: list[Row] = []
+    for kind, found in report["kinds"].items():
+        prefix = found["methods"]["prefix"]["computed_share"]
+        for name, method in found["methods"].items():
+            if name not in ("full", "prefix"):
+                rows.append({"what": kind, "prefix": prefix, "name": name, **method})
+    return rows
+
+
 def _points(report: Report) -> list[Row]:
     return [
         {"name": name, **point} for name, points in report["methods"].items() for point in points
@@ -185,6 +196,20 @@ TABLES: dict[str, Kind] = {
             "greedy same": "{greedy_agreement:.0%}",
         },
         _methods,
+    ),
+    "workloads": Kind(
+        "Prompts of {tokens} tokens, {number} pairs of each kind, {model:model}",
+        {
+            "what changed": "{what}",
+            "method": "{name:method}",
+            "prefix caching computes": "{prefix:.0%}",
+            "computed": "{computed_share:.0%}",
+            "sooner than prefix caching": "{speedup_vs_prefix:.1f}",
+            "KL mean": "{kl_first_token[mean]:.4f}",
+            "first token same": "{first_token_agreement:.0%}",
+            "greedy same": "{greedy_agreement:.0%}",
+        },
+        _workloads,
     ),
     "quality": Kind("Answers: {task}, {items} items, {model:model}", _quality, _methods),
     "frontier": Kind(

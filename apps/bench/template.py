@@ -25,7 +25,7 @@ def run(rig: Rig, *, reports: int, values: int, repeats: int) -> dict[str, Any]:
     Returns:
         Medians in seconds by way of serving, tokens computed, and what KVShare is of the ideal.
     """
-    donor, target = (encode(rig, text) for text in _prompts(reports, values, random.Random(0)))
+    donor, target = (encode(rig, text) for text in prompts(reports, values, random.Random(0)))
     ns = rig.namespace("template")
     kvshare = METHODS["kvshare"]
     first = rig.serve(donor, ns, METHODS["full"])
@@ -59,12 +59,12 @@ def run(rig: Rig, *, reports: int, values: int, repeats: int) -> dict[str, Any]:
 
 def pair(*, reports: int, values: int) -> dict[str, str]:
     """The two prompts as a pair of `kvshare bench reuse`."""
-    donor, target = _prompts(reports, values, random.Random(0))
+    donor, target = prompts(reports, values, random.Random(0))
     name = f"{reports} reports, {values} numbers differ"
     return {"id": name, "donor": donor, "target": target}
 
 
-def _prompts(reports: int, values: int, rng: random.Random) -> tuple[str, str]:
+def prompts(reports: int, values: int, rng: random.Random) -> tuple[str, str]:
     """Lab reports with a question behind them; again with `values` other numbers, evenly spread."""
     before = [random_values(rng) for _ in range(reports)]
     after = [list(row) for row in before]
