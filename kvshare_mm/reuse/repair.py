@@ -92,8 +92,8 @@ class MaxDivergence:
     """As few repairs as keep the first token's divergence from full recompute below a target.
 
     The prompt's end, the first positions behind every edit and the rest of an edited word, then the
-    riskiest ones (see `divergence`) until what is left is worth `kl` nats at most, for 95% of
-    requests. Costs no forward pass.
+    riskiest ones (see `divergence`) until what is left is worth `kl` nats at most, for 95% of the
+    requests that its constants were fitted to. Costs no forward pass.
 
     Pictures are trusted as they are, unless the target is below `PICTURE_KL`. On a Qwen2.5-VL of 3
     million weights, 160 similar requests whose picture had moved, all harm came from the text:
