@@ -104,7 +104,7 @@ class Material:
         """A customer's session with a clock in its policy.
 
         Args:
-            policy, tools: their shares of the prompt, at most.
+            policy, tools: their shares of the prompt, at most; two tools at least, or none.
         """
         rows = _from(self._airline, i)
         system = self.cut(rows[0]["messages"][0]["content"], int(policy * self.tokens))
@@ -112,7 +112,7 @@ class Material:
         room = tools * self.tokens
         for tool in self._tools:
             room -= self._count(tool)
-            if room < 0 and len(signatures) > 1:
+            if room < 0 and (len(signatures) > 1 or not tools):
                 break
             signatures.append(tool)
         used = self._count(system) + sum(map(self._count, signatures)) + self._count(_TOOLS)

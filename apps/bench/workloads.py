@@ -38,12 +38,12 @@ def _clock(material: Material, i: int, rng: random.Random) -> Pair:
 
 
 def _dropped(material: Material, i: int, rng: random.Random) -> Pair:
-    session = material.airline(i)
+    session = material.airline(i, tools=0)
     return session.messages(), replace(session, turns=session.turns[2:]).messages()
 
 
 def _summarised(material: Material, i: int, rng: random.Random) -> Pair:
-    session = material.airline(i)
+    session = material.airline(i, tools=0)
     low, high = 2, max(4, len(session.turns) // 2 // 2 * 2)
     words = " ".join(turn["content"] for turn in session.turns[low:high]).split()[:_SUMMARY]
     said = {"role": "user", "content": f"What was said before, in short: {' '.join(words)} ..."}
@@ -55,7 +55,7 @@ def _summarised(material: Material, i: int, rng: random.Random) -> Pair:
 def _with_output(material: Material, i: int, new: Callable[[str], str]) -> Pair:
     """A session, of the two kinds in turn, and the same with the longest old output changed."""
     for k in range(i, i + _SOUGHT):
-        session = material.software(k) if k % 2 else material.airline(k)
+        session = material.software(k) if k % 2 else material.airline(k, tools=0)
         if session.outputs:
             at = max(session.outputs, key=lambda turn: len(session.turns[turn]["content"]))
             turns = list(session.turns)
