@@ -138,7 +138,8 @@ def _shuffled(material: Material, i: int, rng: random.Random) -> Pair:
         text = "\n\n".join(f"{question} {right}" for question, right in shown)
         return [{"role": "user", "content": f"{text}\n\n{last[0]}"}]
 
-    return asked(examples), asked(rng.sample(examples, len(examples)))
+    order = rng.sample(examples, len(examples))
+    return asked(examples), asked(order if order != examples else examples[::-1])
 
 
 KINDS: dict[str, Callable[[Material, int, random.Random], Pair]] = {
