@@ -202,8 +202,12 @@ class RequestOptions:
     tenant: str = ""
 
     def __post_init__(self) -> None:
+        bound = self.max_divergence
         checks = {
             "reuse": self.reuse is None or self.reuse in get_args(Reuse),
+            "repair": self.repair is None or isinstance(self.repair, str),
+            "max_divergence": bound is None
+            or (isinstance(bound, int | float) and not isinstance(bound, bool)),
             "cache_salt": self.cache_salt is None or isinstance(self.cache_salt, str),
             "store": isinstance(self.store, bool),
             "tenant": isinstance(self.tenant, str),
@@ -213,10 +217,10 @@ class RequestOptions:
                 raise InvalidRequestError(
                     f"{name}={getattr(self, name)!r} is not allowed; see RequestOptions", name
                 )
-        asked = "repair" if self.max_divergence is None else "max_divergence"
+        asked = "repair" if bound is None else "max_divergence"
         try:
-            policy_of(self.repair, self.max_divergence)
-        except (ValueError, TypeError, AttributeError) as error:
+            policy_of(self.repair, bound)
+        except ValueError as error:
             raise InvalidRequestError(
                 f"{asked}={getattr(self, asked)!r}: {error}", asked
             ) from error

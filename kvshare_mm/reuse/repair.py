@@ -6,7 +6,7 @@ what is repaired is known before anything runs, in either engine.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -165,7 +165,7 @@ def _not_tolerated(plan: ReusePlan, repaired: np.ndarray, policy: RepairPolicy) 
 
 
 def _check_not_negative(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
+    if not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be a number of at least 0, not {value}")
 
 

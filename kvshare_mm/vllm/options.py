@@ -85,7 +85,7 @@ def request_options(params: Any) -> RequestOptions:
         if given is not None and not isinstance(given, Mapping):
             raise InvalidRequestError("it holds options by name")
         refuse_old_words(given := given or {})
-        if unknown := sorted(given.keys() - OF_REQUESTS):
+        if unknown := sorted(map(str, given.keys() - OF_REQUESTS)):
             raise InvalidRequestError(f"there is no {unknown[0]}", unknown[0])
         return RequestOptions(**given)
     except ValueError as error:

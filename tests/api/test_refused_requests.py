@@ -152,6 +152,8 @@ def test_sampling_values_that_are_refused(field: str, value: Any) -> None:
         ("max_divergence", -0.1),
         ("max_divergence", float("nan")),
         ("max_divergence", "small"),
+        ("max_divergence", True),
+        ("max_divergence", 10**400),
         ("cache_salt", 7),
         ("store", None),
     ],

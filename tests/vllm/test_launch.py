@@ -60,6 +60,7 @@ def test_a_request_that_says_nothing() -> None:
         ({"shoring": "off"}, "shoring"),
         ({"sharing": "off"}, "sharing is called reuse now"),
         ([], "kvshare"),
+        ({1: 2}, "there is no 1"),
     ],
 )
 def test_a_wrong_knob_is_named(knobs: Any, named: str) -> None:
