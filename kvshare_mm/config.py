@@ -20,10 +20,12 @@ _RENAMED = {"sharing": "reuse"}
 
 
 def refuse_old_words(given: Any) -> Any:
-    """Raises ValueError: an option by the name that it had once."""
+    """Raises ValueError: an option, or a value, by the name that it had once."""
     for old, new in _RENAMED.items():
         if isinstance(given, Mapping) and old in given:
             raise ValueError(f"{old} is called {new} now")
+    if isinstance(given, Mapping) and given.get("reuse") == "on":
+        raise ValueError('reuse "on" is called "similar" now')
     return given
 
 

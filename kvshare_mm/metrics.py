@@ -42,8 +42,8 @@ _TIMES = {
     "prefill": ("vllm:request_prefill_time_seconds", "The forward over what is computed.", _WHOLE),
     "total": ("vllm:e2e_request_latency_seconds", "From submission to the last token.", _WHOLE),
     "lookup": ("kvshare:lookup_seconds", "Finding candidate donors.", SMALL_SECONDS),
-    "plan": ("kvshare:plan_seconds", "Alignment and planning.", SMALL_SECONDS),
-    "edit": ("kvshare:edit_seconds", "Choosing repairs; donors' KV into the slot.", SMALL_SECONDS),
+    "plan": ("kvshare:plan_seconds", "Alignment, planning, choosing repairs.", SMALL_SECONDS),
+    "edit": ("kvshare:edit_seconds", "Donors' KV into the slot.", SMALL_SECONDS),
 }  # fmt: skip
 
 

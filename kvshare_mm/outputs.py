@@ -113,9 +113,8 @@ class RequestMetrics:
     Attributes:
         queue: waiting for a slot.
         lookup: finding candidate donors.
-        plan: alignment and planning.
-        edit: choosing repairs, which for some policies takes a forward of their own, reading donor
-            KV and writing it into the slot.
+        plan: alignment, planning and choosing repairs.
+        edit: reading donor KV and writing it into the slot.
         encode: the encoders of pictures and sound, or reading what they made before.
         prefill: the model's forward over the positions to compute, those to repair among them.
         ttft: from submission to the first token.

@@ -86,10 +86,7 @@ class Material:
             {"messages": [*row["messages"][:2], *map(_observed, row["messages"][2:])]}
             for row in _rows(folder, "agents_swe.jsonl", "messages")
         ]
-        self._tools = [
-            json.dumps(tool, ensure_ascii=False)
-            for tool in json.loads(read_text(folder / "agents_airline_tools.json"))
-        ]
+        self._tools = _tools(folder / "agents_airline_tools.json")
         self._rag = _rows(folder, "rag_musique.jsonl", "ctxs", "question")
         banking = folder / "banking77.jsonl"
         if not banking.exists():
@@ -213,6 +210,16 @@ class Material:
 
 def _rows(folder: Path, name: str, *fields: str) -> list[dict[str, Any]]:
     return read_jsonl(folder / name, *fields)
+
+
+def _tools(path: Path) -> list[str]:
+    try:
+        found = json.loads(read_text(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, list) or len(found) < 2:
+        raise ConfigError(f"{path} must hold a list of two tools or more")
+    return [json.dumps(tool, ensure_ascii=False) for tool in found]
 
 
 def _from(rows: Sequence[dict[str, Any]], i: int) -> list[dict[str, Any]]:

@@ -72,10 +72,11 @@ def _output_changed(material: Material, i: int, rng: random.Random) -> Pair:
     """A few of its numbers are others."""
 
     def new(text: str) -> str:
-        numbers = list(re.finditer(r"\d", text))
-        for digit in rng.sample(numbers, min(6, len(numbers))):
-            text = text[: digit.start()] + str(rng.randrange(10)) + text[digit.end() :]
-        return text
+        digits = [found.start() for found in re.finditer(r"[0-9]", text)]
+        for at in rng.sample(digits, min(6, len(digits))):
+            other = (int(text[at]) + rng.randrange(1, 10)) % 10
+            text = f"{text[:at]}{other}{text[at + 1 :]}"
+        return text if digits else f"{text} [seen]"
 
     return _with_output(material, i, new)
 
@@ -184,7 +185,12 @@ def run(
     pairs = []
     for kind, make in KINDS.items():
         for i in range(number):
-            donor, target = make(material, i, random.Random(f"{kind} {i}"))
+            try:
+                donor, target = make(material, i, random.Random(f"{kind} {i}"))
+            except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+                if isinstance(error, ConfigError):
+                    raise
+                raise ConfigError(f"{kind}: the data have another form: {error!r}") from error
             pairs.append({"id": f"{kind}/{i}", "donor": donor, "target": target})
     rows, skipped = measured_pairs(
         rig,

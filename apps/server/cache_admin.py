@@ -134,6 +134,7 @@ def router(service: Service) -> APIRouter:
             "tokens": plan.num_tokens,
             "exact": plan.num_exact,
             "similar": plan.num_reused,
+            "repaired": len(plan.repair),
             "missing": len(plan.placeholders),
             "donors": list(plan.donors),
             "declined": plan.declined,

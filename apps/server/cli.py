@@ -23,6 +23,11 @@ _OPERATION = "operation"
 _LIMITS = "limits of the key; default: none"
 
 
+def _renamed(value: str | None) -> None:
+    if value is not None:
+        raise typer.BadParameter("it is called --scope now")
+
+
 # What strangers send is decoded by processes of its own, and smaller than a caller's own files.
 @config_options(
     {
@@ -57,6 +62,7 @@ def serve(
             rich_help_panel=_SAFETY,
         ),
     ] = None,
+    sharing: Annotated[str | None, typer.Option(hidden=True, callback=_renamed)] = None,
     api_keys: Annotated[
         Path | None,
         typer.Option(help="file of keys, see `kvshare keys add`", rich_help_panel=_SAFETY),

@@ -45,7 +45,7 @@ class Support:
     kv_shape: KVShape | None = None
 
 
-class _Saved(Exception):
+class _FirstLayerDone(Exception):
     """Ends a forward early: the first layer's K and V are known."""
 
 
@@ -64,7 +64,7 @@ class _FirstLayer(SlotCache):
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.k, self.v = key_states, value_states
-        raise _Saved
+        raise _FirstLayerDone
 
 
 def check_support(model: Any, attention: str = ATTENTION_NAME) -> Support:
@@ -242,6 +242,6 @@ def _first_layer(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> _Fir
             use_cache=True,
             kvshare_batch=cache.batch,
         )
-    except _Saved:
+    except _FirstLayerDone:
         return cache
     raise ValueError("its layers do not use transformers' cache")

@@ -50,6 +50,6 @@ def model_inputs(
     return {"inputs_embeds": embeddings, "position_ids": positions}
 
 
-def decode_positions(index: torch.Tensor, leads: torch.Tensor) -> torch.Tensor:
+def decode_positions(index: torch.Tensor, rope_deltas: torch.Tensor) -> torch.Tensor:
     """Rotary positions of answer tokens, ``[1, n]``: on every axis what follows the largest."""
-    return (index + leads)[None]
+    return (index + rope_deltas)[None]

@@ -59,13 +59,13 @@ class ModelRunner(Protocol):
         slots: Sequence[int],
         token_ids: Sequence[int],
         positions: Sequence[int],
-        leads: Sequence[int] | None = None,
+        rope_deltas: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """One step of several requests: ``[len(slots), vocab_size]`` logits.
 
         Args:
             positions: index of each token in its slot.
-            leads: rotary position minus index of each; None: no difference.
+            rope_deltas: rotary position minus index of each; None: no difference.
         """
 
     def release(self, slot: int) -> None:
@@ -140,10 +140,10 @@ class SlotRunner:
         slots: Sequence[int],
         token_ids: Sequence[int],
         positions: Sequence[int],
-        leads: Sequence[int] | None = None,
+        rope_deltas: Sequence[int] | None = None,
     ) -> torch.Tensor:
         index = torch.tensor(positions, device=self._device)
-        ahead = torch.tensor(leads or [0] * len(slots), device=self._device)
+        ahead = torch.tensor(rope_deltas or [0] * len(slots), device=self._device)
         batch = RaggedQueries.in_slots(slots, index.split(1))
         self._cache.batch = batch
         logits: torch.Tensor = self._model(
@@ -216,11 +216,11 @@ class PlainRunner:
         slots: Sequence[int],
         token_ids: Sequence[int],
         positions: Sequence[int],
-        leads: Sequence[int] | None = None,
+        rope_deltas: Sequence[int] | None = None,
     ) -> torch.Tensor:
         logits = []
         for slot, token, position, rope_delta in zip(
-            slots, token_ids, positions, leads or [0] * len(slots), strict=True
+            slots, token_ids, positions, rope_deltas or [0] * len(slots), strict=True
         ):
             inputs = {
                 "input_ids": torch.tensor([[token]], device=self._device),

@@ -64,14 +64,17 @@ _LEAST_ATTENTION = np.float32(1e-8)
 _LEAST_DRIFT = np.finfo(np.float16).smallest_subnormal
 
 
-def drift(plan: ReusePlan) -> np.ndarray:
+def drift(plan: ReusePlan, changed: np.ndarray | None = None) -> np.ndarray:
     """How far the KV of each position will be from full recompute's if it is reused as it is.
+
+    Args:
+        changed: `changed_context` of the plan, where it is known already; here as below.
 
     Returns:
         ``[num_tokens]`` float64, at least 0: what it inherits from its donor, and what the edits
         between donor and target add; 0 outside approximate runs.
     """
-    found = changed_context(plan)
+    found = changed_context(plan) if changed is None else changed.copy()
     if plan.inherited is not None:
         found += np.where(plan.approximate, plan.inherited, 0)
     return found
@@ -84,7 +87,7 @@ def looked_at(drift: np.ndarray, attention: np.ndarray) -> np.ndarray:
     return danger
 
 
-def risk(plan: ReusePlan) -> np.ndarray:
+def risk(plan: ReusePlan, changed: np.ndarray | None = None) -> np.ndarray:
     """What each position adds to the divergence if it is reused as it is.
 
     Returns:
@@ -94,7 +97,7 @@ def risk(plan: ReusePlan) -> np.ndarray:
     attention = plan.attention
     if attention is None:
         attention = np.full(plan.num_tokens, 1 / plan.num_tokens)
-    return looked_at(drift(plan), attention)
+    return looked_at(drift(plan, changed), attention)
 
 
 def harmless(danger: np.ndarray, pictures: np.ndarray) -> None:
@@ -113,11 +116,11 @@ def fronts(plan: ReusePlan, width: int) -> np.ndarray:
     return np.concatenate((np.empty(0, np.int64), *found))
 
 
-def stale_fronts(plan: ReusePlan) -> np.ndarray:
+def stale_fronts(plan: ReusePlan, changed: np.ndarray | None = None) -> np.ndarray:
     """The positions behind every edit that remember what stood there, int64: at least `FRONT`, to
     the end of a cut word, and as far as most of what they read nearby is another."""
     found = [np.empty(0, np.int64)]
-    changed = changed_context(plan)
+    changed = changed_context(plan) if changed is None else changed
     for run in _behind_edits(plan):
         near = changed[run.start : min(run.end, run.start + WINDOW)] > STALE
         reach = max(FRONT, int(np.argmin(np.append(near, False))))
@@ -149,10 +152,11 @@ def passed_on(plan: ReusePlan) -> np.ndarray | None:
     if not reused.any():
         return None
     edited = reused & ~plan.continued
-    found = drift(plan)
+    changed = changed_context(plan)
+    found = drift(plan, changed)
     found[edited] = np.maximum(found[edited], _LEAST_DRIFT)
     stale = np.zeros(plan.num_tokens, dtype=bool)
-    stale[stale_fronts(plan)] = True
+    stale[stale_fronts(plan, changed)] = True
     tail = np.zeros(plan.num_tokens, dtype=bool)
     tail[-TAIL:] = True
     if plan.pictures is not None:

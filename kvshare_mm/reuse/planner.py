@@ -74,14 +74,16 @@ def _with_foreign(
 ) -> list[KeptRun]:
     """The runs behind the prefix with what of the prefix their donors do not have."""
     keys = {d.donor_id: d.align_keys for d in donors}
-    foreign: dict[str, int] = {}
+    first: dict[str, int] = {}
     for run in runs:
-        if run.donor not in foreign:
-            mine = keys[run.donor]
-            begun = min(common_prefix(mine, target), prefix)
-            there = mine[begun : max(begun, run.donor_start)]
-            found = align(there, target[begun:prefix], min_run) if begun < prefix else []
-            foreign[run.donor] = prefix - begun - sum(match.length for match in found)
+        first[run.donor] = min(run.donor_start, first.get(run.donor, run.donor_start))
+    foreign: dict[str, int] = {}
+    for donor, start in first.items():
+        mine = keys[donor]
+        begun = min(common_prefix(mine, target), prefix)
+        there = mine[begun : max(begun, start)]
+        found = align(there, target[begun:prefix], min_run) if begun < prefix else []
+        foreign[donor] = prefix - begun - sum(match.length for match in found)
     return [run._replace(foreign=foreign[run.donor]) for run in runs]
 
 
@@ -137,9 +139,16 @@ def _look_from_the_end(
         values = known[run.donor]
         if values is not None and not run.exact:
             length = max(0, min(run.length, len(values) - run.donor_start))
-            away = len(attention) - np.arange(run.start, run.start + length)
-            was = len(values) - np.arange(run.donor_start, run.donor_start + length)
-            attention[run.start : run.start + length] *= np.sqrt(was / away)
+            factor = _nearer(len(values), len(attention), run.donor_start, run.start, length)
+            attention[run.start : run.start + length] *= factor
+
+
+def _nearer(before: int, now: int, donor_start: int, start: int, length: int) -> np.ndarray:
+    """``[length]``: the root of how much nearer to the end than before positions of a run are."""
+    was = before - np.arange(donor_start, donor_start + length)
+    away = now - np.arange(start, start + length)
+    factor: np.ndarray = np.sqrt(was / away)
+    return factor
 
 
 def _carry_what_was_read(
@@ -218,7 +227,8 @@ def _reach_within(
     drift = donor.drift[:shared]
     looked = np.full(len(drift), 1 / n, np.float32)
     if donor.attention is not None:
-        looked[: len(donor.attention)] = donor.attention[: len(drift)]
+        known = donor.attention[: len(drift)]
+        looked[: len(known)] = known * _nearer(len(donor.attention), n, 0, 0, len(known))
     danger = looked_at(drift, looked)
     if tolerance.pictures and pictures is not None:
         harmless(danger, pictures[: len(danger)])

@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from kvshare_mm.reuse.context import changed_context
 from kvshare_mm.reuse.divergence import (
     TAIL,
     asked_before,
@@ -31,6 +32,8 @@ PICTURE_KL = 0.001
 # What is reused in the end is worth that all behind it is approximate from so many positions on.
 _MIN_REUSED = 16
 _MIN_REUSED_SHARE = 0.1
+# Policies joined by a plus: each costs a request its time, and strangers may ask for them.
+_MAX_PARTS = 8
 # Nats that the default policy keeps to, and that others take over from approximate donors.
 _DEFAULT_KL = 0.01
 
@@ -112,8 +115,9 @@ class MaxDivergence:
         return Tolerance(risk_within(self.kl), pictures=self.kl >= PICTURE_KL)
 
     def positions(self, plan: ReusePlan) -> np.ndarray:
-        tail, behind = Tail(TAIL).positions(plan), stale_fronts(plan)
-        danger = risk(plan)
+        changed = changed_context(plan)
+        tail, behind = Tail(TAIL).positions(plan), stale_fronts(plan, changed)
+        danger = risk(plan, changed)
         if plan.pictures is not None and self.tolerance.pictures:
             behind = behind[~plan.pictures[behind]]
             harmless(danger, plan.pictures)
@@ -197,6 +201,8 @@ def make_policy(
     """
     known = {**_POLICIES, **(others or {})}
     policies = []
+    if spec.count("+") >= _MAX_PARTS:
+        raise ValueError(f"a repair policy has at most {_MAX_PARTS} parts")
     for part in spec.split("+"):
         name, _, argument = part.strip().partition(":")
         if name not in known:

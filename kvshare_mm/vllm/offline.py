@@ -168,8 +168,7 @@ class VLLMEngine:
         self.max_model_len = int(self._llm.model_config.max_model_len)
 
     def check(self, spec: RequestSpec) -> None:
-        """Raises InvalidRequestError: a prompt that leaves no room in the context, or repairs that
-        vLLM has no way to choose."""
+        """Raises InvalidRequestError: a prompt that leaves no room in the context."""
         if (n := len(spec.stream)) >= self.max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {n} tokens and the context holds {self.max_model_len}, "

@@ -87,7 +87,7 @@ def request_options(params: Any) -> RequestOptions:
         refuse_old_words(given := given or {})
         if unknown := sorted(map(str, given.keys() - OF_REQUESTS)):
             raise InvalidRequestError(f"there is no {unknown[0]}", unknown[0])
-        return RequestOptions(**given)
+        return RequestOptions(**{name: x for name, x in given.items() if x is not None})
     except ValueError as error:
         field = getattr(error, "field", None)
         name = ".".join(("kv_transfer_params.kvshare", *([field] if field else [])))

@@ -141,6 +141,7 @@ class SchedulerSide:
         except InvalidRequestError as error:
             logger.warning("%s is served without KVShare: %s", request.request_id, error)
             lookup.declined = "invalid_options"
+            lookup.options = RequestOptions(store=False)  # it may have asked for just that
             return
         reuse = lookup.options.reuse or self._options.core.reuse
         if reuse == "off":

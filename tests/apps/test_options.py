@@ -58,3 +58,11 @@ def test_options_that_are_no_fields_are_left_apart() -> None:
 
 def test_none_turns_search_by_meaning_off() -> None:
     assert KVShareConfig.of(embedder="none", media_embedder="none").embedder is None
+
+
+def test_an_option_by_its_old_name_is_told_the_new_one() -> None:
+    from kvshare_mm.apps.cli import app as kvshare
+
+    result = CliRunner().invoke(kvshare, ["serve", "--sharing", "tenant"])
+    assert result.exit_code == 2
+    assert "--scope" in result.output

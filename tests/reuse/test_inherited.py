@@ -22,7 +22,7 @@ from kvshare_mm.reuse.divergence import (
     riskiest,
     stale_fronts,
 )
-from kvshare_mm.reuse.plan import Decline, KeptRun, PlannerOptions, ReusePlan, Tolerance
+from kvshare_mm.reuse.plan import Decline, Donor, KeptRun, PlannerOptions, ReusePlan, Tolerance
 from kvshare_mm.reuse.planner import make_plan
 from kvshare_mm.reuse.repair import RepairPolicy, make_policy, repaired_plan
 from kvshare_mm.reuse.tree import DeltaTree
@@ -113,13 +113,13 @@ def test_a_donor_is_continued_as_far_as_its_risk_is_tolerated():
     uneven = np.zeros(60, np.float32)
     uneven[[25, 40, 50]] = 0.3, 0.4, 0.1
     donor = replace(donor, drift=uneven, attention=np.full(60, 0.5, np.float32))
-    target = to_keys([*blocks(*"ABC"), 0])
+    target = to_keys(blocks(*"ABC"))
 
     def reach(risk: float) -> int:
         plan = make_plan(target, [donor], replace(EAGER, tolerance=Tolerance(risk)))
         return plan.runs[-1].end
 
-    assert [reach(r) for r in (0.0, 0.149, 0.151, 0.249, 0.251, 0.26)] == [25, 25, 40, 40, 50, 60]
+    assert [reach(r) for r in (0.0, 0.149, 0.151, 0.249, 0.251, 0.26)] == [25, 25, 40, 40, 50, 59]
 
 
 def test_a_donor_that_looks_nowhere_is_not_trusted_where_it_was_not_repaired():
@@ -137,6 +137,24 @@ def test_who_tolerates_nothing_reuses_nothing_though_nothing_looks_at_it():
     plan = ReusePlan(60, (KeptRun("d", 0, 0, 10, True), KeptRun("d", 12, 15, 44, False)))
     plan = replace(plan, attention=np.zeros(60, np.float32))
     assert not plan.with_repair(make_policy("auto:0").positions(plan)).num_reused
+
+
+def test_what_a_shorter_prompt_continues_is_within_what_it_tolerates():
+    """Where the end is nearer, it looks at the same positions more."""
+    n, cut = 1000, 700
+    keys = to_keys(list(range(1, n + 1)))
+    drift_there = np.zeros(n, np.float32)
+    drift_there[600:680] = 0.1
+    uniform = np.full(n, 1 / n, np.float32)
+    nothing = np.zeros(n, dtype=bool)
+    donor = Donor("d", keys, nothing, n, 0, attention=uniform, drift=drift_there)
+    target = np.append(keys[:cut], to_keys([5000]))
+    for risk_there in (0.5, 0.9, 1.1, 3.0):
+        limit = risk_there * 0.1 / n * np.sqrt(80)
+        options = replace(EAGER, tolerance=Tolerance(limit))
+        plan = make_plan(target, [donor], options)
+        assert residual_risk(plan) <= limit * 1.001
+        assert plan.continued.sum() == (cut if risk_there == 3.0 else plan.continued.sum()) >= 600
 
 
 def test_why_a_request_that_could_continue_another_one_does_not():

@@ -234,6 +234,7 @@ def test_the_text_form(spec, policy):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
+        ("+".join(["tail"] * 9), "at most 8"),
         ("", "'' is none of none, window, tail, auto"),
         ("best", "'best' is none of"),
         ("window:3+", "'' is none of"),

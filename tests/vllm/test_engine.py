@@ -232,7 +232,9 @@ def test_a_lookup_that_fails_is_a_miss(
 
 
 def test_wrong_knobs_are_told(engine: Shared) -> None:
-    assert summary(engine.serve(ids(50), reuse="perhaps"))["declined"] == "invalid_options"
+    for wrong in {"reuse": "perhaps"}, {"sharing": "off", "store": False}:
+        assert summary(engine.serve(ids(100), **wrong))["declined"] == "invalid_options"
+        assert not engine.scheduler.reuse.catalogue.nodes(), "it may have asked not to be stored"
 
 
 def test_a_request_that_is_not_to_be_stored(engine: Shared) -> None:
