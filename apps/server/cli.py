@@ -62,7 +62,9 @@ def serve(
             rich_help_panel=_SAFETY,
         ),
     ] = None,
-    sharing: Annotated[str | None, typer.Option(hidden=True, callback=_renamed)] = None,
+    sharing: Annotated[
+        str | None, typer.Option(hidden=True, callback=_renamed, help="now --scope")
+    ] = None,
     api_keys: Annotated[
         Path | None,
         typer.Option(help="file of keys, see `kvshare keys add`", rich_help_panel=_SAFETY),
