@@ -42,8 +42,8 @@ KVBENCH := $(BIN)/kvshare bench
 OF_MODEL := -$(basename $(notdir $(MODEL))).json
 COST := demo template-8 template-16 template-2x16 memory server-overhead
 SHIPPED := $(COST) reuse frontier reports exams letters hitrate-banking77-sample
-FROM_DATA := $(COST) workloads-1000 workloads-4000 overhead lookup calibrate reuse frontier reports exams letters translation \
-	summaries multidoc hitrate-banking77 hitrate-chat_stream_sharegpt
+FROM_DATA := $(COST) workloads-1000 workloads-4000 overhead lookup calibrate reuse frontier \
+	reports exams letters translation summaries multidoc hitrate-banking77 hitrate-chat_stream_sharegpt
 SHIPPED_SIZES := 100,250,500
 FROM_DATA_SIZES := 250,1000,4000
 PAIRS := $(if $(DATA),$(DATA)/pairs.jsonl,assets/pairs-demo.jsonl)

@@ -29,6 +29,14 @@ def refuse_old_words(given: Any) -> Any:
     return given
 
 
+def wrong_options(error: ValidationError) -> ConfigError:
+    """An error that names every option that is wrong."""
+    problems = "; ".join(
+        f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors()
+    )
+    return ConfigError(f"Invalid options: {problems}")
+
+
 class KVShareConfig(BaseModel):
     """Options of `kvshare_mm.KVShare`. Unknown names are an error."""
 
@@ -160,10 +168,7 @@ class KVShareConfig(BaseModel):
         try:
             return cls(**options)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors()
-            )
-            raise ConfigError(f"Invalid options: {problems}") from error
+            raise wrong_options(error) from error
 
     @property
     def policy(self) -> RepairPolicy:

@@ -80,14 +80,14 @@ class Material:
     def __init__(self, folder: Path, count: Callable[[str], int], tokens: int) -> None:
         self.tokens = tokens
         self._count = count
-        self._airline = _rows(folder, "agents_airline.jsonl", "messages")
+        self._airline = read_jsonl(folder / "agents_airline.jsonl", "messages")
         self._swe = [
             # What the shell says is told by a user there.
             {"messages": [*row["messages"][:2], *map(_observed, row["messages"][2:])]}
-            for row in _rows(folder, "agents_swe.jsonl", "messages")
+            for row in read_jsonl(folder / "agents_swe.jsonl", "messages")
         ]
         self._tools = _tools(folder / "agents_airline_tools.json")
-        self._rag = _rows(folder, "rag_musique.jsonl", "ctxs", "question")
+        self._rag = read_jsonl(folder / "rag_musique.jsonl", "ctxs", "question")
         banking = folder / "banking77.jsonl"
         if not banking.exists():
             banking = assets.folder(".") / "banking77-sample.jsonl"
@@ -206,10 +206,6 @@ class Material:
 
     def _too_little(self, what: str) -> NoReturn:
         raise ConfigError(f"too few {what} for prompts of {self.tokens} tokens: give more data")
-
-
-def _rows(folder: Path, name: str, *fields: str) -> list[dict[str, Any]]:
-    return read_jsonl(folder / name, *fields)
 
 
 def _tools(path: Path) -> list[str]:

@@ -139,7 +139,7 @@ def _behind_edits(plan: ReusePlan) -> Iterator[KeptRun]:
         end = run.end
 
 
-def passed_on(plan: ReusePlan) -> np.ndarray | None:
+def passed_on(plan: ReusePlan, changed: np.ndarray | None = None) -> np.ndarray | None:
     """The drift of a request served with `plan`, as those inherit it who take KV from it.
 
     What is always to be repaired (behind edits, at the prompt's end) and was not is not trusted by
@@ -152,7 +152,6 @@ def passed_on(plan: ReusePlan) -> np.ndarray | None:
     if not reused.any():
         return None
     edited = reused & ~plan.continued
-    changed = changed_context(plan)
     found = drift(plan, changed)
     found[edited] = np.maximum(found[edited], _LEAST_DRIFT)
     stale = np.zeros(plan.num_tokens, dtype=bool)
@@ -205,9 +204,9 @@ def riskiest(danger: np.ndarray, limit: float, fixed: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def residual_risk(plan: ReusePlan) -> float:
+def residual_risk(plan: ReusePlan, changed: np.ndarray | None = None) -> float:
     """The risk of what `plan` reuses and does not repair: the root of the sum of squares."""
-    left = risk(plan)[plan.reused]
+    left = risk(plan, changed)[plan.reused]
     return float(np.sqrt(np.square(left).sum()))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kvshare_mm.config import KVShareConfig, RequestOptions, refuse_old_words
+from kvshare_mm.config import KVShareConfig, RequestOptions, refuse_old_words, wrong_options
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 
 # What `KVShareConfig` says about reuse and storage; the rest is vLLM's own business.
@@ -68,10 +68,7 @@ class ConnectorOptions(BaseModel):
         try:
             return cls(core=core, **given)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors()
-            )
-            raise ConfigError(f"Invalid options: {problems}") from error
+            raise wrong_options(error) from error
 
 
 def request_options(params: Any) -> RequestOptions:
