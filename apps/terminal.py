@@ -54,10 +54,18 @@ def write_report(report: dict[str, Any], out: Path | None) -> None:
         console.print(f"Report written to {out}", markup=False)
 
 
+# Options with their values: what is nobody's business, and what nobody must read.
+_LEFT_OUT = ("--json", "--key", "--api-key")
+
+
 def _command(argv: list[str]) -> str:
-    """As somebody else would type it: no folders of this machine, and no name of the report."""
-    words = ["kvshare", *(w if "://" in w else w.rpartition("/")[2] for w in argv[1:])]
-    if "--json" in words:
-        at = words.index("--json")
-        del words[at : at + 2]
+    """As somebody else would type it: no folders of this machine, no report's name, no key."""
+    words = ["kvshare"]
+    given = iter(argv[1:])
+    for word in given:
+        name, equals, _ = word.partition("=")
+        if name not in _LEFT_OUT:
+            words.append(word if "://" in word else word.rpartition("/")[2])
+        elif not equals:
+            next(given, None)
     return shlex.join(words)
