@@ -161,10 +161,12 @@ class Material:
         kept: list[tuple[str, str]] = []
         room = self.tokens - 40
         for asked, right in dict.fromkeys(found):
-            room -= self._count(f"{asked} {right}\n\n")
-            if room < 0:
+            size = self._count(f"{asked} {right}\n\n")
+            if size <= room:
+                kept.append((asked, right))
+                room -= size
+            elif room < 0.1 * self.tokens and len(kept) > 2:
                 return kept
-            kept.append((asked, right))
         self._too_little("examples")
 
     def cut(self, text: str, most: int) -> str:

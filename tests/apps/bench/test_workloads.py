@@ -119,3 +119,15 @@ def test_the_report(rig: Rig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert added["kvshare"]["computed_share"] < 0.9
     headings, *rows = TABLES["workloads"].rows(report)
     assert len(rows) == 2 and len(headings) == len(rows[0])
+
+
+def test_a_long_example_does_not_end_the_others(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    rng = random.Random(2)
+    sizes = [100, 900, 100, 90, 80, 70, 60, 50]
+    rows = [{"dialogue": words(rng, n), "summary": "short"} for n in sizes]
+    lines = "\n".join(map(json.dumps, rows))
+    (tmp_path / "dialogsum_dev.jsonl").write_text(lines, encoding="utf-8")
+    material = Material(tmp_path, lambda text: len(text.split()), TOKENS)
+    assert len(material.examples(0)) > 3
