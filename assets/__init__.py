@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def folder(name: str) -> Path:
-    """Folder of an embedded model: ``tiny-vl``, ``tiny-audio`` or ``tiny-clip``.
+    """An installed folder: ``workloads``, or a model: ``tiny-vl``, ``tiny-audio``, ``tiny-clip``.
 
     Raises:
-        FileNotFoundError: no model of that name was installed.
+        FileNotFoundError: nothing of that name was installed.
     """
     path = Path(__file__).resolve().parent / name
     if not path.is_dir():
-        raise FileNotFoundError(f"no embedded model {name!r} beside {__file__}")
+        raise FileNotFoundError(f"no {name!r} beside {__file__}")
     return path

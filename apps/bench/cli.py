@@ -17,8 +17,8 @@ from kvshare_mm.apps.bench.cli_fidelity import (
     pictures,
     quality,
     reuse,
-    workloads,
 )
+from kvshare_mm.apps.bench.cli_workloads import derived, workloads
 from kvshare_mm.apps.bench.terminal import (
     Embedder,
     Engine,
@@ -33,7 +33,7 @@ from kvshare_mm.apps.bench.terminal import (
 from kvshare_mm.apps.terminal import console, plain_errors, report_file
 
 bench = typer.Typer(help="Measure: speed, fidelity, lookup, overhead.", no_args_is_help=True)
-for command in (workloads, reuse, quality, frontier, calibrate, hitrate, pictures):
+for command in (workloads, derived, reuse, quality, frontier, calibrate, hitrate, pictures):
     bench.command()(command)
 
 Url = Annotated[

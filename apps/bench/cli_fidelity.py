@@ -78,46 +78,6 @@ def reuse(
 
 
 @measuring
-def workloads(
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="folder with agents_airline.jsonl, agents_airline_tools.json, agents_swe.jsonl "
-            "and rag_musique.jsonl"
-        ),
-    ],
-    model: Model = "smollm2",
-    tokens: Annotated[int, typer.Option(min=500, help="of each prompt, about")] = 1000,
-    number: Annotated[int, typer.Option("--pairs", min=1, help="pairs of each kind")] = 3,
-    methods: Annotated[str, typer.Option(help=_METHODS)] = "prefix,kvshare",
-    repair: Repair = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens compared")] = 16,
-    json_file: Out = None,
-) -> Report:
-    """Does it fit my traffic? Long prompts with small edits: a clock at the top, turns dropped,
-    documents in another order and more; prefix caching and KVShare side by side."""
-    from kvshare_mm.apps.bench.journal import Journal
-    from kvshare_mm.apps.bench.material import Material
-    from kvshare_mm.apps.bench.methods import METHODS, pick
-    from kvshare_mm.apps.bench.workloads import run
-
-    chosen = pick(methods)
-    slots = len({METHODS["full"], METHODS["prefix"], *chosen})
-    with opened_rig(model, slots, repair=repair) as rig:
-        count = rig.loaded.tokenizer
-        material = Material(data, lambda text: len(count.encode(text)), tokens)
-        settings = [*rig.settings, "workloads", chosen, tokens, max_new_tokens]
-        return run(
-            rig,
-            material,
-            chosen,
-            number=number,
-            max_new_tokens=max_new_tokens,
-            journal=Journal.beside(json_file, settings),
-        )
-
-
-@measuring
 def quality(
     task: Annotated[
         str, typer.Option(help="translation, summaries, multidoc, reports, exams, or letters")

@@ -70,6 +70,7 @@ class Material:
     Args:
         folder: has ``agents_airline.jsonl``, ``agents_airline_tools.json``, ``agents_swe.jsonl``
             and ``rag_musique.jsonl``; ``banking77.jsonl`` and ``dialogsum_dev.jsonl`` if it likes.
+            None: the small samples that are installed.
         count: tokens of a text.
         tokens: of a prompt.
 
@@ -77,7 +78,8 @@ class Material:
         ConfigError: a file is missing or is not what it should be.
     """
 
-    def __init__(self, folder: Path, count: Callable[[str], int], tokens: int) -> None:
+    def __init__(self, folder: Path | None, count: Callable[[str], int], tokens: int) -> None:
+        folder = folder or assets.folder("workloads")
         self.tokens = tokens
         self._count = count
         self._airline = read_jsonl(folder / "agents_airline.jsonl", "messages")
@@ -90,7 +92,7 @@ class Material:
         self._rag = read_jsonl(folder / "rag_musique.jsonl", "ctxs", "question")
         banking = folder / "banking77.jsonl"
         if not banking.exists():
-            banking = assets.folder(".") / "banking77-sample.jsonl"
+            banking = assets.folder("workloads").parent / "banking77-sample.jsonl"
         self._questions = read_jsonl(banking, "text", "intent")
         dialogues = folder / "dialogsum_dev.jsonl"
         self._dialogues = (
@@ -135,6 +137,10 @@ class Material:
                 passage += text + " "
             passages.append(self.cut(passage, size).strip())
         return passages, str(rows[0]["question"])
+
+    def filler(self, i: int, tokens: int) -> str:
+        """So many tokens of passages, as a paragraph of their own."""
+        return f"{self.documents(i, 1, tokens / self.tokens)[0][0]}\n" if tokens else ""
 
     def file(self, i: int) -> list[str]:
         """Lines of source files that a software agent opened."""

@@ -179,6 +179,10 @@ class Rig:
                 answers[i].append(token)
         return answers
 
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def words(self, tokens: Sequence[int]) -> str:
         """An answer as text."""
         return str(self.loaded.tokenizer.decode(tokens, skip_special_tokens=True))

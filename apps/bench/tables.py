@@ -72,8 +72,25 @@ def _workloads(report: Report) -> list[Row]:
         prefix = found["methods"]["prefix"]["computed_share"]
         for name, method in found["methods"].items():
             if name not in ("full", "prefix"):
-                rows.append({"what": kind, "prefix": prefix, "name": name, **method})
+                itself = found["itself"]
+                rows.append(
+                    {"what": kind, "prefix": prefix, "name": name, "itself": itself, **method}
+                )
     return rows
+
+
+def _derived(report: Report) -> list[Row]:
+    return [
+        {
+            "distance": distance if int(distance) else "adjacent",
+            "able": sum(found["able"].values()),
+            "stale_old": found["stale_old"],
+            "name": name,
+            **method,
+        }
+        for distance, found in report["distances"].items()
+        for name, method in found["methods"].items()
+    ]
 
 
 def _points(report: Report) -> list[Row]:
@@ -206,10 +223,30 @@ TABLES: dict[str, Kind] = {
             "computed": "{computed_share:.0%}",
             "sooner than prefix caching": "{speedup_vs_prefix:.1f}",
             "KL mean": "{kl_first_token[mean]:.4f}",
+            "KL along the answer": "{kl_along:.4f}",
+            "worst": "{kl_worst:.2f}",
             "first token same": "{first_token_agreement:.0%}",
             "greedy same": "{greedy_agreement:.0%}",
+            "action same": "{action_same:.0%}",
+            "full with itself": "{itself[greedy_agreement]:.0%} / {itself[action_same]:.0%}",
         },
         _workloads,
+    ),
+    "derived": Kind(
+        "Facts that follow from an edited value, {able} of {cases} that the model can do, "
+        "{model:model}",
+        {
+            "tokens behind the edit": "{distance}",
+            "method": "{name:method}",
+            "cases": "{able}",
+            "margin recovery": "{margin_recovery:.2f}",
+            "flip rate": "{flip_rate:.2f}",
+            "of stale": "{stale_old}",
+            "old answers": "{stale_answers}",
+            "declined": "{declined}",
+            "extra tokens": "{extra_tokens:.0f}",
+        },
+        _derived,
     ),
     "quality": Kind("Answers: {task}, {items} items, {model:model}", _quality, _methods),
     "frontier": Kind(

@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from kvshare_mm.apps.bench import reuse
+from kvshare_mm.apps.bench.beyond import beyond_first_token, in_chunks
+from kvshare_mm.apps.bench.divergence import against
 from kvshare_mm.apps.bench.journal import Journal
 from kvshare_mm.apps.bench.material import Material, Messages
-from kvshare_mm.apps.bench.measured import measured_pairs
-from kvshare_mm.apps.bench.methods import METHODS, Method, with_full
-from kvshare_mm.apps.bench.rig import Rig
+from kvshare_mm.apps.bench.measured import Asked, measured_pairs
+from kvshare_mm.apps.bench.methods import FULL, METHODS, Method, with_full
+from kvshare_mm.apps.bench.rig import Rig, Served
 from kvshare_mm.apps.bench.template import prompts
 from kvshare_mm.errors import ConfigError
 
@@ -168,20 +170,21 @@ def run(
     max_new_tokens: int,
     journal: Journal | None = None,
 ) -> dict[str, Any]:
-    """Measure every method on pairs of every kind, as `kvshare bench reuse` does.
+    """Measure every method on pairs of every kind, beyond the first token.
 
     Args:
-        rig: with a slot for each method, full recompute and prefix caching included.
+        rig: with `slots_needed` slots.
         number: pairs of each kind.
 
     Returns:
         The report as JSON-ready data: by kind and method what was computed, the first token against
-        prefix caching's, and how far the answers are from full recompute's.
+        prefix caching's, and how far the answers are from full recompute's; ``itself`` is full
+        recompute in other chunks. ``actions`` counts what full recompute's answers are.
 
     Raises:
         ConfigError: the data are too few for prompts of this length.
     """
-    methods = with_full([METHODS["prefix"], *(m for m in methods if m is not METHODS["prefix"])])
+    methods = measured_methods(methods)
     pairs = []
     for kind, make in KINDS.items():
         for i in range(number):
@@ -195,7 +198,7 @@ def run(
     rows, skipped = measured_pairs(
         rig,
         pairs,
-        lambda asked: reuse.measure(rig, asked, methods, max_new_tokens, repeats=1, layers=False),
+        lambda asked: _measure(rig, asked, methods, max_new_tokens),
         journal,
         answer=max_new_tokens,
     )
@@ -207,7 +210,9 @@ def run(
                 "pairs": len(mine),
                 "tokens": statistics.mean(row["tokens"] for row in mine),
                 "methods": {m.name: _summary(m.name, mine) for m in methods},
+                "itself": _beyond([row["itself"] for row in mine]),
             }
+    actions = [row["methods"][FULL.name]["action"] for row in rows]
     return {
         "kind": "workloads",
         "model": rig.loaded.name,
@@ -215,13 +220,53 @@ def run(
         "number": number,
         "max_new_tokens": max_new_tokens,
         "skipped": skipped,
+        "actions": {name: actions.count(name) for name in ("call", "command", "text")},
         "kinds": kinds,
         "per_pair": rows,
     }
 
 
+def measured_methods(methods: Sequence[Method]) -> list[Method]:
+    """The methods with the two that the others are compared with in front."""
+    return with_full([METHODS["prefix"], *(m for m in methods if m is not METHODS["prefix"])])
+
+
+def slots_needed(methods: Sequence[Method]) -> int:
+    """A slot for each method, and one for full recompute in other chunks."""
+    return len(measured_methods(methods)) + 1
+
+
+def _measure(
+    rig: Rig, asked: Asked, methods: Sequence[Method], max_new_tokens: int
+) -> dict[str, Any]:
+    served: dict[str, Served] = {
+        method.name: rig.serve(asked.target, asked.ns, method, slot)
+        for slot, method in enumerate(methods)
+    }
+    full = served[FULL.name]
+    batch = [*served.values(), in_chunks(rig, asked.target, full, len(methods))]
+    *found, itself = (
+        {"ttft_s": one.ttft, **against(full, one), **beyond}
+        for one, beyond in zip(batch, beyond_first_token(rig, batch, max_new_tokens), strict=True)
+    )
+    return {"methods": dict(zip(served, found, strict=True)), "itself": itself}
+
+
 def _summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    prefix = [row["methods"]["prefix"]["ttft_s"] for row in rows]
-    mine = [row["methods"][name]["ttft_s"] for row in rows]
-    ratios = [a / b for a, b in zip(prefix, mine, strict=True)]
-    return {**reuse.summary(name, rows), "speedup_vs_prefix": statistics.median(ratios)}
+    parts = [row["methods"][name] for row in rows]
+    ratios = [
+        row["methods"]["prefix"]["ttft_s"] / part["ttft_s"]
+        for row, part in zip(rows, parts, strict=True)
+    ]
+    return {
+        **reuse.summary(name, rows),
+        **_beyond(parts),
+        "speedup_vs_prefix": statistics.median(ratios),
+    }
+
+
+def _beyond(parts: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over pairs, and the worst of all tokens of all answers."""
+    names = ("kl_along", "greedy_agreement", "action_same")
+    means = {name: statistics.mean(part[name] for part in parts) for name in names}
+    return {**means, "kl_worst": max(part["kl_worst"] for part in parts)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,13 @@ def test_a_clock_stands_before_everything(material: Material) -> None:
     assert before[2] == after[2] and donor[1:] == target[1:]
 
 
+def test_the_installed_samples_make_every_kind() -> None:
+    material = Material(None, lambda text: len(re.findall(r"\w+|[^\w\s]", text)), 1000)
+    for kind, make in KINDS.items():
+        donor, target = make(material, 1, random.Random(0))
+        assert donor != target, kind
+
+
 def test_too_little_data_is_said(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"too few .* 900000 tokens"):
         Material(folder, lambda text: len(text.split()), 900_000).airline(0)
@@ -114,6 +122,8 @@ def test_the_report(rig: Rig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         prefix, kvshare = (found["methods"][name] for name in ("prefix", "kvshare"))
         assert kvshare["computed_share"] <= prefix["computed_share"]
         assert prefix["speedup_vs_prefix"] == 1
+        assert prefix["kl_worst"] < 1e-6 and found["itself"]["greedy_agreement"] == 1
+    assert sum(report["actions"].values()) == 2
     added = report["kinds"]["a document added in front"]["methods"]
     assert added["prefix"]["computed_share"] > 0.9
     assert added["kvshare"]["computed_share"] < 0.9

@@ -1,0 +1,45 @@
+"""Measures beyond the first token, beside slow references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvshare_mm.apps.bench.beyond import action_of, beyond_first_token, in_chunks
+from kvshare_mm.apps.bench.divergence import kl_divergence
+from kvshare_mm.apps.bench.methods import FULL, METHODS
+from kvshare_mm.apps.bench.prompts import encode
+from kvshare_mm.apps.bench.rig import Rig
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "said"),
+    [
+        ('Sure.\n<tool_call>\n{"arguments": {"b": 1, "a": 2}, "name": "f"}\n</tool_call>', "call",
+         '["f", {"a": 2, "b": 1}]'),
+        ('<tool_call>\n{"name": "f"}', "call", '["f", null]'),
+        ("<tool_call>\n{broken}\n</tool_call>", "text", "<tool_call> {broken} </tool_call>"),
+        ("I look.\n```bash\nls  -l\n```\nThen more.", "command", "ls -l"),
+        ("Hello\n  there", "text", "Hello there"),
+    ],
+)  # fmt: skip
+def test_an_action_is_read_from_an_answer(answer: str, kind: str, said: str) -> None:
+    assert (action_of(answer).kind, action_of(answer).said) == (kind, said)
+
+
+def test_beyond_the_first_token(rig: Rig) -> None:
+    donor, target = (encode(rig, f"Patient {n}. " + "What is the value? " * 20) for n in (7, 94))
+    ns = rig.namespace("beyond")
+    with rig.known(donor, ns):
+        full = rig.serve(target, ns, FULL, 0)
+        loose = rig.serve(target, ns, METHODS["placeholders"], 1)
+    again = in_chunks(rig, target, full, 2, chunk=7)
+    torch.testing.assert_close(again.result.logits, full.result.logits, atol=1e-4, rtol=1e-4)
+    own = [rig.words(answer) for answer in rig.decode([full, loose], 12)]
+    first, second, itself = beyond_first_token(rig, [full, loose, again], 12)
+    assert [first["answer"], second["answer"]] == own
+    assert first["kl_along"] == first["kl_worst"] == 0 and first["action_same"]
+    assert second["kl_worst"] >= second["kl_along"] > itself["kl_along"]
+    assert itself["kl_worst"] < 1e-6 and itself["greedy_agreement"] == 1
+    alone = beyond_first_token(rig, [full, loose], 1)[1]
+    assert alone["kl_along"] == kl_divergence(full.result.logits, loose.result.logits)
