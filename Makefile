@@ -42,7 +42,7 @@ KVBENCH := $(BIN)/kvshare bench
 OF_MODEL := -$(basename $(notdir $(MODEL))).json
 COST := demo template-8 template-16 template-2x16 memory server-overhead
 SHIPPED := $(COST) reuse frontier reports exams letters hitrate-banking77-sample
-FROM_DATA := $(COST) workloads-1000 workloads-4000 overhead lookup calibrate reuse frontier \
+FROM_DATA := $(COST) workloads-1000 workloads-4000 derived overhead lookup calibrate reuse frontier \
 	reports exams letters translation summaries multidoc hitrate-banking77 hitrate-chat_stream_sharegpt
 SHIPPED_SIZES := 100,250,500
 FROM_DATA_SIZES := 250,1000,4000
@@ -73,6 +73,9 @@ $(RESULTS)/template-2x16$(OF_MODEL): | $(SETUP_DONE)
 $(RESULTS)/workloads-1000$(OF_MODEL): | $(SETUP_DONE)
 	$(KVBENCH) workloads --data "$(DATA)" --model "$(MODEL)" --pairs 2 \
 		--methods prefix,kvshare,epic --json "$@"
+
+$(RESULTS)/derived$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) derived --data "$(DATA)" --model "$(MODEL)" --per-fact 12 --json "$@"
 
 $(RESULTS)/workloads-4000$(OF_MODEL): | $(SETUP_DONE)
 	$(KVBENCH) workloads --data "$(DATA)" --model "$(MODEL)" --tokens 4000 --pairs 1 --json "$@"
