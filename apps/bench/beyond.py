@@ -1,18 +1,17 @@
-"""What the first token cannot see: divergence along an answer, the next action, and the ceiling."""
+"""What the first token cannot see: divergence along an answer, and the next action."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from kvshare_mm.apps.bench.divergence import agreement, kl_divergence
 from kvshare_mm.apps.bench.rig import Rig, Served
-from kvshare_mm.stream import SegmentStream
 
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL)
 _FENCE = re.compile(r"```\w*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -44,20 +43,6 @@ def action_of(answer: str) -> Action:
     if fence := _FENCE.search(answer):
         return Action("command", " ".join(fence[1].split()))
     return Action("text", " ".join(answer.split()))
-
-
-def in_chunks(rig: Rig, stream: SegmentStream, full: Served, slot: int, chunk: int = 256) -> Served:
-    """Full recompute once more, in forwards of `chunk` positions.
-
-    Nothing but the order of sums differs: how far its answers are from those of one forward is how
-    near to full recompute anything can be told to come.
-    """
-    ids = stream.token_ids
-    logits = full.result.logits
-    for start in range(0, len(ids), chunk):
-        end = min(start + chunk, len(ids))
-        logits = rig.runner.prefill(slot, ids[:end], np.arange(start, end))
-    return replace(full, slot=slot, result=replace(full.result, logits=logits))
 
 
 def beyond_first_token(rig: Rig, served: Sequence[Served], max_tokens: int) -> list[dict[str, Any]]:
@@ -109,14 +94,7 @@ def _along(
             left or int(own.argmax()) != answer[-1]
             for left, own in zip(astray, logits, strict=True)
         ]
-        at = length + len(answer) - 1
-        if len(answer) == max_tokens or answer[-1] in rig.loaded.eos_token_ids or at >= rig.max_len:
+        full = length + len(answer) > rig.max_len
+        if len(answer) == max_tokens or answer[-1] in rig.loaded.eos_token_ids or full:
             return answer, divergences, astray
-        logits = list(
-            rig.runner.decode(
-                [one.slot for one in served],
-                [answer[-1]] * len(served),
-                [at] * len(served),
-                [one.result.rope_delta for one in served],
-            )
-        )
+        logits = rig.step(served, [answer] * len(served))

@@ -37,10 +37,10 @@ def workloads(
     from kvshare_mm.apps.bench.journal import Journal
     from kvshare_mm.apps.bench.material import Material
     from kvshare_mm.apps.bench.methods import pick
-    from kvshare_mm.apps.bench.workloads import run, slots_needed
+    from kvshare_mm.apps.bench.workloads import measured_methods, run
 
     chosen = pick(methods)
-    with opened_rig(model, slots_needed(chosen), repair=repair) as rig:
+    with opened_rig(model, len(measured_methods(chosen)), repair=repair) as rig:
         settings = [*rig.settings, "workloads", chosen, tokens, max_new_tokens]
         return run(
             rig,

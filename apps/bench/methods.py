@@ -36,6 +36,7 @@ class Method:
             is the project's default.
         budgets: the same for a few budgets from cheap to dear: its points on the frontier.
             Empty: the method has one point.
+        dtype: what the model computes in; None: as the others do.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Method:
     reuse: Reuse
     repair: str | None = None
     budgets: tuple[str, ...] = ()
+    dtype: str | None = None
 
     def policy(self, measure: Measure = _unmeasured) -> RepairPolicy | None:
         """How it repairs; None: as the project does. Raises ValueError: there is no such policy.
@@ -99,6 +101,8 @@ FULL = Method("full", "full recompute: the measure of all others", "off")
 _SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 _METHODS = (
     FULL,
+    # How much answers change for a reason that nobody minds: a yardstick for the others.
+    Method("bfloat16", "full recompute in bfloat16: rounding alone", "off", dtype="bfloat16"),
     Method("prefix", "prefix caching, as in vLLM and SGLang: the identical beginning", "exact"),
     Method("placeholders", "KVShare v1 (arXiv 2503.16525): nothing repaired", "similar", "none"),
     # The paper keeps a little more at the early layers and narrows the set from layer to layer;

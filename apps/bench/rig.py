@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from kvshare_mm import __version__
 from kvshare_mm.apps.bench.drift import value_deviation
@@ -30,12 +31,14 @@ class Served:
     """One prefill as a benchmark sees it.
 
     Attributes:
-        slot: where its KV is.
+        runner: whose slots hold its KV.
+        slot: which of them.
         result: what the engine was told.
         ttft: seconds until the first token was known.
         work: positions run through the model, in whole passes; a repair policy's probe counts.
     """
 
+    runner: SlotRunner
     slot: int
     result: PrefillResult
     ttft: float
@@ -50,6 +53,25 @@ class Served:
             "work_tokens": self.work,
             "declined": plan.declined,
         }
+
+
+class _Rounded:
+    """The same model in another dtype, which recomputes in full; one request at a time."""
+
+    def __init__(self, config: KVShareConfig, dtype: str) -> None:
+        quiet = {"dtype": dtype, "max_num_seqs": 1, "reuse": "off", "store_dir": None}
+        self._parts = assemble(config.model_copy(update=quiet))
+
+    def serve(self, stream: SegmentStream) -> Served:
+        start = time.perf_counter()
+        result = self._parts.prefiller.prefill(0, stream, "", reuse="off")
+        result = replace(result, logits=result.logits.float())
+        assert isinstance(self._parts.runner, SlotRunner)
+        took = time.perf_counter() - start
+        return Served(self._parts.runner, 0, result, took, float(len(stream)))
+
+    def close(self) -> None:
+        self._parts.close()
 
 
 class Rig:
@@ -76,6 +98,7 @@ class Rig:
         self.encoder, self.media = parts.encoder, parts.media
         self.max_len = self.runner.slot_kv(0)[0].shape[2]
         self._counter = LayerCounter(self.loaded.model, self.runner.slot_kv(0)[0].shape[0])
+        self._in_dtypes: dict[str, _Rounded] = {}
 
     @property
     def settings(self) -> list[Any]:
@@ -104,6 +127,8 @@ class Rig:
         Args:
             store: keep what an encoder makes of the prompt's media.
         """
+        if method.dtype is not None:
+            return self._rounded(method.dtype).serve(stream)
         self._counter.take()
         start = time.perf_counter()
         result = self._parts.prefiller.prefill(
@@ -115,7 +140,13 @@ class Rig:
             store=store,
         )
         int(result.logits.argmax())
-        return Served(slot, result, time.perf_counter() - start, self._counter.take())
+        took = time.perf_counter() - start
+        return Served(self.runner, slot, result, took, self._counter.take())
+
+    def _rounded(self, dtype: str) -> _Rounded:
+        if dtype not in self._in_dtypes:
+            self._in_dtypes[dtype] = _Rounded(self.config, dtype)
+        return self._in_dtypes[dtype]
 
     def _drift(
         self, slot: int, stream: SegmentStream, ns: str, plan: ReusePlan, layer: int
@@ -169,15 +200,26 @@ class Rig:
             and s.result.plan.num_tokens + len(answer) <= self.max_len
             and not (stop and stop(answer))
         ]:
-            logits = self.runner.decode(
-                [served[i].slot for i in active],
-                [answers[i][-1] for i in active],
-                [served[i].result.plan.num_tokens + len(answers[i]) - 1 for i in active],
-                [served[i].result.rope_delta for i in active],
-            )
-            for i, token in zip(active, logits.argmax(-1).tolist(), strict=True):
-                answers[i].append(token)
+            rows = self.step([served[i] for i in active], [answers[i] for i in active])
+            for i, row in zip(active, rows, strict=True):
+                answers[i].append(int(row.argmax()))
         return answers
+
+    def step(
+        self, served: Sequence[Served], answers: Sequence[Sequence[int]]
+    ) -> list[torch.Tensor]:
+        """Logits of the next token of each, ``[vocab_size]``, behind the tokens of its answer."""
+        rows: dict[int, torch.Tensor] = {}
+        for runner in dict.fromkeys(one.runner for one in served):
+            mine = [i for i, one in enumerate(served) if one.runner is runner]
+            logits = runner.decode(
+                [served[i].slot for i in mine],
+                [answers[i][-1] for i in mine],
+                [served[i].result.plan.num_tokens + len(answers[i]) - 1 for i in mine],
+                [served[i].result.rope_delta for i in mine],
+            )
+            rows |= zip(mine, logits, strict=True)
+        return [rows[i] for i in range(len(served))]
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
@@ -188,5 +230,7 @@ class Rig:
         return str(self.loaded.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def close(self) -> None:
+        for rounded in self._in_dtypes.values():
+            rounded.close()
         self._counter.close()
         self._parts.close()

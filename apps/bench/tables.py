@@ -72,10 +72,7 @@ def _workloads(report: Report) -> list[Row]:
         prefix = found["methods"]["prefix"]["computed_share"]
         for name, method in found["methods"].items():
             if name not in ("full", "prefix"):
-                itself = found["itself"]
-                rows.append(
-                    {"what": kind, "prefix": prefix, "name": name, "itself": itself, **method}
-                )
+                rows.append({"what": kind, "prefix": prefix, "name": name, **method})
     return rows
 
 
@@ -227,8 +224,7 @@ TABLES: dict[str, Kind] = {
             "worst": "{kl_worst:.2f}",
             "first token same": "{first_token_agreement:.0%}",
             "greedy same": "{greedy_agreement:.0%}",
-            "action same": "{action_same:.0%}",
-            "full with itself": "{itself[greedy_agreement]:.0%} / {itself[action_same]:.0%}",
+            "same answer": "{action_same:.0%}",
         },
         _workloads,
     ),

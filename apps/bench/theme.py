@@ -39,8 +39,9 @@ class Theme:
 
 
 _METHODS = (
-    # Grey for the two that are exact.
+    # Grey for those that reuse nothing or only what is identical.
     ("full", "#57606a", "#b1bac4"),
+    ("bfloat16", "#6e7781", "#9da7b3"),
     ("prefix", "#8c959f", "#8b949e"),
     ("placeholders", "#bc4c00", "#f0883e"),
     ("cacheblend", "#0969da", "#58a6ff"),
@@ -55,6 +56,7 @@ THEMES = (LIGHT, DARK)
 
 LABELS = {
     "full": "full recompute",
+    "bfloat16": "full, in bfloat16",
     "prefix": "prefix caching",
     "placeholders": "placeholders only",
     "cacheblend": "CacheBlend-style",

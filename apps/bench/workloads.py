@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvshare_mm.apps.bench import reuse
-from kvshare_mm.apps.bench.beyond import beyond_first_token, in_chunks
+from kvshare_mm.apps.bench.beyond import beyond_first_token
 from kvshare_mm.apps.bench.divergence import against
 from kvshare_mm.apps.bench.journal import Journal
 from kvshare_mm.apps.bench.material import Material, Messages
@@ -173,13 +173,13 @@ def run(
     """Measure every method on pairs of every kind, beyond the first token.
 
     Args:
-        rig: with `slots_needed` slots.
+        rig: with a slot for each of `measured_methods`.
         number: pairs of each kind.
 
     Returns:
         The report as JSON-ready data: by kind and method what was computed, the first token against
-        prefix caching's, and how far the answers are from full recompute's; ``itself`` is full
-        recompute in other chunks. ``actions`` counts what full recompute's answers are.
+        prefix caching's, and how far the answers are from full recompute's. ``actions`` counts what
+        full recompute's answers are.
 
     Raises:
         ConfigError: the data are too few for prompts of this length.
@@ -210,7 +210,6 @@ def run(
                 "pairs": len(mine),
                 "tokens": statistics.mean(row["tokens"] for row in mine),
                 "methods": {m.name: _summary(m.name, mine) for m in methods},
-                "itself": _beyond([row["itself"] for row in mine]),
             }
     actions = [row["methods"][FULL.name]["action"] for row in rows]
     return {
@@ -231,11 +230,6 @@ def measured_methods(methods: Sequence[Method]) -> list[Method]:
     return with_full([METHODS["prefix"], *(m for m in methods if m is not METHODS["prefix"])])
 
 
-def slots_needed(methods: Sequence[Method]) -> int:
-    """A slot for each method, and one for full recompute in other chunks."""
-    return len(measured_methods(methods)) + 1
-
-
 def _measure(
     rig: Rig, asked: Asked, methods: Sequence[Method], max_new_tokens: int
 ) -> dict[str, Any]:
@@ -244,12 +238,12 @@ def _measure(
         for slot, method in enumerate(methods)
     }
     full = served[FULL.name]
-    batch = [*served.values(), in_chunks(rig, asked.target, full, len(methods))]
-    *found, itself = (
+    batch = list(served.values())
+    found = (
         {"ttft_s": one.ttft, **against(full, one), **beyond}
         for one, beyond in zip(batch, beyond_first_token(rig, batch, max_new_tokens), strict=True)
     )
-    return {"methods": dict(zip(served, found, strict=True)), "itself": itself}
+    return {"methods": dict(zip(served, found, strict=True))}
 
 
 def _summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

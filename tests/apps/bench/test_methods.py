@@ -23,7 +23,7 @@ needs_gptcache = pytest.mark.skipif(
 
 def test_the_tables_are_keyed_by_name() -> None:
     assert set(METHODS) == {
-        "full", "prefix", "placeholders", "cacheblend", "epic", "deviation", "kvshare"
+        "full", "bfloat16", "prefix", "placeholders", "cacheblend", "epic", "deviation", "kvshare"
     }  # fmt: skip
     for name, method in [*METHODS.items(), *ANSWER_METHODS.items()]:
         assert method.name == name

@@ -122,7 +122,7 @@ def test_the_report(rig: Rig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         prefix, kvshare = (found["methods"][name] for name in ("prefix", "kvshare"))
         assert kvshare["computed_share"] <= prefix["computed_share"]
         assert prefix["speedup_vs_prefix"] == 1
-        assert prefix["kl_worst"] < 1e-6 and found["itself"]["greedy_agreement"] == 1
+        assert prefix["kl_worst"] < 1e-6
     assert sum(report["actions"].values()) == 2
     added = report["kinds"]["a document added in front"]["methods"]
     assert added["prefix"]["computed_share"] > 0.9
