@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from kvshare_mm import __version__
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.desk.cli import ui
 from kvshare_mm.apps.kernels import kernels
@@ -53,8 +54,18 @@ Json = Annotated[
 ]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvshare {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="print the version", callback=_version, is_eager=True),
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="show what happens inside")
     ] = False,

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from kvshare_mm.errors import ConfigError, InvalidRequestError
+from kvshare_mm.errors import ConfigError, InvalidRequestError, nearest
 from kvshare_mm.reuse.plan import PlannerOptions
 from kvshare_mm.reuse.repair import MaxDivergence, RepairPolicy, policy_of
 
@@ -31,10 +31,14 @@ def refuse_old_words(given: Any) -> Any:
 
 def wrong_options(error: ValidationError) -> ConfigError:
     """An error that names every option that is wrong."""
-    problems = "; ".join(
-        f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors()
-    )
-    return ConfigError(f"Invalid options: {problems}")
+    problems = []
+    for found in error.errors():
+        name = ".".join(map(str, found["loc"])) or "options"
+        said = found["msg"]
+        if found["type"] == "extra_forbidden":
+            said = f"there is no such option{nearest(name, KVShareConfig.model_fields)}"
+        problems.append(f"{name}: {said}")
+    return ConfigError(f"Invalid options: {'; '.join(problems)}")
 
 
 class KVShareConfig(BaseModel):

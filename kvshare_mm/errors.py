@@ -4,6 +4,11 @@ A cache failure is never raised to a request: it is a miss, counted with its rea
 (see `KVUnavailableError`, which the engine catches).
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class KVShareError(Exception):
     """Base of all errors raised on purpose by this package."""
@@ -59,3 +64,9 @@ class KVUnavailableError(KVShareError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What may have been meant, to stand behind an error's words; "" if nothing is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeGuard, overload
+from typing import TYPE_CHECKING, Any, Self, TypeGuard, Unpack, overload
 
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.answers import achunks, answer, answers, chunks
+from kvshare_mm.asked import Asked, Given, asked_for
 from kvshare_mm.assemble import Parts, assemble
 from kvshare_mm.chat import Message, Prompt, chat_stream, prompt_stream
 from kvshare_mm.config import KVShareConfig, RequestOptions
@@ -70,6 +71,7 @@ class KVShare:
         prompts: Prompt,
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
+        **given: Unpack[Given],
     ) -> RequestOutput: ...
 
     @overload
@@ -78,6 +80,7 @@ class KVShare:
         prompts: list[str] | list[list[int]],
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
+        **given: Unpack[Given],
     ) -> list[RequestOutput]: ...
 
     def generate(
@@ -85,49 +88,82 @@ class KVShare:
         prompts: Prompt | list[str] | list[list[int]],
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
+        **given: Unpack[Given],
     ) -> RequestOutput | list[RequestOutput]:
         """Answer one prompt (text or token ids) or a list of them.
+
+        Args:
+            params: how answers are decoded.
+            options: what may be reused, and for whom.
+            given: fields of either by name, as in ``generate("Hi", max_tokens=5)``.
 
         Raises:
             InvalidRequestError: a prompt cannot be served; raised before any is.
             QueueFullError: more prompts than the queue takes.
         """
+        asked = asked_for(params, options, given)
         if isinstance(prompts, str) or _are_token_ids(prompts):
-            return answers(self._parts.engine, [self._prompt(prompts, params, options)])[0]
+            return answers(self._parts.engine, [self._prompt(prompts, asked)])[0]
         if not isinstance(prompts, Sequence):
             raise InvalidRequestError("prompts are text, token ids, or a list of them", "prompt")
-        return answers(self._parts.engine, [self._prompt(p, params, options) for p in prompts])  # type: ignore[arg-type]
+        return answers(self._parts.engine, [self._prompt(p, asked) for p in prompts])  # type: ignore[arg-type]
 
+    @overload
     def chat(
         self,
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
-    ) -> RequestOutput:
-        """Answer a chat: messages as in OpenAI's API.
+        **given: Unpack[Given],
+    ) -> RequestOutput: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        **given: Unpack[Given],
+    ) -> list[RequestOutput]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        **given: Unpack[Given],
+    ) -> RequestOutput | list[RequestOutput]:
+        """Answer a chat, or a list of them: messages as in OpenAI's API.
 
         A part of a message is text (``{"type": "text", "text": ...}``), a picture (``image_url``:
         a URL, a data URL, a path or the file's bytes; or ``image``: a path, the file's bytes or a
         PIL image) or sound (``input_audio``: base64 and format; or ``audio``: a path, the file's
         bytes or samples with their rate), as far as the model takes it.
 
+        Args: as `generate`.
+
         Raises:
             InvalidRequestError: messages or media that cannot be read; `field` names the part.
+                Raised before any chat is served.
             QueueFullError: too many requests wait.
         """
-        return answers(self._parts.engine, [self._chat(messages, params, options)])[0]
+        asked = asked_for(params, options, given)
+        if _are_chats(messages):
+            return answers(self._parts.engine, [self._chat(one, asked) for one in messages])
+        return answers(self._parts.engine, [self._chat(messages, asked)])[0]  # type: ignore[arg-type]
 
     def stream(
         self,
         prompt: Prompt | Sequence[Message],
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
+        **given: Unpack[Given],
     ) -> Iterator[StreamChunk]:
         """Chunks of the answer to a prompt or a chat as they come; the last has the output.
 
         Leaving the iterator early cancels the request; it is submitted with the first step.
         """
-        return chunks(self._parts.engine, self._any(prompt, params, options))
+        return chunks(self._parts.engine, self.read(prompt, params, options, **given))
 
     # -- async twins ------------------------------------------------------------------------
 
@@ -136,19 +172,23 @@ class KVShare:
         prompt: Prompt,
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
+        **given: Unpack[Given],
     ) -> RequestOutput:
         """`generate` for one prompt; cancelling the task cancels the request."""
-        return await answer(self._parts.engine, self._prompt(prompt, params, options))
+        asked = asked_for(params, options, given)
+        return await answer(self._parts.engine, self._prompt(prompt, asked))
 
     async def achat(
         self,
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
+        **given: Unpack[Given],
     ) -> RequestOutput:
         """`chat`; cancelling the task cancels the request."""
         # Pictures and sound take time to decode; the loop has others to serve meanwhile.
-        spec = await asyncio.to_thread(self._chat, messages, params, options)
+        asked = asked_for(params, options, given)
+        spec = await asyncio.to_thread(self._chat, messages, asked)
         return await answer(self._parts.engine, spec)
 
     def read(
@@ -156,27 +196,35 @@ class KVShare:
         prompt: Prompt | Sequence[Message],
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
+        **given: Unpack[Given],
     ) -> RequestSpec:
         """A prompt or a chat as the engine takes it, for `astream`; nothing is run.
 
         Raises:
             InvalidRequestError: as `generate` and `chat`.
         """
-        return self._any(prompt, params, options)
+        asked = asked_for(params, options, given)
+        if isinstance(prompt, str) or _are_token_ids(prompt):
+            return self._prompt(prompt, asked)
+        if isinstance(prompt, Sequence) and prompt:
+            return self._chat(prompt, asked)  # type: ignore[arg-type]
+        return self._prompt(prompt, asked)  # type: ignore[arg-type]
 
     def astream(
         self,
         prompt: Prompt | Sequence[Message] | RequestSpec,
         params: SamplingParams | None = None,
         options: RequestOptions | None = None,
+        **given: Unpack[Given],
     ) -> AsyncGenerator[StreamChunk]:
         """`stream`; leaving the iterator early cancels the request.
 
         The prompt is read at the call, unless `read` did so: messages with media are best given
         from another thread.
         """
-        spec = prompt if isinstance(prompt, RequestSpec) else self._any(prompt, params, options)
-        return achunks(self._parts.engine, spec)
+        if not isinstance(prompt, RequestSpec):
+            prompt = self.read(prompt, params, options, **given)
+        return achunks(self._parts.engine, prompt)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -211,7 +259,7 @@ class KVShare:
         Raises:
             InvalidRequestError: as `generate` and `chat`.
         """
-        spec = self._any(prompt, None, options)
+        spec = self.read(prompt, options=options)
         if self.config.engine == "vllm":
             raise ConfigError("lookup: the donors are in vLLM's processes; see a request's answer")
         if self._parts.donors is None or spec.options.reuse == "off":
@@ -224,7 +272,7 @@ class KVShare:
 
     def tokenize(self, prompt: Prompt | Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a prompt or a chat, as the model would get it."""
-        return tuple(self._any(prompt, None, None).stream.token_ids.tolist())
+        return tuple(self.read(prompt).stream.token_ids.tolist())
 
     def namespace(self, cache_salt: str | None = None) -> str:
         """The namespace of requests with this salt; None: the engine's."""
@@ -302,63 +350,33 @@ class KVShare:
 
     # -- inside -----------------------------------------------------------------------------
 
-    def _any(
-        self,
-        prompt: Prompt | Sequence[Message],
-        params: SamplingParams | None,
-        options: RequestOptions | None,
-    ) -> RequestSpec:
-        if not isinstance(prompt, Sequence) or not prompt or isinstance(prompt, str):
-            return self._prompt(prompt, params, options)  # type: ignore[arg-type]
-        if _are_token_ids(prompt):
-            return self._prompt(prompt, params, options)
-        return self._chat(prompt, params, options)  # type: ignore[arg-type]
-
-    def _prompt(
-        self, prompt: Prompt, params: SamplingParams | None, options: RequestOptions | None
-    ) -> RequestSpec:
+    def _prompt(self, prompt: Prompt, asked: Asked) -> RequestSpec:
         parts = self._parts
         return self._spec(
-            *prompt_stream(prompt, parts.loaded.tokenizer, parts.media, self.text_bound),
-            params,
-            options,
+            *prompt_stream(prompt, parts.loaded.tokenizer, parts.media, self.text_bound), asked
         )
 
-    def _chat(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams | None,
-        options: RequestOptions | None,
-    ) -> RequestSpec:
-        given = options.cache_salt if isinstance(options, RequestOptions) else None
+    def _chat(self, messages: Sequence[Message], asked: Asked) -> RequestSpec:
+        salt = asked.options.cache_salt
         stream, text = chat_stream(
             messages,
             self._parts.loaded.tokenizer,
             self._parts.media,
-            self.config.cache_salt if given is None else given,
+            self.config.cache_salt if salt is None else salt,
             self.text_bound,
         )
-        spec = self._spec(stream, text, params, options)
+        spec = self._spec(stream, text, asked)
         if self._parts.seen is not None and spec.options.store:
             self._parts.seen.add(stream.items, spec.namespace)
         return spec
 
-    def _spec(
-        self,
-        stream: SegmentStream,
-        text: str,
-        params: SamplingParams | None,
-        options: RequestOptions | None,
-    ) -> RequestSpec:
-        params = SamplingParams() if params is None else params
-        options = RequestOptions() if options is None else options
-        if not isinstance(params, SamplingParams) or not isinstance(options, RequestOptions):
-            raise InvalidRequestError("params are SamplingParams, options are RequestOptions")
+    def _spec(self, stream: SegmentStream, text: str, asked: Asked) -> RequestSpec:
+        options = asked.options
         salt = self.config.cache_salt if options.cache_salt is None else options.cache_salt
         spec = RequestSpec(
             stream=stream,
             text=text,
-            params=params,
+            params=asked.params,
             namespace=namespace(self._parts.loaded.fingerprint, salt),
             options=replace(options, reuse=options.reuse or self.config.reuse, cache_salt=salt),
         )
@@ -376,3 +394,7 @@ def _assemble(config: KVShareConfig) -> Parts | VLLMParts:
 
 def _are_token_ids(prompt: object) -> TypeGuard[Sequence[int]]:
     return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], int)
+
+
+def _are_chats(messages: object) -> TypeGuard[Sequence[Sequence[Message]]]:
+    return isinstance(messages, list | tuple) and bool(messages) and isinstance(messages[0], list)

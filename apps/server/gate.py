@@ -24,6 +24,7 @@ from kvshare_mm.apps.server.keys import Caller, KeyRing
 from kvshare_mm.apps.server.limits import Meter, Meters
 from kvshare_mm.apps.server.logs import request_id
 from kvshare_mm.apps.server.options import ServerOptions
+from kvshare_mm.apps.server.replies import PROMPT_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -158,19 +159,23 @@ class Gate:
         seconds = time.perf_counter() - started
         # While a model is loading, it is asked every second whether it is ready.
         quiet = route in {"/health", "/ping", "/metrics"} and (status < 400 or status == 503)
+        origin: dict[str, int] = scope["state"].get(PROMPT_TOKENS, {})
+        said = ", ".join(f"{count} {kind}" for kind, count in origin.items())
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
-            "%s %s %d in %.3f s",
+            "%s %s %d in %.3f s%s",
             scope["method"][:20],
             quote(scope["path"], "/:", errors="backslashreplace")[:200],
             status,
             seconds,
+            f"; prompt tokens: {said}" if said else "",
             extra={
                 "fields": {
                     "status": status,
                     "seconds": round(seconds, 6),
                     "route": route,
                     **({"tenant": caller.tenant} if caller and caller.tenant else {}),
+                    **origin,
                 }
             },
         )

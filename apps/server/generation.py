@@ -15,7 +15,7 @@ from kvshare_mm.apps.server.answering import Answers, EventStream, answers, unle
 from kvshare_mm.apps.server.errors import ApiError, as_api_error
 from kvshare_mm.apps.server.keys import Caller
 from kvshare_mm.apps.server.limits import Bill
-from kvshare_mm.apps.server.replies import provenance, usage
+from kvshare_mm.apps.server.replies import PROMPT_TOKENS, prompt_tokens, provenance, usage
 from kvshare_mm.apps.server.schema import KVShareField
 from kvshare_mm.apps.server.scope import scope
 from kvshare_mm.apps.server.service import Service
@@ -237,8 +237,9 @@ class Generation:
     def _settle(self) -> None:
         """It is over, well or not."""
         done = [self._outputs[i] for i in sorted(self._outputs)]
-        prompt = usage(done)["prompt_tokens"] if len(done) == len(self._runs) else None
-        self._bill.settle(prompt)
+        num_tokens, origin = prompt_tokens(done)
+        self._bill.settle(num_tokens if len(done) == len(self._runs) else None)
+        self._request.scope["state"][PROMPT_TOKENS] = origin  # for the log
 
 
 def _size(prompt: Prompt) -> int:

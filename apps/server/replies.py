@@ -9,18 +9,29 @@ from typing import Any
 from kvshare_mm.apps.server.errors import clean
 from kvshare_mm.outputs import RequestOutput, TokenLogprob
 
+# What became of a request's prompt, in its scope's state.
+PROMPT_TOKENS = "prompt_tokens"
+
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     """Tokens of one request; `outputs` by prompt and choice, each prompt counted once."""
-    prompts = {output.prompt_token_ids: output for output in reversed(outputs)}
-    prompt = sum(map(len, prompts))
-    cached = sum(o.provenance.exact + o.provenance.reused for o in prompts.values())
+    prompt, origin = prompt_tokens(outputs)
+    cached = origin["exact"] + origin["reused"]
     completion = sum(len(output.token_ids) for output in outputs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def prompt_tokens(outputs: Sequence[RequestOutput]) -> tuple[int, dict[str, int]]:
+    """Prompt tokens of one request, each prompt counted once, and how many of them came how."""
+    prompts = {output.prompt_token_ids: output.provenance for output in reversed(outputs)}
+    kinds = ("exact", "reused", "recomputed")
+    return sum(map(len, prompts)), {
+        kind: sum(getattr(used, kind) for used in prompts.values()) for kind in kinds
     }
 
 

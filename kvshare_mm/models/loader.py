@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from kvshare_mm import assets
 from kvshare_mm.attention import attention_name
-from kvshare_mm.errors import ConfigError, ModelLoadError
+from kvshare_mm.errors import ConfigError, ModelLoadError, nearest
 from kvshare_mm.kernels.backend import BackendError, resolve
 from kvshare_mm.models.family import Family, load_family
 from kvshare_mm.models.gguf import EMBEDDED, converted, embedded_gguf
@@ -210,6 +210,9 @@ def locate(name: str) -> str:
         return str(folder)
     if folder.is_absolute() or name.startswith("."):
         raise ModelLoadError(f"There is no model folder at {name}")
+    # Before a hub is asked, which takes half a minute where there is none.
+    if "/" not in name and (hint := nearest(name, (*EMBEDDED, *SHIPPED))):
+        raise ModelLoadError(f"There is no model {name!r} here{hint}")
     return name
 
 

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvshare_mm import (
+    ConfigError,
     EngineClosedError,
+    InvalidRequestError,
     KVShare,
     KVShareConfig,
+    ModelLoadError,
     RequestOptions,
     RequestOutput,
     SamplingParams,
     StreamChunk,
 )
+from kvshare_mm.asked import Given
 
 from .prompts import _CHAT, _DONOR, _PARAMS, _TARGET, OpenLLM
 
@@ -41,6 +47,52 @@ def test_lists_of_prompts(llm: KVShare) -> None:
     assert llm.generate([], _PARAMS) == []
     [single] = llm.generate(prompts[:1], _PARAMS)
     assert single.token_ids == outputs[0].token_ids
+
+
+def test_fields_are_given_by_name(llm: KVShare) -> None:
+    few = llm.generate(_DONOR, max_tokens=2)
+    assert few.token_ids == llm.generate(_DONOR, SamplingParams(max_tokens=2)).token_ids
+    both = llm.chat(_CHAT, SamplingParams(max_tokens=9), max_tokens=1, reuse="off")
+    assert len(both.token_ids) == 1 and both.provenance.declined == "reuse_off"
+    [*_, last] = llm.stream(_DONOR, max_tokens=2)
+    assert last.output is not None and last.output.token_ids == few.token_ids
+    assert asyncio.run(llm.agenerate(_DONOR, max_tokens=2)).token_ids == few.token_ids
+
+
+def test_every_field_has_its_name() -> None:
+    known = [f.name for kind in (SamplingParams, RequestOptions) for f in fields(kind)]
+    assert list(Given.__annotations__) == known
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "said"),
+    [
+        ({"max_token": 3}, "max_token", "did you mean max_tokens?"),
+        ({"reuze": "off"}, "reuze", "did you mean reuse?"),
+        ({"temperature": -1}, "temperature", "not allowed"),
+        ({"xyz": 1}, "xyz", "no option xyz$"),
+    ],
+)
+def test_wrong_fields_are_named(llm: KVShare, given: Any, field: str, said: str) -> None:
+    with pytest.raises(InvalidRequestError, match=said) as raised:
+        llm.generate("Hi", **given)
+    assert raised.value.field == field
+
+
+def test_wrong_names_of_the_engine_are_answered_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"max_divergense: .*did you mean max_divergence\?"):
+        KVShare(max_divergense=1)
+    with pytest.raises(ModelLoadError, match=r"did you mean smollm2\?"):
+        KVShare("smolm2")
+
+
+def test_lists_of_chats(llm: KVShare) -> None:
+    chats = [[{"role": "user", "content": text}] for text in ("The fox.", "The number.")]
+    answers = llm.chat(chats, _PARAMS)
+    assert [a.token_ids for a in answers] == [llm.chat(c, _PARAMS).token_ids for c in chats]
+    assert answers[0].prompt_token_ids != answers[1].prompt_token_ids
+    with pytest.raises(InvalidRequestError, match="role"):
+        llm.chat([chats[0], [{"content": "no role"}]], _PARAMS)
 
 
 def test_chat_goes_through_the_template(llm: KVShare) -> None:

@@ -17,6 +17,7 @@ from click.testing import Result
 from rich.console import Console
 from typer.testing import CliRunner
 
+import kvshare_mm
 from kvshare_mm import KVShare, ModelLoadError, SamplingParams
 from kvshare_mm.apps import chat as chat_app
 from kvshare_mm.apps.bench.theme import LABELS
@@ -72,6 +73,10 @@ def commands(group: click.Group | Any, path: tuple[str, ...] = ()) -> Iterator[t
     yield path
     for name, command in getattr(group, "commands", {}).items():
         yield from commands(command, (*path, name))
+
+
+def test_the_version(run: Run) -> None:
+    assert run("--version").output == f"kvshare {kvshare_mm.__version__}\n"
 
 
 @pytest.mark.parametrize("path", list(commands(typer.main.get_command(app))), ids=" ".join)

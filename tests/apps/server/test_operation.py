@@ -98,6 +98,21 @@ def test_logs_have_request_ids(shared: Running, caplog: pytest.LogCaptureFixture
     assert "hello" not in json.dumps(entry)
 
 
+def test_a_line_of_the_log_says_what_was_reused(
+    shared: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    body = {"prompt": "What is the value of the number? " * 4, "max_tokens": 1}
+    for stream in (False, True):
+        shared.ask("POST", "/v1/completions", json={**body, "stream": stream}).raise_for_status()
+    until(lambda: caplog.text.count("prompt tokens: ") == 2)
+    first, second = (r for r in caplog.records if "prompt tokens: " in r.getMessage())
+    told = [getattr(record, "fields") for record in (first, second)]  # noqa: B009
+    assert told[0]["recomputed"] > 1 and "exact" in told[0]
+    assert told[1]["exact"] == sum(told[0][k] for k in ("exact", "reused", "recomputed")) - 1
+    assert f"{told[1]['exact']} exact, 0 reused, 1 recomputed" in second.getMessage()
+
+
 def test_json_logs_carry_errors() -> None:
     try:
         raise ValueError("bad\nthing")

@@ -1,0 +1,64 @@
+"""What a call of the Python API asks for: two objects, single fields of them by name, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, NamedTuple, TypedDict
+
+from kvshare_mm.config import RequestOptions, Reuse
+from kvshare_mm.errors import InvalidRequestError, nearest
+from kvshare_mm.sampling import SamplingParams
+
+
+class Given(TypedDict, total=False):
+    """The fields of `SamplingParams` and `RequestOptions`, by name."""
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int | None
+    stop: str | list[str] | tuple[str, ...]
+    ignore_eos: bool
+    logprobs: int | None
+
+    reuse: Reuse | None
+    repair: str | None
+    cache_salt: str | None
+    store: bool
+    max_divergence: float | None
+    tenant: str
+
+
+class Asked(NamedTuple):
+    """How a request is decoded, and what it may reuse."""
+
+    params: SamplingParams
+    options: RequestOptions
+
+
+_PARAMS = {f.name for f in fields(SamplingParams)}
+_OPTIONS = {f.name for f in fields(RequestOptions)}
+
+
+def asked_for(
+    params: SamplingParams | None, options: RequestOptions | None, given: Mapping[str, Any]
+) -> Asked:
+    """What a call asks for: fields that are named go before those of the two objects.
+
+    Raises:
+        InvalidRequestError: a name that neither has, or a value that is not allowed.
+    """
+    params = SamplingParams() if params is None else params
+    options = RequestOptions() if options is None else options
+    if not isinstance(params, SamplingParams) or not isinstance(options, RequestOptions):
+        raise InvalidRequestError("params are SamplingParams, options are RequestOptions")
+    for name in given.keys() - _PARAMS - _OPTIONS:
+        hint = nearest(name, _PARAMS | _OPTIONS)
+        raise InvalidRequestError(f"a request has no option {name}{hint}", name)
+    return Asked(
+        replace(params, **{k: v for k, v in given.items() if k in _PARAMS}),
+        replace(options, **{k: v for k, v in given.items() if k in _OPTIONS}),
+    )
