@@ -82,7 +82,7 @@ class Inbox:
         self.chunks: list[StreamChunk] = []
         self.error: Exception | None = None
         self._done = threading.Event()
-        spec = llm._prompt(prompt, sampling, None)
+        spec = llm.read(prompt, sampling, None)
         self.request_id = llm._parts.engine.submit(spec, self)
 
     def __call__(self, chunk: StreamChunk | Exception) -> None:

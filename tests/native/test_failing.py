@@ -70,7 +70,7 @@ def test_a_sink_that_raises_ends_its_request_only(
     def broken(chunk: StreamChunk | Exception) -> None:
         raise ConnectionError("the client is gone")
 
-    llm._parts.engine.submit(llm._prompt(_PROMPTS[0], params(400), None), broken)
+    llm._parts.engine.submit(llm.read(_PROMPTS[0], params(400), None), broken)
     assert llm.generate(_PROMPTS[1], params()).token_ids == alone[1].token_ids
     assert idle(llm)
     assert outcomes(llm)["finished_abort"] == 1

@@ -55,7 +55,7 @@ def test_a_tenant_with_many_requests_does_not_hold_up_one_with_few(open_llm: Ope
                 done.append(tenant)
 
         options = RequestOptions(tenant=tenant, reuse="off", store=False)
-        llm._parts.engine.submit(llm._prompt(_PROMPTS[0], params(3), options), sink)
+        llm._parts.engine.submit(llm.read(_PROMPTS[0], params(3), options), sink)
 
     ask("large")
     gate.wait()

@@ -128,7 +128,7 @@ def test_a_flush_waits_for_every_answer_that_was_delivered(open_llm: OpenLLM) ->
             flushed_in_sink.append(engine.wait_saved(0))
             done.set()
 
-    engine.submit(llm._prompt(_DONOR, params(2), None), sink)
+    engine.submit(llm.read(_DONOR, params(2), None), sink)
     assert done.wait(PATIENCE_S)
     assert flushed_in_sink == [False]
     assert llm.flush()
