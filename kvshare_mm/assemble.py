@@ -21,10 +21,12 @@ from kvshare_mm.modalities.registry import adapters_for
 from kvshare_mm.modalities.seen import SeenMedia, opener
 from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.models.loader import LoadedModel, load_model
+from kvshare_mm.native.audit import Auditor
 from kvshare_mm.native.encoder import MediaEncoder
 from kvshare_mm.native.engine import NativeEngine
 from kvshare_mm.native.prefill import Prefiller
 from kvshare_mm.native.slots import ModelRunner, PlainRunner, SlotRunner
+from kvshare_mm.reuse.calibration import Calibration
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.editor import KVEditor
 from kvshare_mm.reuse.words import joining_tokens
@@ -50,6 +52,7 @@ class Parts:
     encoder: MediaEncoder | None = None
     seen: SeenMedia | None = None
     decoder: Decoder = field(default_factory=InProcess)
+    auditor: Auditor | None = None
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start and sizes now.
@@ -57,7 +60,8 @@ class Parts:
         Returns:
             ``requests``: counts by outcome and prompt tokens by provenance; ``queue``: waiting and
             running; if KV can be shared, ``donors``: number, tokens owned and stored, bytes by
-            tier, events; and of a multimodal model ``media``: encoder runs and hits.
+            tier, events; ``audits``, where requests are audited; and of a multimodal model
+            ``media``: encoder runs and hits.
         """
         engine = self.engine
         stats: dict[str, Any] = {
@@ -76,6 +80,8 @@ class Parts:
                 "bytes": self.donors.store.bytes_by_tier(),
                 "events": {**self.donors.counters, **self.donors.store.counters},
             }
+        if self.auditor is not None:
+            stats["audits"] = self.auditor.stats
         if self.encoder is not None:
             seen = self.seen.counters if self.seen else {}
             decoded = self.decoder.counters
@@ -87,6 +93,9 @@ class Parts:
                 **{f"decoder_{name}": count for name, count in decoded.items()},
             }
         return stats
+
+    def wait_audited(self, timeout_s: float | None) -> bool:
+        return self.engine.wait_audited(timeout_s)
 
     def flush(self, timeout_s: float | None) -> bool:
         saved = self.engine.wait_saved(timeout_s)
@@ -135,7 +144,15 @@ def assemble(config: KVShareConfig) -> Parts:
     if loaded.family is not None:
         encoder = MediaEncoder(loaded, donors.store if donors else None)
     prefiller = Prefiller(runner, donors, config.planner, config.policy, encoder)
-    engine = NativeEngine(loaded, runner, prefiller, donors, max_len, config.max_queue)
+    auditor = None
+    if donors is not None and isinstance(runner, SlotRunner):
+        calibration = _calibration(config, donors, loaded.fingerprint)
+        if calibration is not None and config.audit_share:
+            auditor = Auditor(
+                *(runner, calibration, config.audit_share, config.audit_budget),
+                *(loaded.tokenizer, encoder),
+            )
+    engine = NativeEngine(loaded, runner, prefiller, donors, max_len, config.max_queue, auditor)
     seen = None
     decoder: Decoder = InProcess()
     if loaded.family is not None:
@@ -146,7 +163,7 @@ def assemble(config: KVShareConfig) -> Parts:
                 config.media_workers, config.media_deadline_s, config.max_image_pixels
             )
     media = media_support(loaded, config, decoder)
-    return Parts(loaded, runner, prefiller, donors, engine, media, encoder, seen, decoder)
+    return Parts(loaded, runner, prefiller, donors, engine, media, encoder, seen, decoder, auditor)
 
 
 def media_support(
@@ -189,6 +206,18 @@ def _donors(config: KVShareConfig, loaded: LoadedModel, disk: DiskTier | None) -
         config.max_candidates,
         joining_tokens(loaded.tokenizer),
     )
+
+
+def _calibration(config: KVShareConfig, donors: DonorPool, fingerprint: str) -> Calibration | None:
+    """What audits taught, and will. Raises ConfigError: a file that was named cannot be used."""
+    kept = config.store_dir and config.store_dir / f"calibration-{fingerprint[:16]}.json"
+    calibration = Calibration(donors.counters, kept, audits=config.audit_share > 0)
+    if config.calibration is not None and calibration.empty:
+        calibration.load(config.calibration, must=True)
+    if calibration.empty and not config.audit_share:
+        return None  # nothing is known and nobody will find out: the constants hold as they are
+    donors.reuse.calibration, donors.reuse.default = calibration, config.policy
+    return calibration
 
 
 def open_dense(config: KVShareConfig, fingerprint: str) -> Callable[[], Opened]:

@@ -12,6 +12,7 @@ request over its own slot. Decoding is the case of one row per request.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -66,6 +67,10 @@ class TailAttention:
         return None if self._sum is None else (self._sum / self._layers).cpu().numpy()
 
 
+class GivenUp(Exception):
+    """A forward that was not finished; what it wrote can be written again."""
+
+
 class SlotCache(Cache):
     """K/V of all slots, preallocated; `batch` says where the next forward writes.
 
@@ -73,6 +78,7 @@ class SlotCache(Cache):
         k: ``[num_layers, num_slots, num_kv_heads, max_len, head_dim]``.
         v: the same (head_dim may differ).
         moved_s: `time.perf_counter` of the last layer.
+        given_up: asked before every layer of a forward that may be; None: it may not.
     """
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -81,6 +87,7 @@ class SlotCache(Cache):
         self.k = k
         self.v = v
         self.batch: RaggedQueries | None = None
+        self.given_up: Callable[[], bool] | None = None
 
     def update(
         self,
@@ -94,6 +101,8 @@ class SlotCache(Cache):
         batch = self.batch
         if batch is None or batch.pages is None:
             raise RuntimeError("SlotCache.batch must be set before a forward, with slots")
+        if self.given_up is not None and self.given_up():
+            raise GivenUp
         self.moved_s = time.perf_counter()
         k, v = self.k[layer_idx], self.v[layer_idx]
         slots, index = batch.rows

@@ -86,6 +86,21 @@ class KVShareConfig(BaseModel):
         description="how far the first token may be from full recompute (KL, nats): smaller is "
         "closer, larger is faster; default: 0.01",
     )
+    audit_share: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="share of similar requests that are computed in full afterwards, when nothing "
+        "waits, to learn how far answers really are; 0: none",
+    )
+    audit_budget: float = Field(
+        2000, gt=0, description="tokens a second that audits compute at most"
+    )
+    calibration: Path | None = Field(
+        None,
+        description="file of `kvshare calibrate`: what was learned before; a store that has "
+        "learned itself goes first",
+    )
     min_run: int = Field(4, ge=1, description="shortest run of equal tokens that is kept")
     min_gain_tokens: int = Field(16, ge=1, description="fewest similar tokens worth an edit")
     min_gain_share: float = Field(
@@ -150,7 +165,7 @@ class KVShareConfig(BaseModel):
     def _off(cls, value: str | None) -> str | None:
         return None if value == "none" else value
 
-    @field_validator("store_dir")
+    @field_validator("store_dir", "calibration")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         return value.expanduser() if value else None

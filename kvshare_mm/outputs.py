@@ -79,6 +79,9 @@ class Provenance:
         fallback: why a planned reuse was given up and the prompt computed in full, or None.
         spans: the prompt, tiled.
         media: its pictures and clips, in order.
+        expected_divergence: nats that the answer stays below in 95% of the cases (the larger of the
+            first token's KL and the mean along the answer), as far as that is known; None: nothing
+            approximate was reused, or vLLM runs the model.
     """
 
     exact: int = 0
@@ -90,6 +93,7 @@ class Provenance:
     fallback: str | None = None
     spans: tuple[Span, ...] = field(default=(), repr=False)
     media: tuple[MediaUse, ...] = ()
+    expected_divergence: float | None = None
 
 
 def count_use(counters: Counter[str], use: Provenance) -> None:

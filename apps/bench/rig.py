@@ -86,7 +86,12 @@ class Rig:
     """
 
     def __init__(self, config: KVShareConfig, num_slots: int = 1) -> None:
-        quiet = {"max_num_seqs": num_slots, "embedder": None, "media_embedder": None}
+        quiet = {
+            "max_num_seqs": num_slots,
+            "embedder": None,
+            "media_embedder": None,
+            "audit_share": 0,  # methods are compared as they are, not as they learn
+        }
         self.config = config.model_copy(update=quiet)
         self.num_slots = num_slots
         self._parts = parts = assemble(self.config)

@@ -69,6 +69,10 @@ class MediaEncoder:
             self._put(item, ns, features)
         return features, True
 
+    def knows(self, item: MediaItem, ns: str) -> bool:
+        """Whether an item's features are stored, so that they can be had without running it."""
+        return self._store is not None and self._store.resident(media_id(ns, item)) is not None
+
     def _stored(self, item: MediaItem, ns: str) -> torch.Tensor | None:
         node_id = media_id(ns, item)
         if self._store is None or self._store.resident(node_id) is None:

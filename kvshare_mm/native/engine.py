@@ -24,6 +24,7 @@ from kvshare_mm.errors import (
 )
 from kvshare_mm.modalities.one_core import start_on_one_core
 from kvshare_mm.models.loader import LoadedModel
+from kvshare_mm.native.audit import Audit, Auditor
 from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN, FairQueue
 from kvshare_mm.native.prefill import Prefiller, provenance
 from kvshare_mm.native.request import SlotRequest
@@ -51,6 +52,7 @@ class NativeEngine:
         donors: takes up finished requests; None: nothing is stored.
         max_model_len: longest prompt plus answer.
         max_queue: requests that may wait, see `FairQueue`.
+        auditor: computes some requests in full when nothing else is to do; None: nobody does.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class NativeEngine:
         donors: DonorPool | None,
         max_model_len: int,
         max_queue: int,
+        auditor: Auditor | None = None,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._loaded = loaded
         self._runner = runner
         self._prefiller = prefiller
         self._donors = donors
+        self._auditor = auditor
         self.max_model_len = max_model_len
         self._changed = threading.Condition()
         self._waiting: FairQueue[SlotRequest] = FairQueue(max_queue)
@@ -74,7 +78,7 @@ class NativeEngine:
         self._active: list[SlotRequest] = []
         self._known: dict[str, SlotRequest] = {}
         self._closing = False
-        self._saves: queue.SimpleQueue[SlotRequest | None] = queue.SimpleQueue()
+        self._saves: queue.SimpleQueue[SlotRequest | Audit | None] = queue.SimpleQueue()
         # Saves are numbered as they are ordered and done in that order. The last of each
         # namespace that may not be done yet:
         self._ordered = self._saved = 0
@@ -140,6 +144,15 @@ class NativeEngine:
         with self._changed:
             return self._changed.wait_for(lambda: self._saved == self._ordered, timeout_s)
 
+    def wait_audited(self, timeout_s: float | None = None) -> bool:
+        """Wait until no audit waits and their nodes are healed; False if time ran out."""
+        auditor = self._auditor
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: not auditor or (not len(auditor) and self._saved == self._ordered),
+                timeout_s,
+            )
+
     @property
     def healthy(self) -> bool:
         """Whether requests can be expected to be answered."""
@@ -196,7 +209,10 @@ class NativeEngine:
         with self._changed:
             while not (self._closing or self._active or self._next() or self._gone()):
                 held = self._waiting and self._free
-                self._changed.wait(_MAX_HOLD_S if held else None)
+                audit_s = None if held else self._audit_s()
+                if audit_s == 0:
+                    break
+                self._changed.wait(_MAX_HOLD_S if held else audit_s)
             if self._closing:
                 return False
             gone = self._gone()
@@ -206,13 +222,33 @@ class NativeEngine:
             if request is not None:
                 self._waiting.remove(request.spec.options.tenant, request)
                 slot = self._free.pop()
+            idle = not (self._active or request or gone)
         for dropped in gone:
             self._finish(dropped, "abort")
         if request is not None:
             self._start(request, slot)
         if self._active:
             self._decode()
+        if idle:
+            self._audit()
         return True
+
+    def _audit_s(self) -> float | None:
+        """Seconds until an audit may go on; None: none can. Lock held."""
+        if not self._auditor or not self._free or self._saved < self._ordered:
+            return None
+        return self._auditor.wait_s
+
+    def _audit(self) -> None:
+        """A chunk of an audit, in a free slot: the one that is taken last if somebody comes."""
+        assert self._auditor is not None
+        audit = self._auditor.work(self._free[0], lambda: bool(self._waiting) or self._closing)
+        with self._changed:
+            if audit is not None:
+                self._free.remove(audit.slot)
+                self._ordered += 1
+                self._saves.put(audit)
+            self._changed.notify_all()
 
     def _next(self) -> SlotRequest | None:
         """The request that starts next, if one can. Lock held."""
@@ -227,6 +263,8 @@ class NativeEngine:
 
     def _start(self, request: SlotRequest, slot: int) -> None:
         spec = request.spec
+        if self._auditor is not None:
+            self._auditor.taken(slot)
         try:
             request.begin(slot, self._loaded.tokenizer, self._loaded.device)
             request.prefill = self._prefiller.prefill(
@@ -245,6 +283,8 @@ class NativeEngine:
         self.counters["prompt_tokens"] += request.prefill.plan.num_tokens
         self._charge(request, PROMPT_TOKEN * request.prefill.plan.num_computed)
         self._active.append(request)
+        if self._auditor is not None:
+            request.audit = self._auditor.draw(spec, request.prefill.plan, request.token_ids)
         self._accept(request, request.prefill.logits)
 
     def _decode(self) -> None:
@@ -298,6 +338,8 @@ class NativeEngine:
             self._active.remove(request)
             self._fail(request, failure)
             return
+        if request.audit is not None:
+            request.audit.keep(logits)
         if reason is not None:
             self._finish(request, reason)
 
@@ -329,6 +371,8 @@ class NativeEngine:
             self._failures = 0
         self.counters[f"finished_{reason}"] += 1
         self.counters["generation_tokens"] += len(request.token_ids)
+        if self._auditor is not None and request.audit is not None and reason != "abort":
+            self._auditor.add(request.audit)
         asked = request.spec.options
         wanted = asked.store and asked.reuse != "off" and request.prefill is not None
         if wanted and self._donors is not None:
@@ -378,13 +422,18 @@ class NativeEngine:
 
     def _save(self) -> None:
         while (request := self._saves.get()) is not None:
+            if isinstance(request, Audit):
+                self._heal(request)
+                continue
             start = time.perf_counter()
             try:
                 assert request.prefill is not None
                 spec, answer = request.spec, request.token_ids[:-1]
-                self._prefiller.save(
+                node_id = self._prefiller.save(
                     request.slot, spec.stream, spec.namespace, request.prefill, answer, spec.text
                 )
+                if request.audit is not None:
+                    request.audit.node_id = node_id
             except Exception:
                 self.counters["save_failed"] += 1
                 logger.exception("could not take up %s as a donor", request.request_id)
@@ -396,3 +445,19 @@ class NativeEngine:
                     if self._last_save.get(request.spec.namespace) == self._saved:
                         del self._last_save[request.spec.namespace]
                     self._changed.notify_all()
+
+    def _heal(self, audit: Audit) -> None:
+        """Make the node of an audited request exact, and keep what was learned."""
+        try:
+            assert self._auditor is not None and self._donors is not None
+            if audit.node_id is not None:
+                self._donors.heal(audit.node_id, *self._auditor.kv(audit), audit.attention)
+            self._auditor.calibration.save()
+        except Exception:
+            self.counters["heal_failed"] += 1
+            logger.exception("could not heal %s", audit.node_id)
+        finally:
+            with self._changed:
+                self._free.insert(0, audit.slot)
+                self._saved += 1
+                self._changed.notify_all()

@@ -126,7 +126,7 @@ class Prefiller:
                 # A cache problem is never a request's problem; the slot is computed whole.
                 logger.exception("edit failed; computing in full")
                 fallback = "edit_error"
-            plan = ReusePlan(len(stream), declined=plan.declined)
+            plan = ReusePlan(len(stream), declined=plan.declined, origin=plan.edited_from)
         edited = time.perf_counter()
         # Only donors need it; without a pool there will be none.
         tail = TailAttention() if self._donors is not None else None
@@ -284,4 +284,5 @@ def provenance(result: PrefillResult) -> Provenance:
         fallback=result.fallback,
         spans=spans,
         media=result.media,
+        expected_divergence=plan.promise.expected if plan.promise else None,
     )

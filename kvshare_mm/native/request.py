@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvshare_mm.native.audit import Audit
 from kvshare_mm.native.detokenizer import Detokenizer
 from kvshare_mm.native.prefill import PrefillResult, provenance
 from kvshare_mm.outputs import FinishReason, Provenance, RequestOutput, StreamChunk
@@ -25,6 +26,7 @@ class SlotRequest(Request):
     Attributes:
         after: number of the save that has to be done before it starts, so that it finds what was
             answered before it was asked.
+        audit: of a request that is to be audited.
     """
 
     after: int = 0
@@ -33,6 +35,7 @@ class SlotRequest(Request):
     slot: int = -1
     admitted: float = 0.0
     prefill: PrefillResult | None = None
+    audit: Audit | None = None
     sampler: Sampler | None = None
     detokenizer: Detokenizer | None = None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -135,6 +135,37 @@ class SlotRunner:
         return logits[0, -1]
 
     @torch.inference_mode()
+    def forward(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        compute: np.ndarray,
+        keep: int,
+        given_up: Callable[[], bool],
+        tail: TailAttention | None = None,
+        media: MediaInputs | None = None,
+    ) -> torch.Tensor:
+        """One forward over positions `compute`, in the background: see `prefill`.
+
+        Args:
+            keep: so many of the last positions' logits are wanted.
+            given_up: asked before every layer; true ends it.
+
+        Returns:
+            ``[keep, vocab_size]`` logits.
+
+        Raises:
+            GivenUp: it was.
+        """
+        ids, index = (torch.from_numpy(a).to(self._device) for a in (token_ids, compute))
+        self._cache.given_up = given_up
+        try:
+            logits = self._forward(self._cache, slot, ids, index, media, tail, keep).logits
+        finally:
+            self._cache.given_up = None
+        return torch.as_tensor(logits[0, -keep:])
+
+    @torch.inference_mode()
     def decode(
         self,
         slots: Sequence[int],
@@ -166,6 +197,7 @@ class SlotRunner:
         index: torch.Tensor,
         media: MediaInputs | None,
         tail: TailAttention | None = None,
+        keep: int = 1,
     ) -> Any:
         batch = RaggedQueries.in_slots([slot], [index])
         cache.batch = batch
@@ -173,7 +205,7 @@ class SlotRunner:
             **model_inputs(self._model, ids, index, media),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
             kvshare_batch=batch,
             kvshare_tail=tail,
         )

@@ -32,6 +32,8 @@ _MIN_STORED_TOKENS = 16
 # which may be lost with its owner.
 _PREFIX_CANDIDATES = 2
 _EXACT_CANDIDATES = 32
+# Nodes whose tree is known, and what one takes.
+_MAX_RELATED, _RELATED_BYTES = 1 << 16, 250
 # Those passed over because their very begin is lost.
 _MAX_LOST = 2048
 
@@ -64,6 +66,7 @@ class Catalogue:
         self._lexical = LexicalIndex()
         self._prefixes = PrefixIndex()
         self._exact = PrefixIndex()
+        self._families = _Families()
         self._node_bytes = 0
         self._lock = threading.RLock()
 
@@ -153,6 +156,7 @@ class Catalogue:
         keys = node.wide_keys
         with self._lock:
             self.tree.insert(node)
+            self._families.add(node)
             self._node_bytes += node.num_bytes
         # The indexes have locks of their own, and nobody waits while n-grams are hashed.
         record = IndexRecord(node.node_id, node.namespace, keys)
@@ -161,6 +165,26 @@ class Catalogue:
         self._exact.add([replace(record, align_keys=keys[: node.exact_len])])
         if node.node_id not in self.tree:  # removed meanwhile
             self._remove_from_indexes(node.node_id)
+
+    def replace(self, node: Node) -> bool:
+        """A node is another now, with the same tokens; False: it is not here any more."""
+        with self._lock:
+            before = self.tree.get(node.node_id)
+            if before is None:
+                return False
+            self.tree.replace(node)
+            self._node_bytes += node.num_bytes - before.num_bytes
+        record = IndexRecord(node.node_id, node.namespace, node.wide_keys[: node.exact_len])
+        self._exact.remove([node.node_id])
+        self._exact.add([record])
+        if node.node_id not in self.tree:  # removed meanwhile
+            self._remove_from_indexes(node.node_id)
+        return True
+
+    def family(self, node_id: str | None) -> str | None:
+        """The root of a node's tree, be it here or gone."""
+        with self._lock:
+            return self._families.of(node_id)
 
     def remove(self, node_id: str) -> bool:
         """A node's KV is gone; False: it was not known."""
@@ -178,7 +202,8 @@ class Catalogue:
         """Bytes of RAM that the donors take wherever their KV is: keys, what they looked at, the
         indexes."""
         indexes = (self._lexical, self._prefixes, self._exact)
-        return self._node_bytes + sum(index.num_bytes for index in indexes)
+        kept = self._node_bytes + self._families.num_bytes
+        return kept + sum(index.num_bytes for index in indexes)
 
     def beyond(self, max_bytes: int) -> list[str]:
         """The oldest donors, so many that the others take at most about `max_bytes`."""
@@ -246,6 +271,27 @@ class Catalogue:
             if still_here:
                 found[max(still_here, key=lambda owner: owners[owner])] = None
         return list(found)
+
+
+class _Families:
+    """Which tree a node is of. Nodes that are gone are remembered for a while: those that were
+    edited from them are still related."""
+
+    def __init__(self) -> None:
+        self._roots: dict[str, str] = {}
+
+    def add(self, node: Node) -> None:
+        root = node.node_id if node.parent is None else self._roots.get(node.parent, node.parent)
+        self._roots[node.node_id] = root
+        if len(self._roots) > _MAX_RELATED:
+            del self._roots[next(iter(self._roots))]
+
+    def of(self, node_id: str | None) -> str | None:
+        return None if node_id is None else self._roots.get(node_id, node_id)
+
+    @property
+    def num_bytes(self) -> int:
+        return _RELATED_BYTES * len(self._roots)
 
 
 def _nowhere_looser(drift: np.ndarray | None, other: np.ndarray | None, length: int) -> bool:

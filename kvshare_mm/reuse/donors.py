@@ -15,6 +15,7 @@ from kvshare_mm.reuse.editor import KVEditor
 from kvshare_mm.reuse.orders import Report
 from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.reuse.scheduler import ReuseScheduler
+from kvshare_mm.reuse.tree import healed
 from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
@@ -108,6 +109,30 @@ class DonorPool:
         self._carry_out()
         return node.node_id if node is not None and node.node_id in self.tree else None
 
+    def heal(
+        self, node_id: str, k: torch.Tensor, v: torch.Tensor, attention: np.ndarray | None = None
+    ) -> bool:
+        """Take the KV of a request that was computed in full for that of its node; False: the node
+        is gone.
+
+        Args:
+            k: ``[num_layers, num_kv_heads, >= N, head_dim]`` the keys of all that it holds; copied.
+            v: its values; copied.
+            attention: ``[P]`` float32, how much the prompt's last position looked at each.
+        """
+        node = self.tree.get(node_id)
+        if node is None or node.exact_len == len(node):
+            return False
+        exact = healed(node, self.tree, attention)
+        if not self.worker.replace(exact, k, v):
+            return False
+        if not self.reuse.catalogue.replace(exact):
+            self.store.delete(node_id)  # it was deleted meanwhile, and is back by this
+            return False
+        self.counters["healed"] += 1
+        self._carry_out()
+        return True
+
     def forget(self, node_id: str) -> None:
         """The store no longer holds a node: out of the tree and all indexes."""
         self.reuse.forget(node_id)
@@ -140,7 +165,8 @@ class DonorPool:
         """Take up what an earlier process left in the store; returns what has a vector."""
         embedded = []
         report = Report()
-        for node, embedding in self.store.records():
+        # Parents before their children: a family is told by its oldest.
+        for node, embedding in sorted(self.store.records(), key=lambda r: r[0].created_s):
             if node.namespace.startswith(f"{fingerprint}-"):
                 report.restored.append(node)
                 if embedding is not None:

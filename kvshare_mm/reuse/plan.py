@@ -21,6 +21,7 @@ class Decline(StrEnum):
     EXACT_ONLY = "exact_only"
     LOOKUP_ERROR = "lookup_error"
     DIVERGENCE = "divergence"
+    AUDITED = "audited"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,28 @@ class KeptRun(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Promise:
+    """What is expected of an approximate plan, for an audit to compare with.
+
+    Attributes:
+        family: whose experience it is based on, and adds to: the root of its donor's tree.
+        asked: largest divergence (nats) that was asked for.
+        bound: the divergence that the constants give its residual risk.
+        expected: the same after experience: what it stays below in 95% of the cases.
+        ruled: whether experience decides about such requests, and learns from them.
+        trial: its family is not reused any more, and this is an attempt to find out whether it
+            could be.
+    """
+
+    family: str
+    asked: float
+    bound: float
+    expected: float
+    ruled: bool = True
+    trial: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ReusePlan:
     """Kept runs and positions to compute for one target.
 
@@ -99,6 +122,8 @@ class ReusePlan:
         pictures: ``[num_tokens]`` bool: positions that are pictures; None: none are.
         joined: ``[num_tokens]`` bool: positions whose token goes on with the word before it; None:
             unknown.
+        origin: the donor whose approximate reuse was declined, or None.
+        promise: what is expected of it; None: nothing is approximate, or nobody audits.
     """
 
     num_tokens: int
@@ -110,6 +135,8 @@ class ReusePlan:
     unedited: np.ndarray | None = field(default=None, repr=False)
     pictures: np.ndarray | None = field(default=None, repr=False)
     joined: np.ndarray | None = field(default=None, repr=False)
+    origin: str | None = None
+    promise: Promise | None = None
 
     def __post_init__(self) -> None:
         end = exact_end = 0
@@ -165,9 +192,20 @@ class ReusePlan:
             given[run.donor] = given.get(run.donor, 0) + run.length
         return tuple(sorted(given, key=lambda d: -given[d]))
 
+    @property
+    def edited_from(self) -> str | None:
+        """The donor that this is a version of: it gives most of what is approximate, or would have
+        if that had not been declined; or it is the beginning of at least half of this."""
+        given: dict[str, int] = {}
+        for run in self.runs:
+            if not run.exact or 2 * run.length >= self.num_tokens:
+                given[run.donor] = given.get(run.donor, 0) + run.length
+        return self.origin or max(given, key=lambda donor: given[donor], default=None)
+
     def only_exact(self, declined: Decline) -> ReusePlan:
         """The plan without its approximate runs, and why."""
-        return ReusePlan(self.num_tokens, tuple(r for r in self.runs if r.exact), declined=declined)
+        exact = tuple(run for run in self.runs if run.exact)
+        return ReusePlan(self.num_tokens, exact, declined=declined, origin=self.edited_from)
 
     def with_repair(self, positions: np.ndarray) -> ReusePlan:
         """The same plan with `positions` (any order, duplicates allowed) computed as well.

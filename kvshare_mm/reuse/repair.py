@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -103,16 +103,20 @@ class MaxDivergence:
     without repairs in the picture the answer's tokens diverge by 0.00002 nats, and recomputing the
     whole picture makes no difference. Where the question must stand in front of the picture, the
     prompt's end is repaired even in it.
+
+    Experience says by what `factor` the bound's constants are too low for a model and its traffic
+    (see `calibration`); below 1, they are too high.
     """
 
     kl: float = _DEFAULT_KL
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
         _check_not_negative("kl", self.kl)
 
     @property
     def tolerance(self) -> Tolerance:
-        return Tolerance(risk_within(self.kl), pictures=self.kl >= PICTURE_KL)
+        return Tolerance(risk_within(self.kl / self.factor), pictures=self.kl >= PICTURE_KL)
 
     def positions(self, plan: ReusePlan) -> np.ndarray:
         changed = changed_context(plan)
@@ -142,6 +146,21 @@ class Union:
 
     def positions(self, plan: ReusePlan) -> np.ndarray:
         return np.concatenate([p.positions(plan) for p in self.policies])
+
+
+def with_factor(policy: RepairPolicy, factor: float) -> RepairPolicy:
+    """A policy whose bounds on divergence, if it has any, are stricter by a factor."""
+    if isinstance(policy, Union):
+        return Union(tuple(with_factor(part, factor) for part in policy.policies))
+    return replace(policy, factor=factor) if isinstance(policy, MaxDivergence) else policy
+
+
+def asked_divergence(policy: RepairPolicy) -> float | None:
+    """The divergence (nats) that a policy keeps to; None: it promises none."""
+    if isinstance(policy, Union):
+        found = [kl for part in policy.policies if (kl := asked_divergence(part)) is not None]
+        return min(found, default=None)
+    return policy.kl if isinstance(policy, MaxDivergence) else None
 
 
 def repaired_plan(plan: ReusePlan, policy: RepairPolicy) -> ReusePlan:

@@ -19,10 +19,18 @@ from kvshare_mm.identity import text_identity
 from kvshare_mm.index.base import IndexRecord
 from kvshare_mm.index.semantic import SemanticIndex
 from kvshare_mm.node import Node
+from kvshare_mm.reuse.calibration import Calibration, Verdict
 from kvshare_mm.reuse.catalogue import Catalogue, Found
+from kvshare_mm.reuse.divergence import divergence_bound, residual_risk
 from kvshare_mm.reuse.orders import Report
-from kvshare_mm.reuse.plan import Decline, PlannerOptions, ReusePlan
-from kvshare_mm.reuse.repair import RepairPolicy, repaired_plan
+from kvshare_mm.reuse.plan import Decline, PlannerOptions, Promise, ReusePlan
+from kvshare_mm.reuse.repair import (
+    MaxDivergence,
+    RepairPolicy,
+    asked_divergence,
+    repaired_plan,
+    with_factor,
+)
 from kvshare_mm.stream import Segment, SegmentStream
 
 logger = logging.getLogger(__name__)
@@ -49,12 +57,17 @@ class ReuseScheduler:
         counters: events by name.
         catalogue: the donors.
         semantic: finds donors by meaning; None: nobody does.
+        calibration: what audits taught; None: the bound's constants hold as they are.
+        default: the policy of requests that ask for none. Families are given up for it, and for
+            those that bound divergence, whoever asks for them.
     """
 
     def __init__(self, host_bytes: int, max_candidates: int = 4, num_holders: int = 1) -> None:
         self.counters: Counter[str] = Counter()
         self.catalogue = Catalogue(self.counters, max_candidates)
         self.semantic: SemanticIndex | None = None
+        self.calibration: Calibration | None = None
+        self.default: RepairPolicy = MaxDivergence()
         self._max_bytes = max(_LEAST_KNOWN_BYTES, host_bytes // 2)
         self._num_holders = num_holders
         # Nodes whose KV is on its way, with their words; and by how many holders nodes were
@@ -85,22 +98,68 @@ class ReuseScheduler:
             similar: ids that a search by meaning brought in time, if any.
         """
         try:
-            found = self.catalogue.find(
-                stream.align_keys,
-                ns,
-                replace(options, tolerance=policy.tolerance),
-                similar,
-                stream.positions,
-                stream.pictures,
-            )
+            start = self._verdict(ns, policy)
+            found = self._found(stream, ns, options, with_factor(policy, start.factor), similar)
+            family = self.catalogue.family(found.plan.edited_from)
+            verdict = self._verdict(ns, policy, family)
+            if verdict.factor > start.factor and found.plan.continued.any():
+                # What a donor was continued for is more than this family can be trusted with.
+                stricter = with_factor(policy, verdict.factor)
+                found = self._found(stream, ns, options, stricter, similar)
+                family = self.catalogue.family(found.plan.edited_from)
             begun = time.perf_counter()
-            plan = repaired_plan(found.plan, policy)
+            plan = self._kept_to(found.plan, policy, family, verdict)
             return Found(plan, found.lookup, found.planning + time.perf_counter() - begun)
         except Exception:
             # A cache problem is never a request's problem.
             self.counters["lookup_error"] += 1
             logger.exception("donor lookup failed; computing in full")
             return Found(ReusePlan(len(stream), declined=Decline.LOOKUP_ERROR), 0.0, 0.0)
+
+    def _found(
+        self,
+        stream: SegmentStream,
+        ns: str,
+        options: PlannerOptions,
+        policy: RepairPolicy,
+        similar: tuple[str, ...],
+    ) -> Found:
+        return self.catalogue.find(
+            stream.align_keys,
+            ns,
+            replace(options, tolerance=policy.tolerance),
+            similar,
+            stream.positions,
+            stream.pictures,
+        )
+
+    def _verdict(self, ns: str, policy: RepairPolicy, family: str | None = None) -> Verdict:
+        """Who asks for a policy of their own that promises nothing gets what they ask for."""
+        ruled = asked_divergence(policy) is not None or policy == self.default
+        if self.calibration is None or not ruled:
+            return Verdict(1.0)
+        return self.calibration.verdict(ns, family)
+
+    def _kept_to(
+        self, plan: ReusePlan, policy: RepairPolicy, family: str | None, verdict: Verdict
+    ) -> ReusePlan:
+        """The plan as far as it is to be carried out, with what it promises."""
+        if plan.num_reused and verdict.shut:
+            return plan.only_exact(Decline.AUDITED)
+        plan = repaired_plan(plan, with_factor(policy, verdict.factor))
+        if not plan.num_reused or family is None:
+            return plan
+        asked = asked_divergence(policy)
+        bound = divergence_bound(residual_risk(plan))
+        promise = Promise(
+            family=family,
+            asked=MaxDivergence().kl if asked is None else asked,
+            bound=bound,
+            expected=bound * verdict.factor,
+            ruled=asked is not None or policy == self.default,
+            trial=verdict.trial,
+        )
+        return replace(plan, promise=promise)
 
     def similar(self, text: str, ns: str) -> tuple[str, ...]:
         """Donors that mean something similar; takes as long as embedding a prompt does."""

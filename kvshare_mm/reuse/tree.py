@@ -11,7 +11,8 @@ No tensors here: the tree is arithmetic on positions. KV bytes live in `kvshare_
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 
 import numpy as np
@@ -110,7 +111,7 @@ class DeltaTree:
             # What was computed before anything approximate is what a full prefill gives.
             exact_len=len(keys) if drift is None else int(np.argmax(plan.reused)),
             attention=attention,
-            parent=plan.donors[0] if plan.donors and plan.donors[0] in self._nodes else None,
+            parent=plan.edited_from if plan.edited_from in self._nodes else None,
             created_s=created_s,
             positions=positions,
             media=media,
@@ -122,6 +123,10 @@ class DeltaTree:
         """Add a node. Pieces whose owner is not (or no longer) here are holes."""
         if node.node_id in self._nodes:
             raise ValueError(f"node {node.node_id} is in the tree already")
+        self._nodes[node.node_id] = node
+
+    def replace(self, node: Node) -> None:
+        """Put another node in the place of one of the same id that owns no more than it does."""
         self._nodes[node.node_id] = node
 
     def drop(self, node_id: str) -> None:
@@ -210,6 +215,32 @@ class DeltaTree:
         return sum(
             n.num_owned + sum(p.length for p in n.pieces if p.owner in self._nodes) for n in self
         )
+
+
+def healed(node: Node, here: Container[str], attention: np.ndarray | None) -> Node:
+    """A node whose KV was computed in full: exact everywhere, and its own where it was not before.
+
+    Args:
+        here: ids of nodes that it may go on borrowing from.
+        attention: what the prompt's last position looked at then; None: as it is known.
+    """
+    pieces = tuple(
+        piece._replace(length=min(piece.end, node.exact_len) - piece.start)
+        for piece in node.pieces
+        if piece.start < node.exact_len and piece.owner in here
+    )
+    owned = np.ones(len(node), dtype=bool)
+    for piece in pieces:
+        owned[piece.start : piece.end] = False
+    return replace(
+        node,
+        own=spans_of(owned),
+        pieces=pieces,
+        exact_len=len(node),
+        attention=node.attention if attention is None else attention,
+        drift=None,
+        risk=0.0,
+    )
 
 
 def _widened(values: np.ndarray | None) -> np.ndarray | None:

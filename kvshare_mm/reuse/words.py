@@ -27,3 +27,29 @@ def joined_positions(keys: np.ndarray, joining: np.ndarray) -> np.ndarray:
     words = keys < len(joining)
     found[words] = joining[keys[words].astype(np.int64)]
     return found
+
+
+def facts_of(
+    tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray, changed: np.ndarray
+) -> frozenset[int]:
+    """Tokens of the numbers and names among some positions.
+
+    Digits, and words with a capital letter that do not begin a sentence.
+
+    Args:
+        token_ids: ``[N]`` of a prompt.
+        changed: ``[N]`` bool: the positions.
+    """
+    found = set()
+    for at in np.flatnonzero(changed).tolist():
+        text = str(tokenizer.decode([int(token_ids[at])])).strip()
+        if any(c.isdigit() for c in text) or (
+            text[:1].isupper() and at and not _ends_sentence(tokenizer, int(token_ids[at - 1]))
+        ):
+            found.add(int(token_ids[at]))
+    return frozenset(found)
+
+
+def _ends_sentence(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+    text = str(tokenizer.decode([token_id]))
+    return not text.strip() or text.rstrip()[-1] in ".!?:>" or "\n" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -80,6 +81,21 @@ class ReuseWorker:
         if self.store.resident(node_id) is None:
             return Report(not_saved={node_id: "too_large"})
         return Report(stored={node_id: 1})
+
+    def replace(self, node: Node, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Keep other KV, of which more may be its own, for a node that is stored; False: there was
+        no room for it, and it is gone.
+
+        Args: see `save`.
+
+        Raises:
+            KVUnavailableError: it is not stored any more.
+            NotFiniteError: the KV is no numbers; the node stays as it was.
+        """
+        before = self.store.get(node.node_id, node.namespace)
+        kv = NodeKV(_owned_rows(k, node), _owned_rows(v, node))
+        self.store.put(replace(before, node=node, kv=kv))
+        return self.store.resident(node.node_id) is not None
 
     def carry_out(self, touched: Sequence[str], dropped: Sequence[str]) -> None:
         """Nodes that were asked for again, and nodes to be deleted."""

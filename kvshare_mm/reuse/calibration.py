@@ -1,0 +1,336 @@
+"""What audits teach of the bound on divergence: how far off it is for a model and its traffic.
+
+`divergence.divergence_bound` says what 95% of requests stay below, by constants that were fitted to
+one small model. An audit measures what became of a request, and its *score* is the logarithm of
+what was observed over what that bound said. The *factor* by which the bound has to be lifted, so
+that it holds for 95% of the requests to come, is learned from scores in two steps:
+
+- A forecast: scores are taken as normal, with a mean for each family that varies around that of
+  its namespace. A family with many audits speaks for itself; one with few is told what the others
+  teach, and how unlike each other they are. Without any audit all are taken for worse than the
+  constants say.
+- Adaptive conformal inference (arXiv 2106.00170, as online quantile tracking, arXiv 2307.16895)
+  corrects the forecast: each audited request that was beyond what it asked for moves the factor up,
+  each that kept it moves it down by as much less as keeps the two in balance at 5%. Whatever the
+  model and however its traffic shifts, the share beyond the bound goes there.
+
+A family that is far off, or misses again and again, is not reused approximately any more, but for
+one request now and then that is audited for certain: without those it could never come back.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from kvshare_mm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+MISS_SHARE = 0.05
+
+# By what the constants are taken to be off before anything was seen.
+START = 2.0
+# Standard deviation of scores within a family and of the families' means, and so many scores' worth
+# that is.
+_SPREAD, _APART, _TRUST = 1.5, 1.5, 4
+# Divergence below this is rounding; scores beyond that say no more.
+_FLOOR, _MOST_SCORE = 1e-6, 8.0
+# How far an audit moves the factor's logarithm, at most in all.
+_STEP, _MOST_OFFSET = 0.4, 6.0
+# The factor is never below the one; a family that needs the other is given up.
+_LEAST_FACTOR, _FAR = 1 / 300, 30.0
+# Fewest audits of a family that is given up; those that are remembered, families of a namespace,
+# namespaces.
+_LEAST = 3
+_RECENT, _FAMILIES, _NAMESPACES = 48, 256, 256
+# Of a family that is given up one request in so many is tried, fewer each time that it fails; it is
+# back after so many good ones in a row.
+_TRIAL_EVERY, _TRIAL_RARELY, _GOOD_TRIALS = 32, 512, 3
+
+
+class _Family(BaseModel):
+    """Audits of a family, the newest last."""
+
+    scores: list[float] = []
+    missed: list[bool] = []
+    audits: int = 0
+    misses: int = 0
+    shut: bool = False
+    trial_every: int = _TRIAL_EVERY
+    since_trial: int = 0
+    good_trials: int = 0
+
+    def add(self, score: float, missed: bool) -> None:
+        self.scores = [*self.scores, score][-_RECENT:]
+        self.missed = [*self.missed, missed][-_RECENT:]
+        self.audits += 1
+        self.misses += missed
+
+
+class _Namespace(BaseModel):
+    """Families, those audited last at the end, and by how much the forecast is corrected."""
+
+    families: dict[str, _Family] = {}
+    offset: float = 0.0
+
+
+class _State(BaseModel):
+    version: Literal[1]
+    namespaces: dict[str, _Namespace] = {}
+
+
+def _student(freedom: float) -> float:
+    """About the 95% quantile of Student's t."""
+    return 1.645 + 1.52 / freedom
+
+
+# The mean of a family that nobody has seen.
+_MEAN = math.log(START) - _student(_TRUST) * math.sqrt(_SPREAD**2 + 2 * _APART**2)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What experience says of a request's family.
+
+    Attributes:
+        factor: by which the bound has to be lifted to hold.
+        shut: it is not to be reused approximately.
+        trial: it would not be, but this one is tried and must be audited.
+    """
+
+    factor: float
+    shut: bool = False
+    trial: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyReport:
+    """A family as operators see it.
+
+    Attributes:
+        misses: audits that were beyond what was asked for, or said a changed fact otherwise.
+        factor: what the bound is lifted by for it now.
+        shut: it is not reused approximately any more.
+    """
+
+    namespace: str
+    family: str
+    audits: int
+    misses: int
+    factor: float
+    shut: bool
+
+
+class Calibration:
+    """Learns from audits, by namespace and family. Thread-safe.
+
+    Args:
+        counters: events by name are counted here.
+        path: where its state is kept; None: in RAM only. One that is unreadable, or of another
+            version, is ignored and counted.
+        audits: whether there will be audits: only then are families that were given up tried.
+    """
+
+    def __init__(
+        self, counters: Counter[str], path: Path | None = None, audits: bool = True
+    ) -> None:
+        self._counters = counters
+        self._path = path
+        self._audits = audits
+        self._lock = threading.Lock()
+        self._spaces: dict[str, _Namespace] = {}
+        self._forecasts: dict[str, _Forecast] = {}
+        if path is not None:
+            self.load(path)
+
+    # -- asking -----------------------------------------------------------------------------
+
+    def verdict(self, ns: str, family: str | None = None) -> Verdict:
+        """What to do with a request. Without a family: the factor before one is known."""
+        with self._lock:
+            space = self._spaces.get(ns, _Namespace())
+            known = space.families.get(family or "")
+            log_factor = self._log_factor(ns, space, known)
+            if known is None or not known.shut:
+                return Verdict(math.exp(log_factor))
+            known.since_trial += 1
+            trial = self._audits and known.since_trial >= known.trial_every
+            if trial:
+                known.since_trial = 0
+            return Verdict(min(_FAR, math.exp(log_factor)), shut=not trial, trial=trial)
+
+    def report(self) -> list[FamilyReport]:
+        """All families that were audited."""
+        with self._lock:
+            return [
+                FamilyReport(
+                    *(ns, name, f.audits, f.misses),
+                    *(math.exp(self._log_factor(ns, space, f)), f.shut),
+                )
+                for ns, space in self._spaces.items()
+                for name, f in space.families.items()
+            ]
+
+    # -- learning ---------------------------------------------------------------------------
+
+    def observe(
+        self, ns: str, family: str, *, observed: float, bound: float, asked: float, fact: bool
+    ) -> bool:
+        """Take up an audit; whether the request missed what it asked for.
+
+        Args:
+            observed: its divergence, nats.
+            bound: what the constants said.
+            asked: what it asked for.
+            fact: a changed fact appears otherwise in the answer: a miss, whatever was observed.
+        """
+        missed = fact or observed > asked
+        worth = max(observed, 2 * asked) if fact else observed
+        score = math.log(max(worth, _FLOOR) / max(bound, _FLOOR))
+        with self._lock:
+            space = self._spaces.pop(ns, None) or _Namespace()
+            self._spaces[ns] = space  # the last one is the one used last
+            known = space.families.pop(family, None) or _Family()
+            space.families[family] = known
+            self._forecasts.pop(ns, None)
+            known.add(max(-_MOST_SCORE, min(_MOST_SCORE, score)), missed)
+            moved = space.offset + _STEP * (missed - MISS_SHARE)
+            space.offset = max(-_MOST_OFFSET, min(_MOST_OFFSET, moved))
+            if known.shut:
+                self._tried(known, missed)
+            elif _too_many(known.missed) or (
+                len(known.scores) >= _LEAST and self._log_factor(ns, space, known) > math.log(_FAR)
+            ):
+                known.shut, known.trial_every, known.good_trials = True, _TRIAL_EVERY, 0
+                self._counters["family_shut"] += 1
+            _keep_last(space.families, _FAMILIES)
+            _keep_last(self._spaces, _NAMESPACES)
+        return missed
+
+    def _log_factor(self, ns: str, space: _Namespace, known: _Family | None) -> float:
+        """Lock held."""
+        if ns not in self._forecasts:
+            self._forecasts[ns] = _Forecast.of(space)
+        found = self._forecasts[ns].quantile(known.scores if known else []) + space.offset
+        return max(math.log(_LEAST_FACTOR), found)
+
+    def _tried(self, known: _Family, missed: bool) -> None:
+        known.good_trials = 0 if missed else known.good_trials + 1
+        if missed:
+            known.trial_every = min(_TRIAL_RARELY, 2 * known.trial_every)
+        elif known.good_trials >= _GOOD_TRIALS:
+            known.shut = False
+            known.missed = known.missed[-_GOOD_TRIALS:]
+            known.scores = known.scores[-_GOOD_TRIALS:]
+            self._counters["family_opened"] += 1
+
+    # -- its file ---------------------------------------------------------------------------
+
+    @property
+    def empty(self) -> bool:
+        return not self._spaces
+
+    def load(self, path: Path, must: bool = False) -> None:
+        """Start from a state that was written before.
+
+        Args:
+            must: raises ConfigError where it cannot be read; else that is counted.
+        """
+        try:
+            state = _State.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            if must:
+                raise ConfigError(f"calibration: {path} cannot be used: {error}") from error
+            if isinstance(error, FileNotFoundError):
+                return
+            self._counters["calibration_unreadable"] += 1
+            logger.warning("the calibration in %s is not used: %s", path, error)
+            return
+        with self._lock:
+            self._spaces = state.namespaces
+
+    def save(self, path: Path | None = None) -> None:
+        """Write its state, whole or not at all. Raises OSError: to a path that was given."""
+        into = path or self._path
+        if into is None:
+            return
+        with self._lock:
+            text = _State(version=VERSION, namespaces=self._spaces).model_dump_json()
+        temporary = into.with_name(f"{into.name}.{os.getpid()}.tmp")
+        try:
+            into.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(into)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            if path is not None:
+                raise
+            self._counters["calibration_not_written"] += 1
+            logger.warning("the calibration could not be kept in %s: %s", into, error)
+
+
+class _Forecast(NamedTuple):
+    """What the next score of a family is like before it is seen: a random effects model.
+
+    Attributes:
+        mean: of the families' means.
+        apart: their variance.
+        spread: variance within a family.
+        families: so many were seen.
+    """
+
+    mean: float
+    apart: float
+    spread: float
+    families: int
+
+    @classmethod
+    def of(cls, space: _Namespace) -> _Forecast:
+        families = [np.array(f.scores) for f in space.families.values() if f.scores]
+        means = np.array([scores.mean() for scores in families])
+        # One family that nobody has seen stands for what is not known of the others.
+        mean = (_MEAN + means.sum()) / (1 + len(means))
+        apart = (_TRUST * _APART**2 + np.square(means - mean).sum()) / (_TRUST + len(means))
+        within = sum(float(np.square(s - m).sum()) for s, m in zip(families, means, strict=True))
+        freedom = sum(len(scores) - 1 for scores in families)
+        spread = (_TRUST * _SPREAD**2 + within) / (_TRUST + freedom)
+        return cls(float(mean), float(apart), spread, len(means))
+
+    def quantile(self, scores: list[float]) -> float:
+        """What the next score of a family with these stays below in 95% of the cases."""
+        if scores:
+            own = np.array(scores)
+            worth = self.spread / self.apart  # so many scores tell as much as the other families
+            centre = (worth * self.mean + own.sum()) / (worth + len(own))
+            square = _TRUST * self.spread + float(np.square(own - own.mean()).sum())
+            freedom = _TRUST + len(own) - 1
+            variance = square / freedom * (1 + 1 / (worth + len(own)))
+        else:
+            centre, freedom = self.mean, _TRUST + self.families
+            variance = self.spread + self.apart * (1 + 1 / (1 + self.families))
+        return float(centre + _student(freedom) * math.sqrt(variance))
+
+
+def _too_many(missed: list[bool]) -> bool:
+    """Whether so many misses are less likely than 1 in 200 if one in ten requests misses."""
+    n, count = len(missed), sum(missed)
+    chance = sum(math.comb(n, k) * 0.1**k * 0.9 ** (n - k) for k in range(count, n + 1))
+    return chance < 1 / 200
+
+
+def _keep_last(mapping: dict[str, Any], count: int) -> None:
+    for name in list(mapping)[: max(0, len(mapping) - count)]:
+        del mapping[name]
