@@ -176,6 +176,40 @@ def chat(
 
 
 @app.command()
+@config_options({None: ("model", "store_dir", "repair", "max_divergence", "max_model_len")})
+def calibrate(
+    config: Values,
+    requests: Annotated[
+        Path,
+        typer.Option(help="JSON Lines: {messages} or {prompt} or {text}, in the order they came"),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="what was learned, for `--calibration`", callback=report_file),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first so many")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer that is compared")] = 64,
+    json_file: Json = None,
+) -> None:
+    """Learn from your own requests how far reuse is from full recompute.
+
+    Answers them one after the other, computes all that reused similar ones in full as well, and
+    keeps what that teaches in --store-dir, together with the requests, or in --out.
+    """
+    from kvshare_mm.apps import calibrate as calibrate_app
+
+    with plain_errors():
+        asked = calibrate_app.read_requests(requests, limit)
+    with serving(**config, audit_share=1, audit_budget=1e12, embedder=None) as llm:
+        report = calibrate_app.run(llm, asked, max_tokens)
+        calibrate_app.show(report, console)
+        if out is not None:
+            llm.cache.save_calibration(out)
+            console.print(f"What was learned is in {out}", markup=False)
+    write_report(report, json_file)
+
+
+@app.command()
 def inspect(
     store_dir: Annotated[Path, typer.Argument(help="a store folder")],
     tree: Annotated[

@@ -213,7 +213,7 @@ def _calibration(config: KVShareConfig, donors: DonorPool, fingerprint: str) -> 
     kept = config.store_dir and config.store_dir / f"calibration-{fingerprint[:16]}.json"
     calibration = Calibration(donors.counters, kept, audits=config.audit_share > 0)
     if config.calibration is not None and calibration.empty:
-        calibration.load(config.calibration, must=True)
+        calibration.start_from(config.calibration, fingerprint)
     if calibration.empty and not config.audit_share:
         return None  # nothing is known and nobody will find out: the constants hold as they are
     donors.reuse.calibration, donors.reuse.default = calibration, config.policy

@@ -333,6 +333,10 @@ class KVShare:
         """
         return self._parts.flush(timeout_s)
 
+    def wait_audited(self, timeout_s: float | None = None) -> bool:
+        """Wait until all requests that were drawn for an audit are audited; False on time-out."""
+        return self._parts.wait_audited(timeout_s)
+
     def close(self) -> None:
         """Abort what is in flight, keep what is finished, release everything."""
         self._parts.close()

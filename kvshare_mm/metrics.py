@@ -6,11 +6,17 @@ or failed count too; times are observed as requests end.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from kvshare_mm.outputs import RequestOutput
@@ -177,9 +183,38 @@ class _EngineState(Collector):
         yield self._counter(
             "kvshare:failed", "Requests that the model failed.", seen.get("failed", 0)
         )
+        if "audits" in stats:
+            yield from self._audits(stats["audits"])
         donors = stats.get("donors")
         if donors is not None:
             yield from self._donors(donors)
+
+    def _audits(self, audits: dict[str, Any]) -> Iterator[Metric]:
+        results = {name: audits["results"].get(name, 0) for name in ("kept", "missed", "fact")}
+        yield self._labelled(
+            "kvshare:audits",
+            "Requests computed in full afterwards, by what was found, or why nothing was.",
+            "result",
+            {**results, **{k: v for k, v in audits["results"].items() if k != "yielded"}},
+        )
+        if judged := sum(results.values()):
+            yield self._gauge(
+                "kvshare:audit_coverage",
+                "Share of audited requests within their max_divergence; 0.95 is promised.",
+                results["kept"] / judged,
+            )
+        found = audits["divergence"]
+        counts = list(itertools.accumulate(found["counts"]))
+        names = [*map(str, found["bounds"]), "+Inf"]
+        histogram = HistogramMetricFamily(
+            "kvshare:divergence",
+            "KL from full recompute (nats) of audited requests: the larger of the first token's "
+            "and the mean along the answer.",
+            labels=["model_name"],
+        )
+        buckets = list(zip(names, counts, strict=True))
+        histogram.add_metric([self._model], buckets, found["sum"])
+        yield histogram
 
     def _donors(self, donors: dict[str, Any]) -> Iterator[Metric]:
         yield self._gauge("kvshare:donors", "Stored requests.", donors["nodes"])

@@ -48,6 +48,12 @@ def router(service: Service) -> APIRouter:
         shown = found[offset : offset + limit]
         return {"object": "list", "total": len(found), "data": [told(info) for info in shown]}
 
+    @routes.get("/families")
+    async def families(namespace: str | None = None) -> dict[str, Any]:
+        """What audits found of the requests below one root of the tree, those audited most first."""
+        found = await service.prepared(service.cache.families, namespace)
+        return {"object": "list", "total": len(found), "data": [asdict(f) for f in found]}
+
     @routes.get("/donors/{donor_id}")
     async def donor(donor_id: str) -> dict[str, Any]:
         """One stored request; its text only where the operator exposes it."""

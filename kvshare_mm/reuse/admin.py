@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.modalities.seen import SeenMedia
 from kvshare_mm.node import Node
+from kvshare_mm.reuse.calibration import FamilyReport
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.store.media import media_ids
 from kvshare_mm.stream import MEDIA_BIT
@@ -130,6 +132,18 @@ class CacheAdmin:
         self.unpin(donor_id)
         self._donors.delete(donor_id)
         return True
+
+    def families(self, namespace: str | None = None) -> list[FamilyReport]:
+        """What audits found, by family, those audited most first; empty where nobody audits."""
+        calibration = self._donors.reuse.calibration
+        found = [] if calibration is None else calibration.report()
+        wanted = [f for f in found if namespace is None or f.namespace == namespace]
+        return sorted(wanted, key=lambda family: -family.audits)
+
+    def save_calibration(self, path: Path) -> None:
+        """Write what audits taught, for `calibration` of another server. Raises OSError."""
+        if self._donors.reuse.calibration is not None:
+            self._donors.reuse.calibration.save(path)
 
     def clear(self, namespace: str | None = None) -> int:
         """Delete all donors, or those of a namespace; how many."""

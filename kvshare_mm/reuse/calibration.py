@@ -151,16 +151,17 @@ class Calibration:
         self._audits = audits
         self._lock = threading.Lock()
         self._spaces: dict[str, _Namespace] = {}
+        self._start = _Namespace()  # what a namespace begins with
         self._forecasts: dict[str, _Forecast] = {}
         if path is not None:
-            self.load(path)
+            self._restore(path)
 
     # -- asking -----------------------------------------------------------------------------
 
     def verdict(self, ns: str, family: str | None = None) -> Verdict:
         """What to do with a request. Without a family: the factor before one is known."""
         with self._lock:
-            space = self._spaces.get(ns, _Namespace())
+            space = self._spaces.get(ns, self._start)
             known = space.families.get(family or "")
             log_factor = self._log_factor(ns, space, known)
             if known is None or not known.shut:
@@ -200,7 +201,7 @@ class Calibration:
         worth = max(observed, 2 * asked) if fact else observed
         score = math.log(max(worth, _FLOOR) / max(bound, _FLOOR))
         with self._lock:
-            space = self._spaces.pop(ns, None) or _Namespace()
+            space = self._spaces.pop(ns, None) or self._start.model_copy(deep=True)
             self._spaces[ns] = space  # the last one is the one used last
             known = space.families.pop(family, None) or _Family()
             space.families[family] = known
@@ -240,26 +241,33 @@ class Calibration:
 
     @property
     def empty(self) -> bool:
-        return not self._spaces
+        return not (self._spaces or self._start.families)
 
-    def load(self, path: Path, must: bool = False) -> None:
-        """Start from a state that was written before.
+    def start_from(self, path: Path, fingerprint: str) -> None:
+        """What every namespace of a model begins with, as it was learned elsewhere.
 
-        Args:
-            must: raises ConfigError where it cannot be read; else that is counted.
+        Raises:
+            ConfigError: the file cannot be read, or is of another model.
         """
         try:
             state = _State.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            if must:
-                raise ConfigError(f"calibration: {path} cannot be used: {error}") from error
-            if isinstance(error, FileNotFoundError):
-                return
+            raise ConfigError(f"calibration: {path} cannot be used: {error}") from error
+        known = [s for ns, s in state.namespaces.items() if ns.startswith(f"{fingerprint}-")]
+        if not known:
+            raise ConfigError(f"calibration: {path} was made with another model")
+        families = {name: f for space in known for name, f in space.families.items()}
+        offset = sum(space.offset for space in known) / len(known)
+        self._start = _Namespace(families=families, offset=offset)
+
+    def _restore(self, path: Path) -> None:
+        try:
+            self._spaces = _State.model_validate_json(path.read_bytes()).namespaces
+        except FileNotFoundError:
+            return
+        except (OSError, ValidationError) as error:
             self._counters["calibration_unreadable"] += 1
             logger.warning("the calibration in %s is not used: %s", path, error)
-            return
-        with self._lock:
-            self._spaces = state.namespaces
 
     def save(self, path: Path | None = None) -> None:
         """Write its state, whole or not at all. Raises OSError: to a path that was given."""
