@@ -28,9 +28,8 @@ def read_requests(path: Path, limit: int | None = None) -> list[Any]:
     """
     asked = []
     for number, row in enumerate(read_jsonl(path, limit=limit), 1):
-        if "text" in row:
-            row = {"messages": [{"role": "user", "content": row["text"]}]}
-        found = row.get("messages") or row.get("prompt")
+        said = [{"role": "user", "content": row["text"]}] if "text" in row else None
+        found = said or row.get("messages") or row.get("prompt")
         if not isinstance(found, str | list):
             raise ConfigError(f"{path}: request {number} has neither messages, prompt nor text")
         asked.append(found)

@@ -50,7 +50,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/families")
     async def families(namespace: str | None = None) -> dict[str, Any]:
-        """What audits found of the requests below one root of the tree, those audited most first."""
+        """What audits found, by root of the tree; those audited most first."""
         found = await service.prepared(service.cache.families, namespace)
         return {"object": "list", "total": len(found), "data": [asdict(f) for f in found]}
 

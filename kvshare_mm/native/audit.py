@@ -214,7 +214,8 @@ class Auditor:
             if audit.slot != slot:
                 audit.begin(slot)
             if not self._has_features(audit):
-                return self._end("no_features")
+                self._end("no_features")
+                return None
             before = audit.done
             self._advance(audit, given_up)
         except GivenUp:
@@ -223,7 +224,8 @@ class Auditor:
         except Exception:
             # An audit is nobody's request.
             logger.exception("an audit failed")
-            return self._end("failed")
+            self._end("failed")
+            return None
         self._not_before = begun + (audit.done - before) / self._budget
         if audit.done < audit.length:
             return None

@@ -72,6 +72,18 @@ class CacheAdmin:
         self._lock = threading.Lock()
         self._pins: dict[str, float] = {}
 
+    def families(self, namespace: str | None = None) -> list[FamilyReport]:
+        """What audits found, by family, those audited most first; empty where nobody audits."""
+        calibration = self._donors.reuse.calibration
+        found = [] if calibration is None else calibration.report()
+        wanted = [f for f in found if namespace is None or f.namespace == namespace]
+        return sorted(wanted, key=lambda family: -family.audits)
+
+    def save_calibration(self, path: Path) -> None:
+        """Write what audits taught, for `calibration` of another server. Raises OSError."""
+        if self._donors.reuse.calibration is not None:
+            self._donors.reuse.calibration.save(path)
+
     def list(self, namespace: str | None = None) -> list[DonorInfo]:
         """All donors, or those of a namespace, the newest first."""
         nodes = self._donors.nodes()
@@ -132,18 +144,6 @@ class CacheAdmin:
         self.unpin(donor_id)
         self._donors.delete(donor_id)
         return True
-
-    def families(self, namespace: str | None = None) -> list[FamilyReport]:
-        """What audits found, by family, those audited most first; empty where nobody audits."""
-        calibration = self._donors.reuse.calibration
-        found = [] if calibration is None else calibration.report()
-        wanted = [f for f in found if namespace is None or f.namespace == namespace]
-        return sorted(wanted, key=lambda family: -family.audits)
-
-    def save_calibration(self, path: Path) -> None:
-        """Write what audits taught, for `calibration` of another server. Raises OSError."""
-        if self._donors.reuse.calibration is not None:
-            self._donors.reuse.calibration.save(path)
 
     def clear(self, namespace: str | None = None) -> int:
         """Delete all donors, or those of a namespace; how many."""

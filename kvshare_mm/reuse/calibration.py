@@ -37,7 +37,6 @@ from kvshare_mm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
 MISS_SHARE = 0.05
 
 # By what the constants are taken to be off before anything was seen.
@@ -275,7 +274,7 @@ class Calibration:
         if into is None:
             return
         with self._lock:
-            text = _State(version=VERSION, namespaces=self._spaces).model_dump_json()
+            text = _State(version=1, namespaces=self._spaces).model_dump_json()
         temporary = into.with_name(f"{into.name}.{os.getpid()}.tmp")
         try:
             into.parent.mkdir(parents=True, exist_ok=True)

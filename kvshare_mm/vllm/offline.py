@@ -80,6 +80,9 @@ class VLLMParts:
             },
         }
 
+    def wait_audited(self, timeout_s: float | None) -> bool:
+        return True  # inside vLLM nothing is audited
+
     def flush(self, timeout_s: float | None) -> bool:
         raise ConfigError("flush: vLLM stores donors in its own processes and does not tell when")
 
