@@ -169,7 +169,9 @@ class Auditor:
             answer: its tokens, as they come.
         """
         promise = plan.promise
-        if promise is None or not (promise.trial or self._random.random() < self._share):
+        if promise is None or not promise.ruled:
+            return None
+        if not promise.trial and self._random.random() >= self._share:
             return None
         return Audit(spec, plan, promise, answer)
 
@@ -291,15 +293,13 @@ class Auditor:
         self._buckets[bisect_left(BUCKETS, found.value)] += 1
         self._sum += found.value
         promise = audit.promise
-        missed = found.fact or found.value > promise.asked
-        if promise.ruled:
-            self.calibration.observe(
-                *(audit.spec.namespace, promise.family),
-                observed=found.value,
-                bound=promise.bound,
-                asked=promise.asked,
-                fact=found.fact,
-            )
+        missed = self.calibration.observe(
+            *(audit.spec.namespace, promise.family),
+            observed=found.value,
+            bound=promise.bound,
+            asked=promise.asked,
+            fact=found.fact,
+        )
         self.counters["fact" if found.fact else "missed" if missed else "kept"] += 1
 
     def kv(self, audit: Audit) -> tuple[torch.Tensor, torch.Tensor]:

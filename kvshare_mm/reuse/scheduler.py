@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Of donors on disk something is known even where RAM is for nothing else.
 _LEAST_KNOWN_BYTES = 1 << 20
+# What is expected where nothing can be: of KV that nobody may trust.
+_MOST_NATS = 1000.0
 
 
 def namespace(fingerprint: str, salt: str) -> str:
@@ -150,7 +152,7 @@ class ReuseScheduler:
         if not plan.num_reused or family is None:
             return plan
         asked = asked_divergence(policy)
-        bound = divergence_bound(residual_risk(plan))
+        bound = min(_MOST_NATS, divergence_bound(residual_risk(plan)))
         promise = Promise(
             family=family,
             asked=MaxDivergence().kl if asked is None else asked,
