@@ -299,6 +299,7 @@ class Auditor:
             bound=promise.bound,
             asked=promise.asked,
             fact=found.fact,
+            trial=promise.trial,
         )
         self.counters["fact" if found.fact else "missed" if missed else "kept"] += 1
 

@@ -186,7 +186,15 @@ class Calibration:
     # -- learning ---------------------------------------------------------------------------
 
     def observe(
-        self, ns: str, family: str, *, observed: float, bound: float, asked: float, fact: bool
+        self,
+        ns: str,
+        family: str,
+        *,
+        observed: float,
+        bound: float,
+        asked: float,
+        fact: bool = False,
+        trial: bool = False,
     ) -> bool:
         """Take up an audit; whether the request missed what it asked for.
 
@@ -195,6 +203,7 @@ class Calibration:
             bound: what the constants said.
             asked: what it asked for.
             fact: a changed fact appears otherwise in the answer: a miss, whatever was observed.
+            trial: the request was a trial of its family.
         """
         missed = fact or observed > asked
         worth = max(observed, 2 * asked) if fact else observed
@@ -208,8 +217,10 @@ class Calibration:
             known.add(max(-_MOST_SCORE, min(_MOST_SCORE, score)), missed)
             moved = space.offset + _STEP * (missed - MISS_SHARE)
             space.offset = max(-_MOST_OFFSET, min(_MOST_OFFSET, moved))
-            if known.shut:
+            if known.shut and trial:
                 self._tried(known, missed)
+            elif known.shut:
+                pass  # it was served before its family was given up
             elif _too_many(known.missed) or (
                 len(known.scores) >= _LEAST and self._log_factor(ns, space, known) > math.log(_FAR)
             ):

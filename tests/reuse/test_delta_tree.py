@@ -131,7 +131,9 @@ def test_a_request_whose_donor_is_gone_owns_all_of_it():
     node = tree.derive("b", "ns", keys, plan, 0.0)
     assert node.own == (Span(0, 20), Span(40, 41))
     assert node.pieces == (Piece("x", 0, 20, 20),)
-    assert node.parent is None
+    assert node.parent == "x"
+    tree.drop("x")
+    assert tree.derive("c", "ns", keys, plan, 0.0).parent is None
 
 
 def test_an_answer_behind_the_prompt_is_owned():
