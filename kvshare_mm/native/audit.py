@@ -30,6 +30,7 @@ from kvshare_mm.native.prefill import PromptMedia
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.request import RequestSpec
 from kvshare_mm.reuse.calibration import Calibration
+from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.plan import Promise, ReusePlan
 from kvshare_mm.reuse.words import facts_of
 
@@ -303,9 +304,17 @@ class Auditor:
         )
         self.counters["fact" if found.fact else "missed" if missed else "kept"] += 1
 
-    def kv(self, audit: Audit) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of what was computed, ``[num_layers, num_kv_heads, >= N, head_dim]``."""
-        return self._runner.slot_kv(audit.slot)
+    def heal(self, audit: Audit, donors: DonorPool) -> None:
+        """Make the node of an audit that is over exact, and keep what was learned; from any
+        thread, while nobody else has its slot."""
+        try:
+            if audit.node_id is not None:
+                donors.heal(audit.node_id, *self._runner.slot_kv(audit.slot), audit.attention)
+            self.calibration.save()
+        except Exception:
+            # A cache problem is nobody's problem.
+            donors.counters["heal_failed"] += 1
+            logger.exception("could not heal %s", audit.node_id)
 
     @property
     def stats(self) -> dict[str, Any]:

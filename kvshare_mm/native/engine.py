@@ -447,17 +447,9 @@ class NativeEngine:
                     self._changed.notify_all()
 
     def _heal(self, audit: Audit) -> None:
-        """Make the node of an audited request exact, and keep what was learned."""
-        try:
-            assert self._auditor is not None and self._donors is not None
-            if audit.node_id is not None:
-                self._donors.heal(audit.node_id, *self._auditor.kv(audit), audit.attention)
-            self._auditor.calibration.save()
-        except Exception:
-            self.counters["heal_failed"] += 1
-            logger.exception("could not heal %s", audit.node_id)
-        finally:
-            with self._changed:
-                self._free.insert(0, audit.slot)
-                self._saved += 1
-                self._changed.notify_all()
+        assert self._auditor is not None and self._donors is not None
+        self._auditor.heal(audit, self._donors)
+        with self._changed:
+            self._free.insert(0, audit.slot)
+            self._saved += 1
+            self._changed.notify_all()

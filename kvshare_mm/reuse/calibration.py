@@ -5,10 +5,8 @@ one small model. An audit measures what became of a request, and its *score* is 
 what was observed over what that bound said. The *factor* by which the bound has to be lifted, so
 that it holds for 95% of the requests to come, is learned from scores in two steps:
 
-- A forecast: scores are taken as normal, with a mean for each family that varies around that of
-  its namespace. A family with many audits speaks for itself; one with few is told what the others
-  teach, and how unlike each other they are. Without any audit all are taken for worse than the
-  constants say.
+- A forecast from the family's own scores and those of others (see `forecast`). Without any, all are
+  taken for worse than the constants say.
 - Adaptive conformal inference (arXiv 2106.00170, as online quantile tracking, arXiv 2307.16895)
   corrects the forecast: each audited request that was beyond what it asked for moves the factor up,
   each that kept it moves it down by as much less as keeps the two in balance at 5%. Whatever the
@@ -28,22 +26,17 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from kvshare_mm.errors import ConfigError
+from kvshare_mm.reuse.forecast import Forecast
 
 logger = logging.getLogger(__name__)
 
 MISS_SHARE = 0.05
 
-# By what the constants are taken to be off before anything was seen.
-START = 2.0
-# Standard deviation of scores within a family and of the families' means, and so many scores' worth
-# that is.
-_SPREAD, _APART, _TRUST = 1.5, 1.5, 4
 # Divergence below this is rounding; scores beyond that say no more.
 _FLOOR, _MOST_SCORE = 1e-6, 8.0
 # How far an audit moves the factor's logarithm, at most in all.
@@ -88,15 +81,6 @@ class _Namespace(BaseModel):
 class _State(BaseModel):
     version: Literal[1]
     namespaces: dict[str, _Namespace] = {}
-
-
-def _student(freedom: float) -> float:
-    """About the 95% quantile of Student's t."""
-    return 1.645 + 1.52 / freedom
-
-
-# The mean of a family that nobody has seen.
-_MEAN = math.log(START) - _student(_TRUST) * math.sqrt(_SPREAD**2 + 2 * _APART**2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +135,7 @@ class Calibration:
         self._lock = threading.Lock()
         self._spaces: dict[str, _Namespace] = {}
         self._start = _Namespace()  # what a namespace begins with
-        self._forecasts: dict[str, _Forecast] = {}
+        self._forecasts: dict[str, Forecast] = {}
         if path is not None:
             self._restore(path)
 
@@ -233,7 +217,9 @@ class Calibration:
     def _log_factor(self, ns: str, space: _Namespace, known: _Family | None) -> float:
         """Lock held."""
         if ns not in self._forecasts:
-            self._forecasts[ns] = _Forecast.of(space)
+            self._forecasts[ns] = Forecast.of(
+                family.scores for family in space.families.values() if family.scores
+            )
         found = self._forecasts[ns].quantile(known.scores if known else []) + space.offset
         return max(math.log(_LEAST_FACTOR), found)
 
@@ -298,48 +284,6 @@ class Calibration:
                 raise
             self._counters["calibration_not_written"] += 1
             logger.warning("the calibration could not be kept in %s: %s", into, error)
-
-
-class _Forecast(NamedTuple):
-    """What the next score of a family is like before it is seen: a random effects model.
-
-    Attributes:
-        mean: of the families' means.
-        apart: their variance.
-        spread: variance within a family.
-        families: so many were seen.
-    """
-
-    mean: float
-    apart: float
-    spread: float
-    families: int
-
-    @classmethod
-    def of(cls, space: _Namespace) -> _Forecast:
-        families = [np.array(f.scores) for f in space.families.values() if f.scores]
-        means = np.array([scores.mean() for scores in families])
-        # One family that nobody has seen stands for what is not known of the others.
-        mean = (_MEAN + means.sum()) / (1 + len(means))
-        apart = (_TRUST * _APART**2 + np.square(means - mean).sum()) / (_TRUST + len(means))
-        within = sum(float(np.square(s - m).sum()) for s, m in zip(families, means, strict=True))
-        freedom = sum(len(scores) - 1 for scores in families)
-        spread = (_TRUST * _SPREAD**2 + within) / (_TRUST + freedom)
-        return cls(float(mean), float(apart), spread, len(means))
-
-    def quantile(self, scores: list[float]) -> float:
-        """What the next score of a family with these stays below in 95% of the cases."""
-        if scores:
-            own = np.array(scores)
-            worth = self.spread / self.apart  # so many scores tell as much as the other families
-            centre = (worth * self.mean + own.sum()) / (worth + len(own))
-            square = _TRUST * self.spread + float(np.square(own - own.mean()).sum())
-            freedom = _TRUST + len(own) - 1
-            variance = square / freedom * (1 + 1 / (worth + len(own)))
-        else:
-            centre, freedom = self.mean, _TRUST + self.families
-            variance = self.spread + self.apart * (1 + 1 / (1 + self.families))
-        return float(centre + _student(freedom) * math.sqrt(variance))
 
 
 def _too_many(missed: list[bool]) -> bool:

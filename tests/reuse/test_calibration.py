@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm.errors import ConfigError
-from kvshare_mm.reuse.calibration import START, Calibration
+from kvshare_mm.reuse.calibration import Calibration
+from kvshare_mm.reuse.forecast import START
 from kvshare_mm.reuse.repair import MaxDivergence, Tail, Union, asked_divergence, with_factor
 
 NS, OTHER = "model-a", "model-b"
