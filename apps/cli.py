@@ -17,7 +17,7 @@ from kvshare_mm import __version__
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.desk.cli import ui
 from kvshare_mm.apps.kernels import kernels
-from kvshare_mm.apps.options import Values, config_options
+from kvshare_mm.apps.options import Values, config_options, described
 from kvshare_mm.apps.server.cache_cli import cache
 from kvshare_mm.apps.server.cli import keys, serve
 from kvshare_mm.apps.terminal import plain_errors, report_file, write_report
@@ -176,9 +176,10 @@ def chat(
 
 
 @app.command()
-@config_options({None: ("model", "store_dir", "repair", "max_divergence", "max_model_len")})
+@config_options({None: ("store_dir", "repair", "max_divergence", "max_model_len")})
 def calibrate(
     config: Values,
+    model: Annotated[str, typer.Argument(help=described("model"))],
     requests: Annotated[
         Path,
         typer.Option(help="JSON Lines: {messages} or {prompt} or {text}, in the order they came"),
@@ -200,7 +201,7 @@ def calibrate(
 
     with plain_errors():
         asked = calibrate_app.read_requests(requests, limit)
-    with serving(**config, audit_share=1, audit_budget=1e12, embedder=None) as llm:
+    with serving(model, **config, audit_share=1, audit_budget=1e12, embedder=None) as llm:
         report = calibrate_app.run(llm, asked, max_tokens)
         calibrate_app.show(report, console)
         if out is not None:

@@ -221,6 +221,9 @@ class Auditor:
                 return None
             before = audit.done
             self._advance(audit, given_up)
+            over = audit.done == audit.length
+            if over:
+                self._learn(audit)
         except GivenUp:
             self.counters["yielded"] += 1
             return None
@@ -230,11 +233,11 @@ class Auditor:
             self._end("failed")
             return None
         self._not_before = begun + (audit.done - before) / self._budget
-        if audit.done < audit.length:
-            return None
-        self._waiting.popleft()
-        self._learn(audit)
-        return audit
+        return audit if over else None
+
+    def remove(self, audit: Audit) -> None:
+        """What is over does not wait any more."""
+        self._waiting.remove(audit)
 
     def _end(self, why: str) -> None:
         self._waiting.popleft()

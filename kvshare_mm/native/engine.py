@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from kvshare_mm.native.audit import Audit, Auditor
 from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN, FairQueue
 from kvshare_mm.native.prefill import Prefiller, provenance
 from kvshare_mm.native.request import SlotRequest
+from kvshare_mm.native.saver import Saver
 from kvshare_mm.native.slots import ModelRunner
 from kvshare_mm.outputs import FinishReason, count_use
 from kvshare_mm.request import RequestSpec, Sink
@@ -78,17 +80,11 @@ class NativeEngine:
         self._active: list[SlotRequest] = []
         self._known: dict[str, SlotRequest] = {}
         self._closing = False
-        self._saves: queue.SimpleQueue[SlotRequest | Audit | None] = queue.SimpleQueue()
-        # Saves are numbered as they are ordered and done in that order. The last of each
-        # namespace that may not be done yet:
-        self._ordered = self._saved = 0
-        self._last_save: dict[str, int] = {}
         self._failures = 0
         self._lookups: queue.SimpleQueue[SlotRequest | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
-        self._saver = threading.Thread(target=self._save, name="kvshare-save", daemon=True)
+        self._saver = Saver(self._changed)
         self._thread.start()
-        self._saver.start()
         self._searcher = start_on_one_core(self._search, "kvshare-search")
 
     # -- called from any thread -------------------------------------------------------------
@@ -118,7 +114,7 @@ class NativeEngine:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("the engine is closed")
             if spec.options.reuse != "off":
-                request.after = self._last_save.get(spec.namespace, 0)
+                request.after = self._saver.last.get(spec.namespace, 0)
             must_wait = bool(self._waiting) or not self._free
             try:
                 self._waiting.add(spec.options.tenant, request)
@@ -142,16 +138,15 @@ class NativeEngine:
     def wait_saved(self, timeout_s: float | None = None) -> bool:
         """Wait until every finished request has become a donor; False if time ran out."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._saved == self._ordered, timeout_s)
+            return self._changed.wait_for(lambda: self._saver.idle, timeout_s)
 
     def wait_audited(self, timeout_s: float | None = None) -> bool:
         """Wait until no audit waits and their nodes are healed; False if time ran out."""
-        auditor = self._auditor
+        if self._auditor is None:
+            return True
+        auditor, saver = self._auditor, self._saver
         with self._changed:
-            return self._changed.wait_for(
-                lambda: not auditor or (not len(auditor) and self._saved == self._ordered),
-                timeout_s,
-            )
+            return self._changed.wait_for(lambda: saver.idle and not len(auditor), timeout_s)
 
     @property
     def healthy(self) -> bool:
@@ -180,9 +175,8 @@ class NativeEngine:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
-        self._saves.put(None)
         self._lookups.put(None)
-        self._saver.join()
+        self._saver.close()
         self._searcher.join()
 
     # -- the engine's thread ----------------------------------------------------------------
@@ -235,7 +229,7 @@ class NativeEngine:
 
     def _audit_s(self) -> float | None:
         """Seconds until an audit may go on; None: none can. Lock held."""
-        if not self._auditor or not self._free or self._saved < self._ordered:
+        if not self._auditor or not self._free or not self._saver.idle:
             return None
         return self._auditor.wait_s
 
@@ -245,9 +239,9 @@ class NativeEngine:
         audit = self._auditor.work(self._free[0], lambda: bool(self._waiting) or self._closing)
         with self._changed:
             if audit is not None:
+                self._auditor.remove(audit)
                 self._free.remove(audit.slot)
-                self._ordered += 1
-                self._saves.put(audit)
+                self._saver.order(partial(self._heal, audit))
             self._changed.notify_all()
 
     def _next(self) -> SlotRequest | None:
@@ -255,7 +249,7 @@ class NativeEngine:
         if not self._free:
             return None
         latest = time.perf_counter() - _MAX_HOLD_S
-        return self._waiting.next(lambda r: r.after <= self._saved or r.submitted <= latest)
+        return self._waiting.next(lambda r: r.after <= self._saver.done or r.submitted <= latest)
 
     def _gone(self) -> list[SlotRequest]:
         """Waiting requests that nobody waits for any more. Lock held."""
@@ -379,9 +373,7 @@ class NativeEngine:
             with self._changed:
                 # Before the caller hears of the end: a flush must wait for it, and what the caller
                 # asks next.
-                self._ordered += 1
-                self._last_save[request.spec.namespace] = self._ordered
-            self._saves.put(request)
+                self._saver.order(partial(self._save, request), request.spec.namespace)
             self._tell(request, reason)
             with self._changed:
                 self._known.pop(request.request_id, None)
@@ -420,36 +412,25 @@ class NativeEngine:
 
     # -- the save thread -----------------------------------------------------------------
 
-    def _save(self) -> None:
-        while (request := self._saves.get()) is not None:
-            if isinstance(request, Audit):
-                self._heal(request)
-                continue
-            start = time.perf_counter()
-            try:
-                assert request.prefill is not None
-                spec, answer = request.spec, request.token_ids[:-1]
-                node_id = self._prefiller.save(
-                    request.slot, spec.stream, spec.namespace, request.prefill, answer, spec.text
-                )
-                if request.audit is not None:
-                    request.audit.node_id = node_id
-            except Exception:
-                self.counters["save_failed"] += 1
-                logger.exception("could not take up %s as a donor", request.request_id)
-            finally:
-                self.counters["save_us"] += int(1e6 * (time.perf_counter() - start))
-                self._release(request)
-                with self._changed:
-                    self._saved += 1
-                    if self._last_save.get(request.spec.namespace) == self._saved:
-                        del self._last_save[request.spec.namespace]
-                    self._changed.notify_all()
+    def _save(self, request: SlotRequest) -> None:
+        start = time.perf_counter()
+        try:
+            assert request.prefill is not None
+            spec, answer = request.spec, request.token_ids[:-1]
+            node_id = self._prefiller.save(
+                request.slot, spec.stream, spec.namespace, request.prefill, answer, spec.text
+            )
+            if request.audit is not None:
+                request.audit.node_id = node_id
+        except Exception:
+            self.counters["save_failed"] += 1
+            logger.exception("could not take up %s as a donor", request.request_id)
+        finally:
+            self.counters["save_us"] += int(1e6 * (time.perf_counter() - start))
+            self._release(request)
 
     def _heal(self, audit: Audit) -> None:
         assert self._auditor is not None and self._donors is not None
         self._auditor.heal(audit, self._donors)
         with self._changed:
             self._free.insert(0, audit.slot)
-            self._saved += 1
-            self._changed.notify_all()

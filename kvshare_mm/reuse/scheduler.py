@@ -103,7 +103,7 @@ class ReuseScheduler:
             start = self._verdict(ns, policy)
             found = self._found(stream, ns, options, with_factor(policy, start.factor), similar)
             family = self.catalogue.family(found.plan.edited_from)
-            verdict = self._verdict(ns, policy, family)
+            verdict = self._verdict(ns, policy, family) if found.plan.num_reused else start
             if verdict.factor > start.factor and found.plan.continued.any():
                 # What a donor was continued for is more than this family can be trusted with.
                 stricter = with_factor(policy, verdict.factor)

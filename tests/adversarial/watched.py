@@ -150,7 +150,7 @@ class Watched:
         assert self.llm.flush(_FLUSH_S) or self.donors.store.counters
         assert sorted(engine._free) == list(range(engine._runner.num_slots))
         assert not engine._active and not engine._waiting and not engine._known
-        assert not engine._last_save
+        assert not engine._saver.last
         assert engine.healthy
         fresh = [n for n in self.donors.nodes() if n.node_id not in self._checked]
         for i in rng.permutation(len(fresh))[:most]:

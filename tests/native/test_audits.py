@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput
+from kvshare_mm.metrics import EngineMetrics
 from kvshare_mm.native.audit import Audit, Auditor
 
 from .asking import _DONOR, _TARGET, PATIENCE_S, Gate, Inbox, OpenLLM, params
@@ -289,3 +290,28 @@ def test_a_changed_number_that_would_be_another_is_told(open_llm: OpenLLM) -> No
     said = "".join(tokenizer.decode([token]) for token in audits[0].facts(tokenizer))
     assert "7" in said
     assert not any(c.islower() for c in said)
+
+
+def test_operators_see_what_audits_found(open_llm: OpenLLM) -> None:
+    llm = open_llm(**_OPTIONS)
+    approximate(llm)
+    results = audited(llm)
+    metrics = EngineMetrics("tiny", llm.stats, lambda: 0).render().decode()
+    lines = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line[0] != "#")
+    label = '{model_name="tiny"'
+    found = auditor_of(llm).results[-1].value
+    assert float(lines[f"kvshare:divergence_sum{label}}}"]) == pytest.approx(found)
+    assert float(lines[f"kvshare:divergence_count{label}}}"]) == 1
+    for result in ("kept", "missed", "fact"):
+        told = float(lines[f'kvshare:audits_total{label},result="{result}"}}'])
+        assert told == results.get(result, 0)
+    assert float(lines[f"kvshare:audit_coverage{label}}}"]) == results.get("kept", 0)
+
+
+def test_a_request_says_what_is_expected_of_it(open_llm: OpenLLM) -> None:
+    llm = open_llm(audit_share=1, max_divergence=5.0)
+    llm.generate(_DONOR, params(2))
+    use = llm.generate(_TARGET, params(2)).provenance
+    assert use.reused > 0
+    assert use.expected_divergence is not None and 0 < use.expected_divergence <= 5.0
+    assert llm.generate(_DONOR, params(2)).provenance.expected_divergence is None

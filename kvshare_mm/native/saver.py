@@ -1,0 +1,60 @@
+"""What is done behind the answers, one after the other, on a thread of its own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+
+class Saver:
+    """Saves are numbered as they are ordered and done in that order.
+
+    Args:
+        changed: the engine's lock. It guards the numbers, and is told when a save is done.
+
+    Attributes:
+        done: number of the last save that is done.
+        last: number of the last save of each namespace that may not be done yet.
+    """
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self.done = 0
+        self.last: dict[str, int] = {}
+        self._changed = changed
+        self._ordered = 0
+        self._orders: queue.SimpleQueue[tuple[Callable[[], None], str] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kvshare-save", daemon=True)
+        self._thread.start()
+
+    def order(self, save: Callable[[], None], ns: str | None = None) -> None:
+        """Have something saved. Lock held.
+
+        Args:
+            save: does it, and raises nothing.
+            ns: whose next requests shall wait for it; None: nobody's.
+        """
+        self._ordered += 1
+        if ns is not None:
+            self.last[ns] = self._ordered
+        self._orders.put((save, ns or ""))
+
+    @property
+    def idle(self) -> bool:
+        """Whether all is done. Lock held."""
+        return self.done == self._ordered
+
+    def close(self) -> None:
+        """Do what is ordered, then stop."""
+        self._orders.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (order := self._orders.get()) is not None:
+            save, ns = order
+            save()
+            with self._changed:
+                self.done += 1
+                if self.last.get(ns) == self.done:
+                    del self.last[ns]
+                self._changed.notify_all()
