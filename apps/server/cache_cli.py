@@ -115,6 +115,30 @@ def list_(
 
 
 @cache.command()
+def families(
+    url: Url = _HERE, key: Key = None, namespace: Namespace = None, as_json: AsJson = False
+) -> None:
+    """What audits found, by family of requests: those below one root of the tree."""
+    with plain_errors():
+        said = _Server(url, key)("GET", "/families", namespace=namespace)
+        if as_json:
+            console.print_json(json.dumps(said))
+            return
+        table = Table(title=f"{said['total']} families")
+        for heading in ("family", "namespace", "audits", "within", "factor"):
+            table.add_column(heading)
+        for f in said["data"]:
+            table.add_row(
+                f["family"][:8],
+                f["namespace"][-8:],
+                str(f["audits"]),
+                f"{1 - f['misses'] / f['audits']:.0%}",
+                "given up" if f["shut"] else f"{f['factor']:.2g}",
+            )
+        console.print(table)
+
+
+@cache.command()
 def show(donor: Donor, url: Url = _HERE, key: Key = None) -> None:
     """One stored request; its text only if the server was started with --expose-prompts."""
     with plain_errors():

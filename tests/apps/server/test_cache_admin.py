@@ -70,6 +70,21 @@ def test_donors_and_tree(running: Running) -> None:
     ]  # fmt: skip
 
 
+def test_families_of_audited_requests(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = serve({"repair": "none", "audit_share": 1})
+    for text in (_DONOR, _TARGET):
+        assert running.chat(text).status_code == 200
+        assert running.llm.wait_audited(20)
+    told = admin(running, "GET", "/families")
+    [family] = told["data"]
+    root = admin(running, "GET", "/donors")["data"][1]
+    assert (family["family"], family["audits"]) == (root["donor_id"], 1)
+    assert admin(running, "GET", "/families", params={"namespace": "x"})["total"] == 0
+    monkeypatch.setenv("KVSHARE_API_KEY", ADMIN)
+    shown = CliRunner().invoke(app, ["cache", "families", "--url", running.url]).output
+    assert "1 families" in shown and root["donor_id"][:8] in shown
+
+
 def test_text_is_never_shown_unless_the_operator_says_so(running: Running, serve: Start) -> None:
     for path in ("", "/donors", "/tree", f"/donors/{_first(running)}"):
         assert "Laboratory" not in json.dumps(admin(running, "GET", path))
