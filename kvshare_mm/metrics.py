@@ -197,12 +197,14 @@ class _EngineState(Collector):
             "result",
             {**results, **{k: v for k, v in audits["results"].items() if k != "yielded"}},
         )
+        coverage = GaugeMetricFamily(
+            "kvshare:audit_coverage",
+            "Share of audited requests within their max_divergence; 0.95 is promised.",
+            labels=["model_name"],
+        )
         if judged := sum(results.values()):
-            yield self._gauge(
-                "kvshare:audit_coverage",
-                "Share of audited requests within their max_divergence; 0.95 is promised.",
-                results["kept"] / judged,
-            )
+            coverage.add_metric([self._model], results["kept"] / judged)
+        yield coverage
         found = audits["divergence"]
         counts = list(itertools.accumulate(found["counts"]))
         names = [*map(str, found["bounds"]), "+Inf"]
