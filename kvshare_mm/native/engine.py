@@ -114,7 +114,7 @@ class NativeEngine:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("the engine is closed")
             if spec.options.reuse != "off":
-                request.after = self._saver.last.get(spec.namespace, 0)
+                self._hold(request, self._saver.last.get(spec.namespace, 0))
             must_wait = bool(self._waiting) or not self._free
             try:
                 self._waiting.add(spec.options.tenant, request)
@@ -249,7 +249,11 @@ class NativeEngine:
         if not self._free:
             return None
         latest = time.perf_counter() - _MAX_HOLD_S
-        return self._waiting.next(lambda r: r.after <= self._saver.done or r.submitted <= latest)
+        return self._waiting.next(lambda r: r.after <= self._saver.done or r.held <= latest)
+
+    def _hold(self, request: SlotRequest, save: int) -> None:
+        """Have a request wait until a save is done. Lock held."""
+        request.after, request.held = save, time.perf_counter()
 
     def _gone(self) -> list[SlotRequest]:
         """Waiting requests that nobody waits for any more. Lock held."""
@@ -280,6 +284,22 @@ class NativeEngine:
         if self._auditor is not None:
             request.audit = self._auditor.draw(spec, request.prefill.plan, request.token_ids)
         self._accept(request, request.prefill.logits)
+        if request in self._active and self._is_donor(request):
+            self._save_prompt(request)
+
+    def _save_prompt(self, request: SlotRequest) -> None:
+        """Its prompt is a donor while its answer is made: requests that are alike come together."""
+        ns = request.spec.namespace
+        with self._changed:
+            self._saver.order(partial(self._save, request, over=False), ns)
+            for waiting in self._waiting:
+                if waiting.spec.namespace == ns and waiting.spec.options.reuse != "off":
+                    self._hold(waiting, self._saver.last[ns])
+
+    def _is_donor(self, request: SlotRequest) -> bool:
+        asked = request.spec.options
+        wanted = asked.store and asked.reuse != "off" and request.prefill is not None
+        return wanted and self._donors is not None
 
     def _decode(self) -> None:
         for request in [r for r in self._active if r.cancelled]:
@@ -341,6 +361,8 @@ class NativeEngine:
         """One request that the model cannot take must not end the others."""
         logger.error("request %s failed", request.request_id, exc_info=failure)
         self.counters["failed"] += 1
+        with self._changed:  # its prompt may be about to be read where others will write
+            self._changed.wait_for(lambda: self._saver.idle)
         if request.slot >= 0 and not isinstance(failure, ModelOutputError):
             self._failures = 0 if self._works(request.slot) else self._failures + 1
         self._release(request)
@@ -367,9 +389,7 @@ class NativeEngine:
         self.counters["generation_tokens"] += len(request.token_ids)
         if self._auditor is not None and request.audit is not None and reason != "abort":
             self._auditor.add(request.audit)
-        asked = request.spec.options
-        wanted = asked.store and asked.reuse != "off" and request.prefill is not None
-        if wanted and self._donors is not None:
+        if self._is_donor(request):
             with self._changed:
                 # Before the caller hears of the end: a flush must wait for it, and what the caller
                 # asks next.
@@ -412,22 +432,30 @@ class NativeEngine:
 
     # -- the save thread -----------------------------------------------------------------
 
-    def _save(self, request: SlotRequest) -> None:
+    def _save(self, request: SlotRequest, over: bool = True) -> None:
+        """Take up a request, and its answer if that is over."""
         start = time.perf_counter()
         try:
             assert request.prefill is not None
-            spec, answer = request.spec, request.token_ids[:-1]
-            node_id = self._prefiller.save(
-                request.slot, spec.stream, spec.namespace, request.prefill, answer, spec.text
+            request.node_id = self._prefiller.save(
+                request.slot,
+                request.spec.stream,
+                request.spec.namespace,
+                request.prefill,
+                request.token_ids[:-1] if over else (),
+                request.spec.text,
+                request.node_id,
+                over,
             )
             if request.audit is not None:
-                request.audit.node_id = node_id
+                request.audit.node_id = request.node_id
         except Exception:
             self.counters["save_failed"] += 1
             logger.exception("could not take up %s as a donor", request.request_id)
         finally:
             self.counters["save_us"] += int(1e6 * (time.perf_counter() - start))
-            self._release(request)
+            if over:
+                self._release(request)
 
     def _heal(self, audit: Audit) -> None:
         assert self._auditor is not None and self._donors is not None

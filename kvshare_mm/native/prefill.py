@@ -175,6 +175,8 @@ class Prefiller:
         result: PrefillResult,
         answer: Sequence[int] = (),
         text: str = "",
+        node_id: str | None = None,
+        over: bool = True,
     ) -> str | None:
         """Make a prompt and its answer a donor.
 
@@ -183,12 +185,18 @@ class Prefiller:
             result: what the prefill gave.
             answer: tokens whose KV is in the slot as well.
             text: what it shall be found by.
+            node_id: what the prompt was stored as already, if it was.
+            over: the answer is complete; else it will come, and the prompt is stored before.
 
         Returns:
             The node's id, or None if it is not stored.
         """
         assert self._donors is not None and isinstance(self._runner, SlotRunner)
         keys = np.concatenate((stream.align_keys, np.array(answer, np.uint64)))
+        if node_id is not None:
+            kv, positions = self._runner.slot_kv(slot), stream.positions_to(len(keys))
+            if self._donors.extend(node_id, keys, *kv, positions):
+                return node_id
         return self._donors.save(
             keys,
             ns,
@@ -198,6 +206,7 @@ class Prefiller:
             result.attention,
             stream.positions_to(len(keys)),
             stream.media,
+            over,
         )
 
     def _edit(self, plan: ReusePlan, slot: int, ns: str, positions: np.ndarray | None) -> None:

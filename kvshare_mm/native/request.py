@@ -25,11 +25,15 @@ class SlotRequest(Request):
 
     Attributes:
         after: number of the save that has to be done before it starts, so that it finds what was
-            answered before it was asked.
+            computed before.
+        held: `time.perf_counter` from when it waits for that.
+        node_id: what its prompt was stored as while it is answered; None: it was not, or not yet.
         audit: of a request that is to be audited.
     """
 
     after: int = 0
+    held: float = 0.0
+    node_id: str | None = None
     similar: tuple[str, ...] = ()
     cancelled: bool = False
     slot: int = -1

@@ -167,16 +167,19 @@ class Catalogue:
             self._remove_from_indexes(node.node_id)
 
     def replace(self, node: Node) -> bool:
-        """A node is another now, with the same tokens; False: it is not here any more."""
+        """A node is another now, with the same tokens or more behind them; False: it is gone."""
         with self._lock:
             before = self.tree.get(node.node_id)
             if before is None:
                 return False
             self.tree.replace(node)
             self._node_bytes += node.num_bytes - before.num_bytes
-        record = IndexRecord(node.node_id, node.namespace, node.wide_keys[: node.exact_len])
+        record = IndexRecord(node.node_id, node.namespace, node.wide_keys)
+        for index in (self._lexical, self._prefixes) if len(node) > len(before) else ():
+            index.remove([node.node_id])
+            index.add([record])
         self._exact.remove([node.node_id])
-        self._exact.add([record])
+        self._exact.add([replace(record, align_keys=record.align_keys[: node.exact_len])])
         if node.node_id not in self.tree:  # removed meanwhile
             self._remove_from_indexes(node.node_id)
         return True

@@ -15,7 +15,7 @@ from kvshare_mm.reuse.editor import KVEditor
 from kvshare_mm.reuse.orders import Report
 from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.reuse.scheduler import ReuseScheduler
-from kvshare_mm.reuse.tree import healed
+from kvshare_mm.reuse.tree import extended, healed
 from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
@@ -93,8 +93,9 @@ class DonorPool:
         attention: np.ndarray | None = None,
         positions: np.ndarray | None = None,
         media: tuple[Segment, ...] = (),
+        over: bool = True,
     ) -> str | None:
-        """Take up a finished request as a donor, see `ReuseScheduler.save`.
+        """Take up a request as a donor, see `ReuseScheduler.save`.
 
         Args:
             k: ``[num_layers, num_kv_heads, >= N, head_dim]`` its keys; copied.
@@ -103,11 +104,34 @@ class DonorPool:
         Returns:
             The new node's id, or None if it did not become a donor.
         """
-        node = self.reuse.save(keys, ns, plan, text, attention, positions, media)
+        node = self.reuse.save(keys, ns, plan, text, attention, positions, media, over)
         if node is not None:
-            self.reuse.reported(self.worker.save(node, k, v))
+            self.reuse.reported(self.worker.save(node, k, v, over))
         self._carry_out()
         return node.node_id if node is not None and node.node_id in self.tree else None
+
+    def extend(
+        self,
+        node_id: str,
+        keys: np.ndarray,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: np.ndarray | None = None,
+    ) -> bool:
+        """Take up what was computed behind a node; False: the node is gone, or was not grown.
+
+        Args:
+            keys: ``[N]`` uint64 of all, the node's first.
+            k: ``[num_layers, num_kv_heads, >= N, head_dim]`` all keys; copied.
+            v: the values; copied.
+            positions: ``[3, N]`` rotary positions; None: the index.
+        """
+        node = self.tree.get(node_id)
+        if node is None:
+            return False
+        done = self._replace(extended(node, keys, positions), k, v)
+        self._carry_out()
+        return done
 
     def heal(
         self, node_id: str, k: torch.Tensor, v: torch.Tensor, attention: np.ndarray | None = None
@@ -123,14 +147,19 @@ class DonorPool:
         node = self.tree.get(node_id)
         if node is None or node.exact_len == len(node):
             return False
-        exact = healed(node, self.tree, attention)
-        if not self.worker.replace(exact, k, v):
-            return False
-        if not self.reuse.catalogue.replace(exact):
-            self.store.delete(node_id)  # it was deleted meanwhile, and is back by this
+        if not self._replace(healed(node, self.tree, attention), k, v):
             return False
         self.counters["healed"] += 1
         self._carry_out()
+        return True
+
+    def _replace(self, node: Node, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Keep a node instead of the one of its id; False: that is gone."""
+        if not self.worker.replace(node, k, v):
+            return False
+        if not self.reuse.catalogue.replace(node):
+            self.store.delete(node.node_id)  # it was deleted meanwhile, and is back by this
+            return False
         return True
 
     def forget(self, node_id: str) -> None:

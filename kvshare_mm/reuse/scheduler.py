@@ -180,8 +180,9 @@ class ReuseScheduler:
         attention: np.ndarray | None = None,
         positions: np.ndarray | None = None,
         media: tuple[Segment, ...] = (),
+        over: bool = True,
     ) -> Node | None:
-        """What a finished request is to be stored as; it is a donor once that is reported.
+        """What a request is to be stored as; it is a donor once that is reported.
 
         Args:
             keys: ``[N]`` uint64 keys of prompt and answer, as far as KV was computed.
@@ -191,6 +192,7 @@ class ReuseScheduler:
             attention: ``[P]`` float32, how much the prompt's last position looked at each.
             positions: ``[3, N]`` rotary positions; None: the index.
             media: where its pictures and clips are.
+            over: it is finished; else its prompt is stored, and it will come again.
 
         Returns:
             The node, or None if there is nothing to gain from storing it.
@@ -202,8 +204,9 @@ class ReuseScheduler:
         with self._changed:
             if twin is not None:
                 # Stored again with each repetition, it would push others out.
-                self._touched.append(twin)
-                self.counters["save_known"] += 1
+                if over:
+                    self._touched.append(twin)
+                    self.counters["save_known"] += 1
                 return None
             self._saving[node.node_id] = node, text
         return node

@@ -217,6 +217,26 @@ class DeltaTree:
         )
 
 
+def extended(node: Node, keys: np.ndarray, positions: np.ndarray | None) -> Node:
+    """A node that goes on: behind its tokens, all was computed.
+
+    Args:
+        keys: ``[N]`` uint64 of all, the node's first.
+        positions: ``[3, N]`` rotary positions; None: the index.
+    """
+    owned = np.zeros(len(keys), dtype=bool)
+    owned[len(node) :] = True
+    for span in node.own:
+        owned[span.start : span.end] = True
+    return replace(
+        node,
+        align_keys=keys,
+        own=spans_of(owned),
+        exact_len=len(keys) if node.exact_len == len(node) else node.exact_len,
+        positions=positions,
+    )
+
+
 def healed(node: Node, here: Container[str], attention: np.ndarray | None) -> Node:
     """A node whose KV was computed in full: exact everywhere, and its own where it was not before.
 

@@ -63,17 +63,18 @@ class ReuseWorker:
         with torch.inference_mode():
             self._editor.edit(pieces, read, k, v, positions)
 
-    def save(self, node: Node, k: torch.Tensor, v: torch.Tensor) -> Report:
-        """Keep what a node owns of a finished request's KV, and tell what became of that.
+    def save(self, node: Node, k: torch.Tensor, v: torch.Tensor, lasting: bool = True) -> Report:
+        """Keep what a node owns of a request's KV, and tell what became of that.
 
         Args:
             k: ``[num_layers, num_kv_heads, >= N, head_dim]``; copied.
             v: the same.
+            lasting: see `TieredStore.put`.
         """
         node_id = node.node_id
         try:
             kv = NodeKV(_owned_rows(k, node), _owned_rows(v, node))
-            self.store.put(StoredNode(node, kv))
+            self.store.put(StoredNode(node, kv), lasting)
         except Exception:
             # A cache problem is never a request's problem.
             logger.exception("%s could not be stored", node_id)

@@ -70,15 +70,18 @@ class TieredStore:
             )
             self._writer.start()
 
-    def put(self, stored: StoredNode) -> None:
+    def put(self, stored: StoredNode, lasting: bool = True) -> None:
         """Keep a node, or its new version, in RAM and queue it for the disk.
+
+        Args:
+            lasting: false: not for the disk, the next version comes soon.
 
         Raises:
             NotFiniteError: K, V, attention or embedding hold NaN or an infinity. Nothing changed.
         """
         self._check(stored.node, stored.embedding, stored.kv)
         with self._changed:
-            gone = self._put(stored)
+            gone = self._put(stored, lasting)
         self._announce(gone)
 
     def get(self, node_id: str, namespace: str) -> StoredNode:
@@ -230,11 +233,11 @@ class TieredStore:
                 self._count("not_finite")
             raise
 
-    def _put(self, stored: StoredNode) -> list[str]:
+    def _put(self, stored: StoredNode, lasting: bool = True) -> list[str]:
         """Lock held. Returns the ids of the nodes that this pushed out of the last tier."""
         node_id = stored.node.node_id
         self._resident.add(node_id)
-        if not self._closing:
+        if lasting and not self._closing:
             self._queue[node_id] = stored
             self._changed.notify_all()
         return self._settle(self._host.put(stored))

@@ -173,18 +173,18 @@ class WorkerSide:
         """Take up a request; whatever happens, its blocks are given back."""
         self._sent.add(save.request_id)
         try:
-            attention, kv = self._read(save)
+            attention, k, v = self._read(save)
         except Exception:
             # A cache problem is never a request's problem.
             logger.exception("%s could not be read", save.request_id)
             self._report.kv.not_saved[save.node.node_id] = "failed"
             return
-        report = self._worker.save(replace(save.node, attention=attention), *kv)
+        report = self._worker.save(replace(save.node, attention=attention), k, v)
         if attention is not None:
             report.attention[save.node.node_id] = attention
         self._report.kv.add(report)
 
-    def _read(self, save: Save) -> tuple[np.ndarray | None, list[torch.Tensor]]:
+    def _read(self, save: Save) -> tuple[np.ndarray | None, torch.Tensor, torch.Tensor]:
         """What the prompt's last position looks at, and the request's K and V."""
         node = save.node
         length = max(save.last + 1, node.own[-1].end if node.own else 0)
@@ -197,4 +197,5 @@ class WorkerSide:
             attention = self._forward.looked_at(
                 save.last, save.last_token, place, save.block_ids, [k for k, _ in kv]
             )
-        return attention, [torch.stack([each[i] for each in kv]) for i in range(2)]
+        k, v = (torch.stack([each[i] for each in kv]) for i in range(2))
+        return attention, k, v

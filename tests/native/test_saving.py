@@ -146,8 +146,40 @@ def test_a_save_that_fails_is_counted_and_frees_its_slot(open_llm: OpenLLM) -> N
     for _ in range(3):
         assert len(llm.generate(_DONOR, params(2)).token_ids) == 2
     assert llm.flush()
-    assert outcomes(llm)["save_failed"] == 3
+    assert outcomes(llm)["save_failed"] == 6  # the prompt, then all of it
     assert llm.stats()["donors"]["nodes"] == 0
+
+
+def test_a_prompt_is_a_donor_while_it_is_answered(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=2)
+    chunks = llm.stream(_DONOR, params(60))
+    next(chunks)
+    reused = llm.generate(_TARGET, params(2)).provenance
+    assert reused.reused > 0
+    [*_, last] = chunks
+    assert last.output is not None
+    assert llm.flush()
+    assert llm.stats()["donors"]["nodes"] == 2
+    # What was stored first goes on as its answer did: one node, exact to its end.
+    again = [*last.output.prompt_token_ids, *last.output.token_ids]
+    assert llm.generate(again, params(1)).provenance.exact == len(again) - 1
+
+
+def test_a_prompt_stays_a_donor_when_its_answer_is_cancelled(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=2)
+    chunks = llm.stream(_DONOR, params(60))
+    next(chunks)
+    chunks.close()
+    assert llm.flush()
+    assert llm.generate(_DONOR, params(1)).provenance.recomputed == 1
+
+
+def test_requests_that_come_together_find_each_other(open_llm: OpenLLM) -> None:
+    """All but the first of a burst are alike to one that was computed before them."""
+    llm = open_llm(max_num_seqs=4)
+    prompts = [_TARGET.replace("77", str(number)) for number in range(20, 32)]
+    outputs = llm.generate(prompts, params(20))
+    assert [o.provenance.reused > 0 for o in outputs].count(False) == 1
 
 
 def test_a_known_request_is_not_stored_twice(open_llm: OpenLLM) -> None:
