@@ -8,13 +8,11 @@ it as a donor: it waits for the save, those of other namespaces and those that r
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import Counter
 from functools import partial
 
-import numpy as np
 import torch
 
 from kvshare_mm.errors import (
@@ -23,14 +21,14 @@ from kvshare_mm.errors import (
     ModelOutputError,
     QueueFullError,
 )
-from kvshare_mm.modalities.one_core import start_on_one_core
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.native.audit import Audit, Auditor
 from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN, FairQueue
 from kvshare_mm.native.prefill import Prefiller, provenance
 from kvshare_mm.native.request import SlotRequest
-from kvshare_mm.native.saver import Saver
-from kvshare_mm.native.slots import ModelRunner
+from kvshare_mm.native.saver import Saver, save_request
+from kvshare_mm.native.searcher import Searcher
+from kvshare_mm.native.slots import ModelRunner, works
 from kvshare_mm.outputs import FinishReason, count_use
 from kvshare_mm.request import RequestSpec, Sink
 from kvshare_mm.reuse.donors import DonorPool
@@ -81,11 +79,10 @@ class NativeEngine:
         self._known: dict[str, SlotRequest] = {}
         self._closing = False
         self._failures = 0
-        self._lookups: queue.SimpleQueue[SlotRequest | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
         self._saver = Saver(self._changed)
         self._thread.start()
-        self._searcher = start_on_one_core(self._search, "kvshare-search")
+        self._searcher = Searcher(donors)
 
     # -- called from any thread -------------------------------------------------------------
 
@@ -124,7 +121,7 @@ class NativeEngine:
             self._known[request.request_id] = request
             self._changed.notify_all()
         if must_wait and spec.options.reuse == "similar":
-            self._lookups.put(request)
+            self._searcher.look(request)
         return request.request_id
 
     def cancel(self, request_id: str) -> None:
@@ -175,9 +172,8 @@ class NativeEngine:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
-        self._lookups.put(None)
         self._saver.close()
-        self._searcher.join()
+        self._searcher.close()
 
     # -- the engine's thread ----------------------------------------------------------------
 
@@ -291,7 +287,8 @@ class NativeEngine:
         """Its prompt is a donor while its answer is made: requests that are alike come together."""
         ns = request.spec.namespace
         with self._changed:
-            self._saver.order(partial(self._save, request, over=False), ns)
+            save = partial(save_request, self._prefiller, self.counters, request, over=False)
+            self._saver.order(save, ns)
             for waiting in self._waiting:
                 if waiting.spec.namespace == ns and waiting.spec.options.reuse != "off":
                     self._hold(waiting, self._saver.last[ns])
@@ -364,21 +361,9 @@ class NativeEngine:
         with self._changed:  # its prompt may be about to be read where others will write
             self._changed.wait_for(lambda: self._saver.idle)
         if request.slot >= 0 and not isinstance(failure, ModelOutputError):
-            self._failures = 0 if self._works(request.slot) else self._failures + 1
+            self._failures = 0 if works(self._runner, request.slot) else self._failures + 1
         self._release(request)
         request.emit(failure)
-
-    def _works(self, slot: int) -> bool:
-        """Whether the model still answers anybody: one token's prefill and decode, in a slot whose
-        request is over."""
-        try:
-            self._runner.release(slot)
-            self._runner.prefill(slot, np.zeros(1, np.int64), np.zeros(1, np.int64))
-            self._runner.decode([slot], [0], [1])
-        except Exception as failure:
-            logger.error("the model does not answer: %s", failure)
-            return False
-        return True
 
     def _finish(self, request: SlotRequest, reason: FinishReason) -> None:
         if request in self._active:
@@ -418,44 +403,13 @@ class NativeEngine:
                 self._free.append(request.slot)
             self._changed.notify_all()
 
-    # -- the search thread ------------------------------------------------------------------
-
-    def _search(self) -> None:
-        """Look for donors by meaning, for requests that wait anyway."""
-        while (request := self._lookups.get()) is not None:
-            waits = request.slot < 0 and not request.cancelled
-            # Identical beginnings are found by key; meaning adds nothing to them.
-            if waits and request.spec.options.reuse == "similar" and self._donors is not None:
-                request.similar = self._donors.reuse.similar(
-                    request.spec.text, request.spec.namespace
-                )
-
     # -- the save thread -----------------------------------------------------------------
 
-    def _save(self, request: SlotRequest, over: bool = True) -> None:
-        """Take up a request, and its answer if that is over."""
-        start = time.perf_counter()
+    def _save(self, request: SlotRequest) -> None:
         try:
-            assert request.prefill is not None
-            request.node_id = self._prefiller.save(
-                request.slot,
-                request.spec.stream,
-                request.spec.namespace,
-                request.prefill,
-                request.token_ids[:-1] if over else (),
-                request.spec.text,
-                request.node_id,
-                over,
-            )
-            if request.audit is not None:
-                request.audit.node_id = request.node_id
-        except Exception:
-            self.counters["save_failed"] += 1
-            logger.exception("could not take up %s as a donor", request.request_id)
+            save_request(self._prefiller, self.counters, request)
         finally:
-            self.counters["save_us"] += int(1e6 * (time.perf_counter() - start))
-            if over:
-                self._release(request)
+            self._release(request)
 
     def _heal(self, audit: Audit) -> None:
         assert self._auditor is not None and self._donors is not None

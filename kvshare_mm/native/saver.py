@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable
+
+from kvshare_mm.native.prefill import Prefiller
+from kvshare_mm.native.request import SlotRequest
+
+logger = logging.getLogger(__name__)
 
 
 class Saver:
@@ -58,3 +66,35 @@ class Saver:
                 if self.last.get(ns) == self.done:
                     del self.last[ns]
                 self._changed.notify_all()
+
+
+def save_request(
+    prefiller: Prefiller, counters: Counter[str], request: SlotRequest, over: bool = True
+) -> None:
+    """Make a request in its slot a donor; raises nothing.
+
+    Args:
+        counters: events by name are counted here.
+        over: it is answered; else its prompt is stored.
+    """
+    start = time.perf_counter()
+    try:
+        assert request.prefill is not None
+        request.node_id = prefiller.save(
+            request.slot,
+            request.spec.stream,
+            request.spec.namespace,
+            request.prefill,
+            request.token_ids[:-1] if over else (),
+            request.spec.text,
+            request.node_id,
+            over,
+        )
+        if request.audit is not None:
+            request.audit.node_id = request.node_id
+    except Exception:
+        # A cache problem is never a request's problem.
+        counters["save_failed"] += 1
+        logger.exception("could not take up %s as a donor", request.request_id)
+    finally:
+        counters["save_us"] += int(1e6 * (time.perf_counter() - start))

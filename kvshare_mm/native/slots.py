@@ -7,6 +7,7 @@ cannot run, with transformers' own cache, whole prompts only.
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from kvshare_mm.attention import SlotCache, TailAttention
 from kvshare_mm.kernels.ragged import RaggedQueries
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.native.inputs import MediaInputs, decode_positions, model_inputs
+
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner(Protocol):
@@ -272,3 +275,16 @@ class PlainRunner:
         ).logits
         self.moved_s = time.perf_counter()
         return logits[0, -1]
+
+
+def works(runner: ModelRunner, slot: int) -> bool:
+    """Whether the model still answers anybody: one token's prefill and decode, in a slot whose
+    request is over."""
+    try:
+        runner.release(slot)
+        runner.prefill(slot, np.zeros(1, np.int64), np.zeros(1, np.int64))
+        runner.decode([slot], [0], [1])
+    except Exception as failure:
+        logger.error("the model does not answer: %s", failure)
+        return False
+    return True
