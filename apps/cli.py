@@ -178,12 +178,12 @@ def chat(
 @app.command()
 @config_options({None: ("store_dir", "repair", "max_divergence", "max_model_len")})
 def calibrate(
-    config: Values,
     model: Annotated[str, typer.Argument(help=described("model"))],
     requests: Annotated[
         Path,
         typer.Option(help="JSON Lines: {messages} or {prompt} or {text}, in the order they came"),
     ],
+    config: Values,
     out: Annotated[
         Path | None,
         typer.Option(help="what was learned, for `--calibration`", callback=report_file),

@@ -54,7 +54,8 @@ class Divergence:
         first: KL(full || served) of the first token, nats.
         mean, worst: of all tokens that were compared.
         differs_at: the first token for which the two would choose another one greedily, or None.
-        fact: a number or a name of the prompt that the donor did not have would be another.
+        fact: a number or a name of the prompt that the donor did not have would be another, and
+            not for rounding: the divergence there is larger than was asked for.
     """
 
     first: float
@@ -291,7 +292,9 @@ class Auditor:
         kls = [kl for kl, _, _ in audit.compared]
         other = [i for i, (_, full, served) in enumerate(audit.compared) if full != served]
         facts = audit.facts(self._tokenizer)
-        fact = any(facts.intersection(audit.compared[i][1:]) for i in other)
+        fact = any(
+            facts.intersection(audit.compared[i][1:]) and kls[i] > audit.promise.asked for i in other
+        )
         found = Divergence(kls[0], sum(kls) / len(kls), max(kls), other[0] if other else None, fact)
         self.results.append(found)
         self._buckets[bisect_left(BUCKETS, found.value)] += 1
