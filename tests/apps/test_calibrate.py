@@ -46,7 +46,7 @@ def test_what_is_learned_is_what_a_server_starts_from(
     told = json.loads(report.read_text())
     assert (told["requests"], told["skipped"]) == (7, 1)
     audits = sum(family["audits"] for family in told["families"])
-    assert audits == sum(told["audits"]["divergence"]["counts"]) >= 4
+    assert audits == sum(told["audits"]["divergence"]["counts"]) == 3  # it is given up then
     for options in ({"calibration": out}, {"store_dir": tmp_path / "store"}):
         llm = open_llm(audit_share=0, **options)
         assert llm._parts.donors is not None and llm._parts.auditor is None
