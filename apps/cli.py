@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from kvshare_mm import __version__
+from kvshare_mm.apps.audit.cli import audit
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.desk.cli import ui
 from kvshare_mm.apps.kernels import kernels
@@ -35,6 +36,7 @@ app.add_typer(keys, name="keys")
 app.add_typer(cache, name="cache")
 app.command()(serve)
 app.command()(ui)
+app.command()(audit)
 console = Console()
 
 _OF_CONFIG: dict[str | None, tuple[str, ...]] = {

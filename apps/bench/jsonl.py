@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,7 @@ def read_jsonl(path: Path, *fields: str, limit: int | None = None) -> list[dict[
         ConfigError: the file cannot be read, has no objects, or a line is none of them; says which.
     """
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        if limit is not None and len(records) >= limit:
-            break
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{path}:{number} is no JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ConfigError(f"{path}:{number} is no JSON object")
+    for number, record in islice(numbered(path), limit):
         missing = [name for name in fields if name not in record]
         if missing:
             raise ConfigError(f"{path}:{number} has no field {', '.join(missing)}")
@@ -40,6 +32,24 @@ def read_jsonl(path: Path, *fields: str, limit: int | None = None) -> list[dict[
     if not records:
         raise ConfigError(f"{path} has no lines to read")
     return records
+
+
+def numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects with the numbers of their lines, from 1; empty lines left out.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is no object; says which.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number} is no JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ConfigError(f"{path}:{number} is no JSON object")
+        yield number, record
 
 
 def read_text(path: Path) -> str:

@@ -1,0 +1,1 @@
+"""`kvshare audit`: does reuse change the answers to a user's own requests?"""
