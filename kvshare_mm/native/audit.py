@@ -293,7 +293,8 @@ class Auditor:
         other = [i for i, (_, full, served) in enumerate(audit.compared) if full != served]
         facts = audit.facts(self._tokenizer)
         fact = any(
-            facts.intersection(audit.compared[i][1:]) and kls[i] > audit.promise.asked for i in other
+            facts.intersection(audit.compared[i][1:]) and kls[i] > audit.promise.asked
+            for i in other
         )
         found = Divergence(kls[0], sum(kls) / len(kls), max(kls), other[0] if other else None, fact)
         self.results.append(found)
