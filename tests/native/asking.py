@@ -53,6 +53,11 @@ def outcomes(llm: KVShare) -> dict[str, int]:
     return counts
 
 
+def inside(llm: KVShare) -> Any:
+    """The parts of a server."""
+    return llm._parts
+
+
 class Gate:
     """Holds up one method of a part of a server; lets everything through once opened."""
 
@@ -83,7 +88,7 @@ class Inbox:
         self.error: Exception | None = None
         self._done = threading.Event()
         spec = llm.read(prompt, sampling, None)
-        self.request_id = llm._parts.engine.submit(spec, self)
+        self.request_id = inside(llm).engine.submit(spec, self)
 
     def __call__(self, chunk: StreamChunk | Exception) -> None:
         if isinstance(chunk, Exception):
@@ -105,18 +110,3 @@ class Inbox:
         output = self.chunks[-1].output
         assert output is not None
         return output
-
-
-def check_provenance(output: RequestOutput) -> None:
-    p = output.provenance
-    n = len(output.prompt_token_ids)
-    assert p.exact + p.reused + p.recomputed == n
-    assert [s.start for s in p.spans] == [0, *(s.end for s in p.spans[:-1])]
-    assert p.spans[-1].end == n
-    assert p.spans[-1].kind == "recomputed"
-    for kind in ("exact", "reused", "recomputed"):
-        assert sum(s.end - s.start for s in p.spans if s.kind == kind) == getattr(p, kind)
-    assert {s.donor for s in p.spans if s.kind != "recomputed"} <= set(p.donors)
-    assert all(s.donor is None for s in p.spans if s.kind == "recomputed")
-    assert 0 <= p.similarity <= 1
-    assert p.fallback is None

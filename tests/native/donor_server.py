@@ -85,6 +85,12 @@ class Server:
         _assert_adds_up(result, provenance(result))
         return result
 
+    def answered(self, ids: np.ndarray, answer: np.ndarray) -> np.ndarray:
+        """A prompt with an answer, whose KV is in the slot."""
+        for i, token in enumerate(answer.tolist()):
+            self.runner.decode([1], [token], [len(ids) + i])
+        return np.concatenate((ids, answer))
+
     def save(self, ids: np.ndarray, result: PrefillResult, ns: str = NS) -> str | None:
         node_id = self.prefiller.save(1, text_stream(ids), ns, result)
         if node_id is not None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput
 
-from .asking import _PROMPTS, PATIENCE_S, Inbox, OpenLLM, outcomes, params
+from .asking import _PROMPTS, PATIENCE_S, Inbox, OpenLLM, inside, outcomes, params
 
 
 def test_greedy_answers_are_those_of_transformers(
@@ -39,14 +39,14 @@ def test_eight_requests_over_two_slots_answer_as_one_by_one(
 ) -> None:
     llm = open_llm(max_num_seqs=2)
     widths: list[int] = []
-    decode = llm._parts.runner.decode
+    decode = inside(llm).runner.decode
 
     def recorded(slots: Any, *rest: Any) -> torch.Tensor:
         widths.append(len(slots))
         assert len(set(slots)) == len(slots)
         return decode(slots, *rest)
 
-    llm._parts.runner.decode = recorded  # type: ignore[method-assign]
+    inside(llm).runner.decode = recorded
     outputs = llm.generate(_PROMPTS, params(), RequestOptions(reuse=reuse))
     assert [o.token_ids for o in outputs] == [o.token_ids for o in alone]
     assert [o.text for o in outputs] == [o.text for o in alone]
@@ -90,12 +90,12 @@ def test_requests_of_different_lengths_make_room_for_each_other(
 def test_waiting_requests_are_admitted_in_the_order_they_came(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=1)
     order: list[tuple[int, ...]] = []
-    prefill = llm._parts.runner.prefill
+    prefill = inside(llm).runner.prefill
 
     def recorded(slot: int, token_ids: Any, *rest: Any) -> torch.Tensor:
         order.append(tuple(token_ids.tolist()))
         return prefill(slot, token_ids, *rest)
 
-    llm._parts.runner.prefill = recorded  # type: ignore[method-assign]
+    inside(llm).runner.prefill = recorded
     inboxes = [Inbox(llm, p, params(3)) for p in _PROMPTS]
     assert [inbox.result().prompt_token_ids for inbox in inboxes] == order

@@ -9,18 +9,18 @@ import pytest
 
 from kvshare_mm import EngineClosedError
 
-from .asking import _DONOR, _PROMPTS, PATIENCE_S, Gate, Inbox, OpenLLM, eventually, params
+from .asking import _DONOR, _PROMPTS, PATIENCE_S, Gate, Inbox, OpenLLM, eventually, inside, params
 
 
 def test_close_ends_what_is_in_flight_and_refuses_what_comes_later(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=1)
-    gate = Gate(llm._parts.runner, "decode")
+    gate = Gate(inside(llm).runner, "decode")
     running = Inbox(llm, _PROMPTS[0], params(400))
     gate.wait()
     waiting = Inbox(llm, _PROMPTS[1], params())
     closing = threading.Thread(target=llm.close)
     closing.start()
-    assert eventually(lambda: llm._parts.engine._closing)
+    assert eventually(lambda: inside(llm).engine._closing)
     with pytest.raises(EngineClosedError):
         llm.generate(_PROMPTS[2])
     gate.open()
@@ -40,7 +40,7 @@ def test_close_ends_what_is_in_flight_and_refuses_what_comes_later(open_llm: Ope
 
 def test_close_reaches_the_callers(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=1)
-    gate = Gate(llm._parts.runner, "decode")
+    gate = Gate(inside(llm).runner, "decode")
     errors: list[Exception] = []
 
     def ask() -> None:
@@ -54,7 +54,7 @@ def test_close_reaches_the_callers(open_llm: OpenLLM) -> None:
     gate.wait()
     closing = threading.Thread(target=llm.close)
     closing.start()
-    assert eventually(lambda: llm._parts.engine._closing)
+    assert eventually(lambda: inside(llm).engine._closing)
     gate.open()
     asking.join(PATIENCE_S)
     closing.join(PATIENCE_S)
@@ -63,8 +63,7 @@ def test_close_reaches_the_callers(open_llm: OpenLLM) -> None:
 
 def test_close_saves_what_is_finished(open_llm: OpenLLM) -> None:
     llm = open_llm()
-    assert llm._parts.donors is not None
-    gate = Gate(llm._parts.donors, "save")
+    gate = Gate(inside(llm).donors, "save")
     llm.generate(_DONOR, params(2))
     gate.wait()
     closing = threading.Thread(target=llm.close)

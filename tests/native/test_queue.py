@@ -8,14 +8,14 @@ import pytest
 
 from kvshare_mm import QueueFullError, RequestOptions, RequestOutput, StreamChunk
 
-from .asking import _PROMPTS, Gate, Inbox, OpenLLM, idle, outcomes, params
+from .asking import _PROMPTS, Gate, Inbox, OpenLLM, idle, inside, outcomes, params
 
 
 def test_a_full_queue_refuses_and_leaves_the_others_alone(
     open_llm: OpenLLM, alone: list[RequestOutput]
 ) -> None:
     llm = open_llm(max_num_seqs=1, max_queue=2)
-    gate = Gate(llm._parts.runner, "decode")
+    gate = Gate(inside(llm).runner, "decode")
     inboxes = [Inbox(llm, _PROMPTS[0], params())]
     gate.wait()
     inboxes += [Inbox(llm, p, params()) for p in _PROMPTS[1:3]]
@@ -35,7 +35,7 @@ def test_a_full_queue_refuses_and_leaves_the_others_alone(
 
 def test_a_list_that_the_queue_cannot_take_leaves_nothing_running(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=1, max_queue=2)
-    gate = Gate(llm._parts.runner, "decode")
+    gate = Gate(inside(llm).runner, "decode")
     with pytest.raises(QueueFullError):
         llm.generate(_PROMPTS, params(400))
     gate.open()
@@ -46,7 +46,7 @@ def test_a_list_that_the_queue_cannot_take_leaves_nothing_running(open_llm: Open
 
 def test_a_tenant_with_many_requests_does_not_hold_up_one_with_few(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=1, max_queue=30)
-    gate = Gate(llm._parts.runner, "decode")
+    gate = Gate(inside(llm).runner, "decode")
     done: list[str] = []
 
     def ask(tenant: str) -> None:
@@ -55,7 +55,7 @@ def test_a_tenant_with_many_requests_does_not_hold_up_one_with_few(open_llm: Ope
                 done.append(tenant)
 
         options = RequestOptions(tenant=tenant, reuse="off", store=False)
-        llm._parts.engine.submit(llm.read(_PROMPTS[0], params(3), options), sink)
+        inside(llm).engine.submit(llm.read(_PROMPTS[0], params(3), options), sink)
 
     ask("large")
     gate.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,6 +20,7 @@ from .asking import (
     Inbox,
     OpenLLM,
     eventually,
+    inside,
     outcomes,
     params,
 )
@@ -26,8 +28,7 @@ from .asking import (
 
 def test_donors_are_saved_behind_the_answer(open_llm: OpenLLM, alone: list[RequestOutput]) -> None:
     llm = open_llm(max_num_seqs=2)
-    assert llm._parts.donors is not None
-    gate = Gate(llm._parts.donors, "save")
+    gate = Gate(inside(llm).donors, "save")
     llm.generate(_DONOR, params(2))
     gate.wait()
     assert llm.stats()["donors"]["nodes"] == 0
@@ -44,15 +45,14 @@ def test_donors_are_saved_behind_the_answer(open_llm: OpenLLM, alone: list[Reque
 def test_what_is_asked_after_an_answer_finds_it(open_llm: OpenLLM) -> None:
     """Though it is saved behind the answer, and however long that takes."""
     llm = open_llm(max_num_seqs=2)
-    donors = llm._parts.donors
-    assert donors is not None
+    donors = inside(llm).donors
     save = donors.save
 
     def slowly(*args: Any) -> str | None:
         time.sleep(0.05)
         return save(*args)
 
-    donors.save = slowly  # type: ignore[method-assign]
+    donors.save = slowly
     llm.generate(_DONOR, params(2))
     assert llm.generate(_TARGET, params(2)).provenance.reused > 0
     exact = RequestOptions(reuse="exact")
@@ -67,9 +67,8 @@ def test_what_is_asked_after_an_answer_finds_it(open_llm: OpenLLM) -> None:
 
 def test_what_was_asked_before_the_answer_does_not_wait_for_it(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=2)
-    assert llm._parts.donors is not None
-    gate = Gate(llm._parts.donors, "save")
-    decoding = Gate(llm._parts.runner, "decode")
+    gate = Gate(inside(llm).donors, "save")
+    decoding = Gate(inside(llm).runner, "decode")
     first = Inbox(llm, _DONOR, params(2))
     decoding.wait()
     second = Inbox(llm, _TARGET, params(2))
@@ -85,8 +84,7 @@ def test_nobody_waits_for_a_save_for_ever(
 ) -> None:
     monkeypatch.setattr("kvshare_mm.native.engine._MAX_HOLD_S", 0.05)
     llm = open_llm(max_num_seqs=2)
-    assert llm._parts.donors is not None
-    gate = Gate(llm._parts.donors, "save")
+    gate = Gate(inside(llm).donors, "save")
     llm.generate(_DONOR, params(2))
     gate.wait()
     output = llm.generate(_TARGET, params(2), RequestOptions(store=False))
@@ -94,32 +92,9 @@ def test_nobody_waits_for_a_save_for_ever(
     gate.open()
 
 
-def test_an_approximate_request_that_repeats_is_stored_once(open_llm: OpenLLM) -> None:
-    llm = open_llm()
-    donors = llm._parts.donors
-    assert donors is not None
-    touched: list[str] = []
-    touch = donors.store.touch
-    donors.store.touch = lambda node_id: (touched.append(node_id), touch(node_id))[1]  # type: ignore[method-assign]
-    llm.generate(_DONOR, params(2))
-    for _ in range(5):
-        output = llm.generate(_TARGET, params(2), RequestOptions(repair="none"))
-        assert output.provenance.reused > 0
-    assert llm.flush()
-    assert llm.stats()["donors"]["nodes"] == 2
-    assert touched == [output.provenance.donors[0]] * 4
-    # One that is better is kept, and found by those who want no worse.
-    again = RequestOptions(max_divergence=0)
-    assert llm.generate(_TARGET, params(2), again).provenance.reused == 0
-    repeated = llm.generate(_TARGET, params(2), again).provenance
-    assert repeated.recomputed == 1
-    assert llm.flush()
-    assert llm.stats()["donors"]["nodes"] == 3
-
-
 def test_a_flush_waits_for_every_answer_that_was_delivered(open_llm: OpenLLM) -> None:
     llm = open_llm()
-    engine = llm._parts.engine
+    engine = inside(llm).engine
     flushed_in_sink: list[bool] = []
     done = threading.Event()
 
@@ -137,12 +112,8 @@ def test_a_flush_waits_for_every_answer_that_was_delivered(open_llm: OpenLLM) ->
 
 def test_a_save_that_fails_is_counted_and_frees_its_slot(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=1)
-    assert llm._parts.donors is not None
 
-    def broken(*args: Any) -> None:
-        raise RuntimeError("no memory for a copy")
-
-    llm._parts.donors.save = broken  # type: ignore[method-assign]
+    inside(llm).donors.save = Mock(side_effect=RuntimeError("no memory for a copy"))
     for _ in range(3):
         assert len(llm.generate(_DONOR, params(2)).token_ids) == 2
     assert llm.flush()
@@ -182,43 +153,19 @@ def test_requests_that_come_together_find_each_other(open_llm: OpenLLM) -> None:
     assert [o.provenance.reused > 0 for o in outputs].count(False) == 1
 
 
-def test_a_known_request_is_not_stored_twice(open_llm: OpenLLM) -> None:
-    llm = open_llm()
-    for _ in range(3):
-        llm.generate(_DONOR, params(2))
-        llm.flush()
-    donors = llm.stats()["donors"]
-    assert donors["nodes"] == 1
-    assert donors["events"]["save_known"] == 2
-
-
 def test_donors_found_by_meaning_are_used_if_they_come_in_time(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=1)
-    donors = llm._parts.donors
-    assert donors is not None
-    asked: list[str] = []
-    given: list[tuple[str, ...]] = []
-    searched = threading.Event()
-    find = donors.reuse.find
-
-    def similar(text: str, ns: str) -> tuple[str, ...]:
-        asked.append(text)
-        searched.set()
-        return ("nobody-knows-it",)
-
-    def recorded(*asked: Any) -> Any:
-        given.append(asked[-1])
-        return find(*asked)
-
-    donors.reuse.similar, donors.reuse.find = similar, recorded  # type: ignore[method-assign]
-    gate = Gate(llm._parts.runner, "decode")
+    donors = inside(llm).donors
+    similar = donors.reuse.similar = Mock(return_value=("nobody-knows-it",))
+    find = donors.reuse.find = Mock(wraps=donors.reuse.find)
+    gate = Gate(inside(llm).runner, "decode")
     first = Inbox(llm, _PROMPTS[0], params(2))
     gate.wait()
     second = Inbox(llm, _PROMPTS[1], params(2))
-    assert searched.wait(PATIENCE_S)
-    assert eventually(lambda: bool(next(iter(llm._parts.engine._waiting)).similar))
+    assert eventually(lambda: bool(next(iter(inside(llm).engine._waiting)).similar))
     gate.open()
     first.result()
     second.result()
-    assert asked == [_PROMPTS[1]]  # the first did not wait: it was not held up by a search
-    assert given == [(), ("nobody-knows-it",)]
+    # The first did not wait: it was not held up by a search.
+    assert [call.args[0] for call in similar.call_args_list] == [_PROMPTS[1]]
+    assert [call.args[-1] for call in find.call_args_list] == [(), ("nobody-knows-it",)]

@@ -10,7 +10,7 @@ import torch
 
 from kvshare_mm.index.base import IndexUnavailableError
 
-from .asking import _PROMPTS, OpenLLM, eventually, params
+from .asking import _PROMPTS, OpenLLM, eventually, inside, params
 
 
 def test_the_model_keeps_its_cores_beside_the_threads_that_embed(
@@ -27,7 +27,7 @@ def test_the_model_keeps_its_cores_beside_the_threads_that_embed(
     try:
         torch.set_num_threads(2)
         llm = open_llm(embedder="any", max_num_seqs=1)
-        prefill = llm._parts.runner.prefill
+        prefill = inside(llm).runner.prefill
 
         def recorded(*args: Any) -> torch.Tensor:
             seen["model"] = torch.get_num_threads()
@@ -37,9 +37,8 @@ def test_the_model_keeps_its_cores_beside_the_threads_that_embed(
             seen["search"] = torch.get_num_threads()
             return ()
 
-        llm._parts.runner.prefill = recorded  # type: ignore[method-assign]
-        assert llm._parts.donors is not None
-        llm._parts.donors.reuse.similar = similar  # type: ignore[method-assign]
+        inside(llm).runner.prefill = recorded
+        inside(llm).donors.reuse.similar = similar
         llm.generate(_PROMPTS[:3], params(3))
         llm.flush()
         assert eventually(lambda: "search" in seen)

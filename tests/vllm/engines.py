@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, get_kv_transfer_group
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+from kvshare_mm import RequestOutput
 from kvshare_mm.vllm import kv_transfer_config
 
 # Token ids, or a prompt with pictures as vLLM takes it.
@@ -44,6 +47,15 @@ class Shared:
         return get_kv_transfer_group()._runner
 
     @property
+    def catalogue(self) -> Any:
+        return self.scheduler.reuse.catalogue
+
+    @property
+    def store(self) -> Any:
+        """The donors' KV."""
+        return self.runner._worker.store
+
+    @property
     def num_free(self) -> int:
         return int(self.vllm_scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
@@ -64,6 +76,15 @@ class Shared:
         self.settle()
         return done
 
+    @contextmanager
+    def keeping_its_blocks(self) -> Iterator[None]:
+        """In the end nothing is held that was free in the beginning."""
+        free = self.num_free
+        yield
+        self.settle()
+        assert self.num_free == free, "blocks leaked"
+        assert not self.scheduler.busy and not self.scheduler._lookups
+
     def settle(self) -> None:
         """Let the scheduler hear of what the workers did last."""
         while self.vllm_scheduler.has_requests():
@@ -76,16 +97,46 @@ class Shared:
     def forget(self) -> None:
         """As if just started: no donors, nothing in the prefix cache."""
         self.settle()
-        for node in self.scheduler.reuse.catalogue.nodes():
-            self.runner._worker.store.delete(node.node_id)
-            self.scheduler.reuse.catalogue.remove(node.node_id)
+        for node in self.catalogue.nodes():
+            self.store.delete(node.node_id)
+            self.catalogue.remove(node.node_id)
         self.runner._gone.clear()
         assert self.llm.reset_prefix_cache()
+
+
+def first_token(shared: Shared, prompt: Prompt, **knobs: Any) -> Any:
+    """vLLM's output of one token, with log probabilities."""
+    extra = {"kv_transfer_params": {"kvshare": knobs}}
+    params = SamplingParams(max_tokens=1, logprobs=20, extra_args=extra, **GREEDY)
+    (output,) = shared.llm.generate([_asked(prompt)], params, use_tqdm=False)
+    shared.settle()
+    return output
+
+
+def assert_as_native(output: Any, expected: RequestOutput) -> None:
+    """The same reuse, and the same distribution of the first token."""
+    p, use = expected.provenance, summary(output)
+    found = tuple(use[kind] for kind in ("exact", "reused", "recomputed", "declined"))
+    assert found == (p.exact, p.reused, p.recomputed, p.declined)
+    assert expected.logprobs is not None
+    theirs = output.outputs[0].logprobs[0]
+    for token, logprob in expected.logprobs[0].top:
+        assert theirs[token].logprob == pytest.approx(logprob, abs=2e-3)
 
 
 def summary(output: Any) -> dict[str, Any]:
     """What the response says about reuse."""
     return dict(output.kv_transfer_params["kvshare"])
+
+
+def ids(length: int, seed: int = 0) -> list[int]:
+    """A random prompt."""
+    return np.random.default_rng(seed).integers(3, 250, length).tolist()
+
+
+def edited(prompt: list[int], at: int = 100, new: int = 5, left_out: int = 0) -> list[int]:
+    """`prompt` with `new` other tokens at `at` instead of some."""
+    return [*prompt[:at], *ids(new, 1000 + at), *prompt[at + left_out :]]
 
 
 def tokens(output: Any) -> list[int]:

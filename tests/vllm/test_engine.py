@@ -6,15 +6,26 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.reuse.orders import Report
+from kvshare_mm.vllm.meta import WorkerReport
 
-from .engines import Shared, shared_engine, stock_engine, stock_tokens, summary, tokens
+from .engines import (
+    Shared,
+    edited,
+    ids,
+    shared_engine,
+    stock_engine,
+    stock_tokens,
+    summary,
+    tokens,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -44,20 +55,8 @@ def stock(random_model: Callable[[str], Path]) -> Iterator[Any]:
 @pytest.fixture(autouse=True)
 def fresh(engine: Shared) -> Iterator[None]:
     engine.forget()
-    free = engine.num_free
-    yield
-    engine.settle()
-    assert engine.num_free == free, "blocks leaked"
-    assert not engine.scheduler._lookups and not engine.scheduler.reuse._saving
-
-
-def ids(length: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 250, length).tolist()
-
-
-def edited(prompt: list[int], at: int, new: int = 5) -> list[int]:
-    """`prompt` with `new` other tokens put in at `at`."""
-    return [*prompt[:at], *ids(new, 1000 + at), *prompt[at:]]
+    with engine.keeping_its_blocks():
+        yield
 
 
 def test_reuse_off_is_stock_vllm(engine: Shared, stock: Any) -> None:
@@ -75,26 +74,6 @@ def test_reuse_off_is_stock_vllm(engine: Shared, stock: Any) -> None:
     }
 
 
-def test_a_similar_request_reuses(engine: Shared) -> None:
-    first = ids(300)
-    assert summary(engine.serve(first))["declined"] == "no_donor"
-    second = edited(first, 100)
-    use = summary(engine.serve(second))
-    assert use["exact"] == 100
-    assert use["reused"] > 150
-    assert use["gaps"] >= 5
-    assert use["exact"] + use["reused"] + use["recomputed"] == len(second)
-    assert len(use["donors"]) == 1 and use["declined"] is None
-
-
-def test_vllm_counts_what_is_really_reused(engine: Shared) -> None:
-    first = ids(300)
-    engine.serve(first)
-    output = engine.serve(edited(first, 100))
-    use = summary(output)
-    assert output.num_cached_tokens == use["exact"] + use["reused"]
-
-
 def test_an_exact_donor_gives_stock_tokens(engine: Shared, stock: Any) -> None:
     prompt = ids(230)
     engine.serve(prompt)
@@ -108,22 +87,14 @@ def test_an_exact_donor_gives_stock_tokens(engine: Shared, stock: Any) -> None:
     assert summary(engine.serve(longer, reuse="off"))["exact"] == 256
 
 
-def test_a_plan_that_repairs_everything_gives_stock_tokens(engine: Shared, stock: Any) -> None:
-    first = ids(300)
-    engine.serve(first)
-    second = edited(first, 100)
-    output = engine.serve(second, 12, repair="window:100000")
-    assert summary(output)["reused"] == 0
-    assert summary(output)["declined"] == "divergence"
-    assert tokens(output) == stock_tokens(stock, second, 12)
-
-
 def test_exact_requests_never_hit_approximate_blocks(engine: Shared, stock: Any) -> None:
     first = ids(300)
     engine.serve(first)
-    second = edited(first, 100)
+    second = edited(first)
     approximate = engine.serve(second, 40)
-    assert summary(approximate)["reused"] > 150
+    use = summary(approximate)
+    assert use["reused"] > 150 and use["gaps"] >= 5
+    assert approximate.num_cached_tokens == use["exact"] + use["reused"]
     whole = [*second, *tokens(approximate)]
     # All of its blocks are still in the cache; only those before the edit may be found.
     replay = engine.serve(whole, 8, reuse="off")
@@ -143,112 +114,49 @@ def test_a_short_prompt_is_apart_when_its_answer_fills_the_block(
     assert summary(replay)["exact"] == 0
 
 
-def test_a_cancelled_load_gives_its_blocks_back(engine: Shared) -> None:
-    first = ids(400)
-    engine.serve(first)
-    free = engine.num_free
-    # More to compute than one step's budget.
-    second = edited(edited(first, 300, 40), 100, 40)
-    engine.add("two", second)
-    loading = engine.scheduler._lookups
-    for _ in range(1000):
-        engine.step()
-        if "two" in str(loading) and any(x.loading for x in loading.values()):
-            break
-    assert any(x.loading for x in loading.values())
-    assert engine.num_free < free
-    engine.llm.llm_engine.abort_request(["two"])
-    engine.settle()
-    assert engine.num_free == free
-
-
-@pytest.mark.parametrize("reason", ["corrupt", "evicted", "io_error"])
-def test_a_donor_lost_before_its_load(
-    engine: Shared, stock: Any, monkeypatch: pytest.MonkeyPatch, reason: str
+def test_what_a_failed_load_computes_is_exact_and_found_as_such(
+    engine: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = ids(300)
-    engine.serve(first)
-    second = edited(first, 100)
-
-    def lost(*_: Any) -> Any:
-        raise KVUnavailableError(reason, "gone")
-
-    monkeypatch.setattr(engine.runner._worker.store, "get", lost)
-    output = engine.serve(second, 12)
-    use = summary(output)
-    assert (use["declined"], use["reused"], use["exact"]) == (reason, 0, 96)
-    assert tokens(output) == stock_tokens(stock, second, 12)
-    # It is exact after all, and found as such.
-    monkeypatch.undo()
-    assert summary(engine.serve(second, reuse="off"))["exact"] == 288
+    engine.serve(ids(300))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.store, "get", Mock(side_effect=KVUnavailableError("corrupt", "gone")))
+        use = summary(engine.serve(edited(ids(300)), 12))
+    assert (use["declined"], use["reused"], use["exact"]) == ("corrupt", 0, 96)
+    assert summary(engine.serve(edited(ids(300)), reuse="off"))["exact"] == 288
 
 
-def test_a_donor_evicted_between_plan_and_load(engine: Shared, stock: Any) -> None:
-    first = ids(300)
-    engine.serve(first)
-    for node in engine.scheduler.reuse.catalogue.nodes():
-        engine.runner._worker.store.delete(node.node_id)  # the scheduler does not know yet
-    second = edited(first, 100)
-    output = engine.serve(second, 12)
-    assert summary(output)["reused"] == 0
-    assert tokens(output) == stock_tokens(stock, second, 12)
-    assert summary(output)["declined"] in ("evicted", "no_donor")
-    assert len(engine.scheduler.reuse.catalogue.nodes()) == 1  # the new one
+def test_a_cancelled_load_gives_its_blocks_back(engine: Shared) -> None:
+    engine.serve(ids(400))
+    # More to compute than one step's budget.
+    with engine.keeping_its_blocks():
+        free = engine.num_free
+        engine.add("two", edited(edited(ids(400), 300, 40), 100, 40))
+        for _ in range(1000):
+            engine.step()
+            if loading := any(x.loading for x in engine.scheduler._lookups.values()):
+                break
+        assert loading and engine.num_free < free
+        engine.llm.llm_engine.abort_request(["two"])
 
 
 def test_a_late_lookup_is_done_without(
     engine: Shared, stock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = ids(300)
-    engine.serve(first)
+    engine.serve(ids(300))
     options = engine.scheduler._options.model_copy(update={"lookup_deadline_s": 0.05})
     monkeypatch.setattr(engine.scheduler, "_options", options)
     release = threading.Event()
-    find = engine.scheduler.reuse.catalogue.find
-
-    def slow(*args: Any) -> Any:
-        release.wait(60)
-        return find(*args)
-
-    monkeypatch.setattr(engine.scheduler.reuse.catalogue, "find", slow)
-    second = edited(first, 100)
-    output = engine.serve(second, 8)
+    monkeypatch.setattr(engine.catalogue, "find", lambda *_: release.wait(60))
+    output = engine.serve(edited(ids(300)), 8)
     release.set()
     assert summary(output)["declined"] == "lookup_late"
-    assert tokens(output) == stock_tokens(stock, second, 8)
-
-
-def test_a_lookup_that_fails_is_a_miss(
-    engine: Shared, stock: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> Any:
-        raise RuntimeError("index on fire")
-
-    monkeypatch.setattr(engine.scheduler.reuse.catalogue, "find", fail)
-    prompt = ids(100, 4)
-    output = engine.serve(prompt, 8)
-    assert summary(output)["declined"] == "lookup_error"
-    assert tokens(output) == stock_tokens(stock, prompt, 8)
+    assert tokens(output) == stock_tokens(stock, edited(ids(300)), 8)
 
 
 def test_wrong_knobs_are_told(engine: Shared) -> None:
     for wrong in {"reuse": "perhaps"}, {"sharing": "off", "store": False}:
         assert summary(engine.serve(ids(100), **wrong))["declined"] == "invalid_options"
-        assert not engine.scheduler.reuse.catalogue.nodes(), "it may have asked not to be stored"
-
-
-def test_a_request_that_is_not_to_be_stored(engine: Shared) -> None:
-    engine.serve(ids(100), store=False)
-    assert not engine.scheduler.reuse.catalogue.nodes()
-
-
-def test_salts_are_apart(engine: Shared) -> None:
-    first = ids(300)
-    engine.serve(first)
-    params = {"prompt_token_ids": edited(first, 100), "cache_salt": "other"}
-    (output,) = engine.llm.generate([params], use_tqdm=False)
-    engine.settle()
-    assert summary(output)["declined"] == "no_donor"
+        assert not engine.catalogue.nodes(), "it may have asked not to be stored"
 
 
 BASES = [ids(length, 50 + length) for length in (150, 260, 330)]
@@ -274,15 +182,14 @@ def test_no_pollution(
     engine: Shared, stock: Any, burst: list[tuple[list[int], int, str, int]]
 ) -> None:
     """Whatever came before, a prompt with reuse off gets stock vLLM's tokens."""
-    free = engine.num_free
     done: dict[str, Any] = {}
-    for number, (prompt, length, reuse, steps) in enumerate(burst):
-        engine.add(str(number), prompt, length, reuse=reuse, repair="none")
-        for _ in range(steps):
-            done.update({o.request_id: o for o in engine.step()})
-    done.update(engine.run())
+    with engine.keeping_its_blocks():
+        for number, (prompt, length, reuse, steps) in enumerate(burst):
+            engine.add(str(number), prompt, length, reuse=reuse, repair="none")
+            for _ in range(steps):
+                done.update({o.request_id: o for o in engine.step()})
+        done.update(engine.run())
     assert len(done) == len(burst)
-    assert engine.num_free == free
     for number, (prompt, length, reuse, _) in enumerate(burst):
         expected = stock_tokens(stock, prompt, length)
         if reuse != "similar":
@@ -291,19 +198,68 @@ def test_no_pollution(
         for again in (prompt, answered):
             replay = engine.serve(again, 4, reuse="off")
             assert tokens(replay) == stock_tokens(stock, again, 4)
-    assert engine.num_free == free
 
 
-def test_the_burst_does_preempt_and_reuse(engine: Shared) -> None:
-    """Else the property above would prove little."""
-    engine.serve(BASES[2], 1)
-    preempted = 0
-    requests = engine.vllm_scheduler.requests
+def test_every_turn_of_an_agent_that_does_not_pause_begins_with_the_turn_before(
+    engine: Shared,
+) -> None:
+    """Each request enters in the step after the answer before, when that is just being stored."""
+    prompt, known = ids(40, 3), 0
+    for turn in range(6):
+        engine.add(f"turn {turn}", prompt, 12)
+        done: list[Any] = []
+        while not done:
+            done = engine.step()
+        assert summary(done[0])["exact"] >= known - 8  # fewest tokens worth a load
+        known = len(prompt) + 11
+        prompt = [*prompt, *tokens(done[0]), *ids(7, 10 + turn)]
+    engine.run()
+
+
+def test_a_preempted_request_does_not_call_its_own_approximate_blocks_exact(
+    engine: Shared,
+) -> None:
+    """That requests are preempted and reuse is what makes the property above prove much."""
+    first = ids(380, 2)
+    engine.serve(first, 1)
+    preempted = set()
     for number in range(3):
-        engine.add(str(number), edited(BASES[2], 50 + number), 60)
-    reused = 0
+        engine.add(str(number), edited(first, 50 + number, left_out=3), 60, repair="none")
+    requests = engine.vllm_scheduler.requests
+    outputs = {}
     while engine.llm.llm_engine.has_unfinished_requests():
         done = engine.step()
-        preempted += sum(r.num_preemptions for r in requests.values())
-        reused += sum(summary(o)["reused"] for o in done)
+        preempted |= {name for name, r in requests.items() if r.num_preemptions}
+        outputs.update({o.request_id: summary(o) for o in done})
+    engine.settle()
+    reused = {name: use for name, use in outputs.items() if use["reused"]}
     assert preempted and reused
+    for name, use in reused.items():
+        at = 50 + int(name.split("-")[0])
+        assert use["exact"] <= at + 5 + 32, (name, use)
+        total = use["exact"] + use["reused"] + use["recomputed"]
+        assert total == 382
+
+
+def test_what_was_restored_is_not_kept_twice(engine: Shared) -> None:
+    engine.serve(ids(300))
+    (node,) = engine.catalogue.nodes()
+    engine.catalogue.remove(node.node_id)
+    engine.scheduler.reported(WorkerReport(Report(restored=[node])), lambda _: None)
+    assert [n.node_id for n in engine.catalogue.nodes()] == [node.node_id]
+    assert not engine.scheduler.reuse._restored
+
+
+def test_what_is_known_of_donors_counts_in_a_budget(
+    engine: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(4):
+        engine.serve(ids(200, seed), 1)
+    assert len(engine.catalogue.nodes()) == 4
+    most = engine.catalogue.num_bytes // 2
+    monkeypatch.setattr(engine.scheduler.reuse, "_max_bytes", most)
+    engine.serve(ids(200, 9), 1)
+    left = engine.catalogue.nodes()
+    assert 1 <= len(left) <= 3
+    assert left[-1].align_keys[:200].tolist() == ids(200, 9)
+    assert sorted(engine.store.ids()) == sorted(node.node_id for node in left)

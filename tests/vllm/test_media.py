@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vllm import SamplingParams as VLLMParams
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.multimodal.inputs import PlaceholderRange
@@ -30,7 +30,17 @@ from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.pictures import picture_support, prompt_of
 
-from .engines import Shared, shared_engine, stock_engine, stock_tokens, summary, tokens
+from .engines import (
+    GREEDY,
+    Shared,
+    assert_as_native,
+    first_token,
+    shared_engine,
+    stock_engine,
+    stock_tokens,
+    summary,
+    tokens,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -75,10 +85,8 @@ def fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     engine: Shared = request.getfixturevalue("engine")
     engine.forget()
     engine.llm.llm_engine.reset_encoder_cache()
-    free = engine.num_free
-    yield
-    engine.settle()
-    assert engine.num_free == free, "blocks leaked"
+    with engine.keeping_its_blocks():
+        yield
 
 
 def stream_of(request: Request) -> SegmentStream:
@@ -262,8 +270,8 @@ def test_a_preempted_request_whose_kept_photo_is_gone(
     while not any(r.num_output_tokens >= 2 for r in requests.values()):
         assert not engine.step()
     assert seen == []
-    for node in engine.scheduler.reuse.catalogue.nodes():
-        engine.scheduler.reuse.catalogue.remove(node.node_id)
+    for node in engine.catalogue.nodes():
+        engine.catalogue.remove(node.node_id)
     assert engine.core.reset_prefix_cache(reset_running_requests=True)
     output = engine.run()["one"]
     assert seen == [1]
@@ -274,15 +282,13 @@ def test_a_preempted_request_whose_kept_photo_is_gone(
 def test_a_prompt_that_cannot_be_read_is_a_miss(
     engine: Shared, stock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> Any:
-        raise ValueError("a grid of two numbers")
-
+    fail = Mock(side_effect=ValueError("a grid of two numbers"))
     monkeypatch.setattr("kvshare_mm.vllm.scheduler_side.request_stream", fail)
     stream = stream_of(inquiry(0))
     output = serve(engine, stream)
     assert summary(output)["declined"] == "lookup_error"
     assert tokens(output) == stock_tokens(stock, prompt_of(stream), LENGTH)
-    assert not engine.scheduler.reuse.catalogue.nodes()
+    assert not engine.catalogue.nodes()
 
 
 REQUESTS = [
@@ -332,7 +338,6 @@ def test_no_pollution(
 
 def test_the_native_engine_reuses_the_same(engine: Shared) -> None:
     """The same plan, and the same first token's distribution."""
-    greedy = {"temperature": 0, "ignore_eos": True}
     with KVShare("tiny-vl", dtype="float32", embedder=None) as native:
         for seed in range(4):
             engine.forget()
@@ -340,23 +345,14 @@ def test_the_native_engine_reuses_the_same(engine: Shared) -> None:
             native.cache.clear()
             first = inquiry(seed, ("my_fee", "code")[seed % 2])
             target = by_another(first)
-            donor = native.chat(first.messages(), SamplingParams(max_tokens=LENGTH, **greedy))
+            donor = native.chat(first.messages(), SamplingParams(max_tokens=LENGTH, **GREEDY))
             assert tokens(serve(engine, stream_of(first))) == list(donor.token_ids)
             native.flush()
             expected = native.chat(
-                target.messages(), SamplingParams(max_tokens=1, logprobs=10, **greedy)
+                target.messages(), SamplingParams(max_tokens=1, logprobs=10, **GREEDY)
             )
-            params = VLLMParams(max_tokens=1, logprobs=20, **greedy)
-            (output,) = engine.llm.generate([prompt_of(stream_of(target))], params, use_tqdm=False)
-            engine.settle()
-            p, use = expected.provenance, summary(output)
-            assert [m.source for m in p.media] == ["kv"]
-            assert (use["exact"], use["reused"], use["declined"]) == (p.exact, p.reused, p.declined)
-            assert use["recomputed"] == p.recomputed
-            assert expected.logprobs is not None
-            theirs = output.outputs[0].logprobs[0]
-            for token, logprob in expected.logprobs[0].top:
-                assert theirs[token].logprob == pytest.approx(logprob, abs=2e-3)
+            assert [m.source for m in expected.provenance.media] == ["kv"]
+            assert_as_native(first_token(engine, prompt_of(stream_of(target))), expected)
 
 
 @pytest.mark.parametrize(

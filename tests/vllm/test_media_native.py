@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-from vllm import SamplingParams as VLLMParams
 
 from kvshare_mm import KVShare, RequestOptions, SamplingParams
 from kvshare_mm.chat import chat_stream
@@ -22,11 +21,10 @@ from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm.pictures import picture_support, prompt_of
 
 from .. import media_models
-from .engines import Shared, shared_engine, summary, tokens
+from .engines import GREEDY, Shared, assert_as_native, first_token, shared_engine, tokens
 
 pytestmark = pytest.mark.vllm
 
-GREEDY = {"temperature": 0.0, "ignore_eos": True}
 # It looks everywhere alike, so the default would repair nearly all.
 REPAIR = "tail:16"
 WORDS = "Sort this parcel by its sender, then say to which of our two warehouses it goes. "
@@ -103,17 +101,7 @@ def test_the_native_engine_reuses_the_same(
         SamplingParams(max_tokens=1, logprobs=10, **GREEDY),
         RequestOptions(repair=REPAIR),
     )
-    prompt = prompt_of(stream_of(folder, target))
-    knobs = {"kv_transfer_params": {"kvshare": {"repair": REPAIR}}}
-    params = VLLMParams(max_tokens=1, logprobs=20, extra_args=knobs, **GREEDY)
-    (output,) = shared.llm.generate([prompt], params, use_tqdm=False)
-    shared.settle()
-    p, use = expected.provenance, summary(output)
-    assert p.reused > 40
-    assert {m.source for m in p.media} <= {"kv"}
-    assert (use["exact"], use["reused"]) == (p.exact, p.reused)
-    assert use["recomputed"] == p.recomputed
-    assert expected.logprobs is not None
-    theirs = output.outputs[0].logprobs[0]
-    for token, logprob in expected.logprobs[0].top:
-        assert theirs[token].logprob == pytest.approx(logprob, abs=2e-3)
+    output = first_token(shared, prompt_of(stream_of(folder, target)), repair=REPAIR)
+    assert expected.provenance.reused > 40
+    assert {m.source for m in expected.provenance.media} <= {"kv"}
+    assert_as_native(output, expected)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from vllm import SamplingParams as VLLMParams
 
 from kvshare_mm import KVShare, SamplingParams, assets
 from kvshare_mm.models.loader import load_tokenizer, locate
 
-from .engines import Shared, shared_engine, summary, tokens
+from .engines import Shared, assert_as_native, first_token, shared_engine, tokens
 
 pytestmark = pytest.mark.vllm
 
@@ -61,32 +59,16 @@ def case(
 
 def test_the_same_reuse_and_the_same_first_token(case: tuple[Shared, KVShare, Pairs]) -> None:
     shared, native, pairs = case
+    greedy = {"temperature": 0, "ignore_eos": True}
     reused = 0
     for donor, target in pairs:
         shared.forget()
         assert native.cache is not None
         native.cache.clear()
-        first = native.generate(donor, SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+        first = native.generate(donor, SamplingParams(max_tokens=4, **greedy))
         assert tokens(shared.serve(donor)) == list(first.token_ids)
         native.flush()
-        expected = native.generate(
-            target, SamplingParams(max_tokens=1, temperature=0, logprobs=10, ignore_eos=True)
-        )
-        output = _with_logprobs(shared, target)
-        p, use = expected.provenance, summary(output)
-        assert (use["exact"], use["reused"]) == (p.exact, p.reused)
-        assert use["recomputed"] == p.recomputed
-        assert use["declined"] == p.declined
-        reused += p.reused
-        assert expected.logprobs is not None
-        theirs = output.outputs[0].logprobs[0]
-        for token, logprob in expected.logprobs[0].top:
-            assert theirs[token].logprob == pytest.approx(logprob, abs=2e-3)
+        expected = native.generate(target, SamplingParams(max_tokens=1, logprobs=10, **greedy))
+        assert_as_native(first_token(shared, target), expected)
+        reused += expected.provenance.reused
     assert reused
-
-
-def _with_logprobs(shared: Shared, ids: list[int]) -> Any:
-    params = VLLMParams(max_tokens=1, temperature=0, logprobs=20, ignore_eos=True)
-    (output,) = shared.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
-    shared.settle()
-    return output

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from vllm import SamplingParams as VLLMParams
 
 from kvshare_mm import KVShare, SamplingParams
 
-from .engines import Shared, shared_engine, summary, tokens
+from .engines import (
+    GREEDY,
+    Shared,
+    assert_as_native,
+    edited,
+    first_token,
+    ids,
+    shared_engine,
+    summary,
+    tokens,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -33,43 +41,29 @@ def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 def test_two_ranks_reuse_as_one_does(engine: Shared, folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    donor = rng.integers(3, 250, 300).tolist()
-    target = [*donor[:100], 5, 6, 7, *donor[100:200], *donor[207:]]
-    free = engine.num_free
-    engine.serve(donor)
-    params = VLLMParams(max_tokens=4, temperature=0, logprobs=20, ignore_eos=True)
-    (output,) = engine.llm.generate([{"prompt_token_ids": target}], params, use_tqdm=False)
-    engine.settle()
-    assert engine.num_free == free
-    use = summary(output)
+    donor = ids(300)
+    target = edited(edited(donor, 200, 0, left_out=7), 100, 3)
+    with engine.keeping_its_blocks():
+        engine.serve(donor)
+        output = first_token(engine, target)
     with KVShare(str(folder), dtype="float32", embedder=None) as native:
-        ours = SamplingParams(max_tokens=4, temperature=0, logprobs=10, ignore_eos=True)
-        native.generate(donor, ours)
+        native.generate(donor, SamplingParams(max_tokens=4, **GREEDY))
         native.flush()
-        expected = native.generate(target, ours)
-    p = expected.provenance
-    assert p.reused > 100
-    assert (use["exact"], use["reused"]) == (p.exact, p.reused)
-    assert expected.logprobs is not None
-    for token, logprob in expected.logprobs[0].top:
-        assert output.outputs[0].logprobs[0][token].logprob == pytest.approx(logprob, abs=2e-3)
+        expected = native.generate(target, SamplingParams(max_tokens=1, logprobs=10, **GREEDY))
+    assert expected.provenance.reused > 100
+    assert_as_native(output, expected)
 
 
 def test_a_donor_that_one_rank_lost_is_lost_for_both(engine: Shared) -> None:
-    rng = np.random.default_rng(1)
-    donor = rng.integers(3, 250, 300).tolist()
+    donor = ids(300, 1)
     engine.serve(donor)
-    (node,) = [n for n in engine.scheduler.reuse.catalogue.nodes() if n.align_keys[0] == donor[0]]
-    store = engine.scheduler._options.core.store_dir
-    assert store is not None
+    (node,) = [n for n in engine.catalogue.nodes() if n.align_keys[0] == donor[0]]
     # Rank 1 forgets it and says nothing.
     lost = engine.llm.collective_rpc(_lose, args=(node.node_id, 1))
     assert sorted(lost) == [False, True]
-    target = [*donor[:100], 5, 6, 7, *donor[100:]]
-    expected = tokens(engine.serve(target, reuse="off", store=False))
+    expected = tokens(engine.serve(edited(donor), reuse="off", store=False))
     assert engine.llm.reset_prefix_cache()
-    output = engine.serve(target)
+    output = engine.serve(edited(donor))
     assert summary(output)["reused"] == 0
     assert summary(output)["declined"] in ("evicted", "other_rank")
     assert tokens(output) == expected
