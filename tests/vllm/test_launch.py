@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from kvshare_mm.config import RequestOptions
+from kvshare_mm.chat import chat_stream
+from kvshare_mm.config import KVShareConfig, RequestOptions
 from kvshare_mm.errors import ConfigError, InvalidRequestError
+from kvshare_mm.models.loader import load_tokenizer
 from kvshare_mm.reuse.repair import MaxDivergence
 from kvshare_mm.vllm import kv_transfer_config
 from kvshare_mm.vllm.options import ConnectorOptions, request_options
+from kvshare_mm.vllm.pictures import picture_support
 
 
 def test_config_is_json_and_recomputes_what_cannot_be_loaded() -> None:
@@ -67,3 +70,13 @@ def test_a_wrong_knob_is_named(knobs: Any, named: str) -> None:
     with pytest.raises(InvalidRequestError, match=named) as caught:
         request_options({"kvshare": knobs})
     assert caught.value.field is not None and "kvshare" in caught.value.field
+
+
+def test_a_model_of_text_takes_no_pictures(tiny_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_folder))
+    config = KVShareConfig(model=str(tiny_folder))
+    support = picture_support(config, str(tiny_folder), tokenizer)
+    assert not support.adapters.modalities
+    picture = {"type": "image_url", "image_url": {"url": "lamp.png"}}
+    with pytest.raises(InvalidRequestError, match="image_url"):
+        chat_stream([{"role": "user", "content": [picture]}], tokenizer, support)

@@ -3,58 +3,100 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvshare_mm import KVShare, RequestOptions, SamplingParams
-from kvshare_mm.apps.bench.template import pair
+from kvshare_mm import KVShare, RequestOptions, SamplingParams, assets
 from kvshare_mm.errors import ConfigError, EngineClosedError, InvalidRequestError, ModelLoadError
+from kvshare_mm.stream import Modality
 
 pytestmark = pytest.mark.vllm
 
-_OWN = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "disable_log_stats": False}
+_OWN = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "disable_log_stats": False}
 _SHORT = SamplingParams(max_tokens=8)
+_PARAMS = SamplingParams(max_tokens=24, logprobs=2)
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[KVShare]:
-    with KVShare("smollm2", engine="vllm", max_model_len=1024, engine_options=_OWN) as started:
+    with KVShare("tiny-vl", engine="vllm", max_model_len=1024, engine_options=_OWN) as started:
         yield started
 
 
-def test_a_chat_is_answered(llm: KVShare) -> None:
-    params = SamplingParams(max_tokens=12, logprobs=2)
-    question = {"role": "user", "content": "What is the capital of France?"}
-    output = llm.chat([question], params)
-    assert "Paris" in output.text
-    assert output.finish_reason == "stop"
-    assert output.prompt_token_ids == llm.tokenize([question])
-    assert output.metrics.ttft > 0
-    assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids)
-    for each in output.logprobs:
-        assert each.top[0] == (each.token_id, each.logprob), "greedy: the chosen one is first"
-        assert len(each.top) == 2
-        assert math.exp(each.top[0][1]) + math.exp(each.top[1][1]) <= 1 + 1e-5
+def samples() -> list[tuple[list[dict[str, Any]], str]]:
+    """Messages, their pictures as paths, and the right answers."""
+    folder = Path(assets.folder("tiny-vl")) / "samples"
+    found = []
+    for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        for message in sample["messages"]:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = str(folder / part["image"])
+        found.append((sample["messages"], sample["answer"]))
+    return found
 
 
-def test_a_similar_prompt_reuses_and_a_salt_keeps_apart(llm: KVShare) -> None:
-    prompts = pair(reports=1, values=4)
+def eventually(found: Callable[[], Any]) -> Any:
+    for _ in range(100):
+        if value := found():
+            return value
+        time.sleep(0.1)
+    pytest.fail("it did not happen")
+
+
+def test_the_samples_are_answered_right(llm: KVShare) -> None:
+    assert llm.modalities == {Modality.IMAGE}
+    right = []
+    for messages, want in samples()[:8]:
+        output = llm.chat(messages, _PARAMS, RequestOptions(reuse="off"))
+        assert output.prompt_token_ids == llm.tokenize(messages)
+        assert [use.source for use in output.provenance.media] == ["encoder"]
+        assert output.finish_reason == "stop"
+        assert output.metrics.ttft > 0
+        assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids)
+        for each in output.logprobs:
+            assert each.top[0] == (each.token_id, each.logprob), "greedy: the chosen one is first"
+            assert len(each.top) == 2
+            assert math.exp(each.top[0][1]) + math.exp(each.top[1][1]) <= 1 + 1e-5
+        right.append(output.text == want)
+    assert sum(right) >= 7
+
+
+def test_what_was_sent_before_is_reused_and_told_and_a_salt_keeps_apart(llm: KVShare) -> None:
+    system, user = samples()[0][0]
+    picture, words = user["content"]
+    assert words["type"] == "text"
     before = llm.stats()["requests"].get("prompt_tokens_reused", 0)
-    llm.generate(prompts["donor"], _SHORT)
+    first = llm.chat([system, user], _PARAMS, RequestOptions(cache_salt="told"))
     time.sleep(1)  # stored behind the answer
-    target = prompts["target"]
-    use = llm.generate(target, _SHORT, RequestOptions(repair="tail:8")).provenance
-    assert use.reused > 100
-    assert use.donors
-    assert use.exact + use.reused + use.recomputed == len(llm.tokenize(target))
-    exact = llm.generate(target, _SHORT, RequestOptions(reuse="exact", store=False)).provenance
-    assert exact.reused == 0
-    other = llm.generate(target, _SHORT, RequestOptions(cache_salt="other")).provenance
+    name = {"type": "text", "text": "My name is Viktor, which is none of your business. "}
+    again = [system, {"role": "user", "content": [name, picture, words]}]
+
+    def ask(salt: str, **options: Any) -> Any:
+        asked = RequestOptions(cache_salt=salt, store=False, **options)
+        return llm.chat(again, _PARAMS, asked).provenance
+
+    use = ask("told")
+    (photo,) = use.media
+    assert photo.source == "kv" and use.donors
+    assert photo.content_hash == first.provenance.media[0].content_hash
+    assert use.reused >= photo.end - photo.start
+    assert use.exact + use.reused + use.recomputed == len(llm.tokenize(again))
+    assert ask("told", reuse="exact").reused == ask("told", max_divergence=0).reused == 0
+    other = ask("other")
     assert (other.exact, other.reused) == (0, 0)
+    assert [m.source for m in other.media] == ["encoder"]
     assert llm.stats()["requests"]["prompt_tokens_reused"] == before + use.reused
+    # What the connector counts comes with the next step's statistics.
+    counted = eventually(lambda: llm.stats()["kvshare"])
+    assert any(name.startswith("kvshare:prompt_tokens") for name in counted), counted
 
 
 def test_chunks_are_the_answer_and_many_prompts_have_many(llm: KVShare) -> None:
@@ -72,17 +114,22 @@ def test_who_leaves_a_stream_cancels_it(llm: KVShare) -> None:
     before = llm.stats()["requests"].get("finished_abort", 0)
     for _ in llm.stream("Count:", SamplingParams(max_tokens=900, ignore_eos=True)):
         break
-    for _ in range(100):
-        if not llm.stats()["queue"]["running"]:
-            break
-        time.sleep(0.1)
+    eventually(lambda: not llm.stats()["queue"]["running"])
     assert llm.stats()["requests"]["finished_abort"] == before + 1
 
 
-def test_what_cannot_be_is_said(llm: KVShare) -> None:
-    picture = {"type": "image_url", "image_url": {"url": "lamp.png"}}
-    with pytest.raises(InvalidRequestError, match="image_url"):
-        llm.chat([{"role": "user", "content": [picture]}])
+def test_mistakes_are_named_at_the_door(llm: KVShare) -> None:
+    def ask(part: dict[str, Any]) -> None:
+        llm.chat([{"role": "user", "content": [part]}], _PARAMS)
+
+    with pytest.raises(InvalidRequestError, match="there is no file"):
+        ask({"type": "image_url", "image_url": {"url": "no-such-lamp.png"}})
+    with pytest.raises(InvalidRequestError, match="video"):
+        ask({"type": "video_url", "video_url": {"url": "lamp.mp4"}})
+    with pytest.raises(InvalidRequestError, match="stands for a picture"):
+        llm.generate(llm.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "a"]))
+    with pytest.raises(InvalidRequestError, match="magic"):
+        llm.generate("Hello", _PARAMS, RequestOptions(repair="magic:0.2"))
     with pytest.raises(InvalidRequestError, match="1024"):
         llm.generate([1] * 1024)
     with pytest.raises(ConfigError, match="lookup"):
@@ -90,15 +137,6 @@ def test_what_cannot_be_is_said(llm: KVShare) -> None:
     with pytest.raises(ConfigError, match="flush"):
         llm.flush()
     assert llm.cache is None
-
-
-def test_the_connectors_counters_are_in_the_stats(llm: KVShare) -> None:
-    llm.generate("Something to count.", _SHORT)
-    for _ in range(100):  # they come with the next step's statistics
-        if found := llm.stats()["kvshare"]:
-            break
-        time.sleep(0.1)
-    assert any(name.startswith("kvshare:prompt_tokens") for name in found), found
 
 
 def test_a_closed_engine_says_so(llm: KVShare) -> None:
