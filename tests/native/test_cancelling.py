@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from kvshare_mm import KVShare, RequestOutput
 
-from .asking import _PROMPTS, Gate, Inbox, OpenLLM, idle, outcomes, params
+from .asking import _PROMPTS, Gate, Inbox, OpenLLM, idle, inside, outcomes, params
 
 
 def test_leaving_a_stream_frees_its_slot(open_llm: OpenLLM, alone: list[RequestOutput]) -> None:
     llm = open_llm(max_num_seqs=1)
-    gate = Gate(llm._parts.runner, "decode")
+    gate = Gate(inside(llm).runner, "decode")
     stream = llm.stream(_PROMPTS[0], params(400))
     next(stream)
     gate.wait()
@@ -26,27 +27,26 @@ def test_leaving_a_stream_frees_its_slot(open_llm: OpenLLM, alone: list[RequestO
     assert llm.generate(_PROMPTS[1], params()).token_ids == alone[1].token_ids
 
 
-def test_breaking_out_of_a_for_loop_cancels(open_llm: OpenLLM) -> None:
-    llm = open_llm(max_num_seqs=1)
-    gate = Gate(llm._parts.runner, "decode")
+def _break(llm: KVShare) -> None:
     for chunk in llm.stream(_PROMPTS[0], params(400)):
         assert chunk.output is None
         break
-    gate.open()
-    assert idle(llm)
-    assert outcomes(llm)["finished_abort"] == 1
 
 
-def test_leaving_an_async_stream_frees_its_slot(open_llm: OpenLLM) -> None:
-    llm = open_llm(max_num_seqs=1)
-    gate = Gate(llm._parts.runner, "decode")
-
+def _leave_async(llm: KVShare) -> None:
     async def leave() -> None:
         stream = llm.astream(_PROMPTS[0], params(400))
         await anext(stream)
         await stream.aclose()
 
     asyncio.run(leave())
+
+
+@pytest.mark.parametrize("leave", [_break, _leave_async])
+def test_leaving_early_cancels(open_llm: OpenLLM, leave: Callable[[KVShare], None]) -> None:
+    llm = open_llm(max_num_seqs=1)
+    gate = Gate(inside(llm).runner, "decode")
+    leave(llm)
     gate.open()
     assert idle(llm)
     assert outcomes(llm)["finished_abort"] == 1
@@ -55,7 +55,7 @@ def test_leaving_an_async_stream_frees_its_slot(open_llm: OpenLLM) -> None:
 @pytest.mark.parametrize("call", ["agenerate", "achat"])
 def test_cancelling_a_task_cancels_its_request(open_llm: OpenLLM, call: str) -> None:
     llm = open_llm(max_num_seqs=1)
-    gate = Gate(llm._parts.runner, "decode")
+    gate = Gate(inside(llm).runner, "decode")
     prompt: Any = _PROMPTS[0] if call == "agenerate" else [{"role": "user", "content": "Hello"}]
 
     async def cancelled() -> None:
@@ -78,7 +78,7 @@ def test_a_request_cancelled_while_it_waits_is_never_computed(
     open_llm: OpenLLM, alone: list[RequestOutput]
 ) -> None:
     llm = open_llm(max_num_seqs=1)
-    gate = Gate(llm._parts.runner, "decode")
+    gate = Gate(inside(llm).runner, "decode")
     running = Inbox(llm, _PROMPTS[0], params())
     gate.wait()
     waiting = Inbox(llm, _PROMPTS[1], params())
@@ -99,7 +99,7 @@ def test_a_request_cancelled_while_it_waits_is_never_computed(
 
 def test_a_cancelled_request_keeps_the_text_it_has(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=1)
-    gate = Gate(llm._parts.runner, "decode")
+    gate = Gate(inside(llm).runner, "decode")
     inbox = Inbox(llm, _PROMPTS[0], params(400))
     gate.wait()
     llm.cancel(inbox.request_id)

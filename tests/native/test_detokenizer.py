@@ -132,26 +132,6 @@ def test_a_character_is_sent_with_its_last_token(tokenizer: Any) -> None:
     assert parts == ["a", "", "", "世", "", "", "", "🙂", "b"]
 
 
-def test_an_unfinished_character_is_released_at_the_end(tokenizer: Any) -> None:
-    detokenizer = Detokenizer(tokenizer, ())
-    ids = _one_byte_each(tokenizer, "ok🙂")[:-1]
-    assert "".join(detokenizer.add(i) for i in ids) == "ok"
-    assert detokenizer.finish() == "\ufffd"
-    assert detokenizer.text == "ok\ufffd"
-
-
-def test_special_tokens_are_not_text(tokenizer: Any) -> None:
-    end = tokenizer.eos_token_id
-    ids = [end, *_ids(tokenizer, "hello "), end, end, *_ids(tokenizer, "世界"), end]
-    sent, detokenizer = _stream(tokenizer, ids)
-    assert "".join(sent) == detokenizer.text == "hello 世界"
-
-
-def test_nothing(tokenizer: Any) -> None:
-    detokenizer = Detokenizer(tokenizer, ("x",))
-    assert detokenizer.finish() == "" and detokenizer.text == "" and not detokenizer.stopped
-
-
 def test_finish_twice_sends_nothing_twice(tokenizer: Any) -> None:
     detokenizer = Detokenizer(tokenizer, ("XYZ",))
     for i in _ids(tokenizer, "some XY"):
@@ -196,61 +176,6 @@ def test_stop_strings(tokenizer: Any, text: str, data: st.DataObject, spelled: b
     assert "".join(sent) == detokenizer.text == want
     assert detokenizer.stopped == (want != text or any(s in text for s in stop))
     assert not any(s in detokenizer.text for s in stop)
-
-
-def test_a_stop_over_several_tokens_is_never_seen(tokenizer: Any) -> None:
-    detokenizer = Detokenizer(tokenizer, ("\nUser:",))
-    sent = ""
-    for token in _one_byte_each(tokenizer, "fine.\nUser: and more"):
-        sent += detokenizer.add(token)
-        assert "\n" not in sent
-        if detokenizer.stopped:
-            break
-    assert detokenizer.stopped
-    assert sent + detokenizer.finish() == detokenizer.text == "fine."
-
-
-def test_a_stop_inside_one_token(tokenizer: Any) -> None:
-    words = {i: tokenizer.decode([i], skip_special_tokens=True) for i in range(len(tokenizer))}
-    token = max(words, key=lambda i: len(set(words[i])))
-    word = words[token]
-    assert len(set(word)) >= 3
-    detokenizer = Detokenizer(tokenizer, (word[1:3],))
-    assert detokenizer.add(token) == word[0]
-    assert detokenizer.stopped and detokenizer.text == word[0]
-    assert detokenizer.finish() == ""
-
-
-def test_the_earliest_of_several_stops_counts(tokenizer: Any) -> None:
-    for stop in (("fox", "brown", "zzz"), ("zzz", "brown", "fox")):
-        _, detokenizer = _stream(tokenizer, _ids(tokenizer, "quick brown fox"), stop)
-        assert detokenizer.text == "quick "
-
-
-def test_text_that_only_began_like_a_stop_is_sent(tokenizer: Any) -> None:
-    detokenizer = Detokenizer(tokenizer, ("STOPPED",))
-    sent = "".join(detokenizer.add(i) for i in _one_byte_each(tokenizer, "do not STOP"))
-    assert sent == "do no"
-    assert detokenizer.finish() == "t STOP"
-    assert not detokenizer.stopped and detokenizer.text == "do not STOP"
-
-
-def test_a_stop_is_split_over_a_broken_character(tokenizer: Any) -> None:
-    _, detokenizer = _stream(tokenizer, _one_byte_each(tokenizer, "好🙂界 rest"), ("🙂界",))
-    assert detokenizer.stopped and detokenizer.text == "好"
-
-
-def test_a_stop_at_the_very_start(tokenizer: Any) -> None:
-    sent, detokenizer = _stream(tokenizer, _one_byte_each(tokenizer, "END"), ("END",))
-    assert detokenizer.stopped and detokenizer.text == "" and "".join(sent) == ""
-
-
-def test_a_stop_that_is_whole_only_at_the_end(tokenizer: Any) -> None:
-    """The last character is incomplete until `finish` gives up on it."""
-    ids = _one_byte_each(tokenizer, "ab🙂")[:-1]
-    sent, detokenizer = _stream(tokenizer, ids, ("b\ufffd",))
-    assert detokenizer.text == "".join(sent) == "a"
-    assert detokenizer.stopped
 
 
 def test_one_letter_stops_hold_nothing_back(tokenizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,16 +13,15 @@ from kvshare_mm import (
     ModelOutputError,
     RequestOptions,
     RequestOutput,
-    StreamChunk,
 )
 from kvshare_mm.native.detokenizer import Detokenizer
 
-from .asking import _PROMPTS, Gate, Inbox, OpenLLM, eventually, idle, outcomes, params
+from .asking import _PROMPTS, Gate, Inbox, OpenLLM, eventually, idle, inside, outcomes, params
 
 
 def test_a_prefill_that_raises_fails_alone(open_llm: OpenLLM, alone: list[RequestOutput]) -> None:
     llm = open_llm(max_num_seqs=2)
-    prefill = llm._parts.runner.prefill
+    prefill = inside(llm).runner.prefill
     bad = len(alone[3].prompt_token_ids)
 
     def prefill_or_raise(slot: int, token_ids: Any, *rest: Any) -> torch.Tensor:
@@ -29,7 +29,7 @@ def test_a_prefill_that_raises_fails_alone(open_llm: OpenLLM, alone: list[Reques
             raise RuntimeError("out of memory, or so")
         return prefill(slot, token_ids, *rest)
 
-    llm._parts.runner.prefill = prefill_or_raise  # type: ignore[method-assign]
+    inside(llm).runner.prefill = prefill_or_raise
     inboxes = [Inbox(llm, p, params()) for p in _PROMPTS]
     for i, inbox in enumerate(inboxes):
         if i == 3:
@@ -49,15 +49,15 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(
     open_llm: OpenLLM, temperature: float
 ) -> None:
     llm = open_llm(max_num_seqs=1)
-    decode = llm._parts.runner.decode
+    decode = inside(llm).runner.decode
 
     def broken(*args: Any) -> torch.Tensor:
         return torch.full_like(decode(*args), float("nan"))
 
-    llm._parts.runner.decode = broken  # type: ignore[method-assign]
+    inside(llm).runner.decode = broken
     with pytest.raises(ModelOutputError, match="not a number"):
         llm.generate(_PROMPTS[0], params(temperature=temperature))
-    llm._parts.runner.decode = decode  # type: ignore[method-assign]
+    inside(llm).runner.decode = decode
     assert len(llm.generate(_PROMPTS[0], params()).token_ids) == 12
     assert outcomes(llm)["failed"] == 1
 
@@ -67,10 +67,8 @@ def test_a_sink_that_raises_ends_its_request_only(
 ) -> None:
     llm = open_llm(max_num_seqs=2)
 
-    def broken(chunk: StreamChunk | Exception) -> None:
-        raise ConnectionError("the client is gone")
-
-    llm._parts.engine.submit(llm.read(_PROMPTS[0], params(400), None), broken)
+    broken = Mock(side_effect=ConnectionError("the client is gone"))
+    inside(llm).engine.submit(llm.read(_PROMPTS[0], params(400), None), broken)
     assert llm.generate(_PROMPTS[1], params()).token_ids == alone[1].token_ids
     assert idle(llm)
     assert outcomes(llm)["finished_abort"] == 1
@@ -97,7 +95,7 @@ def test_a_decode_that_fails_once_fails_nobody(
     open_llm: OpenLLM, alone: list[RequestOutput]
 ) -> None:
     llm = open_llm(max_num_seqs=3)
-    broken = Broken(llm._parts.runner, "decode", times=1)
+    broken = Broken(inside(llm).runner, "decode", times=1)
     for inbox, want in zip([Inbox(llm, p, params()) for p in _PROMPTS[:3]], alone, strict=False):
         assert inbox.result().token_ids == want.token_ids
     assert broken.times == 0
@@ -107,13 +105,13 @@ def test_a_decode_that_fails_once_fails_nobody(
 
 def test_who_makes_decoding_fail_fails_alone(open_llm: OpenLLM, alone: list[RequestOutput]) -> None:
     llm = open_llm(max_num_seqs=3)
-    engine = llm._parts.engine
-    gate = Gate(llm._parts.runner, "decode")
+    engine = inside(llm).engine
+    gate = Gate(inside(llm).runner, "decode")
     inboxes = [Inbox(llm, p, params()) for p in _PROMPTS[:3]]
     assert eventually(lambda: len(engine._active) == 1)
     gate.wait()
     culprit = engine._active[0]
-    Broken(llm._parts.runner, "decode", times=2, slots={culprit.slot})
+    Broken(inside(llm).runner, "decode", times=2, slots={culprit.slot})
     gate.open()
     outputs = []
     for inbox in inboxes:
@@ -137,7 +135,7 @@ def test_an_engine_whose_model_fails_for_all_is_unhealthy_until_it_works_again(
     open_llm: OpenLLM, alone: list[RequestOutput]
 ) -> None:
     llm = open_llm(max_num_seqs=2)
-    broken = Broken(llm._parts.runner, "decode", times=10**6)
+    broken = Broken(inside(llm).runner, "decode", times=10**6)
     for i in range(3):
         assert llm.healthy
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -150,30 +148,27 @@ def test_an_engine_whose_model_fails_for_all_is_unhealthy_until_it_works_again(
 
 def test_what_one_prompt_alone_makes_fail_is_no_illness(open_llm: OpenLLM) -> None:
     llm = open_llm(max_num_seqs=2)
-    prefill = llm._parts.runner.prefill
+    prefill = inside(llm).runner.prefill
 
     def picky(slot: int, token_ids: Any, *rest: Any) -> torch.Tensor:
         if len(token_ids) > 1:
             raise RuntimeError("too long for me")
         return prefill(slot, token_ids, *rest)
 
-    llm._parts.runner.prefill = picky  # type: ignore[method-assign]
+    inside(llm).runner.prefill = picky
     for _ in range(5):
         with pytest.raises(RuntimeError, match="too long"):
             llm.generate(_PROMPTS[0], params())
     assert llm.healthy
 
 
+@pytest.mark.parametrize("part", ["_decode", "_charge"])  # in its slot; between queue and slot
 def test_nobody_waits_for_an_engine_that_died(
-    open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch
+    open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     llm = open_llm(max_num_seqs=1)
-
-    def broken(*args: Any) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(llm._parts.engine, "_decode", broken)
-    gate = Gate(llm._parts.runner, "prefill")
+    monkeypatch.setattr(inside(llm).engine, part, Mock(side_effect=RuntimeError("a bug")))
+    gate = Gate(inside(llm).runner, "prefill")
     inboxes = [Inbox(llm, p, params()) for p in _PROMPTS[:3]]
     gate.open()
     for inbox in inboxes:
@@ -185,29 +180,13 @@ def test_nobody_waits_for_an_engine_that_died(
     assert llm.stats()["queue"] == {"waiting": 0, "running": 0}
 
 
-def test_even_a_request_between_queue_and_slot_hears_of_the_engines_death(
-    open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    llm = open_llm(max_num_seqs=1)
-
-    def broken(*args: Any) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(llm._parts.engine, "_charge", broken)
-    with pytest.raises(EngineClosedError, match="a bug"):
-        llm.generate(_PROMPTS[0])
-
-
 def test_an_output_that_cannot_be_made_is_an_error_of_its_request_alone(
     open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = open_llm(max_num_seqs=1)
 
-    def broken(self: Detokenizer) -> str:
-        raise ValueError("a bug")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Detokenizer, "finish", broken)
+        patch.setattr(Detokenizer, "finish", Mock(side_effect=ValueError("a bug")))
         for options in (RequestOptions(), RequestOptions(store=False)):
             with pytest.raises(ValueError, match="a bug"):
                 llm.generate(_PROMPTS[0], params(), options)

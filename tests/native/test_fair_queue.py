@@ -29,15 +29,6 @@ def served(queue: FairQueue[Item], cost: dict[str, int], count: int) -> list[Ite
     return order
 
 
-def test_one_tenant_is_served_in_order() -> None:
-    queue: FairQueue[Item] = FairQueue(10)
-    items = [("a", i) for i in range(10)]
-    for item in items:
-        queue.add("a", item)
-    assert served(queue, {"a": 7}, 20) == items
-    assert not len(queue)
-
-
 def test_a_small_tenant_does_not_wait_behind_a_large_one() -> None:
     queue: FairQueue[Item] = FairQueue(100)
     for i in range(60):

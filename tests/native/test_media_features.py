@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -35,21 +35,16 @@ def server(oracles: Oracles) -> Server:
     return Server(oracles("qwen2_5_vl"))
 
 
-def test_features_of_a_known_picture_are_not_made_again(server: Server) -> None:
-    server.serve(user(see(), say("What is it?")))
-    result = server.prefill(server.oracle.stream(user(say("A"), see())), reuse="exact")
-    assert [use.source for use in result.media] == ["features"]  # its KV is elsewhere
-    assert (server.runs, server.hits) == (1, 1)
-
-
-def test_reused_and_known_features_give_what_the_encoder_gives(server: Server) -> None:
+def test_known_features_are_not_made_again_and_give_what_the_encoder_gives(
+    server: Server,
+) -> None:
     first = server.serve(user(see(), say("What is it?")))
     messages = user(say("Now: "), see(), say("What is it?"))
-    stream = server.oracle.stream(messages)
-    result = server.prefill(stream, reuse="exact")
+    result = server.prefill(server.oracle.stream(messages), reuse="exact")
     full = server.oracle.full(server.oracle.inputs(messages))
     assert first.media[0].content_hash == result.media[0].content_hash
-    assert server.hits == 1
+    assert [use.source for use in result.media] == ["features"]  # its KV is elsewhere
+    assert (server.runs, server.hits) == (1, 1)
     assert torch.allclose(result.logits, full.logits[-1], atol=ATOL, rtol=0)
 
 
@@ -59,23 +54,19 @@ def test_one_picture_twice_runs_the_encoder_once(server: Server) -> None:
     assert (server.runs, server.hits) == (1, 1)
 
 
-def test_without_reuse_nothing_is_taken_or_kept(server: Server) -> None:
-    for _ in range(2):
-        server.prefill(server.oracle.stream(user(see(), say("?"))), reuse="off")
-    assert (server.runs, server.hits) == (2, 0)
-    assert server.pool.store.bytes_by_tier() == {"host": 0}
-
-
-def test_a_request_that_is_not_stored_leaves_no_features(server: Server) -> None:
-    server.prefill(server.oracle.stream(user(see(), say("?"))), store=False)
-    assert server.pool.store.bytes_by_tier() == {"host": 0}
-
-
-def test_tenants_do_not_share_features(server: Server) -> None:
+@pytest.mark.parametrize(
+    ("options", "ns", "kept"),
+    [({"reuse": "off"}, NS, 0), ({"store": False}, NS, 0), ({}, OTHER_NS, 2)],
+    ids=["off", "not stored", "another tenant"],
+)
+def test_features_are_kept_for_those_who_share(
+    server: Server, options: dict[str, Any], ns: str, kept: int
+) -> None:
     stream = server.oracle.stream(user(see(), say("What is it?")))
-    server.prefill(stream)
-    server.prefill(stream, OTHER_NS)
+    server.prefill(stream, **options)
+    server.prefill(stream, ns, **options)
     assert (server.runs, server.hits) == (2, 0)
+    assert len(media_ids(server.pool.store)) == len(server.pool.store.ids()) == kept
 
 
 def test_features_that_are_gone_are_made_again(server: Server) -> None:
@@ -87,31 +78,20 @@ def test_features_that_are_gone_are_made_again(server: Server) -> None:
     assert torch.allclose(again.logits, first.logits, atol=ATOL)
 
 
-def test_features_that_cannot_be_read_are_a_miss(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [("get", KVUnavailableError("corrupt", "a bad sector")), ("put", OSError("disk full"))],
+)
+def test_a_store_that_fails_is_a_miss(
+    server: Server, monkeypatch: pytest.MonkeyPatch, method: str, error: Exception
 ) -> None:
     stream = server.oracle.stream(user(see(), say("What is it?")))
-    first = server.prefill(stream)
-
-    def broken(*_: Any) -> Any:
-        raise KVUnavailableError("corrupt", "a bad sector")
-
-    monkeypatch.setattr(server.pool.store, "get", broken)
+    first = server.prefill(stream, store=method == "get")
+    monkeypatch.setattr(server.pool.store, method, Mock(side_effect=error))
     again = server.prefill(stream)
+    assert again.fallback is None
     assert server.encoder.counters["store_error"] == 1
     assert torch.allclose(again.logits, first.logits, atol=ATOL)
-
-
-def test_features_that_cannot_be_kept_fail_nobody(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(server.pool.store, "put", full)
-    result = server.prefill(server.oracle.stream(user(see(), say("?"))))
-    assert result.fallback is None
-    assert server.encoder.counters["store_error"] == 1
 
 
 def test_a_repair_inside_a_known_picture_needs_no_encoder(server: Server) -> None:
@@ -140,18 +120,13 @@ def test_features_are_listed_by_namespace(server: Server) -> None:
     assert media_ids(store, namespace("tiny", "a third")) == []
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[], DiskTier]]:
-    yield lambda: DiskTier(tmp_path / "kv", 1 << 26)
-
-
-def test_pictures_outlive_the_process(oracles: Oracles, disk: Callable[[], DiskTier]) -> None:
+def test_features_outlive_the_process(oracles: Oracles, tmp_path: Path) -> None:
     oracle = oracles("qwen2_5_vl")
-    first = Server(oracle, disk())
+    first = Server(oracle, DiskTier(tmp_path / "kv", 1 << 26))
     first.serve(user(say(DONOR_TEXT), see(2), say("What is it?")))
     assert first.pool.flush(20)
     first.pool.close()
-    second = Server(oracle, disk())
+    second = Server(oracle, DiskTier(tmp_path / "kv", 1 << 26))
     assert second.pool.counters["restored"] == 1
     target = user(say("Dear shop. " + DONOR_TEXT), see(2), say("What is it?"))
     result = second.prefill(oracle.stream(target))

@@ -86,102 +86,66 @@ def test_any_positions_over_an_exact_donor(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_known_is_a_full_prefill(oracles: Oracles, family: str) -> None:
+def test_a_full_prefill_and_an_exact_prefix_with_media(oracles: Oracles, family: str) -> None:
     server = Server(oracles(family))
-    messages = user(say("Look: "), medium(family), say(" What is it?"))
-    result = server.serve(messages)
-    full = server.oracle.full(server.oracle.inputs(messages))
-    assert torch.allclose(result.logits, full.logits[-1], atol=ATOL, rtol=0)
-    assert (server.runs, server.hits) == (1, 0)
-    assert [use.source for use in result.media] == ["encoder"]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_exact_prefix_with_media(oracles: Oracles, family: str) -> None:
-    server = Server(oracles(family))
-    server.serve(user(medium(family), say("What is it?")))
-    messages = user(medium(family), say("What colour does it have?"))
-    result = server.prefill(server.oracle.stream(messages), reuse="exact")
-    full = server.oracle.full(server.oracle.inputs(messages))
-    assert torch.allclose(result.logits, full.logits[-1], atol=ATOL, rtol=0)
-    n = len(full.logits)
-    for got, want in zip(server.runner.slot_kv(0), (full.k, full.v), strict=True):
-        assert torch.allclose(got[:, :, :n], want, atol=ATOL, rtol=0)
-    [use] = result.media
-    assert use.source == "kv"
-    assert result.plan.num_exact > use.end
-    assert (server.runs, server.hits) == (1, 0)
+    for text, source in (("What is it?", "encoder"), ("What colour does it have?", "kv")):
+        messages = user(medium(family), say(text))
+        result = server.serve(messages, reuse="exact")
+        full = server.oracle.full(server.oracle.inputs(messages))
+        assert torch.allclose(result.logits, full.logits[-1], atol=ATOL, rtol=0)
+        for got, want in zip(server.runner.slot_kv(0), (full.k, full.v), strict=True):
+            assert torch.allclose(got[:, :, : len(full.logits)], want, atol=ATOL, rtol=0)
+        [use] = result.media
+        assert use.source == source
+        assert (result.plan.num_exact > use.end) == (source == "kv")
+        assert (server.runs, server.hits) == (1, 0)
 
 
 # -- moved runs -----------------------------------------------------------------------------------
 
-EDITS: dict[str, tuple[Callable[[str], Parts], Callable[[str], Parts]]] = {
-    "text before the picture": (
-        lambda f: user(say(DONOR_TEXT), medium(f), say("What is it?")),
-        lambda f: user(say("Dear shop. " + DONOR_TEXT), medium(f), say("What is it?")),
-    ),
-    "text behind the picture": (
-        lambda f: user(say("Hi. "), medium(f), say("What is it? " + DONOR_TEXT)),
-        lambda f: user(say("Hi. "), medium(f), say("What, then, is it? " + DONOR_TEXT)),
-    ),
-    "a picture put in before": (
-        lambda f: user(say("Hi. "), medium(f), say(DONOR_TEXT)),
-        lambda f: user(say("Hi. "), medium(f, 3), medium(f), say(DONOR_TEXT)),
-    ),
-    "a picture put in between": (
-        lambda f: user(medium(f), say(DONOR_TEXT), medium(f, 1), say("Which?")),
-        lambda f: user(medium(f), say(DONOR_TEXT), medium(f, 2), medium(f, 1), say("Which?")),
-    ),
-    "a picture taken out": (
-        lambda f: user(medium(f, 2), say(DONOR_TEXT), medium(f, 1), say("Which one?")),
-        lambda f: user(say(DONOR_TEXT), medium(f, 1), say("Which one?")),
-    ),
-    "a picture of another size": (
-        lambda f: user(medium(f, 1), say(DONOR_TEXT), medium(f), say("Which one is it?")),
-        lambda f: user(medium(f, 2), say(DONOR_TEXT), medium(f), say("Which one is it?")),
-    ),
-    "a picture moved to the end": (
-        lambda f: user(medium(f), say(DONOR_TEXT + "What is it?")),
-        lambda f: user(say(DONOR_TEXT + "What is it?"), medium(f)),
-    ),
-    "two pictures swapped": (
-        lambda f: user(medium(f, 0), say(" or "), medium(f, 3), say(DONOR_TEXT)),
-        lambda f: user(medium(f, 3), say(" or "), medium(f, 0), say(DONOR_TEXT)),
-    ),
-    "a picture instead of text": (
-        lambda f: user(say("A lamp in blue. "), say(DONOR_TEXT), medium(f, 1), say("Yes?")),
-        lambda f: user(medium(f, 2), say(DONOR_TEXT), medium(f, 1), say("Yes?")),
-    ),
+# Media by their number, text by its letter.
+TEXTS = {
+    "D": DONOR_TEXT,
+    "S": "Dear shop. ",
+    "H": "Hi. ",
+    "Q": "What is it? ",
+    "T": "What, then, is it? ",
+    "L": "A lamp in blue. ",
+    "or": " or ",
+}
+EDITS = {
+    "text before the picture": ("D 0 Q", "S D 0 Q"),
+    "text behind the picture": ("H 0 Q D", "H 0 T D"),
+    "a picture put in before": ("H 0 D", "H 3 0 D"),
+    "a picture put in between": ("0 D 1 Q", "0 D 2 1 Q"),
+    "a picture taken out": ("2 D 1 Q", "D 1 Q"),
+    "a picture of another size": ("1 D 0 Q", "2 D 0 Q"),
+    "a picture moved to the end": ("0 D Q", "D Q 0"),
+    "two pictures swapped": ("0 or 3 D", "3 or 0 D"),
+    "a picture instead of text": ("L D 1 Q", "2 D 1 Q"),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", EDITS)
 def test_what_moves_is_turned_right(oracles: Oracles, family: str, name: str) -> None:
-    donor, target = (make(family) for make in EDITS[name])
+    donor, target = (each.split() for each in EDITS[name])
+
+    def message(words: list[str]) -> Parts:
+        return user(*(medium(family, int(w)) if w.isdigit() else say(TEXTS[w]) for w in words))
+
     server = Server(oracles(family))
-    server.serve(donor)
-    stream = server.oracle.stream(target)
+    server.serve(message(donor))
+    stream = server.oracle.stream(message(target))
     result = server.prefill(stream)
     assert result.fallback is None
     assert result.plan.num_reused > 8
-    server.assert_first_layer(target)
+    server.assert_first_layer(message(target))
     told = provenance(result)
     assert told.exact + told.reused + told.recomputed == len(stream)
-    known = {part_id(part) for message in donor for part in message["content"]}
-    for use, part in zip(result.media, media_parts(target), strict=True):
-        assert (use.source == "kv") == (part_id(part) in known), use
-
-
-def part_id(part: dict[str, Any]) -> Any:
-    if part["type"] == "text":
-        return part["text"]
-    content = part[part["type"]]
-    return content.tobytes() if part["type"] == "image" else content[0].tobytes()
-
-
-def media_parts(messages: Parts) -> Parts:
-    return [p for m in messages for p in m["content"] if p["type"] != "text"]
+    media = [w for w in target if w.isdigit()]
+    for use, which in zip(result.media, media, strict=True):
+        assert (use.source == "kv") == (which in donor), use
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -212,9 +176,12 @@ def test_any_edit_is_turned_right(oracles: Oracles, family: str, data: st.DataOb
     server.assert_first_layer(target)
 
 
-def test_a_different_picture_is_one_replaced_run(server: Server) -> None:
-    server.serve(user(say(DONOR_TEXT), see(0), say("What is it? Tell me all.")))
-    target = user(say(DONOR_TEXT), see(4), say("What is it? Tell me all."))  # of the same size
+def test_one_pixel_is_another_picture_and_one_replaced_run(server: Server) -> None:
+    one, other = picture(112, 84), picture(112, 84)
+    other.putpixel((60, 40), (1, 2, 3))
+    texts = say(DONOR_TEXT), say("What is it? Tell me all.")
+    server.serve(user(texts[0], {"type": "image", "image": one}, texts[1]))
+    target = user(texts[0], {"type": "image", "image": other}, texts[1])
     stream = server.oracle.stream(target)
     result = server.prefill(stream)
     [segment] = stream.media
@@ -222,14 +189,3 @@ def test_a_different_picture_is_one_replaced_run(server: Server) -> None:
     assert use.source == "encoder"
     want = [*range(segment.start, segment.end), len(stream) - 1]
     assert result.plan.compute.tolist() == want
-
-
-def test_one_pixel_is_another_picture(server: Server) -> None:
-    one = picture(112, 84)
-    other = one.copy()
-    other.putpixel((60, 40), (1, 2, 3))
-    server.serve(user({"type": "image", "image": one}, say("What is it?")))
-    stream = server.oracle.stream(user({"type": "image", "image": other}, say("What is it?")))
-    result = server.prefill(stream)
-    [segment] = stream.media
-    assert set(range(segment.start, segment.end)) <= set(result.plan.compute.tolist())

@@ -59,20 +59,6 @@ def test_computing_everything_is_a_prefill(tiny: Any, n: int) -> None:
     assert all(tensor.isnan().all() for tensor in runner.slot_kv(0))
 
 
-@pytest.mark.parametrize("prefix", [1, 20, 48, 49])
-def test_exact_prefix(tiny: Any, prefix: int) -> None:
-    ids = _ids(50)
-    full, runner = tiny.full(ids), _runner(tiny)
-    donor = tiny.full(np.concatenate((ids[:prefix], _ids(20, seed=1))))
-    compute = np.arange(prefix, 50)
-    _plant(runner, 0, full, np.arange(50))
-    for tensor, source in zip(runner.slot_kv(0), (donor.k, donor.v), strict=True):
-        tensor[:, :, :prefix] = source[:, :, :prefix]
-    logits = runner.prefill(0, ids, compute)
-    assert torch.allclose(logits, full.logits[-1], atol=ATOL, rtol=0)
-    _assert_filled(runner, 0, full)
-
-
 @settings(max_examples=40)
 @given(data=st.data())
 def test_any_positions_over_an_exact_donor(tiny: Any, data: st.DataObject) -> None:
@@ -159,12 +145,6 @@ def _answer(runner: SlotRunner, slot: int, ids: np.ndarray, num_tokens: int) -> 
         logits = runner.decode([slot], [tokens[-1]], [len(ids) + len(tokens) - 1])
         tokens.append(int(logits[0].argmax()))
     return tokens
-
-
-def test_decode_is_generate(tiny: Any) -> None:
-    for n in (1, 9, 30):
-        ids = _ids(n, seed=n)
-        assert _answer(_runner(tiny), 1, ids, 12) == tiny.greedy(ids, 12)
 
 
 def test_batched_decode_is_one_by_one(tiny: Any) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
-from kvshare_mm import KVShare, RequestOptions, SamplingParams, StreamChunk
+from kvshare_mm import KVShare, RequestOptions, SamplingParams
 
-from .asking import _PROMPTS, Gate, OpenLLM, params
+from .asking import _PROMPTS, Gate, OpenLLM, inside, params
 
 
 @pytest.mark.parametrize(
@@ -35,7 +33,7 @@ def test_chunks_add_up_to_the_text(llm: KVShare, sampling: SamplingParams) -> No
 
 def test_tokens_come_one_by_one(open_llm: OpenLLM) -> None:
     llm = open_llm()
-    gate = Gate(llm._parts.runner, "decode")
+    gate = Gate(inside(llm).runner, "decode")
     stream = llm.stream(_PROMPTS[0], params(5))
     first = next(stream)  # the prefill's token is there before anything is decoded
     assert len(first.token_ids) == 1
@@ -45,13 +43,3 @@ def test_tokens_come_one_by_one(open_llm: OpenLLM) -> None:
     output = rest[-1].output
     assert output is not None
     assert len(output.token_ids) == 5
-
-
-def test_async_chunks_add_up_to_the_text(llm: KVShare) -> None:
-    async def collect() -> list[StreamChunk]:
-        return [c async for c in llm.astream(_PROMPTS[1], params(30))]
-
-    chunks = asyncio.run(collect())
-    output = chunks[-1].output
-    assert output is not None
-    assert "".join(c.text for c in chunks) == output.text
