@@ -276,13 +276,6 @@ def test_common_prefix(pair):
     assert n == min(len(a), len(b)) or a[n] != b[n]
 
 
-def test_a_prefix_counts_only_if_it_is_long_enough():
-    donor = to_keys([1, 2, 3, 4])
-    assert align(donor, donor[:3], 4) == []
-    assert align(donor, donor[:3], 3) == [Match(0, 0, 3)]
-    assert align(donor, donor, 4) == [Match(0, 0, 4)]
-
-
 def test_keys_above_2_63_are_not_mixed_up_with_small_ones():
     # As int64 both would be 0 after the top bit, as float64 equal to their neighbours.
     donor = np.array([2**63, 2**63 + 1, 2**64 - 1, 2**53 + 1], np.uint64)

@@ -43,17 +43,6 @@ def test_what_continues_a_prefix_token_for_token_is_no_risk():
     assert not risk(plan).any()
 
 
-def test_a_deletion_is_an_edit():
-    plan = ReusePlan(30, (KeptRun("a", 0, 0, 10, True), KeptRun("a", 14, 10, 15, False)))
-    assert (risk(plan)[10:25] > 0).all()
-
-
-def test_more_edits_before_a_run_are_more_risk():
-    few = ReusePlan(40, (KeptRun("a", 20, 20, 10, False), KeptRun("a", 31, 31, 5, False)))
-    many = ReusePlan(40, (KeptRun("a", 20, 20, 5, False), KeptRun("a", 31, 31, 5, False)))
-    assert risk(many)[31:36].sum() > risk(few)[31:36].sum()
-
-
 def test_what_is_repaired_is_no_risk_any_more_and_the_rest_adds_up_as_squares():
     plan = ReusePlan(10, (KeptRun("a", 4, 4, 4, False),), attention=np.full(10, 0.1))
     danger = risk(plan)

@@ -101,13 +101,6 @@ def test_a_sloppy_request_repeated_by_a_stricter_one_is_planned_anew(sloppy, spe
         assert not (plan.reused & ~without.reused).any()
 
 
-def test_one_who_takes_what_there_is_continues_it(sloppy):
-    tree, keys = sloppy
-    plan = served(tree, keys, make_policy("none"))
-    assert plan.num_computed == 1
-    assert plan.continued.sum() == len(keys) - 1 - 23
-
-
 def test_a_donor_is_continued_as_far_as_its_risk_is_tolerated():
     donor = donor_of(blocks(*"ABC"), exact_len=20)
     uneven = np.zeros(60, np.float32)

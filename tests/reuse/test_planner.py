@@ -8,7 +8,7 @@ import pytest
 from kvshare_mm.reuse.plan import Decline, PlannerOptions
 from kvshare_mm.reuse.planner import make_plan
 
-from .plans import EAGER, blocks, describe, donor_of, to_keys
+from .plans import blocks, describe, donor_of, to_keys
 
 
 def test_a_changed_number_in_the_middle():
@@ -42,16 +42,6 @@ def test_a_moved_block_fills_the_gap_that_the_main_alignment_leaves():
     ]
 
 
-def test_moved_lines_that_share_their_ends_are_all_kept():
-    """Every line's match reaches into its neighbours by the separator they have in common."""
-    separator = [7, 8, 9]
-    lines = {name: [*separator, *blocks(name, length=6)] for name in "ABCDEF"}
-    donor = donor_of([key for name in "ABCDEF" for key in lines[name]])
-    target = to_keys([*(key for name in "FEDCBA" for key in lines[name]), 0])
-    plan = make_plan(target, [donor], PlannerOptions())
-    assert plan.compute.tolist() == [len(target) - 1]
-
-
 def test_a_second_donor_fills_what_the_first_lacks():
     first, second = donor_of(blocks(*"XABY"), "first"), donor_of(blocks(*"UCV"), "second")
     target = to_keys([0, *blocks(*"ACB"), 0])
@@ -62,12 +52,6 @@ def test_a_second_donor_fills_what_the_first_lacks():
         ("first", 40, 41, 20, False),
     ]
     assert plan.donors == ("first", "second")
-
-
-def test_the_donor_that_covers_more_is_the_main_one_not_the_one_listed_first():
-    little, much = donor_of(blocks(*"XA"), "little"), donor_of(blocks(*"XXABC"), "much")
-    plan = make_plan(to_keys([0, *blocks(*"ABC"), 0]), [little, much], PlannerOptions())
-    assert plan.donors == ("much",)
 
 
 def test_the_same_media_is_reused_and_other_media_is_not():
@@ -87,39 +71,6 @@ def test_an_approximate_request_repeated_is_reused_whole():
     assert describe(plan) == [("d", 0, 0, 20, True), ("d", 20, 20, 39, False)]
 
 
-def test_an_approximate_request_gives_nothing_behind_the_first_edit():
-    donor = donor_of(blocks(*"ABC"), exact_len=20)
-    target = to_keys([*blocks("A"), 1, *blocks("C"), 0])
-    plan = make_plan(target, [donor], PlannerOptions())
-    assert describe(plan) == [("d", 0, 0, 20, True)]
-
-
-def test_what_an_approximate_request_borrowed_exactly_may_be_edited_again():
-    reusable = np.arange(60) // 20 != 1
-    donor = donor_of(blocks(*"ABC"), exact_len=20, reusable=reusable)
-    target = to_keys([*blocks("A"), 1, *blocks("B"), *blocks("C"), 0])
-    plan = make_plan(target, [donor], PlannerOptions(min_gain_share=0.0))
-    assert describe(plan) == [("d", 0, 0, 20, True), ("d", 40, 41, 20, False)]
-
-
-def test_material_cuts_a_run_and_short_leftovers_are_dropped():
-    reusable = np.ones(60, bool)
-    reusable[[23, 30, 45]] = False
-    donor = donor_of(blocks(*"ABC"), exact_len=20, reusable=reusable)
-    target = to_keys([0, *blocks(*"BC"), 0])
-    plan = make_plan(target, [donor], PlannerOptions(min_run=4, min_gain_share=0.0))
-    # 20..22 is too short; 24..29, 31..44 and 46..59 stay.
-    assert [(r.donor_start, r.length) for r in plan.runs] == [(24, 6), (31, 14), (46, 14)]
-    assert all(r.shift == -19 for r in plan.runs)
-
-
-def test_a_hole_ends_the_prefix_and_what_is_behind_it_is_material():
-    reusable = np.arange(60) // 20 != 1
-    donor = donor_of(blocks(*"ABC"), readable=20, exact_len=20, reusable=reusable)
-    plan = make_plan(to_keys(blocks(*"ABC")), [donor], PlannerOptions())
-    assert describe(plan) == [("d", 0, 0, 20, True), ("d", 40, 40, 19, False)]
-
-
 def test_the_approximate_prefix_continues_another_donors_exact_one():
     sure = donor_of(blocks(*"ABX"), "sure")
     long = donor_of(blocks(*"ABC"), "long", exact_len=10)
@@ -133,33 +84,6 @@ def test_one_approximate_position_more_does_not_spoil_an_exact_prefix():
     other = donor_of([*blocks("A"), 1, 2, *blocks("X")], "other", exact_len=5)
     plan = make_plan(to_keys([*blocks("A"), 1, 3, 4, 5, 6]), [sure, other], PlannerOptions())
     assert describe(plan) == [("sure", 0, 0, 20, True)]
-
-
-def test_exact_only_reuses_no_approximate_position_even_of_an_identical_prompt():
-    donor = donor_of(blocks(*"ABC"), exact_len=20)
-    plan = make_plan(to_keys(blocks(*"ABC")), [donor], PlannerOptions(exact_only=True))
-    assert describe(plan) == [("d", 0, 0, 20, True)]
-    assert plan.declined is Decline.EXACT_ONLY
-
-
-@pytest.mark.parametrize("extra", [0, 1, 5])
-def test_a_target_that_a_donor_goes_beyond(extra):
-    donor = donor_of([*blocks("A"), *range(extra)])
-    plan = make_plan(to_keys(blocks("A")), [donor], PlannerOptions())
-    assert describe(plan) == [("d", 0, 0, 19, True)]
-
-
-def test_a_target_that_extends_its_donor():
-    plan = make_plan(to_keys(blocks(*"AB")), [donor_of(blocks("A"))], PlannerOptions())
-    assert describe(plan) == [("d", 0, 0, 20, True)]
-    assert plan.declined is None
-
-
-@pytest.mark.parametrize("donors", [[], [donor_of([1])], [donor_of([2])]])
-def test_of_one_token_nothing_can_be_reused(donors):
-    plan = make_plan(to_keys([1]), donors, EAGER)
-    assert plan.runs == ()
-    assert plan.compute.tolist() == [0]
 
 
 @pytest.mark.parametrize(

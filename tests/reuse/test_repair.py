@@ -15,7 +15,6 @@ from kvshare_mm.reuse.divergence import (
     TAIL,
     WINDOW,
     WORD,
-    divergence_bound,
     risk,
     risk_within,
     stale_fronts,
@@ -82,10 +81,6 @@ def test_without_approximate_runs_there_is_nothing_to_repair(policy, plan):
     assert not plan.with_repair(policy.positions(plan)).repair.size
 
 
-def test_no_repair():
-    assert NoRepair().positions(PLAN).tolist() == []
-
-
 def test_boundary_windows_open_every_approximate_run():
     assert BoundaryWindow(2).positions(PLAN).tolist() == [8, 9, 24, 25]
     wide = PLAN.with_repair(BoundaryWindow(1000).positions(PLAN))
@@ -124,16 +119,6 @@ def test_max_divergence_repairs_the_riskiest_and_no_more_than_it_must(plan, kl, 
     if len(chosen):
         assert danger[chosen].min() >= left.max(initial=0)
         assert math.hypot(*left, danger[chosen].min()) > risk_within(kl) * (1 - 1e-6)
-
-
-def test_what_the_end_looks_at_is_repaired_first():
-    plan = ReusePlan(100, (KeptRun("a", 9, 8, 60, False),))
-    attention = np.full(100, 0.001, np.float32)
-    attention[[39, 53]] = 0.4
-    plan = replace(plan, attention=attention)
-    target = divergence_bound(0.9 * risk(plan)[[39, 53]].min())
-    picked = MaxDivergence(target).positions(plan)
-    assert sorted(set(picked.tolist()) - set(_always(plan).tolist())) == [39, 53]
 
 
 @pytest.mark.parametrize("kl", [0.0, 1.0, 1e6])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,9 +58,32 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _llama(name: str) -> tuple[Any, Callable[..., Any], RotarySpec]:
-    rotary = llama.LlamaRotaryEmbedding(LlamaConfig(**COMMON, rope_parameters=ROPE[name]))
-    return rotary, llama.apply_rotary_pos_emb, RotarySpec(rotary.inv_freq)
+OTHERS: dict[str, tuple[Any, Any, Any, bool]] = {
+    "half of the channels": (
+        phi,
+        phi.PhiRotaryEmbedding,
+        PhiConfig(**COMMON, partial_rotary_factor=0.5),
+        False,
+    ),
+    "interleaved": (cohere, cohere.CohereRotaryEmbedding, CohereConfig(**COMMON), True),
+    "half of the channels, interleaved": (
+        glm,
+        glm.GlmRotaryEmbedding,
+        GlmConfig(**COMMON, head_dim=HEAD_DIM, partial_rotary_factor=0.5, pad_token_id=0),
+        True,
+    ),
+}
+
+
+def _model(name: str) -> tuple[Any, Callable[..., Any], RotarySpec]:
+    """A model's rotation, how it applies it, and what we say of it."""
+    if name in OTHERS:
+        module, rotation, config, interleaved = OTHERS[name]
+    else:
+        module, rotation, interleaved = llama, llama.LlamaRotaryEmbedding, False
+        config = LlamaConfig(**COMMON, rope_parameters=ROPE[name])
+    rotary = rotation(config)
+    return rotary, module.apply_rotary_pos_emb, RotarySpec(rotary.inv_freq, interleaved)
 
 
 def _rotated(rotary: Any, apply: Callable[..., Any], k: torch.Tensor, at: torch.Tensor) -> Any:
@@ -75,24 +99,29 @@ def _raw(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(1, 2, n, HEAD_DIM, generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("name", ROPE)
+@pytest.mark.parametrize("name", [*ROPE, *OTHERS])
 def test_moved_key_is_the_key_computed_there(name: str) -> None:
-    rotary, apply, spec = _llama(name)
+    rotary, apply, spec = _model(name)
+    assert spec.rotary_dim == HEAD_DIM // (2 if name.startswith("half") else 1)
     k, start = _raw(60), torch.arange(100, 160)
     before = _rotated(rotary, apply, k, start)
     for shift in (torch.arange(-100, 140, 4), torch.full((60,), -100), torch.full((60,), 90)):
         want = _rotated(rotary, apply, k, start + shift)
-        assert torch.allclose(rerotate(before, shift, spec), want, atol=1e-4)
+        moved = rerotate(before, shift, spec)
+        assert torch.allclose(moved, want, atol=1e-4)
+        assert torch.equal(moved[..., spec.rotary_dim :], k[..., spec.rotary_dim :])
+        other = replace(spec, interleaved=not spec.interleaved)
+        assert not torch.allclose(rerotate(before, shift, other), want, atol=1e-1)
 
 
 def test_yarn_factor_is_in_the_test() -> None:
-    plain, with_factor = _llama("yarn")[0], _llama("yarn with an attention factor")[0]
+    plain, with_factor = _model("yarn")[0], _model("yarn with an attention factor")[0]
     assert plain.attention_scaling != 1.0
     assert with_factor.attention_scaling == 2.5
 
 
 def test_far_positions() -> None:
-    rotary, apply, spec = _llama("default")
+    rotary, apply, spec = _model("default")
     k, start = _raw(8), torch.arange(8)
     before = _rotated(rotary, apply, k, start)
     shift = torch.full((8,), 8000)
@@ -103,54 +132,15 @@ def test_far_positions() -> None:
 
 
 def test_far_and_back_loses_nothing() -> None:
-    _, _, spec = _llama("default")
+    _, _, spec = _model("default")
     k = _raw(16)
     far = torch.full((16,), 1_000_000)
     assert torch.allclose(rerotate(rerotate(k, far, spec), -far, spec), k, atol=1e-5)
 
 
-def test_partial_rotary_dimensions() -> None:
-    config = PhiConfig(**COMMON, partial_rotary_factor=0.5)
-    rotary = phi.PhiRotaryEmbedding(config)
-    spec = RotarySpec(rotary.inv_freq)
-    assert spec.rotary_dim == HEAD_DIM // 2
-    k, start, shift = _raw(20), torch.arange(30, 50), torch.arange(-20, 20, 2)
-    before = _rotated(rotary, phi.apply_rotary_pos_emb, k, start)
-    moved = rerotate(before, shift, spec)
-    want = _rotated(rotary, phi.apply_rotary_pos_emb, k, start + shift)
-    assert torch.allclose(moved, want, atol=1e-4)
-    assert torch.equal(moved[..., spec.rotary_dim :], k[..., spec.rotary_dim :])
-
-
-def test_interleaved_layout() -> None:
-    rotary = cohere.CohereRotaryEmbedding(CohereConfig(**COMMON))
-    spec = RotarySpec(rotary.inv_freq, interleaved=True)
-    k, start, shift = _raw(20), torch.arange(30, 50), torch.arange(-20, 20, 2)
-    before = _rotated(rotary, cohere.apply_rotary_pos_emb, k, start)
-    want = _rotated(rotary, cohere.apply_rotary_pos_emb, k, start + shift)
-    assert torch.allclose(rerotate(before, shift, spec), want, atol=1e-4)
-    halves = RotarySpec(rotary.inv_freq)
-    assert not torch.allclose(rerotate(before, shift, halves), want, atol=1e-1)
-
-
-def test_interleaved_layout_on_part_of_the_channels() -> None:
-    config = GlmConfig(**COMMON, head_dim=HEAD_DIM, partial_rotary_factor=0.5, pad_token_id=0)
-    rotary = glm.GlmRotaryEmbedding(config)
-    spec = RotarySpec(rotary.inv_freq, interleaved=True)
-    k, start, shift = _raw(20), torch.arange(30, 50), torch.arange(-20, 20, 2)
-
-    def cached(at: torch.Tensor) -> torch.Tensor:
-        moved: torch.Tensor = glm.apply_rotary_pos_emb(k, k, *rotary(k, at[None]))[1]
-        return moved
-
-    moved = rerotate(cached(start), shift, spec)
-    assert torch.allclose(moved, cached(start + shift), atol=1e-4)
-    assert torch.equal(moved[..., HEAD_DIM // 2 :], k[..., HEAD_DIM // 2 :])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
-    _, _, spec = _llama("default")
+    _, _, spec = _model("default")
     k, shift = _raw(40, dtype), torch.arange(-20, 20)
     moved = rerotate(k, shift, spec)
     assert moved.dtype == dtype
@@ -160,7 +150,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_zero_shift_changes_no_bit(dtype: torch.dtype, interleaved: bool) -> None:
-    spec = RotarySpec(_llama("default")[2].inv_freq, interleaved)
+    spec = RotarySpec(_model("default")[2].inv_freq, interleaved)
     k = _raw(12, dtype)
     before = k.clone()
     moved = rerotate(k, torch.zeros(12, dtype=torch.int64), spec)
@@ -178,7 +168,7 @@ def test_zero_shift_changes_no_bit(dtype: torch.dtype, interleaved: bool) -> Non
     dim=st.sampled_from([HEAD_DIM, HEAD_DIM + 6]),
 )
 def test_moves_add_up(a: int, b: int, name: str, interleaved: bool, dim: int) -> None:
-    spec = RotarySpec(_llama(name)[2].inv_freq, interleaved)
+    spec = RotarySpec(_model(name)[2].inv_freq, interleaved)
     k = torch.randn(2, 3, 5, dim, generator=torch.Generator().manual_seed(dim))
     shift_a, shift_b = torch.full((5,), a), torch.full((5,), b)
     twice = rerotate(rerotate(k, shift_a, spec), shift_b, spec)
@@ -186,13 +176,3 @@ def test_moves_add_up(a: int, b: int, name: str, interleaved: bool, dim: int) ->
     assert torch.allclose(twice, once, atol=1e-5)
     # A rotation keeps lengths, also of every pair.
     assert torch.allclose(once.norm(dim=-1), k.norm(dim=-1), atol=1e-4)
-
-
-def test_tokens_move_independently() -> None:
-    _, _, spec = _llama("llama3")
-    k, shift = _raw(30), torch.randint(-500, 500, (30,), generator=torch.Generator().manual_seed(0))
-    moved = rerotate(k, shift, spec)
-    for i in range(30):
-        assert torch.equal(
-            moved[:, :, i], rerotate(k[:, :, i : i + 1], shift[i : i + 1], spec)[:, :, 0]
-        )

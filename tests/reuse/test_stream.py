@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -32,17 +34,6 @@ def test_the_keys_of_text_are_its_token_ids(ids):
 
 def test_text_may_come_as_an_array():
     assert text_stream(np.array([3, 1, 2], dtype=np.int32)).align_keys.tolist() == [3, 1, 2]
-
-
-def test_a_text_stream_without_tokens_is_refused():
-    with pytest.raises(ValueError, match="empty"):
-        text_stream([])
-
-
-def test_a_negative_token_id_is_refused():
-    # Its key would have the top bit set and could be taken for a picture's.
-    with pytest.raises(ValueError, match="negative"):
-        text_stream([5, -1])
 
 
 def test_the_arrays_of_a_stream_are_not_the_callers():
@@ -78,51 +69,11 @@ def test_media_keys_are_of_the_whole_digest():
     assert not np.intersect1d(a, b).size
 
 
-@pytest.mark.parametrize(("start", "end"), [(0, 0), (3, 3), (4, 2), (-1, 2)])
-def test_a_segment_has_a_length_and_a_place(start, end):
-    with pytest.raises(ValueError, match="empty or negative"):
-        Segment(Modality.TEXT, start, end)
-
-
-def _segments(*bounds: tuple[int, int]) -> tuple[Segment, ...]:
-    return tuple(Segment(Modality.IMAGE, a, b, content_hash=1) for a, b in bounds)
-
-
-@pytest.mark.parametrize(
-    "segments",
-    [
-        (),
-        _segments((0, 3)),
-        _segments((0, 5)),
-        _segments((1, 4)),
-        _segments((0, 1), (2, 4)),
-        _segments((0, 3), (2, 4)),
-        _segments((2, 4), (0, 2)),
-    ],
-)
-def test_segments_must_tile_the_stream(segments):
-    ids = np.arange(4)
-    with pytest.raises(ValueError, match="tile"):
-        SegmentStream(ids, ids.astype(np.uint64), segments)
-
-
 def test_segments_that_tile_are_taken():
     ids = np.arange(4)
     keys = np.concatenate((ids[:2].astype(np.uint64), media_keys("07" * 32, 2)))
     segments = (Segment(Modality.TEXT, 0, 2), Segment(Modality.IMAGE, 2, 4, content_hash=7))
     assert len(SegmentStream(ids, keys, segments)) == 4
-
-
-@pytest.mark.parametrize(
-    ("ids", "keys"),
-    [
-        (np.arange(3), np.arange(4, dtype=np.uint64)),
-        (np.zeros((3, 1), np.int64), np.zeros((3, 1), np.uint64)),
-    ],
-)
-def test_ids_and_keys_must_be_vectors_of_one_length(ids, keys):
-    with pytest.raises(ValueError, match="one length"):
-        SegmentStream(ids, keys, _segments((0, 3)))
 
 
 # -- media ------------------------------------------------------------------------------------
@@ -133,12 +84,6 @@ PLACES = {Modality.IMAGE: 901, Modality.AUDIO: 902}
 def _item(modality=Modality.IMAGE, *, grid=None, length=None, digest="ab" * 16) -> MediaItem:
     length = grid[0] * grid[1] if grid else length
     return MediaItem(modality, digest, length, grid, "label", dict)
-
-
-def test_an_item_of_no_or_another_length_is_refused():
-    for grid, length in [(None, 0), ((2, 3), 5)]:
-        with pytest.raises(ValueError, match="positions"):
-            MediaItem(Modality.IMAGE, "ab" * 16, length, grid, "", dict)
 
 
 def test_placeholders_are_replaced_by_their_items():
@@ -163,12 +108,6 @@ def test_a_stream_without_media_is_text():
     assert stream.segments == (Segment(Modality.TEXT, 0, 3),)
     assert stream.positions is None
     assert stream.positions_to(5) is None
-
-
-@pytest.mark.parametrize("ids", [[1, 2], [901, 901], [902]])
-def test_every_item_needs_its_place(ids):
-    with pytest.raises(ValueError, match="places for"):
-        media_stream(ids, [_item(grid=(1, 1))], PLACES, mrope=True)
 
 
 def test_positions_of_a_picture():
@@ -197,8 +136,48 @@ def test_sound_alone_needs_no_axes():
     ]
 
 
-def test_positions_must_fit():
-    ids = np.arange(3)
-    text = (Segment(Modality.TEXT, 0, 3),)
-    with pytest.raises(ValueError, match=r"\[3, N\]"):
-        SegmentStream(ids, ids.astype(np.uint64), text, positions=np.zeros((3, 4), np.int64))
+# -- what cannot be -----------------------------------------------------------------------------
+
+
+def _stream(*bounds, n=4, keys=4, **more) -> SegmentStream:
+    """Pictures over `n` ids."""
+    segments = tuple(Segment(Modality.IMAGE, a, b, content_hash=1) for a, b in bounds)
+    return SegmentStream(np.arange(n), np.arange(keys, dtype=np.uint64), segments, **more)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "says"),
+    [
+        (text_stream, [[]], "empty"),
+        # Its key would have the top bit set and could be taken for a picture's.
+        (text_stream, [[5, -1]], "negative"),
+        *(
+            (Segment, [Modality.TEXT, *bounds], "empty or negative")
+            for bounds in [(0, 0), (3, 3), (4, 2), (-1, 2)]
+        ),
+        *(
+            (_stream, bounds, "tile")
+            for bounds in [
+                [],
+                [(0, 3)],
+                [(0, 5)],
+                [(1, 4)],
+                [(0, 1), (2, 4)],
+                [(0, 3), (2, 4)],
+                [(2, 4), (0, 2)],
+            ]
+        ),
+        (partial(_stream, n=3), [(0, 3)], "one length"),
+        (partial(SegmentStream, segments=()), np.zeros((2, 3, 1), np.int64), "one length"),
+        (partial(_stream, positions=np.zeros((3, 5), np.int64)), [(0, 4)], r"\[3, N\]"),
+        (MediaItem, [Modality.IMAGE, "ab" * 16, 0, None, "", dict], "positions"),
+        (MediaItem, [Modality.IMAGE, "ab" * 16, 5, (2, 3), "", dict], "positions"),
+        *(
+            (partial(media_stream, mrope=True), [ids, [_item(grid=(1, 1))], PLACES], "places for")
+            for ids in ([1, 2], [901, 901], [902])
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(make, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        make(*arguments)

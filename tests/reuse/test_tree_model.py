@@ -236,7 +236,7 @@ class TreeMachine(RuleBasedStateMachine):
         self._check_owners(node, owner)
         owner = [o if o in node.owners else node_id for o in owner]
         self.rows[node_id] = owned_rows(kv, node)
-        assert node.parent is None or node.parent in plan.donors
+        assert node.parent == (plan.edited_from if plan.edited_from in self.tree else None)
         meanwhile()
         self.tree.insert(node)
         self.stored[node_id] = node
