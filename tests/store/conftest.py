@@ -186,3 +186,19 @@ def open_store(tmp_path: Path, gone: Gone) -> Iterator[Callable[..., TieredStore
         if isinstance(disk, SlowDisk):
             disk.gate.set()
         store.close(PATIENCE_S)
+
+
+@pytest.fixture
+def reopened(
+    open_store: Callable[..., TieredStore], make_stored: MakeStored
+) -> Callable[..., TieredStore]:
+    """A store opened on a disk where another one has left nodes, of which RAM knows nothing."""
+
+    def reopen(*node_ids: str, num_tokens: int = 8) -> TieredStore:
+        first = open_store()
+        for node_id in node_ids:
+            first.put(make_stored(node_id, num_tokens))
+        first.close(PATIENCE_S)
+        return open_store()
+
+    return reopen

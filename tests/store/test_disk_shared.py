@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import random
 import signal
-import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.codec import TEMP_SUFFIX
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import ram_bytes
+
+from ..helpers import in_threads
 
 BUDGET = 1 << 24
 
@@ -106,38 +107,29 @@ def test_two_tiers_on_one_folder_never_read_anything_wrong(tmp_path, make_stored
     nodes = {str(i): make_stored(str(i), 20 + i) for i in range(12)}
     budget = 5 * ram_bytes(nodes["11"])
     tiers = [DiskTier(tmp_path, budget), DiskTier(tmp_path, budget)]
-    problems: list[object] = []
     hits = [0, 0]
 
-    def work(which: int, seed: int) -> None:
+    def work(seed: int) -> None:
         rng = random.Random(seed)
-        tier = tiers[which]
-        try:
-            for _ in range(150):
-                node_id = str(rng.randrange(12))
-                action = rng.choice(["put", "put", "get", "get", "get", "delete", "records"])
-                if action == "put":
-                    tier.put(nodes[node_id])
-                elif action == "get":
-                    try:
-                        assert_same(tier.get(node_id), nodes[node_id])
-                        hits[which] += 1
-                    except KVUnavailableError as error:
-                        assert error.reason == "evicted"
-                elif action == "delete":
-                    tier.delete(node_id)
-                else:
-                    for node, _ in tier.records():
-                        assert np.array_equal(node.align_keys, nodes[node.node_id].node.align_keys)
-        except BaseException as problem:
-            problems.append(problem)
+        tier = tiers[seed % 2]
+        for _ in range(150):
+            node_id = str(rng.randrange(12))
+            action = rng.choice(["put", "put", "get", "get", "get", "delete", "records"])
+            if action == "put":
+                tier.put(nodes[node_id])
+            elif action == "get":
+                try:
+                    assert_same(tier.get(node_id), nodes[node_id])
+                    hits[seed % 2] += 1
+                except KVUnavailableError as error:
+                    assert error.reason == "evicted"
+            elif action == "delete":
+                tier.delete(node_id)
+            else:
+                for node, _ in tier.records():
+                    assert np.array_equal(node.align_keys, nodes[node.node_id].node.align_keys)
 
-    threads = [threading.Thread(target=work, args=(i % 2, i)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert problems == []
+    in_threads(work, range(4))
     assert min(hits) > 0
     assert [tier.num_corrupt for tier in tiers] == [0, 0]
     assert temp_files(tmp_path) == []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-import threading
 
 import numpy as np
 import pytest
 
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.store.host import HostTier, ram_bytes
+
+from ..helpers import in_threads
 
 
 def test_put_get_delete(make_stored):
@@ -31,15 +32,6 @@ def test_put_get_delete(make_stored):
     assert caught.value.reason == "evicted"
 
 
-def test_a_new_version_replaces_the_old_one(make_stored):
-    tier = HostTier(10_000)
-    tier.put(make_stored("a", 8))
-    longer = make_stored("a", 16)
-    assert tier.put(longer) == []
-    assert tier.get("a") is longer
-    assert tier.num_bytes == ram_bytes(longer)
-
-
 def test_get_protects_from_eviction_and_peek_does_not(make_stored):
     nodes = {name: make_stored(name) for name in "abc"}
     size = ram_bytes(nodes["a"])
@@ -51,16 +43,6 @@ def test_get_protects_from_eviction_and_peek_does_not(make_stored):
         assert tier.put(nodes["c"]) == evicted
         assert evicted[0] not in tier
         assert tier.num_bytes == 2 * size
-
-
-def test_a_node_wider_than_the_tier_is_let_go_alone(make_stored):
-    small, wide = make_stored("small"), make_stored("wide", 100)
-    tier = HostTier(ram_bytes(wide) - 1)
-    tier.put(small)
-    assert tier.put(wide) == ["wide"]
-    assert list(tier) == ["small"]
-    with pytest.raises(KVUnavailableError):
-        tier.get("wide")
 
 
 def test_pins(make_stored):
@@ -83,34 +65,25 @@ def test_pins(make_stored):
 def test_threads_do_not_disturb_each_other(make_stored, assert_same):
     nodes = {str(i): make_stored(str(i), 1 + i) for i in range(20)}
     tier = HostTier(sum(map(ram_bytes, nodes.values())) // 3)
-    problems: list[object] = []
 
     def work(seed: int) -> None:
         rng = random.Random(seed)
-        try:
-            for _ in range(300):
-                node_id = str(rng.randrange(20))
-                action = rng.choice(["put", "put", "get", "get", "delete", "pin", "unpin"])
-                if action == "put":
-                    tier.put(nodes[node_id])
-                elif action == "get":
-                    try:
-                        assert_same(tier.get(node_id), nodes[node_id])
-                    except KVUnavailableError as error:
-                        assert error.reason == "evicted"
-                elif action == "pin":
-                    tier.pin(node_id, 0.001)
-                else:
-                    getattr(tier, action)(node_id)
-                assert tier.num_bytes <= tier.max_bytes
-        except BaseException as problem:
-            problems.append(problem)
+        for _ in range(300):
+            node_id = str(rng.randrange(20))
+            action = rng.choice(["put", "put", "get", "get", "delete", "pin", "unpin"])
+            if action == "put":
+                tier.put(nodes[node_id])
+            elif action == "get":
+                try:
+                    assert_same(tier.get(node_id), nodes[node_id])
+                except KVUnavailableError as error:
+                    assert error.reason == "evicted"
+            elif action == "pin":
+                tier.pin(node_id, 0.001)
+            else:
+                getattr(tier, action)(node_id)
+            assert tier.num_bytes <= tier.max_bytes
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert problems == []
+    in_threads(work, range(4))
     assert tier.num_bytes == sum(ram_bytes(nodes[node_id]) for node_id in tier) <= tier.max_bytes
     assert all(tier.peek(node_id) is nodes[node_id] for node_id in tier)

@@ -105,10 +105,10 @@ def test_a_file_that_holds_it_is_deleted_when_it_is_read(
     store = open_store()
     assert reason_of(store, "a") == "corrupt"
     assert gone == ["a"]
-    assert store.counters == {"read_corrupt": 1}
     assert store._disk.num_corrupt == 1
     assert not file.exists()
     assert reason_of(store, "a") == "evicted"
+    assert store.counters == {"read_corrupt": 1, "read_evicted": 1}
 
 
 @pytest.mark.parametrize("where", ["attention", "embedding"])

@@ -54,11 +54,8 @@ def test_closing_writes_what_is_queued(open_store, make_stored, gone):
     assert gone == []
 
 
-def test_a_node_read_from_disk_moves_to_ram(open_store, make_stored):
-    first = open_store()
-    first.put(make_stored("a"))
-    first.close(PATIENCE_S)
-    store = open_store()
+def test_a_node_read_from_disk_moves_to_ram(reopened):
+    store = reopened("a")
     promoted = store.get("a", "ns")
     assert store.resident("a") == "host"
     assert store.get("a", "ns") is promoted
@@ -142,26 +139,8 @@ def test_nodes_wider_than_a_tier(open_store, make_stored, gone, assert_same):
     assert gone == ["wide"]
 
 
-def test_damage_on_disk_is_a_miss_and_the_node_gone(open_store, make_stored, gone):
-    first = open_store()
-    first.put(make_stored("a"))
-    first.close(PATIENCE_S)
-    store = open_store()
-    (path,) = store._disk.folder.iterdir()
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    assert reason_of(store, "a") == "corrupt"
-    assert reason_of(store, "a") == "evicted"
-    assert gone == ["a"]
-    assert store.counters == {"read_corrupt": 1, "read_evicted": 1}
-
-
-def test_a_read_error_is_a_miss_and_the_node_stays(open_store, make_stored, gone, monkeypatch):
-    first = open_store()
-    first.put(make_stored("a"))
-    first.close(PATIENCE_S)
-    store = open_store()
+def test_a_read_error_is_a_miss_and_the_node_stays(reopened, gone, monkeypatch):
+    store = reopened("a")
 
     def fail(self: Path, *_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")

@@ -10,11 +10,14 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.store.base import StoredNode
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import ram_bytes
+
+from ..helpers import in_threads
 
 PATIENCE_S = 20  # for what is bound to happen; no test waits so long unless it fails
 VECTOR = np.array([1, 2, 3], np.float32)
@@ -203,38 +206,32 @@ def test_a_node_deleted_while_it_is_written_does_not_come_back(open_store, make_
     assert list(store._disk.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "read",
+    [lambda store: store.get("a", "ns"), lambda store: store.update_embedding("a", VECTOR)],
+    ids=["get", "embed"],
+)
 def test_a_read_that_a_delete_overtakes_does_not_bring_the_node_back(
-    open_store, make_stored, gone, monkeypatch
+    reopened, gone, monkeypatch, read
 ):
-    first = open_store()
-    first.put(make_stored("a"))
-    first.close(PATIENCE_S)
-    for read in (lambda s: s.get("a", "ns"), lambda s: s.update_embedding("a", VECTOR)):
-        store = open_store()
-        disk_get = store._disk.get
+    store = reopened("a")
+    disk_get = store._disk.get
 
-        def get_then_deleted(node_id: str, store=store, disk_get=disk_get) -> StoredNode:
-            stored = disk_get(node_id)
-            store.delete(node_id)
-            return stored
+    def get_then_deleted(node_id: str) -> StoredNode:
+        stored = disk_get(node_id)
+        store.delete(node_id)
+        return stored
 
-        monkeypatch.setattr(store._disk, "get", get_then_deleted)
-        assert read(store) is not None
-        assert store.resident("a") is None
-        store.close(PATIENCE_S)
-        assert list(store._disk.folder.iterdir()) == []
-        assert gone == ["a"]
-        gone.clear()
-        first = open_store()
-        first.put(make_stored("a"))
-        first.close(PATIENCE_S)
+    monkeypatch.setattr(store._disk, "get", get_then_deleted)
+    assert read(store) is not None
+    assert store.resident("a") is None
+    store.close(PATIENCE_S)
+    assert list(store._disk.folder.iterdir()) == []
+    assert gone == ["a"]
 
 
-def test_an_embedding_goes_to_the_newest_version(open_store, make_stored, monkeypatch):
-    first = open_store()
-    first.put(make_stored("a", 8))
-    first.close(PATIENCE_S)
-    store = open_store()
+def test_an_embedding_goes_to_the_newest_version(reopened, make_stored, monkeypatch):
+    store = reopened("a", num_tokens=8)
     disk_get = store._disk.get
 
     def get_then_put_again(node_id: str) -> StoredNode:
@@ -259,38 +256,29 @@ def test_threads(open_store, make_stored, assert_same, gone):
     size = max(map(ram_bytes, nodes.values()))
     store = open_store(host_bytes=6 * size, disk_bytes=30 * size, queued_bytes=4 * size)
     put: list[str] = []
-    problems: list[object] = []
 
     def work(thread: int) -> None:
         rng = random.Random(thread)
-        try:
-            for i in range(per_thread):
-                put.append(f"{thread}-{i}")
-                store.put(nodes[f"{thread}-{i}"])
-                for _ in range(4):
-                    node_id = rng.choice(put)
-                    action = rng.choice(["get", "get", "get", "embed", "pin", "delete"])
-                    if action == "embed":
-                        store.update_embedding(node_id, VECTOR)
-                    elif action == "pin":
-                        store.pin(node_id, 0.001)
-                    elif action == "delete" and rng.random() < 0.2:
-                        store.delete(node_id)
-                    else:
-                        try:
-                            got = store.get(node_id, "ns")
-                            assert_same(replace(got, embedding=None), nodes[node_id])
-                        except KVUnavailableError as error:
-                            assert error.reason == "evicted"
-        except BaseException as problem:
-            problems.append(problem)
+        for i in range(per_thread):
+            put.append(f"{thread}-{i}")
+            store.put(nodes[f"{thread}-{i}"])
+            for _ in range(4):
+                node_id = rng.choice(put)
+                action = rng.choice(["get", "get", "get", "embed", "pin", "delete"])
+                if action == "embed":
+                    store.update_embedding(node_id, VECTOR)
+                elif action == "pin":
+                    store.pin(node_id, 0.001)
+                elif action == "delete" and rng.random() < 0.2:
+                    store.delete(node_id)
+                else:
+                    try:
+                        got = store.get(node_id, "ns")
+                        assert_same(replace(got, embedding=None), nodes[node_id])
+                    except KVUnavailableError as error:
+                        assert error.reason == "evicted"
 
-    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(num_threads)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert problems == []
+    in_threads(work, range(num_threads))
     store.close(PATIENCE_S)
 
     there = {node_id for node_id in nodes if store.resident(node_id) is not None}
