@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from io import BytesIO
 from typing import Any
 
 import librosa
@@ -86,16 +87,18 @@ def test_every_format_is_read(sounds: AudioAdapter, format: str) -> None:
     assert item.label.endswith("16000 Hz mono")
 
 
-@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
-def test_other_rates_are_resampled_as_librosa_does(sounds: AudioAdapter, rate: int) -> None:
-    from io import BytesIO
-
-    stereo = np.stack((tone(rate=rate), tone(hertz=700, rate=rate)), axis=1)
-    data = recorded(stereo, rate, subtype="FLOAT")
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize(("channels", "called"), [(1, "mono"), (2, "stereo")])
+def test_files_are_read_as_librosa_reads_them(
+    sounds: AudioAdapter, rate: int, channels: int, called: str
+) -> None:
+    """To the bit: other samples would be another clip."""
+    samples = np.stack([tone(hertz=300 + 400 * i, rate=rate) for i in range(channels)], axis=1)
+    data = recorded(samples, rate, subtype="FLOAT")
     want, _ = librosa.load(BytesIO(data), sr=RATE, mono=True)
     item = read(sounds, data)
     assert item.digest == read(sounds, (want, RATE)).digest
-    assert item.label == f"1.00 s, {rate} Hz stereo"
+    assert item.label == f"1.00 s, {rate} Hz {called}"
 
 
 def test_channels_may_stand_first_or_last(sounds: AudioAdapter) -> None:

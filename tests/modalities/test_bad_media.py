@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,14 @@ from kvshare_mm.modalities.base import Adapters
 from kvshare_mm.modalities.image import ImageAdapter
 from kvshare_mm.modalities.sources import MediaSources
 
+from . import hostile
 from .media import RATE, encoded, picture, recorded, tone
 
 WHERE = "messages[1].content[0]"
 PNG = encoded(picture())
 JPEG = encoded(picture(), "JPEG")
 WAV = recorded(tone(), subtype="PCM_16")
+_NO_PIXELS = hostile.zeros(0)
 
 
 def image(source: Any) -> dict[str, Any]:
@@ -45,35 +45,6 @@ def input_audio(data: Any, format: Any = "wav") -> dict[str, Any]:
     return {"type": "input_audio", "input_audio": {"data": data, "format": format}}
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
-
-
-def png_of(width: int, height: int, pixels: bytes = b"") -> bytes:
-    """A PNG that says it has these sizes, and holds what it likes."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(pixels))
-        + chunk(b"IEND", b"")
-    )
-
-
-def wav_of(data: bytes, *, channels: int = 1, rate: int = RATE, bits: int = 16) -> bytes:
-    """A WAV header over any bytes."""
-    block = channels * bits // 8
-    form = struct.pack("<HHIIHH", 1, channels, rate, rate * block, block, bits)
-    body = b"WAVEfmt " + struct.pack("<I", len(form)) + form
-    body += b"data" + struct.pack("<I", len(data)) + data
-    return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
 def _floats(*values: float) -> bytes:
     samples = np.zeros(8000, np.float32)
     samples[100 : 100 + len(values)] = values
@@ -87,6 +58,7 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "image null": (image(None), "image", "missing"),
     "image a number": (image(7), "image", "neither a path nor bytes"),
     "image a list": (image([1, 2]), "image", "neither a path nor bytes"),
+    "image a stream": (image(io.BytesIO(PNG)), "image", "neither a path nor bytes but a BytesIO"),
     "image without bytes": (image(b""), "image", "empty"),
     "url missing": ({"type": "image_url", "image_url": {}}, "image_url", "missing"),
     "url null": (image_url(None), "image_url", "missing"),
@@ -111,10 +83,26 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "png cut in its pixels": (image(PNG[: len(PNG) // 2]), "image", "damaged"),
     "jpeg cut in its pixels": (image(JPEG[: len(JPEG) // 2]), "image", "damaged"),
     "png with a wrong checksum": (image(PNG[:50] + b"\0\0\0\0" + PNG[54:]), "image", "damaged"),
-    "png of no pixels": (image(png_of(0, 0)), "image", "picture"),
-    "png without its pixels": (image(png_of(64, 64)), "image", "damaged"),
-    "bomb by its header": (image(png_of(60_000, 60_000)), "image", "large"),
-    "large by its header": (image(png_of(2_000, 2_000)), "image", "at most 1 million"),
+    "png of no pixels": (
+        image(hostile.png(width=0, height=0, pixels=_NO_PIXELS)),
+        "image",
+        "picture",
+    ),
+    "png without its pixels": (
+        image(hostile.png(width=64, height=64, pixels=_NO_PIXELS)),
+        "image",
+        "damaged",
+    ),
+    "bomb by its header": (
+        image(hostile.png(width=60_000, height=60_000, pixels=_NO_PIXELS)),
+        "image",
+        "large",
+    ),
+    "large by its header": (
+        image(hostile.png(width=2_000, height=2_000, pixels=_NO_PIXELS)),
+        "image",
+        "at most 1 million",
+    ),
     "large when open": (image(Image.new("L", (1001, 1000))), "image", "at most 1 million"),
     "no pixels when open": (image(Image.new("RGB", (0, 5))), "image", "no pixels"),
     "much too long": (image(Image.new("RGB", (1000, 4))), "image", "times as long as wide"),
@@ -154,7 +142,7 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "flac cut": (audio(recorded(tone(), format="FLAC")[:9000]), "audio", "is"),
     "0 s": (audio(recorded(np.zeros(0, np.float32))), "audio", "0 s"),
     "0 s as an array": (audio((np.zeros(0, np.float32), RATE)), "audio", "0 s"),
-    "3 h": (audio(wav_of(bytes(3 * 3600 * 1000), rate=1000, bits=8)), "audio", "10800.0 s long"),
+    "3 h": (audio(hostile.wav(bytes(3 * 3600 * 2000), rate=1000)), "audio", "10800.0 s long"),
     "31 s": (audio((np.zeros(31 * RATE, np.int16), RATE)), "audio", "30 s at most"),
     "5 ms": (audio((tone(0.005), RATE)), "audio", "too short"),
     "not a number": (audio(_floats(np.nan)), "audio", "no finite numbers"),
@@ -170,7 +158,7 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "a rate in words": (audio((tone(), "16000")), "audio", "whole number"),
     "a thousand channels": (audio((np.zeros((900, 1000)), RATE)), "audio", "channels"),
     "a rate of billions": (
-        audio(wav_of(bytes(64_000), rate=2_000_000_000)),
+        audio(hostile.wav(bytes(64_000), rate=2_000_000_000)),
         "audio",
         "samples a second",
     ),
@@ -184,10 +172,6 @@ def test_bad_media_is_refused_and_the_part_is_named(adapters: Adapters, name: st
         adapters.read(part, WHERE, "")
     assert caught.value.field == f"{WHERE}.{key}"
     assert f"{WHERE}.{key}" in str(caught.value)
-
-
-def test_there_are_many_of_them() -> None:
-    assert len(BAD) >= 40
 
 
 @pytest.mark.parametrize(
@@ -207,11 +191,6 @@ def test_video_is_not_supported(adapters: Adapters, part: dict[str, Any]) -> Non
 def test_other_parts_are_refused(adapters: Adapters, part: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match="takes parts of type audio, image, image_url"):
         adapters.read(part, WHERE, "")
-
-
-def test_a_model_without_ears_says_so(images: ImageAdapter) -> None:
-    with pytest.raises(InvalidRequestError, match="takes parts of type image, image_url, text"):
-        Adapters([images]).read(audio((tone(), RATE)), WHERE, "")
 
 
 def test_a_large_file_is_not_read(image_processor: Any, tmp_path: Path) -> None:
@@ -234,16 +213,6 @@ def test_base64_may_have_line_breaks() -> None:
     text = base64.encodebytes(bytes(200)).decode()
     assert "\n" in text
     assert MediaSources().base64(text, WHERE) == bytes(200)
-
-
-def test_paths_can_be_forbidden(image_processor: Any, tmp_path: Path) -> None:
-    file = tmp_path / "photo.png"
-    file.write_bytes(PNG)
-    adapter = ImageAdapter(image_processor, MediaSources(local_files=False))
-    for part in (image(file), image_url(str(file)), image_url(f"file://{file}")):
-        with pytest.raises(InvalidRequestError, match="may not be read"):
-            adapter.read(part, WHERE, "")
-    assert adapter.read(image(PNG), WHERE, "").length == 6
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -286,6 +255,6 @@ def test_damage_anywhere_gives_sound_or_an_error(adapters: Adapters, seed: int) 
         assert item.length >= 1
 
 
-def test_a_stream_of_bytes_is_not_a_file(adapters: Adapters) -> None:
-    with pytest.raises(InvalidRequestError, match="neither a path nor bytes but a BytesIO"):
-        adapters.read(image(io.BytesIO(PNG)), WHERE, "")
+def test_a_model_without_ears_says_so(images: ImageAdapter) -> None:
+    with pytest.raises(InvalidRequestError, match="takes parts of type image, image_url, text"):
+        Adapters([images]).read(audio((tone(), RATE)), WHERE, "")

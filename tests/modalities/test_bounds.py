@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 
-import librosa
 import numpy as np
 import pytest
 from PIL import GifImagePlugin, Image, TiffImagePlugin
@@ -18,7 +17,7 @@ from kvshare_mm.modalities.picture_file import Picture, load_picture
 from kvshare_mm.modalities.sound_file import load_sound
 
 from . import hostile
-from .media import encoded, picture, recorded, tone
+from .media import encoded, picture
 
 WHERE = "messages[0].content[1].image_url"
 MAX_PIXELS = 50_000_000
@@ -149,15 +148,3 @@ def test_sound_of_many_channels_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> 
         load_sound(content, WHERE, 16_000, 30.0)
     with pytest.raises(InvalidRequestError, match="values in all its channels"):
         load_sound((np.zeros((8, 48_000), np.float32), 48_000), WHERE, 16_000, 30.0)
-
-
-@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000, 16_000])
-@pytest.mark.parametrize("channels", [1, 2])
-def test_sound_is_what_librosa_makes_of_it(rate: int, channels: int) -> None:
-    """To the bit: other samples would be another clip."""
-    samples = np.stack([tone(0.7, 300 + 200 * i, rate) for i in range(channels)])
-    content = recorded(samples.T, rate, subtype="FLOAT")
-    want = librosa.to_mono(samples)
-    if rate != 16_000:
-        want = librosa.resample(want, orig_sr=rate, target_sr=16_000, res_type="soxr_hq")
-    assert np.array_equal(load_sound(content, WHERE, 16_000, 30.0).samples, want)

@@ -6,9 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
 
@@ -21,12 +20,13 @@ from transformers import Qwen2VLImageProcessor, WhisperFeatureExtractor
 from kvshare_mm.errors import EngineClosedError, InvalidRequestError
 from kvshare_mm.modalities.audio import AudioAdapter
 from kvshare_mm.modalities.decode_pool import DecodePool
-from kvshare_mm.modalities.decoding import Asker, asker
+from kvshare_mm.modalities.decoding import QUICK_S, Asker, asker
 from kvshare_mm.modalities.image import ImageAdapter
 from kvshare_mm.modalities.picture_file import load_picture
 from kvshare_mm.modalities.sound_file import load_sound
 from kvshare_mm.modalities.sources import MediaSources
 
+from ..helpers import until
 from . import hostile
 from .media import encoded, picture, recorded, tone
 
@@ -68,11 +68,12 @@ def process_of(pool: DecodePool) -> psutil.Process:
     return psutil.Process(worker._process.pid)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
+def told(decode: Callable[..., Any], *asked: Any) -> Any:
+    """What is decoded, or why it is refused."""
+    try:
+        return decode(*asked)
+    except InvalidRequestError as error:
+        return error
 
 
 PICTURES = {
@@ -100,15 +101,12 @@ SOUNDS = {
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_those_decoded_here(pool: DecodePool, name: str) -> None:
-    content = PICTURES[name]
-    try:
-        want = load_picture(content, WHERE, MAX_PIXELS)
-    except InvalidRequestError as error:
-        with pytest.raises(InvalidRequestError) as caught:
-            pool.picture(content, WHERE, MAX_PIXELS)
-        assert (str(caught.value), caught.value.field) == (str(error), error.field)
+    asked = (PICTURES[name], WHERE, MAX_PIXELS)
+    want = told(load_picture, *asked)
+    got = told(pool.picture, *asked)
+    if isinstance(want, InvalidRequestError):
+        assert (str(got), got.field) == (str(want), want.field)
         return
-    got = pool.picture(content, WHERE, MAX_PIXELS)
     assert (got.image.mode, got.image.size) == ("RGB", want.image.size)
     assert got.image.tobytes() == want.image.tobytes()
     assert got.notes == want.notes
@@ -117,15 +115,12 @@ def test_pictures_are_those_decoded_here(pool: DecodePool, name: str) -> None:
 
 @pytest.mark.parametrize("name", SOUNDS)
 def test_sounds_are_those_decoded_here(pool: DecodePool, name: str) -> None:
-    content = SOUNDS[name]
-    try:
-        want = load_sound(content, WHERE, 16_000, 30.0)
-    except InvalidRequestError as error:
-        with pytest.raises(InvalidRequestError) as caught:
-            pool.sound(content, WHERE, 16_000, 30.0)
-        assert (str(caught.value), caught.value.field) == (str(error), error.field)
+    asked = (SOUNDS[name], WHERE, 16_000, 30.0)
+    want = told(load_sound, *asked)
+    got = told(pool.sound, *asked)
+    if isinstance(want, InvalidRequestError):
+        assert (str(got), got.field) == (str(want), want.field)
         return
-    got = pool.sound(content, WHERE, 16_000, 30.0)
     assert got.samples.dtype == want.samples.dtype
     assert np.array_equal(got.samples, want.samples)
     assert (got.rate, got.channels) == (want.rate, want.channels)
@@ -134,43 +129,33 @@ def test_sounds_are_those_decoded_here(pool: DecodePool, name: str) -> None:
 def test_digests_do_not_depend_on_where_media_are_decoded(
     pool: DecodePool, image_processor: Qwen2VLImageProcessor, extractor: WhisperFeatureExtractor
 ) -> None:
-    part = {"type": "image", "image": _PNG}
-    here, there = (
-        ImageAdapter(image_processor, MediaSources(), MAX_PIXELS, decoder).read(part, "x", "")
+    image, audio = {"type": "image", "image": _PNG}, {"type": "audio", "audio": SOUNDS["wav"]}
+    digests = {
+        (
+            ImageAdapter(image_processor, MediaSources(), MAX_PIXELS, decoder)
+            .read(image, "x", "")
+            .digest,
+            AudioAdapter(extractor, MediaSources(), decoder).read(audio, "x", "").digest,
+        )
         for decoder in (None, pool)
-    )
-    assert here.digest == there.digest
-    part = {"type": "audio", "audio": SOUNDS["wav"]}
-    here, there = (
-        AudioAdapter(extractor, MediaSources(), decoder).read(part, "x", "")
-        for decoder in (None, pool)
-    )
-    assert here.digest == there.digest
+    }
+    assert len(digests) == 1
 
 
-def test_what_was_seen_is_not_decoded_again(
-    opened: Callable[..., DecodePool], image_processor: Qwen2VLImageProcessor
-) -> None:
-    pool = opened()
-    adapter = ImageAdapter(image_processor, MediaSources(), MAX_PIXELS, pool)
-    before = pool.counters["decoded"]
-    for _ in range(3):
-        adapter.read({"type": "image", "image": _PNG}, "x", "")
-    assert pool.counters["decoded"] == before + 1
-
-
-def test_what_took_long_is_decoded_at_the_door_again(
-    opened: Callable[..., DecodePool],
+@pytest.mark.parametrize(("quick_s", "times"), [(QUICK_S, 1), (0.0, 3)], ids=["quick", "slow"])
+def test_what_was_seen_is_decoded_again_only_if_it_took_long(
+    pool: DecodePool,
     image_processor: Qwen2VLImageProcessor,
     monkeypatch: pytest.MonkeyPatch,
+    quick_s: float,
+    times: int,
 ) -> None:
-    monkeypatch.setattr("kvshare_mm.modalities.image.QUICK_S", 0.0)
-    pool = opened()
+    monkeypatch.setattr("kvshare_mm.modalities.image.QUICK_S", quick_s)
     adapter = ImageAdapter(image_processor, MediaSources(), MAX_PIXELS, pool)
     before = pool.counters["decoded"]
     for _ in range(3):
         adapter.read({"type": "image", "image": _PNG}, "x", "")
-    assert pool.counters["decoded"] == before + 3
+    assert pool.counters["decoded"] == before + times
 
 
 def test_a_file_that_takes_too_long_is_given_up(opened: Callable[..., DecodePool]) -> None:
@@ -189,20 +174,12 @@ def test_a_process_that_dies_takes_one_file_with_it(opened: Callable[..., Decode
     pool = opened()
     dying = process_of(pool)
     dying.suspend()
-    errors: list[Exception] = []
-
-    def asking() -> None:
-        try:
-            load(pool)
-        except InvalidRequestError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=asking)
-    thread.start()
-    until(lambda: not pool._idle)
-    dying.kill()
-    thread.join(30)
-    assert ["ended the process" in str(error) for error in errors] == [True]
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(load, pool)
+        until(lambda: not pool._idle)
+        dying.kill()
+        with pytest.raises(InvalidRequestError, match="ended the process"):
+            asked.result(30)
     assert load(pool).size == (80, 60)
 
 
@@ -231,15 +208,13 @@ def test_who_goes_away_ends_the_work(opened: Callable[..., DecodePool]) -> None:
     hung.suspend()
     waits = Asker()
     asker.set(waits)
-    thread = threading.Thread(
-        target=copy_context().run, args=(pytest.raises, InvalidRequestError, load, pool)
-    )
-    thread.start()
-    asker.set(None)
-    until(lambda: waits._stop is not None)
-    waits.leave()
-    thread.join(30)
-    assert not thread.is_alive()
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(copy_context().run, load, pool)
+        asker.set(None)
+        until(lambda: waits._stop is not None)
+        waits.leave()
+        with pytest.raises(InvalidRequestError):
+            asked.result(30)
     assert not hung.is_running()
     assert pool.counters["killed"] == 0  # nothing was wrong with the file
     assert load(pool).size == (80, 60)
@@ -261,22 +236,11 @@ def test_closing_ends_what_runs(opened: Callable[..., DecodePool]) -> None:
     pool = opened()
     hung = process_of(pool)
     hung.suspend()
-    errors: list[type[Exception]] = []
-
-    def asking() -> None:
-        try:
-            load(pool)
-        except Exception as error:
-            errors.append(type(error))
-
-    threads = [threading.Thread(target=asking) for _ in range(3)]  # one is served, two wait
-    for thread in threads:
-        thread.start()
-    until(lambda: not pool._idle)
-    pool.close()
-    for thread in threads:
-        thread.join(30)
-    assert errors == [EngineClosedError] * 3
+    with ThreadPoolExecutor(3) as threads:
+        asked = [threads.submit(load, pool) for _ in range(3)]  # one is served, two wait
+        until(lambda: not pool._idle)
+        pool.close()
+        assert [type(each.exception(30)) for each in asked] == [EngineClosedError] * 3
     assert not hung.is_running()
 
 

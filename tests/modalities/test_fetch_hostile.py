@@ -53,7 +53,7 @@ def test_no_redirect_leads_there(network: Network, host: str) -> None:
     "location",
     [b"", b"http://[::1", b"//[", b"http://a:b:c/", b"//", b"\xff\xfe", b"?\xed\xa0\x80",
      b"a" * 9000, b"file:///etc/passwd", b"data:,x", b"http:", b"//user@b.example/",
-     b"\\\\b.example\\x"],
+     b"\\\\b.example\\x", b"ftp://b.example/", b"http://user@b.example/", b"//192.168.0.1/x"],
 )  # fmt: skip
 def test_a_redirect_to_nothing_is_refused(network: Network, location: bytes) -> None:
     network.answers[b"/start"] = b"HTTP/1.1 302 Found\r\nLocation: %s\r\n\r\n" % location
