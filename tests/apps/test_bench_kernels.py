@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from kvshare_mm.apps.bench.kernels import SHAPES, Shape, run
-from kvshare_mm.apps.cli import app
 from kvshare_mm.kernels.backend import interpreting
+
+from .conftest import Run
 
 pytest.importorskip("triton")
 
@@ -40,15 +40,12 @@ def test_every_method_computes_the_same() -> None:
     assert all(row["ms"] > 0 for row in report["edit"])
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "cpu", (_SHAPE,))
-    monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "report.json"
-    done = CliRunner().invoke(
-        app, ["bench", "kernels", "--device", "cpu", "--repeats", "1", "--json", str(out)]
-    )
+    done = run("bench", "kernels", "--device", "cpu", "--repeats", "1", "--json", out)
     assert done.exit_code == 0, done.output
     assert "kvshare torch" in done.output
     assert json.loads(out.read_text())["attention"][0]["num_tokens"] == 70
-    refused = CliRunner().invoke(app, ["bench", "kernels", "--device", "tpu"])
+    refused = run("bench", "kernels", "--device", "tpu")
     assert refused.exit_code == 1 and "tpu" in refused.output

@@ -11,11 +11,9 @@ from typing import Any
 
 import click
 import pytest
-import torch
 import typer
 from click.testing import Result
 from rich.console import Console
-from typer.testing import CliRunner
 
 import kvshare_mm
 from kvshare_mm import KVShare, ModelLoadError, SamplingParams
@@ -24,28 +22,11 @@ from kvshare_mm.apps.bench.theme import LABELS
 from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.stories import STORIES, Story
 
-Run = Callable[..., Result]
+from .conftest import Run
 
 _ROWS = " ".join(f"Value {i} is {i * 37 % 91} g/L;" for i in range(8))
 _DONOR = f"Laboratory report. Patient number 48210. {_ROWS} What is value 3?"
 _TARGET = f"Laboratory report. Patient number 77. {_ROWS} What is value 3?"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command in this process; the result's output has what was said on stderr too."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: str | Path, **options: Any) -> Result:
-        return CliRunner().invoke(app, [str(a) for a in arguments], **options)
-
-    return call
 
 
 @pytest.fixture

@@ -6,40 +6,18 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from click.testing import Result
 from rich.console import Console
-from typer.testing import CliRunner
 
 from kvshare_mm import KVShare, SamplingParams
 from kvshare_mm.apps import chat as chat_app
-from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.token_view import token_view
 from kvshare_mm.outputs import MediaUse, Provenance, Span
 
 from ..media_models import tokenizer
 from ..modalities.media import encoded, picture, recorded, tone
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: str | Path, **options: Any) -> Result:
-        return CliRunner().invoke(app, [str(a) for a in arguments], **options)
-
-    return call
+from .conftest import Run
 
 
 @pytest.fixture

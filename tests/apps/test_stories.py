@@ -9,22 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from click.testing import Result
 from rich.console import Console
-from typer.testing import CliRunner
 
 from kvshare_mm import KVShare
 from kvshare_mm.apps import showcase
-from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.stories import Story, picture_stories
 
+from .conftest import Run
+
 FIGURES = {"name", "tokens", "same_answer", "methods"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -83,6 +76,7 @@ def test_they_are_told(media_folder: Callable[[str], Path], console: Console) ->
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_the_demo_tells_them_if_their_model_is_installed(
+    run: Run,
     tiny_folder: Path,
     media_folder: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -99,7 +93,7 @@ def test_the_demo_tells_them_if_their_model_is_installed(
     monkeypatch.setattr("kvshare_mm.apps.showcase.STORIES", told)
     out = tmp_path / "demo.json"
     options = ["--model", str(tiny_folder), "--repeats", "1", "--max-tokens", "3"]
-    done: Result = CliRunner().invoke(app, ["demo", *options, "--json", str(out)])
+    done = run("demo", *options, "--json", out)
     assert done.exit_code == 0, done.output
     assert ("same photo" in done.output) == installed
     assert ('"pictures"' in out.read_text()) == installed

@@ -10,35 +10,28 @@ import pytest
 
 from kvshare_mm.apps.terminal import write_report
 
-SAID = "kvshare bench serve --url http://127.0.0.1:8000 --requests 4"
+SERVE = "serve --url http://127.0.0.1:8000 --requests 4"
 
 
 @pytest.mark.parametrize(
-    "secret",
+    ("said", "told"),
     [
-        ["--key", "sk-secret"],
-        ["--key=sk-secret"],
-        ["--api-key", "sk-secret"],
-        ["--api-key=sk-secret"],
+        (f"{SERVE} --key sk-secret", SERVE),
+        (f"{SERVE} --key=sk-secret", SERVE),
+        (f"{SERVE} --api-key sk-secret", SERVE),
+        (f"--api-key=sk-secret {SERVE} --json /y/z.json", SERVE),
+        ("reuse --pairs /d/p.jsonl --json /y/z.json --limit 3", "reuse --pairs p.jsonl --limit 3"),
+        ("serve --requests /x/r.jsonl --url http://h:8000/v1",
+         "serve --requests r.jsonl --url http://h:8000/v1"),
     ],
-)
+)  # fmt: skip
 def test_no_key_no_folder_and_no_report_is_in_it(
-    secret: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    said: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "report.json"
-    words = ["bench", "serve", "--url", "http://127.0.0.1:8000", *secret, "--requests", "4"]
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/kvshare", *words, "--json", str(out)])
-    write_report({"kind": "serve"}, out)
+    monkeypatch.setattr(sys, "argv", ["/x/bin/kvshare", "bench", *said.split()])
+    write_report({"kind": "reuse"}, out)
     assert "secret" not in out.read_text("utf-8")
-    assert json.loads(out.read_text("utf-8"))["command"] == SAID
-
-
-def test_of_a_path_the_name_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "report.json"
-    monkeypatch.setattr(
-        sys, "argv", ["kvshare", "bench", "reuse", "--pairs", "/home/me/pairs.jsonl"]
-    )
-    write_report({}, out)
-    assert (
-        json.loads(out.read_text("utf-8"))["command"] == "kvshare bench reuse --pairs pairs.jsonl"
-    )
+    report = json.loads(out.read_text("utf-8"))
+    assert report["command"] == f"kvshare bench {told}"
+    assert report["machine"]["torch"] and report["kind"] == "reuse"

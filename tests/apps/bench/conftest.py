@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from kvshare_mm import KVShareConfig
@@ -32,12 +31,7 @@ def pairs() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def rig(tiny_folder: Path, one_thread: None) -> Iterator[Rig]:
+def rig(tiny_folder: Path) -> Iterator[Rig]:
     """A tiny model with a slot for every method, a donor and full recompute."""
     config = KVShareConfig.of(model=str(tiny_folder), embedder=None)
     rig = Rig(config, num_slots=len(METHODS) + 2)

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
-from typer.testing import CliRunner
 
 from kvshare_mm.apps.bench.tasks import TASKS
 from kvshare_mm.apps.bench.tasks.exams import Exams
 from kvshare_mm.apps.bench.tasks.reports import Reports
-from kvshare_mm.apps.cli import app
 
-Run = Callable[..., Result]
+from ..conftest import Run
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Run:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-    return lambda *arguments: CliRunner().invoke(app, ["bench", *map(str, arguments)])
+def bench(run: Run) -> Run:
+    return partial(run, "bench")
+
+
+def measured(bench: Run, out: Path, *arguments: Any) -> tuple[dict[str, Any], str]:
+    """The report that a command wrote, and what it showed."""
+    result = bench(*arguments, "--json", out)
+    assert result.exit_code == 0, result.output
+    return json.loads(out.read_text()), result.output
 
 
 @pytest.fixture
@@ -55,21 +58,21 @@ def refused(result: Result, *words: str) -> None:
         assert word in line
 
 
-def test_quality(run: Run, short_tasks: None, tiny_folder: Path, tmp_path: Path) -> None:
+def test_quality(bench: Run, short_tasks: None, tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "quality.json"
-    result = run("quality", "--task", "exams", "--model", tiny_folder, "--limit", 2,
-                 "--methods", "placeholders,repair=window:2", "--json", out)  # fmt: skip
-    assert result.exit_code == 0, result.output
+    report, shown = measured(
+        bench, out, "quality", "--task", "exams", "--model", tiny_folder, "--limit", 2,
+        "--methods", "placeholders,repair=window:2",
+    )  # fmt: skip
     for text in ("exams, 2 items", "exact match", "leaks", "repair=window:2"):
-        assert text in result.output
-    report = json.loads(out.read_text())
+        assert text in shown
     assert list(report["methods"]) == ["full", "placeholders", "repair=window:2"]
     assert report["items"] == 2
     assert [path.name for path in out.parent.iterdir()] == ["quality.json"]  # no journal is left
 
 
 def test_a_killed_run_goes_on(
-    run: Run, tiny_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Run, tiny_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvshare_mm.apps.bench import frontier
 
@@ -86,10 +89,10 @@ def test_a_killed_run_goes_on(
     out = tmp_path / "frontier.json"
     call = ("frontier", "--pairs", pairs_file, "--model", tiny_folder, "--json", out,
             "--methods", "prefix,epic")  # fmt: skip
-    assert run(*call).exit_code != 0
+    assert bench(*call).exit_code != 0
     assert not out.exists()
     assert (tmp_path / "frontier.json.partial").exists()
-    result = run(*call)
+    result = bench(*call)
     assert result.exit_code == 0, result.output
     first, second, again, third = measured
     assert second == again and len({first, second, third}) == 3
@@ -99,30 +102,33 @@ def test_a_killed_run_goes_on(
 
 
 def test_other_settings_do_not_go_on(
-    run: Run, tiny_folder: Path, pairs_file: Path, tmp_path: Path
+    bench: Run, tiny_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "r.json"
-    call = ("reuse", "--pairs", pairs_file, "--model", tiny_folder, "--json", out, "--repeats", 1,
-            "--max-new-tokens", 2, "--methods", "prefix", "--layers")  # fmt: skip
     (tmp_path / "r.json.partial").write_text('{"key": "settings", "result": "other"}\n')
-    result = run(*call)
-    assert result.exit_code == 0, result.output
-    assert json.loads(out.read_text())["pairs"] == 3
+    report, _ = measured(
+        bench, out, "reuse", "--pairs", pairs_file, "--model", tiny_folder, "--repeats", 1,
+        "--max-new-tokens", 2, "--methods", "prefix", "--layers",
+    )  # fmt: skip
+    assert report["pairs"] == 3
 
 
 def test_hitrate_needs_no_model(
-    run: Run, tiny_folder: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Run,
+    tiny_folder: Path,
+    stream_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("kvshare_mm.assemble.load_model", never)
-    out = tmp_path / "hitrate.json"
-    result = run("hitrate", "--stream", stream_file, "--model", tiny_folder, "--plan-only",
-                 "--embedder", "none", "--no-shuffle", "--measure", 5, "--pool-sizes", "4,1",
-                 "--json", out)  # fmt: skip
-    assert result.exit_code == 0, result.output
-    report = json.loads(out.read_text())
+    report, _ = measured(
+        bench, tmp_path / "hitrate.json", "hitrate", "--stream", stream_file,
+        "--model", tiny_folder, "--plan-only", "--embedder", "none", "--no-shuffle",
+        "--measure", 5, "--pool-sizes", "4,1",
+    )  # fmt: skip
     assert (report["kind"], report["stream"], report["measured"]) == ("hitrate", "stream", 5)
     assert list(report["pool_sizes"]) == ["1", "4"]
     methods = report["pool_sizes"]["4"]["methods"]
@@ -132,30 +138,30 @@ def test_hitrate_needs_no_model(
 
 
 def test_hitrate_with_a_model(
-    run: Run, tiny_folder: Path, stream_file: Path, tmp_path: Path
+    bench: Run, tiny_folder: Path, stream_file: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "hitrate.json"
-    result = run("hitrate", "--stream", stream_file, "--model", tiny_folder, "--embedder", "none",
-                 "--no-shuffle", "--measure", 5, "--pool-sizes", "4", "--json", out)  # fmt: skip
-    assert result.exit_code == 0, result.output
-    report = json.loads(out.read_text())
+    report, _ = measured(
+        bench, tmp_path / "hitrate.json", "hitrate", "--stream", stream_file,
+        "--model", tiny_folder, "--embedder", "none", "--no-shuffle", "--measure", 5,
+        "--pool-sizes", "4",
+    )  # fmt: skip
     assert not report["plan_only"]
     methods = report["pool_sizes"]["4"]["methods"]
     assert methods["kvshare"]["token_share"] > methods["prefix"]["token_share"]
 
 
 def test_similar_only(
-    run: Run, tiny_folder: Path, stream_file: Path, letters: Any, monkeypatch: pytest.MonkeyPatch
+    bench: Run, tiny_folder: Path, stream_file: Path, letters: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvshare_mm.modalities.embed.TextEmbedder", lambda name: letters)
-    result = run("hitrate", "--stream", stream_file, "--model", tiny_folder, "--plan-only",
+    result = bench("hitrate", "--stream", stream_file, "--model", tiny_folder, "--plan-only",
                  "--similar-only", "--pool-sizes", "9")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "4 of 6 different prompts have a partner" in result.output
 
 
 def test_lookup(
-    run: Run,
+    bench: Run,
     pairs_file: Path,
     tiny_folder: Path,
     stream_file: Path,
@@ -164,56 +170,57 @@ def test_lookup(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("kvshare_mm.modalities.embed.TextEmbedder", lambda name: letters)
-    pool, out = tmp_path / "pool.jsonl", tmp_path / "lookup.json"
+    pool = tmp_path / "pool.jsonl"
     others = [{"text": f"Story {i}: {'once upon a time ' * i}"} for i in range(1, 9)]
     pool.write_text(stream_file.read_text() + "\n" + "\n".join(map(json.dumps, others)))
-    result = run("lookup", "--pairs", pairs_file, "--pool", pool, "--model", tiny_folder,
-                 "--limit", 2, "--json", out)  # fmt: skip
-    assert result.exit_code == 0, result.output
-    report = json.loads(out.read_text())
+    report, shown = measured(
+        bench, tmp_path / "lookup.json", "lookup", "--pairs", pairs_file, "--pool", pool,
+        "--model", tiny_folder, "--limit", 2,
+    )  # fmt: skip
     # The pool's own copies of the pairs are left out, but for those of the third.
     assert (report["pairs"], report["records"]) == (2, 2 + 2 + 8)
     for found in report["methods"].values():
         assert found["recall"]["4"] == 1
     for text in ("2 donors among 12 prompts", "recall at 8", "3-grams, Milvus", "1.000"):
-        assert text in result.output
+        assert text in shown
 
 
-def test_overhead(run: Run, stream_file: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "overhead.json"
-    result = run("overhead", "--prompts", stream_file, "--model", tiny_folder, "--donors", 3,
-                 "--tokens", 40, "--repeats", 1, "--json", out)  # fmt: skip
-    assert result.exit_code == 0, result.output
-    report = json.loads(out.read_text())
+def test_overhead(bench: Run, stream_file: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    report, shown = measured(
+        bench, tmp_path / "overhead.json", "overhead", "--prompts", stream_file,
+        "--model", tiny_folder, "--donors", 3, "--tokens", 40, "--repeats", 1,
+    )  # fmt: skip
     assert (report["donors"], report["tokens"]) == (3, 40)
     assert 0 < report["lookup_and_plan_s"] < report["miss_cost_s"]
-    assert "40 tokens" in result.output
+    assert "40 tokens" in shown
 
 
-def test_report(run: Run, short_tasks: None, tiny_folder: Path, tmp_path: Path) -> None:
-    run("quality", "--task", "reports", "--model", tiny_folder, "--limit", 2,
+def test_report(bench: Run, short_tasks: None, tiny_folder: Path, tmp_path: Path) -> None:
+    bench("quality", "--task", "reports", "--model", tiny_folder, "--limit", 2,
         "--methods", "placeholders", "--json", tmp_path / "r" / "q.json")  # fmt: skip
     out = tmp_path / "page.html"
-    result = run("report", "--in", tmp_path / "r", "--out", out, "--figures", tmp_path / "figures")
+    result = bench(
+        "report", "--in", tmp_path / "r", "--out", out, "--figures", tmp_path / "figures"
+    )
     assert result.exit_code == 0, result.output
     assert "Answers: reports, 2 items" in out.read_text(encoding="utf-8")
     assert len(list((tmp_path / "figures").iterdir())) == 2
 
 
 def test_what_is_wrong_is_said(
-    run: Run, tiny_folder: Path, stream_file: Path, tmp_path: Path
+    bench: Run, tiny_folder: Path, stream_file: Path, tmp_path: Path
 ) -> None:
     model = ("--model", tiny_folder)
-    refused(run("quality", "--task", "magic", *model), "'magic'", "translation")
-    refused(run("quality", "--task", "summaries", *model), "--data")
-    refused(run("quality", "--task", "exams", "--methods", "magic", *model), "'magic'")
-    refused(run("quality", "--task", "exams", "--repair", "magic", *model), "'magic'")
-    refused(run("frontier", "--pairs", stream_file, *model), "donor")
-    refused(run("reuse", "--pairs", stream_file, "--methods", "gptcache", *model), "gptcache")
+    refused(bench("quality", "--task", "magic", *model), "'magic'", "translation")
+    refused(bench("quality", "--task", "summaries", *model), "--data")
+    refused(bench("quality", "--task", "exams", "--methods", "magic", *model), "'magic'")
+    refused(bench("quality", "--task", "exams", "--repair", "magic", *model), "'magic'")
+    refused(bench("frontier", "--pairs", stream_file, *model), "donor")
+    refused(bench("reuse", "--pairs", stream_file, "--methods", "gptcache", *model), "gptcache")
     stream = ("hitrate", "--stream", stream_file, "--plan-only", "--embedder", "none", *model)
-    refused(run(*stream, "--pool-sizes", "ten"), "'ten'")
-    refused(run(*stream, "--pool-sizes", "0"), "above 0")
-    refused(run(*stream, "--similar-only"), "embedder")
-    refused(run(*stream, "--repair", "magic"), "'magic'")
-    refused(run("hitrate", "--stream", "nowhere", "--plan-only"), "nowhere", "wildchat")
-    refused(run("report", "--in", tmp_path / "nowhere", "--out", tmp_path / "x.html"), "nowhere")
+    refused(bench(*stream, "--pool-sizes", "ten"), "'ten'")
+    refused(bench(*stream, "--pool-sizes", "0"), "above 0")
+    refused(bench(*stream, "--similar-only"), "embedder")
+    refused(bench(*stream, "--repair", "magic"), "'magic'")
+    refused(bench("hitrate", "--stream", "nowhere", "--plan-only"), "nowhere", "wildchat")
+    refused(bench("report", "--in", tmp_path / "nowhere", "--out", tmp_path / "x.html"), "nowhere")

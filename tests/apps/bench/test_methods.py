@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -78,40 +79,24 @@ def test_gptcache_s_default_threshold_is_a_cosine_of_six_tenths() -> None:
 
 @needs_gptcache
 def test_gptcache_answers_what_is_near_enough(letters: Any) -> None:
-    store = GPTCacheStore(letters)
-    try:
+    with closing(GPTCacheStore(letters)) as store, closing(GPTCacheStore(letters)) as other:
         assert store.get("abc") is None
         store.put("aabbc", "first")
         store.put("xyz", "second")
         assert store.get("abbcc") == "first"  # cosine 8/9
         assert store.get("zyx") == "second"
         assert store.get("aqqq") is None  # cosine 0.21
-    finally:
-        store.close()
+        assert other.get("aabbc") is None  # stores know nothing of each other
 
 
 @needs_gptcache
 @pytest.mark.parametrize("shared", [2, 3, 4, 5])
 def test_gptcache_agrees_with_the_rule(letters: Any, shared: int) -> None:
     question, other = "a" * 4 + "b" * 3, "a" * shared + "c" * 3
-    store = GPTCacheStore(letters)
-    try:
+    with closing(GPTCacheStore(letters)) as store:
         store.put(question, "answer")
         one, two = letters.embed([question, other])
         assert (store.get(other) == "answer") == bool(counts_as_hit(one @ two))
-    finally:
-        store.close()
-
-
-@needs_gptcache
-def test_gptcache_stores_know_nothing_of_each_other(letters: Any) -> None:
-    one, two = GPTCacheStore(letters), GPTCacheStore(letters)
-    try:
-        one.put("abc", "answer")
-        assert two.get("abc") is None
-    finally:
-        one.close()
-        two.close()
 
 
 def test_gptcache_installs_nothing_by_itself(letters: Any, monkeypatch: pytest.MonkeyPatch) -> None:

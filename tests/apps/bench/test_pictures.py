@@ -8,20 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from typer.testing import CliRunner
 
 from kvshare_mm.apps.bench import pictures
 from kvshare_mm.apps.bench.methods import METHODS
 from kvshare_mm.apps.bench.rig import Rig
-from kvshare_mm.apps.cli import app
 from kvshare_mm.assets.shop.similar import WAYS
 from kvshare_mm.config import KVShareConfig
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+from ..conftest import Run
 
 
 @pytest.fixture
@@ -102,11 +96,11 @@ def test_a_leak_is_the_donors_answer_where_full_recompute_knows_better() -> None
     }
 
 
-def test_the_command(media_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_command(run: Run, media_folder: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "pictures.json"
     options = ["--pairs", "3", "--leak-pairs", "1", "--photos", "2", "--json", str(out)]
     model = str(media_folder("qwen2_5_vl"))
-    done = CliRunner().invoke(app, ["bench", "pictures", "--model", model, *options])
+    done = run("bench", "pictures", "--model", model, *options)
     assert done.exit_code == 0, done.output
     assert "3 similar requests" in done.output
     report = json.loads(out.read_text())

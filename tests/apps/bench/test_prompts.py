@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench import reuse
@@ -23,11 +22,6 @@ from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.config import KVShareConfig
 
 from ...modalities.media import encoded, picture
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def asked(question: str, part: dict[str, Any]) -> list[dict[str, Any]]:

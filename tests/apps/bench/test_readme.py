@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from typer.testing import CliRunner
 from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.bench.readme import filled
-from kvshare_mm.apps.terminal import write_report
 
 
 def template(tokens: int) -> dict[str, Any]:
@@ -75,21 +73,3 @@ def test_by_command(tmp_path: Path) -> None:
     assert "not measured: a, b" in told.output
     assert "| 100 | 197 MiB |" in page.read_text() and "old" in page.read_text()
     assert "197 MiB" in out.read_text()
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        ("reuse --pairs /d/p.jsonl --json /y/z.json --limit 3", "reuse --pairs p.jsonl --limit 3"),
-        ("serve --requests /x/r.jsonl --url http://h:8000/v1",
-         "serve --requests r.jsonl --url http://h:8000/v1"),
-    ],
-)  # fmt: skip
-def test_a_report_tells_its_command_without_folders(
-    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["/x/bin/kvshare", "bench", *words.split()])
-    write_report({"kind": "reuse"}, tmp_path / "r.json")
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["command"] == f"kvshare bench {told}"
-    assert report["machine"]["torch"] and report["kind"] == "reuse"

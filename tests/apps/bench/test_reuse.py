@@ -27,17 +27,14 @@ def test_spread() -> None:
     assert spread([float(i) for i in range(11)], 50, 90) == {"mean": 5, "p50": 5, "p90": 9}
 
 
-def test_full_is_the_measure_of_all(report: dict[str, Any]) -> None:
-    full = report["methods"]["full"]
+def test_full_is_the_measure_of_all_and_prefix_caching_changes_nothing(
+    report: dict[str, Any],
+) -> None:
+    full, prefix = report["methods"]["full"], report["methods"]["prefix"]
     assert full["kl_first_token"] == {"mean": 0, "p50": 0, "p90": 0}
     assert full["first_token_agreement"] == full["greedy_agreement"] == 1
     assert full["computed_share"] == full["speedup_vs_full"] == 1
-
-
-def test_prefix_caching_changes_nothing(report: dict[str, Any]) -> None:
-    prefix = report["methods"]["prefix"]
-    assert prefix["kl_first_token"]["mean"] < 1e-8
-    assert prefix["kl_first_token"]["p90"] < 1e-8
+    assert max(prefix["kl_first_token"]["mean"], prefix["kl_first_token"]["p90"]) < 1e-8
     assert prefix["first_token_agreement"] == prefix["greedy_agreement"] == 1
     assert 0 < prefix["computed_share"] <= 1
 
@@ -59,7 +56,8 @@ def test_methods_compute_what_they_should(report: dict[str, Any]) -> None:
             assert pair["methods"]["placeholders"]["kl_first_token"] > 0
 
 
-def test_summaries_follow_the_pairs(report: dict[str, Any]) -> None:
+def test_summaries_follow_the_pairs(rig: Rig, report: dict[str, Any]) -> None:
+    assert len(rig.donors.tree) == 0  # a pair leaves no donor for the next
     pairs = report["per_pair"]
     assert report["pairs"] == len(pairs) == 3
     assert [p["id"] for p in pairs] == ["a", "b", "unlike"]
@@ -73,11 +71,6 @@ def test_summaries_follow_the_pairs(report: dict[str, Any]) -> None:
         assert summary["first_token_agreement"] == sum(r["first_token_same"] for r in rows) / 3
         assert summary["declined"] == sum(r["declined"] is not None for r in rows)
         assert summary["rouge_l"] is summary["bleu"] is None  # no references were given
-
-
-def test_a_pair_leaves_no_donor_for_the_next(rig: Rig, report: dict[str, Any]) -> None:
-    assert report["pairs"] == 3
-    assert len(rig.donors.tree) == 0
 
 
 def test_answers_are_compared_with_references(rig: Rig, pairs: list[dict[str, Any]]) -> None:

@@ -6,19 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from typer.testing import CliRunner
 
 from kvshare_mm.apps.bench import vision
 from kvshare_mm.apps.bench.vision_model import QWEN25_VL_3B, Shape
-from kvshare_mm.apps.cli import app
+
+from ..conftest import Run
 
 SMALL = Shape(128, 2, 64, 1, 1, 80, 4, 64, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def test_dividing_keeps_what_the_tower_costs_beside_the_text() -> None:
@@ -58,11 +52,11 @@ def test_the_tower_runs_for_full_recompute_only() -> None:
     assert kvshare["computed_tokens"] < prefix["computed_tokens"] / 2
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_command(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(vision.run, "__kwdefaults__", {**vision.run.__kwdefaults__, "whole": SMALL})
     out = tmp_path / "vision.json"
     options = ["--divide", "1", "--width", "56", "--height", "56", "--repeats", "1"]
-    done = CliRunner().invoke(app, ["bench", "vision", *options, "--json", str(out)])
+    done = run("bench", "vision", *options, "--json", out)
     assert done.exit_code == 0, done.output
     assert "question" in done.output
     assert set(json.loads(out.read_text())["layouts"]) == set(vision.layouts(b""))

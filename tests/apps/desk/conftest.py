@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from kvshare_mm import KVShare
 from kvshare_mm.apps.desk import mount as mounting
@@ -19,29 +20,46 @@ from kvshare_mm.apps.server.keys import add_key
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.service import Service
 
+from ...helpers import until
+
 MARK = {"_type": "gradio.FileData"}
 PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def application(api: bool = True, **options: Any) -> tuple[FastAPI, Callable[[], None]]:
+    """A server that shows the desk, and what lets it end; to open the page no model is needed."""
+
+    def never() -> KVShare:
+        raise RuntimeError("there is no model here")
+
+    service = Service(never, ServerOptions("tiny", **options))
+    app = create_app(service, ui_path="/ui", api=api)
+    return app, mounting.mount(app, service, "/ui")
+
+
+def talk(app: FastAPI, use: Callable[[httpx2.AsyncClient], Any], scheme: str = "http") -> Any:
+    """What `use` makes of a client of the application, without a socket."""
+
+    async def run() -> Any:
+        transport = httpx2.ASGITransport(app=app)
+        async with httpx2.AsyncClient(
+            transport=transport, base_url=f"{scheme}://desk", follow_redirects=True
+        ) as client:
+            return await use(client)
+
+    return asyncio.run(run())
 
 
 class Site:
     """A server with the desk, in a thread."""
 
-    def __init__(self, keys: Path | None = None, limits: Any = None) -> None:
-        def never() -> KVShare:
-            raise RuntimeError("there is no model here")
-
-        service = Service(never, ServerOptions("tiny", keys_file=keys))
-        self.app = create_app(service, ui_path="/ui")
-        more = {} if limits is None else {"limits": limits}
-        self.let_go = mounting.mount(self.app, service, "/ui", **more)
+    def __init__(self, keys: Path | None = None) -> None:
+        self.app, self.let_go = application(keys_file=keys)
         config = uvicorn.Config(self.app, host="127.0.0.1", port=0, log_config=None)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
-        deadline = time.monotonic() + 60
-        while not self.server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: self.server.started)
         port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.clients: list[httpx2.Client] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 from collections.abc import Callable
@@ -11,16 +10,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from kvshare_mm import KVShare
-from kvshare_mm.apps.desk import mount as mounting
 from kvshare_mm.apps.desk.door import Door
-from kvshare_mm.apps.server.app import create_app
 from kvshare_mm.apps.server.keys import Caller
-from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.scope import scope
-from kvshare_mm.apps.server.service import Service
 
-from .conftest import MARK, PNG, Site, ask, upload
+from .conftest import MARK, PNG, Site, application, ask, talk, upload
 
 
 def test_nothing_is_answered_before_a_login(
@@ -84,20 +78,14 @@ def test_logging_in_is_slowed(site: Callable[..., Site], keys: tuple[Path, str, 
 
 
 def test_the_one_key_of_a_server_needs_no_tenant() -> None:
-    service = Service(KVShare, ServerOptions("tiny", api_key="the-one-key"))
-    app = create_app(service, ui_path="/ui")
-    mounting.mount(app, service, "/ui")
+    async def use(client: httpx2.AsyncClient) -> list[int]:
+        statuses = []
+        for key in ("", "another", "the-one-key"):
+            await client.post("/ui/login", data={"username": "", "password": key})
+            statuses.append((await client.get("/ui/config")).status_code)
+        return statuses
 
-    async def use() -> list[int]:
-        transport = httpx2.ASGITransport(app=app)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://desk") as client:
-            statuses = []
-            for key in ("", "another", "the-one-key"):
-                await client.post("/ui/login", data={"username": "", "password": key})
-                statuses.append((await client.get("/ui/config")).status_code)
-            return statuses
-
-    assert asyncio.run(use()) == [401, 401, 200]
+    assert talk(application(api_key="the-one-key")[0], use) == [401, 401, 200]
 
 
 def test_cookies_are_for_the_desk_alone_and_end_at_logout(
@@ -111,6 +99,7 @@ def test_cookies_are_for_the_desk_alone_and_end_at_logout(
     for flag in ("httponly", "samesite=lax", "path=/ui"):
         assert flag in cookie
     assert client.get("/ui/config").status_code == 200
+    assert client.get("/v1/models").status_code == 401  # a login opens the page alone
     copied = running.stranger()
     copied.cookies.update(client.cookies)
     assert copied.get("/ui/config").status_code == 200
@@ -119,16 +108,10 @@ def test_cookies_are_for_the_desk_alone_and_end_at_logout(
 
 
 def test_under_tls_the_cookie_is_only_for_tls() -> None:
-    service = Service(KVShare, ServerOptions("tiny"))
-    app = create_app(service, ui_path="/ui")
-    mounting.mount(app, service, "/ui")
+    async def use(client: httpx2.AsyncClient) -> str:
+        return str((await client.get("/ui/")).headers["set-cookie"])
 
-    async def use() -> str:
-        transport = httpx2.ASGITransport(app=app)
-        async with httpx2.AsyncClient(transport=transport, base_url="https://desk") as client:
-            return str((await client.get("/ui/")).headers["set-cookie"])
-
-    assert "Secure" in asyncio.run(use())
+    assert "Secure" in talk(application()[0], use, "https")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import KVShareError
 from kvshare_mm.outputs import RequestOutput
 
+from ...modalities.media import encoded
+
 _ANNA = Letter("Anna", "48210", "How long does it take?")
 _BORIS = Letter("Boris", "77345", "How long does it take?")
 
@@ -143,15 +145,12 @@ def test_starting_over_forgets(llm: KVShare) -> None:
 
 
 def test_pictures_are_told_apart(media_folder: Callable[[str], Path]) -> None:
-    def photo(colour: str) -> bytes:
-        file = io.BytesIO()
-        Image.new("RGB", (56, 56), colour).save(file, "PNG")
-        return file.getvalue()
-
     session = Session()
     with KVShare(str(media_folder("qwen2_5_vl")), embedder=None) as llm:
         for colour in ("red", "red", "blue"):
-            letter = Letter("Anna", "48210", "Is it damaged?", photo(colour))
+            letter = Letter(
+                "Anna", "48210", "Is it damaged?", encoded(Image.new("RGB", (56, 56), colour))
+            )
             turn = ask(session, llm, letter)[-1]
             if colour == "blue":
                 assert all(about == "another picture or sound" for _, about in turn.donors)

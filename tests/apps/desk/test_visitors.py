@@ -14,13 +14,7 @@ from kvshare_mm.apps.desk.visitors import Visitor, Visitors
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.keys import Caller
 
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from ...helpers import Clock
 
 
 class Desk:

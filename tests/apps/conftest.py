@@ -1,0 +1,33 @@
+"""What holds for the tests of all apps, and the command that they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+from kvshare_mm.apps.cli import app
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command in this process; the result's output has what was said on stderr too."""
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def call(*arguments: str | Path | float, **options: Any) -> Result:
+        return CliRunner().invoke(app, [str(a) for a in arguments], **options)
+
+    return call
