@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-import torch
 import uvicorn
 
 from kvshare_mm import KVShare
@@ -21,12 +22,9 @@ from kvshare_mm.apps.server.app import create_app
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.service import Service
 
+from ...helpers import until
+
 ADMIN = "the-admin"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @dataclass
@@ -77,12 +75,15 @@ class Running:
         assert not self.thread.is_alive()
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait for a condition; the limit is for a broken program, not a measurement."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
+def image_part(content: bytes) -> dict[str, Any]:
+    """A picture, as it is sent in a message."""
+    url = "data:image/png;base64," + base64.b64encode(content).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def sound_part(content: bytes) -> dict[str, Any]:
+    sound = {"data": base64.b64encode(content).decode(), "format": "wav"}
+    return {"type": "input_audio", "input_audio": sound}
 
 
 Start = Callable[..., Running]
@@ -118,6 +119,30 @@ def serve(tiny_folder: Path) -> Iterator[Start]:
     yield make
     for running in started:
         running.stop()
+
+
+@contextmanager
+def held(running: Running) -> Iterator[None]:
+    """A server whose engine decodes nothing before the block is over."""
+    runner = running.llm._parts.runner
+    go, decode = threading.Event(), runner.decode
+
+    def waiting(*arguments: Any) -> Any:
+        assert go.wait(60)
+        return decode(*arguments)
+
+    runner.decode = waiting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        go.set()
+
+
+@pytest.fixture
+def beside() -> Iterator[Executor]:
+    """Makes calls that are not waited for."""
+    with ThreadPoolExecutor() as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module")

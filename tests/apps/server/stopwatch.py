@@ -14,36 +14,10 @@ import time
 
 import httpx2
 
-_WORDS = [
-    "lamp",
-    "kettle",
-    "radio",
-    "chair",
-    "clock",
-    "phone",
-    "camera",
-    "order",
-    "return",
-    "money",
-    "card",
-    "delivery",
-    "warranty",
-    "repair",
-    "shop",
-    "service",
-    "desk",
-    "letter",
-    "number",
-    "report",
-    "value",
-    "patient",
-    "glass",
-    "parcel",
-    "street",
-    "house",
-    "invoice",
-    "day",
-]
+_WORDS = ["lamp", "kettle", "radio", "chair", "clock", "phone", "camera", "order", "return",
+          "money", "card", "delivery", "warranty", "repair", "shop", "service", "desk", "letter",
+          "number", "report", "value", "patient", "glass", "parcel", "street", "house", "invoice",
+          "day"]  # fmt: skip
 
 
 def first_token_s(http: httpx2.Client, key: str, prompt: str) -> float:

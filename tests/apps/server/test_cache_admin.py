@@ -48,13 +48,10 @@ def admin(running: Running, method: str, path: str, **options: Any) -> Any:
     return reply.json()
 
 
-def test_stats(running: Running) -> None:
+def test_stats_donors_and_tree(running: Running) -> None:
     told = admin(running, "GET", "")
     assert told["donors"]["nodes"] == 3
     assert told["scope"] == "global"
-
-
-def test_donors_and_tree(running: Running) -> None:
     listed = admin(running, "GET", "/donors")
     assert listed["total"] == 3
     salted, child, parent = listed["data"]
@@ -107,11 +104,6 @@ def test_pin_delete_and_clear(running: Running) -> None:
     assert admin(running, "POST", "/clear", json={"tenant": ""})["deleted"] == 2
     assert admin(running, "POST", "/clear", json={"all": True})["deleted"] == 0
     assert running.chat(_TARGET).json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-
-
-def test_clearing_a_salt_leaves_the_others(running: Running) -> None:
-    assert admin(running, "POST", "/clear", json={"cache_salt": "x"})["deleted"] == 1
-    assert admin(running, "GET", "")["donors"]["nodes"] == 2
 
 
 def test_lookup_tells_what_the_request_then_does(running: Running) -> None:
@@ -167,10 +159,14 @@ def test_the_command(running: Running, cli: Cli) -> None:
 
 def test_the_command_says_what_is_wrong(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVSHARE_API_KEY", raising=False)
-    refused = CliRunner().invoke(app, ["cache", "stats", "--url", running.url])
-    assert refused.exit_code == 1 and "admin key" in refused.output
-    nobody = CliRunner().invoke(app, ["cache", "stats", "--url", "http://127.0.0.1:9"])
-    assert nobody.exit_code == 1 and "does not answer" in nobody.output
+    for url, said in ((running.url, "admin key"), ("http://127.0.0.1:9", "does not answer")):
+        refused = CliRunner().invoke(app, ["cache", "stats", "--url", url])
+        assert refused.exit_code == 1 and said in refused.output
+
+
+def test_clearing_a_salt_leaves_the_others(running: Running) -> None:
+    assert admin(running, "POST", "/clear", json={"cache_salt": "x"})["deleted"] == 1
+    assert admin(running, "GET", "")["donors"]["nodes"] == 2
 
 
 def test_without_reuse_there_is_no_cache(serve: Start) -> None:

@@ -11,6 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from kvshare_mm.apps.server.keys import KeyRing
 from kvshare_mm.apps.server.limits import Meters
 from kvshare_mm.apps.server.options import ServerOptions
 
-from .conftest import until
+from ...helpers import until
 
 _CERTIFICATE = Path(__file__).with_name("certificate.pem")
 _HALF = b"GET /x HTTP/1.1\r\nHost: localhost\r\nX-Half: "
@@ -35,11 +36,18 @@ _WHOLE = b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n"
 _SHORT = {"header_timeout_s": 0.3, "idle_timeout_s": 0.3, "write_timeout_s": 0.3}
 
 
-async def hello(scope: Scope, receive: Receive, send: Send) -> None:
-    """An application that reads no body."""
-    head = [(b"content-length", b"5")]
-    await send({"type": "http.response.start", "status": 200, "headers": head})
-    await send({"type": "http.response.body", "body": b"hello"})
+def saying(content: bytes, *more: tuple[bytes, bytes]) -> ASGIApp:
+    """An application that reads no body, and answers with this."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        head = [(b"content-length", b"%d" % len(content)), *more]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": content})
+
+    return app
+
+
+hello = saying(b"hello")
 
 
 @dataclass
@@ -142,28 +150,21 @@ def test_half_sent_headers_end(serve: Serve) -> None:
     until(lambda: serving.num_open() == 0)
 
 
-def test_clients_that_say_nothing_end(serve: Serve) -> None:
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [(_WHOLE, _HALF), (b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n", b"")],
+    ids=["headers of a second request", "a body that nobody reads"],
+)
+def test_what_is_half_sent_behind_an_answer_ends(serve: Serve, first: bytes, more: bytes) -> None:
+    client = serve(**{**_SHORT, "idle_timeout_s": 30}).connect(first)
+    assert answered(client)
+    client.sendall(more)
+    dripped_to_its_end(client)
+
+
+def test_clients_that_say_nothing_and_idle_connections_end(serve: Serve) -> None:
     serving = serve(**_SHORT)
     assert serving.connect().recv(1) == b""
-
-
-def test_half_sent_headers_of_a_second_request_end(serve: Serve) -> None:
-    serving = serve(**{**_SHORT, "idle_timeout_s": 30})
-    client = serving.connect(_WHOLE)
-    assert answered(client)
-    client.sendall(_HALF)
-    dripped_to_its_end(client)
-
-
-def test_a_body_that_nobody_reads_ends(serve: Serve) -> None:
-    serving = serve(**{**_SHORT, "idle_timeout_s": 30})
-    client = serving.connect(b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
-    assert answered(client)
-    dripped_to_its_end(client)
-
-
-def test_idle_connections_end(serve: Serve) -> None:
-    serving = serve(**_SHORT)
     client = serving.connect(_WHOLE)
     assert answered(client)
     assert client.recv(1) == b""
@@ -212,14 +213,7 @@ def test_a_client_that_reads_nothing_ends(serve: Serve) -> None:
 
 def test_a_short_answer_that_is_not_read_ends(serve: Serve) -> None:
     """Closing a connection waits for what was written to it."""
-    size = 16 << 20
-
-    async def large(scope: Scope, receive: Receive, send: Send) -> None:
-        head = [(b"content-length", b"%d" % size), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 200, "headers": head})
-        await send({"type": "http.response.body", "body": bytes(size)})
-
-    serving = serve(large, **_SHORT)
+    serving = serve(saying(bytes(16 << 20), (b"connection", b"close")), **_SHORT)
     serving.connect(_WHOLE)
     until(lambda: serving.num_open() == 1)
     until(lambda: serving.num_open() == 0)
@@ -227,13 +221,7 @@ def test_a_short_answer_that_is_not_read_ends(serve: Serve) -> None:
 
 def test_a_client_that_reads_slowly_gets_all(serve: Serve) -> None:
     size = 20 << 20
-
-    async def large(scope: Scope, receive: Receive, send: Send) -> None:
-        head = [(b"content-length", b"%d" % size)]
-        await send({"type": "http.response.start", "status": 200, "headers": head})
-        await send({"type": "http.response.body", "body": bytes(size)})
-
-    client = serve(large, **{**_SHORT, "write_timeout_s": 1.0}).connect(_WHOLE)
+    client = serve(saying(bytes(size)), **{**_SHORT, "write_timeout_s": 1.0}).connect(_WHOLE)
     got = 0
     while got < size:
         time.sleep(0.05)
@@ -326,7 +314,9 @@ def test_a_client_is_an_address_or_a_network_of_ipv6(address: str, client: str) 
     assert connections.client_of(address) == client
 
 
-def test_requests_after_the_end_has_begun_are_told_to_come_back(serve: Serve) -> None:
+def test_requests_after_the_end_has_begun_are_told_to_come_back(
+    serve: Serve, beside: Executor
+) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -337,13 +327,11 @@ def test_requests_after_the_end_has_begun_are_told_to_come_back(serve: Serve) ->
 
     serving = serve(app, gated=True, shutdown_timeout_s=30.0)
     url = f"http://127.0.0.1:{serving.port}"
-    replies: list[httpx2.Response] = []
-    long = threading.Thread(target=lambda: replies.append(httpx2.get(f"{url}/long", timeout=30)))
     headers = {"Authorization": "Bearer x"}
     with httpx2.Client(base_url=url, headers=headers) as kept:
         assert kept.get("/x").status_code == 200
         silent = serving.connect()
-        long.start()
+        long = beside.submit(httpx2.get, f"{url}/long", timeout=30)
         assert begun.wait(30)
         serving.server.should_exit = True
         until(lambda: not serving.server.servers[0].is_serving())
@@ -354,8 +342,7 @@ def test_requests_after_the_end_has_begun_are_told_to_come_back(serve: Serve) ->
     with pytest.raises(ConnectionError):
         serving.connect()
     go_on.set()
-    long.join(30)
-    assert replies[0].text == "hello"
+    assert long.result(30).text == "hello"
     assert silent.recv(1) == b""
     serving.thread.join(30)
     assert not serving.thread.is_alive()

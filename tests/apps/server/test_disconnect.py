@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from concurrent.futures import Executor
 
 import httpx2
 import pytest
 
-from .conftest import Running, Start, until
+from ...helpers import until
+from .conftest import Running, Start
 
+_CHAT = "/v1/chat/completions"
 _LONG = {
     "messages": [{"role": "user", "content": "The quick brown fox"}],
     "max_tokens": 400,
@@ -43,7 +46,7 @@ def test_within_a_decode_step_of_a_stream(serve: Start, caplog: pytest.LogCaptur
 
     runner.decode = counted  # type: ignore[method-assign, assignment]
     with httpx2.stream(
-        "POST", f"{running.url}/v1/chat/completions", json={**_LONG, "stream": True}, timeout=60
+        "POST", running.url + _CHAT, json={**_LONG, "stream": True}, timeout=60
     ) as reply:
         lines = (line for line in reply.iter_lines() if line.startswith("data: "))
         while not json.loads(next(lines)[6:])["choices"][0]["delta"].get("content"):
@@ -62,32 +65,23 @@ def test_within_a_decode_step_of_a_stream(serve: Start, caplog: pytest.LogCaptur
 def test_of_a_whole_answer(serve: Start) -> None:
     running = serve({"max_num_seqs": 1})
     with pytest.raises(httpx2.ReadTimeout):
-        httpx2.post(f"{running.url}/v1/chat/completions", json=_LONG, timeout=0.15)
+        httpx2.post(running.url + _CHAT, json=_LONG, timeout=0.15)
     until(lambda: idle(running))
     assert running.llm.stats()["requests"]["finished_abort"] == 1
     assert generated(running) < 400
-    until(
-        lambda: (
-            running.metric('kvshare:http_requests_total{route="/v1/chat/completions",status="499"')
-            == 1
-        )
-    )
+    gone = f'kvshare:http_requests_total{{route="{_CHAT}",status="499"'
+    until(lambda: running.metric(gone) == 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_of_a_request_that_waits(serve: Start, stream: bool) -> None:
+def test_of_a_request_that_waits(serve: Start, beside: Executor, stream: bool) -> None:
     running = serve({"max_num_seqs": 1})
-    first = threading.Thread(
-        target=running.chat, args=("The quick",), kwargs=_LONG | {"messages": _LONG["messages"]}
-    )
-    first.start()
+    first = beside.submit(running.ask, "POST", _CHAT, json=_LONG)
     until(lambda: running.llm.stats()["queue"]["running"] == 1)
     with pytest.raises(httpx2.ReadTimeout):
-        httpx2.post(
-            f"{running.url}/v1/chat/completions", json={**_LONG, "stream": stream}, timeout=0.15
-        )
+        httpx2.post(running.url + _CHAT, json={**_LONG, "stream": stream}, timeout=0.15)
     until(lambda: running.llm.stats()["queue"]["waiting"] == 0)
-    first.join()
+    first.result()
     until(lambda: idle(running))
     seen = running.llm.stats()["requests"]
     assert seen["requests"] == 1  # the second one was never started
@@ -98,7 +92,7 @@ def test_of_one_request_with_several_answers(serve: Start) -> None:
     running = serve({"max_num_seqs": 2})
     with httpx2.stream(
         "POST",
-        f"{running.url}/v1/chat/completions",
+        running.url + _CHAT,
         json={**_LONG, "stream": True, "n": 4},
         timeout=60,
     ) as reply:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from concurrent.futures import Executor, wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx2
 import pytest
@@ -15,8 +17,11 @@ import torch
 from kvshare_mm import KVShare
 from kvshare_mm.errors import ModelLoadError
 
-from .conftest import Running, Start, start, until
+from ...helpers import until
+from .conftest import Running, Start, held, start
 
+_CHAT = "/v1/chat/completions"
+_JSON = {"content-type": "application/json"}
 _USER = [{"role": "user", "content": "The quick brown fox"}]
 
 
@@ -34,6 +39,7 @@ def check(reply: httpx2.Response, status: int, param: str | None = None) -> dict
     ("body", "param"),
     [
         ({}, "messages"),
+        ({"messages": None}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"content": "hello"}]}, "messages.0.role"),
@@ -83,17 +89,8 @@ def test_a_bad_field_is_named(
     whole = {"messages": _USER, "max_tokens": 1, "stream": stream, **body}
     if body == {}:
         del whole["messages"]
-    reply = shared.ask(
-        "POST", "/v1/chat/completions", content=json.dumps(whole),
-    )  # fmt: skip
-    assert reply.status_code == 400
-    reply = httpx2.post(
-        f"{shared.url}/v1/chat/completions",
-        content=json.dumps(whole),
-        headers={"content-type": "application/json"},
-        timeout=60,
-    )
-    check(reply, 400, param)
+    # Not `json=`, which refuses what is not a number.
+    check(shared.ask("POST", _CHAT, content=json.dumps(whole), headers=_JSON), 400, param)
 
 
 def test_fields_that_ask_for_nothing_are_taken(shared: Running) -> None:
@@ -108,11 +105,7 @@ def test_fields_that_ask_for_nothing_are_taken(shared: Running) -> None:
     "content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"messages": 1']
 )
 def test_a_body_that_is_no_request_is_refused(shared: Running, content: bytes) -> None:
-    reply = httpx2.post(
-        f"{shared.url}/v1/chat/completions",
-        content=content,
-        headers={"content-type": "application/json"},
-    )
+    reply = shared.ask("POST", _CHAT, content=content, headers=_JSON)
     assert reply.status_code == 400
     assert reply.json()["error"]["message"]
 
@@ -131,6 +124,7 @@ def test_a_body_that_is_no_request_is_refused(shared: Running, content: bytes) -
         ("/v1/completions", {"prompt": ["x"] * 65}, "n"),
         ("/tokenize", {}, "prompt"),
         ("/detokenize", {"tokens": [10**9]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
     ],
 )
 def test_other_routes_name_the_field_too(
@@ -156,12 +150,8 @@ def test_a_large_body_is_413(serve: Start) -> None:
         for _ in range(30):
             yield b" " * 100
 
-    reply = httpx2.post(
-        f"{running.url}/v1/chat/completions",
-        content=pieces(),  # its length is not said
-        headers={"content-type": "application/json"},
-    )
-    check(reply, 413)
+    # Its length is not said.
+    check(running.ask("POST", _CHAT, content=pieces(), headers=_JSON), 413)
     assert running.chat("short").status_code == 200
 
 
@@ -186,22 +176,19 @@ def test_an_answer_that_takes_too_long_is_408(serve: Start) -> None:
     until(lambda: running.llm.stats()["queue"] == {"waiting": 0, "running": 0})
 
 
-def test_a_full_queue_is_429(serve: Start) -> None:
+def test_a_full_queue_is_429(serve: Start, beside: Executor) -> None:
     running = serve({"max_num_seqs": 1, "max_queue": 1})
-    long = {"max_tokens": 450, "ignore_eos": True}
-    waiting = [
-        threading.Thread(target=running.chat, args=("The quick",), kwargs=long) for _ in range(2)
-    ]
-    for i, thread in enumerate(waiting):
-        thread.start()
-        until(lambda i=i: sum(running.llm.stats()["queue"].values()) == i + 1)  # type: ignore[misc]
-    for stream in (False, True):
-        reply = running.chat("one more", stream=stream)
-        error = check(reply, 429)
-        assert error["code"] == "queue_full"
-        assert int(reply.headers["retry-after"]) >= 1
-    for thread in waiting:
-        thread.join()
+    waiting = []
+    with held(running):
+        while len(waiting) < 2:
+            waiting.append(beside.submit(running.chat, "The quick", ignore_eos=True))
+            until(lambda: sum(running.llm.stats()["queue"].values()) == len(waiting))
+        for stream in (False, True):
+            reply = running.chat("one more", stream=stream)
+            error = check(reply, 429)
+            assert error["code"] == "queue_full"
+            assert int(reply.headers["retry-after"]) >= 1
+    wait(waiting)
     assert running.chat("one more").status_code == 200
 
 
@@ -245,13 +232,8 @@ def test_a_bug_is_500_and_says_nothing_of_itself(
     serve: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = serve()
-
-    def broken(*_: Any) -> Any:
-        raise RuntimeError("secret detail")
-
-    monkeypatch.setattr(running.llm, "astream", broken)
-    error = check(running.chat("x"), 500)
-    assert "secret" not in error["message"]
+    monkeypatch.setattr(running.llm, "astream", Mock(side_effect=RuntimeError("secret detail")))
+    assert "secret" not in check(running.chat("x"), 500)["message"]
 
 
 def test_a_model_that_puts_out_no_numbers_is_500_and_says_so(

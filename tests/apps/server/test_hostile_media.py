@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -12,14 +11,12 @@ import pytest
 from kvshare_mm import KVShare
 
 from ...hostile_media import good_pictures, good_sounds, pictures, sounds
-from .conftest import Running, start
+from .conftest import Running, image_part, sound_part, start
 from .test_hostile_bodies import INSIDE
 
 # The longest that one file may take: what is slower holds up others.
 _TIMEOUT_S = 20.0
 _PARTS = 4
-
-Ask = Callable[[bytes], httpx2.Response]
 
 
 def _server(model: str) -> Iterator[Running]:
@@ -44,23 +41,13 @@ def _body(part: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": parts}], "max_tokens": 1, "temperature": 0}
 
 
-def seen(content: bytes) -> dict[str, Any]:
-    url = "data:image/png;base64," + base64.b64encode(content).decode()
-    return _body({"type": "image_url", "image_url": {"url": url}})
-
-
-def heard(content: bytes) -> dict[str, Any]:
-    sound = {"data": base64.b64encode(content).decode(), "format": "wav"}
-    return _body({"type": "input_audio", "input_audio": sound})
-
-
-def wrong(running: Running, bodies: dict[str, dict[str, Any]]) -> dict[str, str]:
+def wrong(running: Running, parts: dict[str, dict[str, Any]]) -> dict[str, str]:
     """What was wrong with replies, by the file's name."""
     found = {}
     with httpx2.Client(base_url=running.url, timeout=_TIMEOUT_S) as client:
-        for name, body in bodies.items():
+        for name, part in parts.items():
             try:
-                reply = client.post("/v1/chat/completions", json=body)
+                reply = client.post("/v1/chat/completions", json=_body(part))
             except httpx2.HTTPError as error:
                 found[name] = repr(error)
                 continue
@@ -68,8 +55,8 @@ def wrong(running: Running, bodies: dict[str, dict[str, Any]]) -> dict[str, str]
                 found[name] = f"status {reply.status_code}: {reply.text[:200]}"
             elif reply.status_code == 400:
                 error = reply.json()["error"]
-                place = "messages[0].content[0]"
-                if not (error["param"] or "").startswith(place) or not error["message"]:
+                place = f"messages[0].content[0].{part['type']}"
+                if error["param"] != place or not error["message"].startswith(place):
                     found[name] = f"not told where: {reply.text[:200]}"
                 elif INSIDE.search(reply.text) or len(reply.content) > 2000:
                     found[name] = f"too much told: {reply.text[:300]}"
@@ -83,24 +70,24 @@ def test_the_lists_are_long() -> None:
 
 def test_good_files_are_answered(seeing: Running, hearing: Running) -> None:
     """Otherwise everything could be refused."""
-    for running, bodies in (
-        (seeing, [seen(content) for content in good_pictures().values()]),
-        (hearing, [heard(content) for content in good_sounds().values()]),
+    for running, parts in (
+        (seeing, map(image_part, good_pictures().values())),
+        (hearing, map(sound_part, good_sounds().values())),
     ):
-        for body in bodies:
-            reply = running.ask("POST", "/v1/chat/completions", json=body)
+        for part in parts:
+            reply = running.ask("POST", "/v1/chat/completions", json=_body(part))
             assert reply.status_code == 200, reply.text
 
 
 @pytest.mark.parametrize("part", range(_PARTS))
 def test_no_picture_is_a_server_error(seeing: Running, part: int) -> None:
-    mine = {n: seen(c) for i, (n, c) in enumerate(pictures().items()) if i % _PARTS == part}
+    mine = {n: image_part(c) for i, (n, c) in enumerate(pictures().items()) if i % _PARTS == part}
     assert wrong(seeing, mine) == {}
     assert seeing.chat("What is it?").status_code == 200
 
 
 @pytest.mark.parametrize("part", range(_PARTS))
 def test_no_sound_is_a_server_error(hearing: Running, part: int) -> None:
-    mine = {n: heard(c) for i, (n, c) in enumerate(sounds().items()) if i % _PARTS == part}
+    mine = {n: sound_part(c) for i, (n, c) in enumerate(sounds().items()) if i % _PARTS == part}
     assert wrong(hearing, mine) == {}
     assert hearing.chat("What is it?").status_code == 200

@@ -8,8 +8,6 @@ metric holds what only another one has said.
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -17,17 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
-from PIL import Image
 
 from kvshare_mm import KVShare
 from kvshare_mm.apps.desk.session import Session
 from kvshare_mm.apps.desk.shop import Letter
 from kvshare_mm.apps.server.keys import add_key
 
-from .conftest import Running, start
+from ...modalities import media
+from .conftest import Running, image_part, sound_part, start
 
 TENANTS = ("shop-a", "shop-b", "shop-c")
 DESK = "desk"
@@ -51,19 +47,11 @@ class Step:
 
 
 def picture(number: int) -> dict[str, Any]:
-    pixels = np.random.default_rng(number).integers(0, 256, (112, 112, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
+    return image_part(media.encoded(media.picture(112, 112, seed=number)))
 
 
 def sound(number: int) -> dict[str, Any]:
-    samples = np.random.default_rng(number).uniform(-0.3, 0.3, 16_000).astype(np.float32)
-    file = io.BytesIO()
-    soundfile.write(file, samples, 16_000, format="WAV")
-    data = base64.b64encode(file.getvalue()).decode()
-    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    return sound_part(media.recorded(media.tone(hertz=300 + number)))
 
 
 class World:

@@ -7,7 +7,8 @@ import json
 import logging
 import re
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,10 @@ from kvshare_mm.apps.server.generation import Generation
 from kvshare_mm.apps.server.keys import KeyRing, Limits, add_key
 from kvshare_mm.apps.server.limits import Meter, Meters
 
-from .conftest import Running, Start, until
+from ...helpers import Clock, until
+from .conftest import Running, Start
 
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+Limited = Callable[..., tuple[Running, str, str]]
 
 
 def refused(call: Any, *arguments: Any) -> ApiError:
@@ -54,14 +51,6 @@ def test_requests_flow_in_again() -> None:
     assert meter.headers["x-ratelimit-limit-requests"] == "2"
     assert meter.headers["x-ratelimit-remaining-requests"] == "0"
     assert re.fullmatch(r"(59|60)\.\d{3}s", meter.headers["x-ratelimit-reset-requests"])
-
-
-def test_requests_at_a_time() -> None:
-    meter = Meter(Limits(concurrent_requests=1))
-    meter.begin()
-    refused(meter.begin)
-    meter.end()
-    meter.begin()
 
 
 def test_what_was_not_used_is_given_back() -> None:
@@ -194,16 +183,25 @@ def test_keys_are_made_with_limits(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def limited(serve: Start, tmp_path: Path) -> tuple[Running, str, str]:
-    """A server, a key with limits and one without."""
-    file = tmp_path / "keys"
-    key = add_key(file, "shop", limits=Limits(3, None, 40, None))
-    free = add_key(file, "free")
-    return serve(keys_file=file, scope="tenant", admin_key=None), key, free
+def limited(serve: Start, tmp_path: Path) -> Limited:
+    """Starts a server, and gives a key of it with limits and one without."""
+
+    def make(**limits: int) -> tuple[Running, str, str]:
+        file = tmp_path / "keys"
+        key = add_key(file, "shop", limits=Limits(**limits))
+        free = add_key(file, "free")
+        return serve(keys_file=file, scope="tenant", admin_key=None), key, free
+
+    return make
 
 
-def test_a_key_beyond_its_limits_is_told_so(limited: tuple[Running, str, str]) -> None:
-    running, key, free = limited
+def tokens_left(running: Running, key: str) -> int:
+    reply = running.ask("GET", "/v1/models", key)
+    return int(reply.headers["x-ratelimit-remaining-tokens"])
+
+
+def test_a_key_beyond_its_limits_is_told_so(limited: Limited) -> None:
+    running, key, free = limited(requests_per_minute=3, output_tokens_per_minute=40)
     reply = running.chat("x", key)
     assert reply.status_code == 200
     assert reply.headers["x-ratelimit-limit-requests"] == "3"
@@ -223,82 +221,57 @@ def test_a_key_beyond_its_limits_is_told_so(limited: tuple[Running, str, str]) -
         assert reply.status_code == 200 and "x-ratelimit-limit-requests" not in reply.headers
 
 
-def test_streams_and_those_left_give_back_what_they_did_not_use(
-    serve: Start, tmp_path: Path
-) -> None:
-    file = tmp_path / "keys"
-    key = add_key(file, "shop", limits=Limits(None, 10_000, 100, 2))
-    running = serve(keys_file=file, scope="tenant", admin_key=None)
-
-    def left() -> int:
-        reply = running.ask("GET", "/v1/models", key)
-        return int(reply.headers["x-ratelimit-remaining-tokens"])
-
-    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 90, "stream": True}
-    reply = running.ask(
-        "POST", "/v1/chat/completions", key, json={**body, "max_tokens": 3, "ignore_eos": True}
+def test_streams_and_those_left_give_back_what_they_did_not_use(limited: Limited) -> None:
+    running, key, _ = limited(
+        prompt_tokens_per_minute=10_000, output_tokens_per_minute=100, concurrent_requests=2
     )
-    assert reply.status_code == 200 and 95 <= left() <= 98
+    whole = running.chat("x", key, max_tokens=3, stream=True, ignore_eos=True)
+    assert whole.status_code == 200 and 95 <= tokens_left(running, key) <= 98
     with running.client(key) as client:
         stream = client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=90, stream=True
         )
         next(iter(stream))
         stream.close()
-    until(lambda: left() > 50)  # of 90 reserved ones a few were made
-    bad = running.ask(
-        "POST", "/v1/chat/completions", key, json={**body, "stream": False, "top_p": 7}
-    )
-    assert bad.status_code == 400 and left() > 50
+    until(lambda: tokens_left(running, key) > 50)  # of 90 reserved ones a few were made
+    assert running.chat("x", key, max_tokens=90, top_p=7).status_code == 400
+    assert tokens_left(running, key) > 50
 
 
 def test_a_stream_that_nobody_reads_is_paid_for(
-    serve: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limited: Limited, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def unread(*_: object) -> AsyncIterator[str]:
         await asyncio.sleep(3600)
         yield ""
 
     monkeypatch.setattr(Generation, "_events", unread)
-    file = tmp_path / "keys"
-    key = add_key(file, "shop", limits=Limits(output_tokens_per_minute=60))
-    running = serve(keys_file=file, scope="tenant", admin_key=None)
-
-    def left() -> int:
-        reply = running.ask("GET", "/v1/models", key)
-        return int(reply.headers["x-ratelimit-remaining-tokens"])
-
+    running, key, _ = limited(output_tokens_per_minute=60)
     body = {"messages": [{"role": "user", "content": "x"}], "ignore_eos": True, "stream": True}
     url, headers = f"{running.url}/v1/chat/completions", {"Authorization": f"Bearer {key}"}
     with httpx2.stream("POST", url, json=body, headers=headers, timeout=60):
-        until(lambda: left() < 40)
+        until(lambda: tokens_left(running, key) < 40)
 
 
-def test_a_client_that_leaves_pays_for_its_whole_prompt(serve: Start, tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    key = add_key(file, "shop", limits=Limits(prompt_tokens_per_minute=600))
-    running = serve(keys_file=file, scope="tenant", admin_key=None)
-    dense = [{"role": "user", "content": "\u4e00\u9f98" * 60}]  # more tokens than it has characters
+def test_a_client_that_leaves_pays_for_its_whole_prompt(limited: Limited) -> None:
+    running, key, _ = limited(prompt_tokens_per_minute=600)
+    text = "\u4e00\u9f98" * 60  # more tokens than it has characters
+    dense: list[Any] = [{"role": "user", "content": text}]
     size = len(running.llm.tokenize(dense))
     assert size > 240
     with running.client(key) as client:
-        stream = client.chat.completions.create(model="tiny", messages=dense, stream=True)  # type: ignore[call-overload]
+        stream = client.chat.completions.create(model="tiny", messages=dense, stream=True)
         next(iter(stream))
         stream.close()
     until(lambda: running.llm.stats()["queue"] == {"waiting": 0, "running": 0})
-    reply = running.ask("GET", "/v1/models", key)
-    assert int(reply.headers["x-ratelimit-remaining-tokens"]) < 600 - size + 30
-    for stream in (False, True):
-        reply = running.ask(
-            "POST", "/v1/chat/completions", key, json={"messages": dense * 2, "stream": stream}
-        )
+    assert tokens_left(running, key) < 600 - size + 30
+    for streamed in (False, True):
+        reply = running.chat("", key, messages=dense * 2, stream=streamed)
         assert reply.status_code in {400, 429}
 
 
-def test_requests_of_a_key_at_a_time(serve: Start, tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    key = add_key(file, "shop", limits=Limits(concurrent_requests=1))
-    running = serve(keys_file=file, scope="tenant", admin_key=None)
+def test_requests_of_a_key_at_a_time(limited: Limited, beside: Executor) -> None:
+    running, key, _ = limited(concurrent_requests=1)
     begun, end = threading.Event(), threading.Event()
     line = running.service.lines.tokens
     run = line.run
@@ -310,15 +283,13 @@ def test_requests_of_a_key_at_a_time(serve: Start, tmp_path: Path) -> None:
         return await run(tenant, make, *arguments)
 
     line.run = slow  # type: ignore[method-assign]
-    first: list[int] = []
-    thread = threading.Thread(target=lambda: first.append(running.chat("x", key).status_code))
-    thread.start()
+    first = beside.submit(running.chat, "x", key)
     assert begun.wait(30)
     reply = running.ask("GET", "/v1/models", key)
     assert reply.status_code == 429 and "1 requests at a time" in reply.text
     end.set()
-    thread.join(60)
-    assert first == [200] and running.ask("GET", "/v1/models", key).status_code == 200
+    assert first.result(60).status_code == 200
+    assert running.ask("GET", "/v1/models", key).status_code == 200
 
 
 def test_a_bad_line_locks_nobody_out(

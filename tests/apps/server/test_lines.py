@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import threading
+from concurrent.futures import Executor, wait
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from kvshare_mm.apps.server.keys import add_key
 from kvshare_mm.apps.server.lines import Line
 from kvshare_mm.errors import EngineClosedError
 
+from ...helpers import until
 from ...modalities import hostile
-from .conftest import ADMIN, Running, Start, until
+from .conftest import ADMIN, Running, Start, image_part
 from .test_preparing import blocked
 
 _JSON = {"Content-Type": "application/json"}
@@ -112,7 +113,7 @@ def test_errors_of_a_job_are_its_askers() -> None:
 
 
 def test_pictures_of_one_tenant_do_not_hold_up_those_of_another(
-    serve: Start, media_folder: Any, tmp_path: Path
+    serve: Start, media_folder: Any, tmp_path: Path, beside: Executor
 ) -> None:
     file = tmp_path / "keys"
     keys = {tenant: add_key(file, tenant) for tenant in ("crowd", "other")}
@@ -127,39 +128,25 @@ def test_pictures_of_one_tenant_do_not_hold_up_those_of_another(
         return read(prompt, params, options)
 
     running.llm.read = slow  # type: ignore[method-assign]
-    threads = []
+    asked = []
     for i, tenant in enumerate(("crowd", "crowd", "crowd", "crowd", "other")):
-        content = base64.b64encode(hostile.png(width=64 + i, height=64)).decode()
-        url = {"url": f"data:image/png;base64,{content}"}
-        messages = [{"role": "user", "content": [{"type": "image_url", "image_url": url}]}]
-        threads.append(
-            threading.Thread(
-                target=running.chat, args=("", keys[tenant]), kwargs={"messages": messages}
-            )
-        )
-        threads[-1].start()
-        until(lambda: running.service.lines.media.unfinished == len(threads))
+        part = image_part(hostile.png(width=64 + i, height=64))
+        messages = [{"role": "user", "content": [part]}]
+        asked.append(beside.submit(running.chat, "", keys[tenant], messages=messages))
+        until(lambda: running.service.lines.media.unfinished == len(asked))
     go.set()
-    for thread in threads:
-        thread.join(60)
+    wait(asked, 60)
     assert order == ["crowd", "other", "crowd", "crowd", "crowd"]
 
 
-def test_large_bodies_are_parsed_beside_the_loop(serve: Start) -> None:
+def test_large_bodies_are_parsed_beside_the_loop(serve: Start, beside: Executor) -> None:
     running = serve()
     with blocked(running.service.lines.parsing, 1):
-        replies: list[int] = []
-        large = threading.Thread(
-            target=lambda: replies.append(
-                running.ask("POST", "/tokenize", json={"prompt": _LONG}).status_code
-            )
-        )
-        large.start()
+        large = beside.submit(running.ask, "POST", "/tokenize", json={"prompt": _LONG})
         until(lambda: running.service.lines.parsing.unfinished == 2)
         assert running.chat("hello").status_code == 200
-        assert not replies
-    large.join(60)
-    assert replies == [400]  # more than the context holds
+        assert not large.done()
+    assert large.result(60).status_code == 400  # more than the context holds
 
 
 def test_a_large_medium_is_decoded_beside_the_loop(serve: Start) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kvshare_mm.apps.server import logs
 
-from .conftest import Running, until
+from ...helpers import until
+from .conftest import Running
 
 _FORGED = (
     "x\n2026-01-01 00:00:00,000 INFO    [-] forged: line\r\x1b[31m\x07\x7f\u202egnp\u2028\u200b"
@@ -57,6 +58,7 @@ def test_the_text_of_an_error_is_no_line_of_the_log() -> None:
     assert others and all(line.startswith("  | ") and line.isprintable() for line in others)
     entry = text_of(record_of("failed", failed=True), as_json=True)
     assert "\n" not in entry
+    assert json.loads(entry)["message"] == "failed"
     error = json.loads(entry)["error"].split("\n")
     assert all(line.isprintable() for line in error)
     assert any("ValueError: x" in line for line in error)

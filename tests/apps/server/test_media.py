@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from kvshare_mm import KVShare
 from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.server import cli, logs, run
 from kvshare_mm.apps.server.media import resolved
@@ -24,7 +20,8 @@ from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.modalities.fetch import FetchPolicy, MediaFetcher
 
-from .conftest import Running, Start, start
+from ...modalities.media import encoded
+from .conftest import Running, Start, image_part
 
 _WAV = base64.b64encode(b"RIFF....WAVE").decode()
 
@@ -45,6 +42,10 @@ def resolve(
 
 def picture(url: object) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+
+
+def plain(colour: str) -> dict[str, Any]:
+    return image_part(encoded(Image.new("RGB", (56, 56), colour)))
 
 
 def sound(data: object = _WAV, form: object = "wav") -> dict[str, Any]:
@@ -127,60 +128,8 @@ def test_the_largest_file_is_the_same_for_server_and_engine(
     assert config.max_media_bytes == options.fetch.max_bytes == 100 << 20
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://127.0.0.1/a.png",
-        "http://localhost/a.png",
-        "http://2130706433/",
-        "http://0x7f.1/",
-        "http://0177.0.0.1/",
-        "http://[::1]/",
-        "http://[::ffff:10.0.0.1]/",
-        "http://[64:ff9b::7f00:1]/",
-        "http://0.0.0.0:8000/v1/cache",
-        "http://10.1.2.3/",
-        "http://172.20.0.1/",
-        "http://192.168.0.1/",
-        "http://169.254.169.254/latest/meta-data/iam/security-credentials/",
-        "http://100.100.100.200/latest/meta-data/",
-        "http://224.0.0.1/",
-        "http://user:password@127.0.0.1/",
-        "http://example.com@127.0.0.1/",
-        "https://127.0.0.1/",
-        "ftp://127.0.0.1/a.png",
-        "gopher://127.0.0.1:6379/_INFO",
-        "file:///etc/passwd",
-        "file:///proc/self/environ",
-        "dict://127.0.0.1:11211/stat",
-        "/etc/passwd",
-        "data:image/png;base64,%%%",
-        "data:image/png;base64," + "A" * 4000,
-        "javascript:alert(1)",
-        "",
-    ],
-)
-def test_no_request_makes_the_server_look_inside(inside: Running, url: str) -> None:
-    reply = inside.chat("", messages=[{"role": "user", "content": [picture(url)]}])
-    assert reply.status_code == 400, reply.text
-    error = reply.json()["error"]
-    assert error["type"] == "invalid_request_error"
-    assert error["param"] == "messages[0].content[0].image_url"
-
-
-@pytest.fixture(scope="module")
-def inside(tiny_folder: Path) -> Any:
-    """A server that would fetch over http and from a folder too."""
-    policy = FetchPolicy(file_roots=(tiny_folder,), max_bytes=2000)
-    running = start(lambda: KVShare(str(tiny_folder), embedder=None), fetch=policy)
-    running.wait_ready()
-    yield running
-    running.stop()
-
-
 def test_a_model_of_text_refuses_pictures_by_name(shared: Running) -> None:
-    url = data_url(Image.new("RGB", (8, 8)))
-    reply = shared.chat("", messages=[{"role": "user", "content": [picture(url)]}])
+    reply = shared.chat("", messages=[{"role": "user", "content": [plain("red")]}])
     assert reply.status_code == 400
     error = reply.json()["error"]
     assert "messages[0]" in error["param"]
@@ -188,26 +137,6 @@ def test_a_model_of_text_refuses_pictures_by_name(shared: Running) -> None:
 
 
 # -- with a model that sees -------------------------------------------------------------------
-
-
-def data_url(image: Image.Image | bytes) -> str:
-    if isinstance(image, Image.Image):
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        image = file.getvalue()
-    return "data:image/png;base64," + base64.b64encode(image).decode()
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A small PNG that says it is large."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        check = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    rest = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + rest
 
 
 @pytest.fixture
@@ -227,56 +156,17 @@ def ask(running: Running, part: dict[str, Any], question: str = "What is it?") -
     return reply
 
 
-def ask_about(running: Running, url: str) -> Any:
-    return ask(running, picture(url))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"no picture at all",
-        b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
-        bomb(60_000, 60_000),
-        bomb(2_000_000, 30),
-        bomb(0, 0),
-        bomb(64, 64),  # as large as it says, but nothing inside
-    ],
-    ids=["text", "svg", "bomb", "strip", "empty", "torn"],
-)
-def test_pictures_that_are_none_are_refused(seeing: Running, content: bytes) -> None:
-    reply = ask_about(seeing, data_url(content))
-    assert reply.status_code == 400, reply.text
-    error = reply.json()["error"]
-    assert error["param"] == "messages[0].content[1].image_url"
-    assert error["message"].startswith(error["param"])
-
-
-@pytest.mark.parametrize(
-    "content", [b"no sound at all", b"RIFF\x24\0\0\0WAVEfmt ", b"\0"], ids=["text", "torn", "nul"]
-)
-def test_sound_that_is_none_is_refused(hearing: Running, content: bytes) -> None:
-    reply = ask(hearing, sound(base64.b64encode(content).decode()))
-    assert reply.status_code == 400, reply.text
-    error = reply.json()["error"]
-    assert error["param"] == "messages[0].content[1].input_audio"
-    assert error["message"].startswith(error["param"])
-
-
 def test_parts_that_a_model_cannot_take_are_named_as_they_were_sent(
     seeing: Running, hearing: Running
 ) -> None:
-    for running, part in (
-        (seeing, sound()),
-        (hearing, picture(data_url(Image.new("RGB", (56, 56))))),
-    ):
+    for running, part in ((seeing, sound()), (hearing, plain("red"))):
         error = ask(running, part).json()["error"]
         assert error["param"] == "messages[0].content[1]"
         assert f"is of type '{part['type']}'" in error["message"]
 
 
 def test_the_same_picture_is_reused_and_another_is_not(seeing: Running) -> None:
-    red, blue = (data_url(Image.new("RGB", (56, 56), colour)) for colour in ("red", "blue"))
-    first, second, third = (ask_about(seeing, url) for url in (red, red, blue))
+    first, second, third = (ask(seeing, plain(colour)) for colour in ("red", "red", "blue"))
     for reply in (first, second, third):
         assert reply.status_code == 200, reply.text
     told = [reply.json()["kvshare"] for reply in (first, second, third)]

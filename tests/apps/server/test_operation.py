@@ -10,9 +10,8 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -21,7 +20,8 @@ from kvshare_mm.apps.server import admin_key, logs, run
 from kvshare_mm.apps.server.tracing import Tracer
 from kvshare_mm.errors import ConfigError
 
-from .conftest import Running, Start, until
+from ...helpers import until
+from .conftest import Running, Start
 
 _TEXT = "Laboratory report. Patient number 48210. Haemoglobin 148 g/L, sodium 141 mmol/L. Value?"
 _DASHBOARD = Path(__file__).resolve().parents[3] / "assets" / "grafana" / "kvshare.json"
@@ -113,57 +113,36 @@ def test_a_line_of_the_log_says_what_was_reused(
     assert f"{told[1]['exact']} exact, 0 reused, 1 recomputed" in second.getMessage()
 
 
-def test_json_logs_carry_errors() -> None:
-    try:
-        raise ValueError("bad\nthing")
-    except ValueError as error:
-        info = (type(error), error, error.__traceback__)
-        record = logging.LogRecord("x", logging.ERROR, "f", 1, "it %s", ("failed",), info)
-    line = logs.JsonFormatter().format(record)
-    assert "\n" not in line
-    assert json.loads(line)["message"] == "it failed" and "bad" in json.loads(line)["error"]
-
-
 def test_traces_join_the_clients(serve: Start) -> None:
     running = serve()
     spans = InMemorySpanExporter()
     running.service.tracer = Tracer(None, "tiny", spans)
     trace = "0af7651916cd43dd8448eb211c80319c"
-    import httpx2
-
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
-    reply = httpx2.post(
-        f"{running.url}/v1/chat/completions",
-        json=body,
-        headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"},
-        timeout=60,
-    )
+    headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    reply = running.ask("POST", "/v1/chat/completions", headers=headers, json=body)
     running.service.tracer.close()
     [span] = spans.get_finished_spans()
     assert span.attributes is not None
     assert f"{span.context.trace_id:032x}" == trace
     assert span.attributes["gen_ai.request.id"] == reply.headers["x-request-id"]
-    assert (
-        span.attributes["gen_ai.usage.completion_tokens"]
-        == reply.json()["usage"]["completion_tokens"]
-    )
-    assert span.attributes["kvshare.recomputed"] == reply.json()["kvshare"]["recomputed"]
+    told = reply.json()
+    completed = span.attributes["gen_ai.usage.completion_tokens"]
+    assert completed == told["usage"]["completion_tokens"]
+    assert span.attributes["kvshare.recomputed"] == told["kvshare"]["recomputed"]
     assert span.end_time is not None and span.start_time is not None
     assert span.end_time > span.start_time
 
 
-def test_a_server_ends_when_its_requests_have(serve: Start) -> None:
+def test_a_server_ends_when_its_requests_have(serve: Start, beside: Executor) -> None:
     running = serve()
-    replies: list[Any] = []
-    long = {"max_tokens": 200, "ignore_eos": True}
-    asking = threading.Thread(target=lambda: replies.append(running.chat("The quick", **long)))
-    asking.start()
+    asking = beside.submit(running.chat, "The quick", max_tokens=200, ignore_eos=True)
     until(lambda: running.llm.stats()["queue"]["running"] == 1)
     running.server.should_exit = True
-    asking.join()
+    reply = asking.result()
     running.thread.join(30)
-    assert replies[0].status_code == 200
-    assert replies[0].json()["usage"]["completion_tokens"] == 200
+    assert reply.status_code == 200
+    assert reply.json()["usage"]["completion_tokens"] == 200
     assert not running.thread.is_alive()
 
 

@@ -6,12 +6,7 @@ import pytest
 
 from kvshare_mm.apps.server.pace import Pace
 
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from ...helpers import Clock
 
 
 def test_a_client_is_told_to_come_back_at_the_queues_pace() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,15 @@ import pytest
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.lines import Line
 
+from ...helpers import until
 from ...modalities import hostile
-from .conftest import ADMIN, Running, Start, until
+from .conftest import ADMIN, Running, Start, held, image_part
 
 _PNG = hostile.png(width=64, height=64)
 
 
 def picture(content: bytes = _PNG) -> list[dict[str, Any]]:
-    url = "data:image/png;base64," + base64.b64encode(content).decode()
-    parts = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": url}}]
-    return [{"role": "user", "content": parts}]
+    return [{"role": "user", "content": [{"type": "text", "text": "?"}, image_part(content)]}]
 
 
 def send(running: Running, path: str, body: Any) -> socket.socket:
@@ -152,16 +151,6 @@ def test_a_body_of_very_many_things_is_refused(
         assert reply.json()["error"]["param"].split(".")[0] == param
 
 
-def test_text_that_fits_is_tokenised_as_before(shared: Running) -> None:
-    reply = shared.ask("POST", "/tokenize", json={"prompt": "quick", "return_token_strs": True})
-    body = reply.json()
-    assert body["count"] == len(body["tokens"]) == len(body["token_strs"]) > 0
-    back = shared.ask("POST", "/detokenize", json={"tokens": body["tokens"]})
-    assert back.json() == {"prompt": "quick"}
-    wrong = shared.ask("POST", "/detokenize", json={"tokens": [-1]})
-    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "tokens"
-
-
 # -- media --------------------------------------------------------------------------------------
 
 
@@ -276,21 +265,12 @@ def test_health_tells_of_requests_that_are_not_prepared(serve: Start, name: str)
     until(lambda: running.ask("GET", "/health").status_code == 200)
 
 
-def test_health_tells_of_an_engine_that_does_not_move(serve: Start) -> None:
+def test_health_tells_of_an_engine_that_does_not_move(serve: Start, beside: Executor) -> None:
     running = serve(stall_after_s=0.3)
-    runner = running.llm._parts.runner
-    go, decode = threading.Event(), runner.decode
-
-    def hung(*arguments: Any) -> Any:
-        assert go.wait(60)
-        return decode(*arguments)
-
-    runner.decode = hung  # type: ignore[method-assign]
-    asking = threading.Thread(target=running.chat, args=("hello",))
-    asking.start()
-    until(lambda: stalled(running))
-    go.set()
-    asking.join(60)
+    with held(running):
+        asking = beside.submit(running.chat, "hello", ignore_eos=True)
+        until(lambda: stalled(running))
+    assert asking.result(60).status_code == 200
     assert running.ask("GET", "/health").status_code == 200
 
 
@@ -311,15 +291,10 @@ def test_a_prefill_that_takes_long_is_no_stall(serve: Start) -> None:
     del cache.update
 
 
-def test_nothing_to_do_is_no_stall(serve: Start) -> None:
+def test_nothing_to_do_and_a_slow_client_are_no_stall(serve: Start) -> None:
     running = serve(stall_after_s=0.05)
     time.sleep(0.2)
     assert running.ask("GET", "/health").status_code == 200
-    assert running.chat("hello", max_tokens=1).status_code == 200
-
-
-def test_waiting_for_a_slow_client_is_no_stall(serve: Start) -> None:
-    running = serve()
     body = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "max_tokens": 3}
     url = f"{running.url}/v1/chat/completions"
     with httpx2.stream("POST", url, json=body, timeout=60) as reply:

@@ -16,13 +16,18 @@ from kvshare_mm.apps.server.keys import Caller, KeyRing, add_key, digest
 from kvshare_mm.apps.server.scope import in_words, scope
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 
-from .conftest import ADMIN, Running, Start, until
+from ...helpers import until
+from .conftest import ADMIN, Running, Start
 
 _TEXT = "Laboratory report. Patient number 48210. Haemoglobin 148 g/L, sodium 141 mmol/L. Value?"
 
 
+Ring = tuple[Path, dict[str, str]]
+Keyed = tuple[Running, dict[str, str]]
+
+
 @pytest.fixture
-def ring(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+def ring(tmp_path: Path) -> Ring:
     """A file of keys, and the keys."""
     file = tmp_path / "keys.jsonl"
     return file, {
@@ -31,6 +36,12 @@ def ring(tmp_path: Path) -> tuple[Path, dict[str, str]]:
         "b": add_key(file, "shop-b"),
         "boss": add_key(file, "office", admin=True),
     }
+
+
+@pytest.fixture
+def keyed(serve: Start, ring: Ring) -> Keyed:
+    """A server that asks for those keys, and the keys."""
+    return serve(keys_file=ring[0], scope="tenant", admin_key=None), ring[1]
 
 
 def cached(running: Running, key: str | None = None, text: str = _TEXT, **fields: Any) -> int:
@@ -52,9 +63,8 @@ def timing_classes(running: Running) -> dict[str, float]:
     return {reuse: running.metric(name % reuse) for reuse in ("none", "exact", "similar")}
 
 
-def test_tenants_never_share(serve: Start, ring: tuple[Path, dict[str, str]]) -> None:
-    file, keys = ring
-    running = serve(keys_file=file, scope="tenant", admin_key=None)
+def test_tenants_never_share(keyed: Keyed) -> None:
+    running, keys = keyed
     assert cached(running, keys["a"]) == 0
     assert cached(running, keys["b"]) == 0  # the same prompt, another tenant
     assert timing_classes(running) == {"none": 2, "exact": 0, "similar": 0}
@@ -68,7 +78,7 @@ def test_tenants_never_share(serve: Start, ring: tuple[Path, dict[str, str]]) ->
 
 
 def test_the_log_says_whose_request_it_was(
-    serve: Start, ring: tuple[Path, dict[str, str]], caplog: pytest.LogCaptureFixture
+    serve: Start, ring: Ring, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     file, keys = ring
@@ -85,11 +95,8 @@ def test_the_log_says_whose_request_it_was(
     assert [fields.get("tenant") for fields in told()] == ["shop-b", None]
 
 
-def test_a_tenant_cannot_spell_its_way_to_another(
-    serve: Start, ring: tuple[Path, dict[str, str]]
-) -> None:
-    file, keys = ring
-    running = serve(keys_file=file, scope="tenant", admin_key=None)
+def test_a_tenant_cannot_spell_its_way_to_another(keyed: Keyed) -> None:
+    running, keys = keyed
     cached(running, keys["a"])
     for salt in ("shop-a", '["tenant", "shop-a", null]', '", "shop-a', "null"):
         assert cached(running, keys["b"], cache_salt=salt) == 0
@@ -135,9 +142,8 @@ def test_the_words_of_the_start_line() -> None:
     assert "ALL" in in_words("global") and "tenant" in in_words("tenant")
 
 
-def test_wrong_keys_are_401(serve: Start, ring: tuple[Path, dict[str, str]]) -> None:
-    file, keys = ring
-    running = serve(keys_file=file, scope="tenant", admin_key=None)
+def test_wrong_keys_are_401(keyed: Keyed) -> None:
+    running, keys = keyed
     for key in (None, "wrong", keys["a"] + "x", digest(keys["a"])):
         for method, path in (
             ("POST", "/v1/chat/completions"),
@@ -152,26 +158,20 @@ def test_wrong_keys_are_401(serve: Start, ring: tuple[Path, dict[str, str]]) -> 
             assert reply.headers["www-authenticate"] == "Bearer"
     assert running.ask("GET", "/health").status_code == 200
     assert running.ask("GET", "/v1/models", keys["a"]).status_code == 200
-
-
-def test_only_admins_see_the_cache(serve: Start, ring: tuple[Path, dict[str, str]]) -> None:
-    file, keys = ring
-    running = serve(keys_file=file, scope="tenant", admin_key=None)
+    # Of the right ones only an administrator's sees the cache.
     assert running.ask("GET", "/v1/cache", keys["a"]).status_code == 403
     assert running.ask("GET", "/v1/cache", keys["boss"]).status_code == 200
 
 
-def test_without_a_file_only_the_admin_key_does(serve: Start) -> None:
-    running = serve()
-    assert running.chat("x").status_code == 200
-    assert running.ask("GET", "/v1/cache").status_code == 403
-    assert running.ask("GET", "/v1/cache", "wrong").status_code == 403
-    assert running.ask("GET", "/v1/cache", ADMIN).status_code == 200
+def test_without_a_file_only_the_admin_key_does(shared: Running) -> None:
+    assert shared.chat("x").status_code == 200
+    statuses = [shared.ask("GET", "/v1/cache", key).status_code for key in (None, "wrong", ADMIN)]
+    assert statuses == [403, 403, 200]
 
 
-def test_a_deleted_line_ends_a_key(serve: Start, ring: tuple[Path, dict[str, str]]) -> None:
-    file, keys = ring
-    running = serve(keys_file=file, scope="tenant", admin_key=None)
+def test_a_deleted_line_ends_a_key(ring: Ring, keyed: Keyed) -> None:
+    file, _ = ring
+    running, keys = keyed
     assert running.ask("GET", "/v1/models", keys["a"]).status_code == 200
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(line for line in lines if digest(keys["a"]) not in line))
@@ -182,7 +182,7 @@ def test_a_deleted_line_ends_a_key(serve: Start, ring: tuple[Path, dict[str, str
 
 
 def test_a_key_ends_whatever_the_file_looks_like_from_outside(
-    ring: tuple[Path, dict[str, str]],
+    ring: Ring,
 ) -> None:
     """As copying with preserved times leaves it: as old and as large as before."""
     file, keys = ring
@@ -196,7 +196,7 @@ def test_a_key_ends_whatever_the_file_looks_like_from_outside(
 
 
 def test_a_file_that_could_not_be_read_for_a_moment_is_read_later(
-    ring: tuple[Path, dict[str, str]],
+    ring: Ring,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -218,7 +218,7 @@ def test_a_file_that_could_not_be_read_for_a_moment_is_read_later(
     assert known.problem is None
 
 
-def test_a_key_is_added_behind_a_line_that_has_no_end(ring: tuple[Path, dict[str, str]]) -> None:
+def test_a_key_is_added_behind_a_line_that_has_no_end(ring: Ring) -> None:
     file, keys = ring
     file.write_text(file.read_text().rstrip("\n"))
     new = add_key(file, "shop-c")
@@ -228,7 +228,7 @@ def test_a_key_is_added_behind_a_line_that_has_no_end(ring: tuple[Path, dict[str
         assert caller is not None and caller.tenant == tenant
 
 
-def test_the_file_keeps_no_keys(ring: tuple[Path, dict[str, str]]) -> None:
+def test_the_file_keeps_no_keys(ring: Ring) -> None:
     file, keys = ring
     text = file.read_text()
     assert not any(key in text for key in keys.values())
