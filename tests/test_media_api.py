@@ -127,12 +127,9 @@ def test_provenance_tells_of_media(open_media: Callable[..., KVShare]) -> None:
     told = output.to_dict()["provenance"]["media"]
     assert [m["content_hash"] for m in told] == [u.content_hash for u in output.provenance.media]
     assert all(len(m["content_hash"]) == 16 for m in told)
-
-
-def test_the_first_frame_is_said_to_be_seen(open_media: Callable[..., KVShare]) -> None:
     frames = [picture(seed=i) for i in range(3)]
     data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
-    output = open_media().chat(user({"type": "image", "image": data}, "?"), PARAMS)
+    output = llm.chat(user({"type": "image", "image": data}, "?"), PARAMS)
     assert output.provenance.media[0].notes == ("the first of 3 frames",)
 
 
@@ -162,7 +159,6 @@ def test_all_ways_to_send_a_clip_are_one(
     open_media: Callable[..., KVShare], tmp_path: Path
 ) -> None:
     llm = open_media("qwen2_audio")
-    data = recorded(tone(0.7), subtype="PCM_16")
     file = tmp_path / "clip.flac"
     samples = (tone(0.7) * 32768).astype("int16")
     data = recorded(samples, subtype="PCM_16")
@@ -259,8 +255,15 @@ def test_more_pictures_than_the_context_holds(open_media: Callable[..., KVShare]
 def test_paths_can_be_forbidden(open_media: Callable[..., KVShare], tmp_path: Path) -> None:
     file = tmp_path / "photo.png"
     file.write_bytes(encoded(picture()))
-    with pytest.raises(InvalidRequestError, match="may not be read"):
-        open_media(local_media=False).chat(user({"type": "image", "image": file}, "?"))
+    llm = open_media(local_media=False)
+    for part in (
+        {"type": "image", "image": file},
+        {"type": "image_url", "image_url": {"url": str(file)}},
+        {"type": "image_url", "image_url": {"url": f"file://{file}"}},
+    ):
+        with pytest.raises(InvalidRequestError, match="may not be read"):
+            llm.chat(user(part, "?"))
+    assert llm.chat(user(image(), "?"), PARAMS).finish_reason == "length"
 
 
 def test_limits_are_options(open_media: Callable[..., KVShare]) -> None:
@@ -294,9 +297,6 @@ def test_similar_pictures_are_shown(open_media: Callable[..., KVShare], clip_fol
     assert caught.value.field == "part.image"
     assert llm.cache.clear() == 2
     assert llm.similar_media(image(0)) == []
-
-
-def test_without_an_embedder_there_is_no_similarity(open_media: Callable[..., KVShare]) -> None:
     with pytest.raises(ConfigError, match="media_embedder"):
         open_media().similar_media(image())
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -101,38 +103,37 @@ def test_a_full_disk_costs_durability_only(
     assert events(open_llm(store_dir=tmp_path))["restored"] == 1
 
 
-def test_a_lookup_that_raises(open_llm: OpenLLM, full: RequestOutput) -> None:
+@pytest.mark.parametrize(
+    ("place", "error", "fallback"),
+    [
+        ("reuse.catalogue.find", RuntimeError("a bug in an index"), "lookup_error"),
+        ("store.get", MemoryError(), "edit_error"),
+    ],
+    ids=["lookup", "edit"],
+)
+def test_a_bug_in_the_cache_costs_the_reuse_only(
+    open_llm: OpenLLM,
+    full: RequestOutput,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    error: Exception,
+    fallback: str,
+) -> None:
     llm = open_llm()
     llm.generate(_DONOR, _PARAMS)
     llm.flush()
-    assert llm._parts.donors is not None
-
-    def broken(*args: Any) -> None:
-        raise RuntimeError("a bug in an index")
-
-    llm._parts.donors.reuse.catalogue.find = broken  # type: ignore[assignment, method-assign]
+    *path, name = place.split(".")
+    monkeypatch.setattr(
+        attrgetter(".".join(path))(llm._parts.donors), name, Mock(side_effect=error)
+    )
     output = llm.generate(_TARGET, _PARAMS)
     assert output.token_ids == full.token_ids
-    assert output.provenance.fallback == output.provenance.declined == "lookup_error"
-    assert output.provenance.recomputed == len(output.prompt_token_ids)
-    assert events(llm)["lookup_error"] == 1
-    assert llm.stats()["requests"]["fallback_lookup_error"] == 1
-
-
-def test_an_edit_that_raises(open_llm: OpenLLM, full: RequestOutput) -> None:
-    llm = open_llm()
-    llm.generate(_DONOR, _PARAMS)
-    llm.flush()
-    assert llm._parts.donors is not None
-
-    def broken(*args: Any) -> None:
-        raise MemoryError
-
-    llm._parts.donors.store.get = broken  # type: ignore[assignment, method-assign]
-    output = llm.generate(_TARGET, _PARAMS)
-    assert output.token_ids == full.token_ids
-    assert output.provenance.fallback == "edit_error"
-    assert llm.stats()["requests"]["fallback_edit_error"] == 1
+    assert output.provenance.fallback == fallback
+    assert llm.stats()["requests"][f"fallback_{fallback}"] == 1
+    if fallback == "lookup_error":  # what a plan was not made for is computed in full
+        assert output.provenance.declined == fallback
+        assert output.provenance.recomputed == len(output.prompt_token_ids)
+        assert events(llm)["lookup_error"] == 1
 
 
 def test_more_donors_than_memory(open_llm: OpenLLM) -> None:
