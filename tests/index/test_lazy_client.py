@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -91,21 +92,10 @@ def test_threads_that_wait_for_a_failing_connection_do_not_try_again() -> None:
         raise OSError("timeout")
 
     client = LazyClient("the server", connect, lambda _: None, 60)
-    failures: list[IndexUnavailableError] = []
-
-    def work() -> None:
-        try:
-            use(client)
-        except IndexUnavailableError as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    threads[0].start()
-    entered.wait()
-    for thread in threads[1:]:
-        thread.start()
-    go_on.set()
-    for thread in threads:
-        thread.join()
-    assert len(failures) == 4
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(use, client)]
+        entered.wait()
+        asked += [pool.submit(use, client) for _ in range(3)]
+        go_on.set()
+    assert all(isinstance(each.exception(), IndexUnavailableError) for each in asked)
     assert len(attempts) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +34,28 @@ def embedding(number: int) -> np.ndarray:
     return vector
 
 
+Open = Callable[..., MilvusIndex]
+
+
 @pytest.fixture
-def index(tmp_path: Path) -> Iterator[MilvusIndex]:
-    opened = MilvusIndex(str(tmp_path / "deep" / "index.db"), DIM, "embedder")
-    yield opened
-    opened.close()
+def open_index(tmp_path: Path) -> Iterator[Open]:
+    """Opens indices, of one file unless told otherwise; closed after the test."""
+    opened: list[MilvusIndex] = []
+
+    def make(
+        uri: str = str(tmp_path / "deep" / "index.db"), embedder: str = "embedder", **options: float
+    ) -> MilvusIndex:
+        opened.append(MilvusIndex(uri, DIM, embedder, **options))  # type: ignore[arg-type]
+        return opened[-1]
+
+    yield make
+    for index in opened:
+        index.close()
+
+
+@pytest.fixture
+def index(open_index: Open) -> MilvusIndex:
+    return open_index()
 
 
 def dense(index: MilvusIndex, number: int, limit: int = 3, namespace: str = "ns") -> list[str]:
@@ -78,13 +95,12 @@ def test_both_searches_rank_and_stay_in_the_namespace(index: MilvusIndex, flushe
     assert dense(index, 5, limit=0) == []
 
 
-def test_flushing_on_the_way_loses_nothing(tmp_path: Path) -> None:
-    index = MilvusIndex(str(tmp_path / "index.db"), DIM, "embedder", flush_every=3)
+def test_flushing_on_the_way_loses_nothing(open_index: Open) -> None:
+    index = open_index(flush_every=3)
     for i in range(10):
         index.add([record(i)])
         assert sparse(index, i)[0] == dense(index, i)[0] == f"node-{i}"
     assert index.ids() == {f"node-{i}" for i in range(10)}
-    index.close()
 
 
 def test_removed_nodes_are_gone(index: MilvusIndex) -> None:
@@ -116,28 +132,26 @@ def test_prompts_too_short_for_an_ngram_are_kept(index: MilvusIndex) -> None:
     assert index.ids() == {"tiny", "empty"}
 
 
-def test_what_was_added_survives_closing(tmp_path: Path) -> None:
-    path = str(tmp_path / "index.db")
-    first = MilvusIndex(path, DIM, "embedder")
+def test_what_was_added_survives_closing(open_index: Open) -> None:
+    first = open_index()
     first.add([record(i) for i in range(5)])
     first.close()
     with pytest.raises(IndexUnavailableError, match="closed"):
         first.ids()
-    second = MilvusIndex(path, DIM, "embedder")
+    second = open_index()
     second.wait_ready()
     assert second.ids() == {f"node-{i}" for i in range(5)}
     assert sparse(second, 2)[0] == dense(second, 2)[0] == "node-2"
-    second.close()
 
 
-def test_two_users_of_one_file_in_a_process_do_not_close_it_on_each_other(tmp_path: Path) -> None:
-    path = str(tmp_path / "index.db")
-    one, two = (MilvusIndex(path, DIM, "embedder") for _ in range(2))
+def test_two_users_of_one_file_in_a_process_do_not_close_it_on_each_other(
+    open_index: Open,
+) -> None:
+    one, two = open_index(), open_index()
     one.add([record(1)])
     assert two.ids() == {"node-1"}
     one.close()
     assert two.ids() == {"node-1"}
-    two.close()
 
 
 def test_reconcile_adds_what_is_missing_and_removes_the_rest(index: MilvusIndex) -> None:
@@ -158,57 +172,49 @@ def test_namespaces_made_to_collide_are_two(index: MilvusIndex) -> None:
 
 
 def test_another_embedder_or_version_starts_afresh(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_index: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = str(tmp_path / "index.db")
-    old = MilvusIndex(path, DIM, "embedder")
+    old = open_index()
     old.add([record(1)])
     old.close()
-    other = MilvusIndex(path, DIM, "another embedder")
+    other = open_index(embedder="another embedder")
     assert other.ids() == set()
     assert other.reconcile([record(2)]) == (1, 0)
     other.close()
     monkeypatch.setattr(milvus_rows, "SCHEMA_VERSION", milvus_rows.SCHEMA_VERSION + 1)
-    newer = MilvusIndex(path, DIM, "another embedder")
+    newer = open_index(embedder="another embedder")
     assert newer.collection != other.collection
     assert newer.ids() == set()
     newer.close()
     monkeypatch.undo()
     # The first was dropped when the file got another owner.
-    again = MilvusIndex(path, DIM, "embedder")
-    assert again.ids() == set()
-    again.close()
+    assert open_index().ids() == set()
 
 
-def test_an_unreachable_server_is_one_short_failure() -> None:
+def test_an_unreachable_server_is_one_short_failure(open_index: Open) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    index = MilvusIndex(f"http://127.0.0.1:{port}", DIM, "embedder", timeout=0.5, retry_after=60)
+    index = open_index(f"http://127.0.0.1:{port}", timeout=0.5, retry_after=60)
     with pytest.raises(IndexUnavailableError, match="search dense") as info:
         dense(index, 1)
     assert info.value.__cause__ is not None
     for call in (index.ids, index.flush, index.wait_ready, lambda: index.add([record(1)])):
         with pytest.raises(IndexUnavailableError, match="left alone"):
             call()
-    index.close()
 
 
-def test_a_server_that_never_answers_is_given_up() -> None:
+def test_a_server_that_never_answers_is_given_up(open_index: Open) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        index = MilvusIndex(f"http://127.0.0.1:{port}", DIM, "embedder", timeout=0.5)
+        index = open_index(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.5)
         with pytest.raises(IndexUnavailableError):
             sparse(index, 1)
-        index.close()
 
 
-def test_a_file_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_unavailable(open_index: Open, tmp_path: Path) -> None:
     (tmp_path / "index.db").write_text("not a folder")
-    index = MilvusIndex(str(tmp_path / "index.db"), DIM, "embedder")
     with pytest.raises(IndexUnavailableError):
-        index.ids()
-    index.close()
+        open_index(str(tmp_path / "index.db")).ids()
 
 
 def test_wrong_arguments_are_refused_at_once(tmp_path: Path) -> None:

@@ -20,10 +20,8 @@ def keys(tokens: list[int]) -> np.ndarray:
 
 
 def common_blocks(a: list[int], b: list[int], block: int) -> int:
-    shared = 0
-    while shared < min(len(a), len(b)) and a[shared] == b[shared]:
-        shared += 1
-    return shared // block
+    shared = [x == y for x, y in zip(a, b, strict=False)]
+    return [*shared, False].index(False) // block
 
 
 prompts = st.lists(st.integers(0, 1), max_size=12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,10 +51,15 @@ def on_triton(case: Case, tile: Tile = SMALL, splits: int = 1) -> torch.Tensor:
     )
 
 
-def on_torch(case: Case) -> torch.Tensor:
+def on(backend: str, case: Case) -> torch.Tensor:
     return dispatch.partial_attention(
-        case.query, case.key, case.value, case.batch, case.scale, "torch"
+        case.query, case.key, case.value, case.batch, case.scale, backend
     )
+
+
+def check_both(case: Case, tile: Tile = SMALL, splits: int = 1) -> None:
+    check(case, on_triton(case, tile, splits))
+    check(case, on("torch", case))
 
 
 RAGGED = [[0, 3, 4, 5, 17, 40], [], [11], list(range(21)), [29, 30, 31, 32]]
@@ -63,15 +69,13 @@ RAGGED = [[0, 3, 4, 5, 17, 40], [], [11], list(range(21)), [29, 30, 31, 32]]
 @pytest.mark.parametrize("page_size", [None, 16, 32, 48, 128])
 def test_every_dtype_and_page_size(dtype: torch.dtype, page_size: int | None) -> None:
     case = make_case(RAGGED, page_size=page_size, dtype=dtype)
-    check(case, on_triton(case))
-    check(case, on_torch(case))
+    check_both(case)
 
 
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (3, 1), (3, 3), (1, 8), (2, 7), (1, 40)])
 def test_every_head_layout(kv_heads: int, group: int) -> None:
     case = make_case([[2, 9, 10, 11], [0]], kv_heads=kv_heads, group=group)
-    check(case, on_triton(case))
-    check(case, on_torch(case))
+    check_both(case)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +83,7 @@ def test_every_head_layout(kv_heads: int, group: int) -> None:
 )
 def test_every_head_dim(dim: int, value_dim: int) -> None:
     case = make_case([[0, 7, 18]], kv_heads=1, dim=dim, value_dim=value_dim)
-    check(case, on_triton(case))
-    check(case, on_torch(case))
+    check_both(case)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +102,7 @@ def test_every_head_dim(dim: int, value_dim: int) -> None:
 @pytest.mark.parametrize("tile", [SMALL, WIDE], ids=["16x16", "32x64"])
 def test_every_pattern(index: list[int], tile: Tile) -> None:
     case = make_case([index])
-    check(case, on_triton(case, tile))
-    check(case, on_torch(case))
+    check_both(case, tile)
 
 
 @pytest.mark.parametrize("splits", [2, 4, 7])
@@ -141,9 +143,7 @@ def _cases(draw: st.DrawFn) -> tuple[Case, Tile, int]:
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=_cases())
 def test_any_shape(drawn: tuple[Case, Tile, int]) -> None:
-    case, tile, splits = drawn
-    check(case, on_triton(case, tile, splits))
-    check(case, on_torch(case))
+    check_both(*drawn)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -151,15 +151,11 @@ def test_a_later_key_weighs_nothing(backend: str) -> None:
     """Keys between two queries scream; the earlier query, in the same tile, must not hear."""
     case = make_case([[5, 40]], group=1)
     case.query[1] = case.query[0]
-    quiet = dispatch.partial_attention(
-        case.query, case.key, case.value, case.batch, case.scale, backend
-    )
+    quiet = on(backend, case)
     page = case.table[0, 0]
     case.key[page, :, 6:41] = 1000.0 * case.query[0][:, None]
     case.value[page, :, 6:41] = 1e6
-    loud = dispatch.partial_attention(
-        case.query, case.key, case.value, case.batch, case.scale, backend
-    )
+    loud = on(backend, case)
     torch.testing.assert_close(loud[0], quiet[0], atol=1e-6, rtol=0)
     assert (loud[1] > 1e5).all()
 
@@ -168,10 +164,7 @@ def test_a_later_key_weighs_nothing(backend: str) -> None:
 def test_a_nan_that_is_seen_is_shown(backend: str) -> None:
     case = make_case([[5, 40]])
     case.value[case.table[0, 0], :, 20] = float("nan")
-    out = dispatch.partial_attention(
-        case.query, case.key, case.value, case.batch, case.scale, backend
-    )
-    assert out[1].isnan().all()
+    assert on(backend, case)[1].isnan().all()
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -181,10 +174,7 @@ def test_strides_do_not_matter(backend: str) -> None:
     query = case.query.transpose(0, 1).contiguous().transpose(0, 1)
     key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (case.key, case.value))
     assert not query.is_contiguous() and not key.is_contiguous()
-    check(
-        case,
-        dispatch.partial_attention(query, key, value, case.batch, case.scale, backend),
-    )
+    check(case, on(backend, replace(case, query=query, key=key, value=value)))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -120,12 +120,15 @@ def test_a_folder(folder: Path) -> None:
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("w5 w9")) == "w5 w9"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtypes(folder: Path, dtype: str) -> None:
-    loaded = load_model(str(folder), dtype=dtype)
-    assert loaded.dtype == getattr(torch, dtype)
-    assert {p.dtype for p in loaded.model.parameters()} == {loaded.dtype}
-    assert loaded.unsupported is None
+def test_dtypes(folder: Path) -> None:
+    fingerprints = set()
+    for dtype in ("float32", "bfloat16", "float16"):
+        loaded = load_model(str(folder), dtype=dtype)
+        assert loaded.dtype == getattr(torch, dtype)
+        assert {p.dtype for p in loaded.model.parameters()} == {loaded.dtype}
+        assert loaded.unsupported is None
+        fingerprints.add(loaded.fingerprint)
+    assert len(fingerprints) == 3
 
 
 def test_auto_is_a_dtype_of_weights(folder: Path, changed: Callable[[Change], str]) -> None:
@@ -202,7 +205,6 @@ BROKEN: dict[str, Change] = {
     "a size that is no number": _config(hidden_size="large"),
     "sizes that do not fit the weights": _config(intermediate_size=100),
     "more layers than weights": _config(num_hidden_layers=5),
-    "a weight is missing": _weights(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
     "cut weights": lambda p: (p / "model.safetensors").write_bytes(
         (p / "model.safetensors").read_bytes()[:-64]
     ),
@@ -225,8 +227,10 @@ def test_broken_folders(changed: Callable[[Change], str], name: str) -> None:
 
 def test_a_weight_that_is_missing_is_named(changed: Callable[[Change], str]) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
-    with pytest.raises(ModelLoadError, match=name):
-        load_model(changed(_weights(lambda t: t.pop(name))))
+    path = changed(_weights(lambda t: t.pop(name)))
+    with pytest.raises(ModelLoadError, match=name) as caught:
+        load_model(path)
+    assert path in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -306,11 +310,6 @@ def test_another_model_has_another_fingerprint(
 ) -> None:
     was = load_model(str(folder), dtype="float32").fingerprint
     assert load_model(changed(DIFFERENT[name]), dtype="float32").fingerprint != was
-
-
-def test_every_dtype_has_its_own_fingerprint(folder: Path) -> None:
-    dtypes = ("float32", "bfloat16", "float16")
-    assert len({load_model(str(folder), dtype=d).fingerprint for d in dtypes}) == 3
 
 
 # -- GGUF -----------------------------------------------------------------------------------
