@@ -41,7 +41,7 @@ def test_get_protects_from_eviction_and_peek_does_not(make_stored):
         tier.put(nodes["b"])
         getattr(tier, read)("a")
         assert tier.put(nodes["c"]) == evicted
-        assert evicted[0] not in tier
+        assert evicted[0] not in tier and tier.peek(evicted[0]) is None
         assert tier.num_bytes == 2 * size
 
 
