@@ -298,16 +298,6 @@ def test_bench_reuse(run: Run, tiny_folder: Path, pairs: Path, tmp_path: Path) -
     assert report["methods"]["kvshare"]["computed_share"] < 1
 
 
-def test_bench_reuse_with_chosen_methods(run: Run, tiny_folder: Path, pairs: Path) -> None:
-    result = run("bench", "reuse", "--pairs", pairs, "--model", tiny_folder, "--repeats", "1",
-                 "--max-new-tokens", "2", "--limit", "1",
-                 "--methods", "repair=window:2,prefix")  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "1 pairs" in result.output
-    assert "repair=window:2" in result.output
-    assert "epic" not in result.output
-
-
 def test_bench_reuse_says_what_is_wrong(
     run: Run, tiny_folder: Path, pairs: Path, tmp_path: Path
 ) -> None:

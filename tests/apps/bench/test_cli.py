@@ -106,11 +106,12 @@ def test_other_settings_do_not_go_on(
 ) -> None:
     out = tmp_path / "r.json"
     (tmp_path / "r.json.partial").write_text('{"key": "settings", "result": "other"}\n')
-    report, _ = measured(
+    report, shown = measured(
         bench, out, "reuse", "--pairs", pairs_file, "--model", tiny_folder, "--repeats", 1,
-        "--max-new-tokens", 2, "--methods", "prefix", "--layers",
+        "--max-new-tokens", 2, "--limit", 2, "--methods", "repair=window:2,prefix", "--layers",
     )  # fmt: skip
-    assert report["pairs"] == 3
+    assert report["pairs"] == 2 and "2 pairs" in shown
+    assert "repair=window:2" in shown and "epic" not in shown
 
 
 def test_hitrate_needs_no_model(

@@ -6,7 +6,7 @@ import base64
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,21 @@ class Running:
     def chat(self, text: str, key: str | None = None, **fields: Any) -> httpx2.Response:
         body = {"messages": [{"role": "user", "content": text}], "max_tokens": 4, "temperature": 0}
         return self.ask("POST", "/v1/chat/completions", key, json={**body, **fields})
+
+    def stream(
+        self, key: str | None = None, **fields: Any
+    ) -> AbstractContextManager[httpx2.Response]:
+        """A chat whose answer is read piece by piece, or not at all."""
+        body = {"messages": [{"role": "user", "content": "The quick brown fox"}], **fields}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        url = f"{self.url}/v1/chat/completions"
+        return httpx2.stream(
+            "POST", url, json={**body, "stream": True}, headers=headers, timeout=60
+        )
+
+    @property
+    def idle(self) -> bool:
+        return bool(self.llm.stats()["queue"] == {"waiting": 0, "running": 0})
 
     def metric(self, line: str) -> float:
         """The value of a line of /metrics that begins so; 0 if there is none."""

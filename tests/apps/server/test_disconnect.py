@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from ...helpers import until
-from .conftest import Running, Start
+from .conftest import Start
 
 _CHAT = "/v1/chat/completions"
 _LONG = {
@@ -20,14 +20,6 @@ _LONG = {
     "ignore_eos": True,
     "temperature": 0,
 }
-
-
-def idle(running: Running) -> bool:
-    return running.llm.stats()["queue"] == {"waiting": 0, "running": 0}
-
-
-def generated(running: Running) -> int:
-    return int(running.llm.stats()["requests"].get("generation_tokens", 0))
 
 
 def test_within_a_decode_step_of_a_stream(serve: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -45,16 +37,14 @@ def test_within_a_decode_step_of_a_stream(serve: Start, caplog: pytest.LogCaptur
         return decode(*arguments)  # type: ignore[arg-type]
 
     runner.decode = counted  # type: ignore[method-assign, assignment]
-    with httpx2.stream(
-        "POST", running.url + _CHAT, json={**_LONG, "stream": True}, timeout=60
-    ) as reply:
+    with running.stream(**_LONG) as reply:
         lines = (line for line in reply.iter_lines() if line.startswith("data: "))
         while not json.loads(next(lines)[6:])["choices"][0]["delta"].get("content"):
             pass
         until(lambda: steps == 5)
     until(lambda: " 499 " in caplog.text)
     step.release()  # the step that is under way when the client goes
-    until(lambda: idle(running))
+    until(lambda: running.idle)
     step.release()
     assert steps <= 6
     assert running.llm.stats()["requests"]["finished_abort"] == 1
@@ -66,9 +56,10 @@ def test_of_a_whole_answer(serve: Start) -> None:
     running = serve({"max_num_seqs": 1})
     with pytest.raises(httpx2.ReadTimeout):
         httpx2.post(running.url + _CHAT, json=_LONG, timeout=0.15)
-    until(lambda: idle(running))
-    assert running.llm.stats()["requests"]["finished_abort"] == 1
-    assert generated(running) < 400
+    until(lambda: running.idle)
+    told = running.llm.stats()["requests"]
+    assert told["finished_abort"] == 1
+    assert told.get("generation_tokens", 0) < 400
     gone = f'kvshare:http_requests_total{{route="{_CHAT}",status="499"'
     until(lambda: running.metric(gone) == 1)
 
@@ -82,7 +73,7 @@ def test_of_a_request_that_waits(serve: Start, beside: Executor, stream: bool) -
         httpx2.post(running.url + _CHAT, json={**_LONG, "stream": stream}, timeout=0.15)
     until(lambda: running.llm.stats()["queue"]["waiting"] == 0)
     first.result()
-    until(lambda: idle(running))
+    until(lambda: running.idle)
     seen = running.llm.stats()["requests"]
     assert seen["requests"] == 1  # the second one was never started
     assert seen["finished_abort"] == 1
@@ -90,12 +81,7 @@ def test_of_a_request_that_waits(serve: Start, beside: Executor, stream: bool) -
 
 def test_of_one_request_with_several_answers(serve: Start) -> None:
     running = serve({"max_num_seqs": 2})
-    with httpx2.stream(
-        "POST",
-        running.url + _CHAT,
-        json={**_LONG, "stream": True, "n": 4},
-        timeout=60,
-    ) as reply:
+    with running.stream(**_LONG, n=4) as reply:
         next(reply.iter_lines())
-    until(lambda: idle(running))
+    until(lambda: running.idle)
     assert running.llm.stats()["requests"]["finished_abort"] == 4

@@ -173,7 +173,7 @@ def test_an_answer_that_takes_too_long_is_408(serve: Start) -> None:
     events = running.chat("The quick", stream=True, **long).text.split("\n\n")
     assert json.loads(events[-3].removeprefix("data: "))["error"]["type"] == "timeout_error"
     assert events[-2] == "data: [DONE]"
-    until(lambda: running.llm.stats()["queue"] == {"waiting": 0, "running": 0})
+    until(lambda: running.idle)
 
 
 def test_a_full_queue_is_429(serve: Start, beside: Executor) -> None:

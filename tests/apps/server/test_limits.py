@@ -12,7 +12,6 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -247,9 +246,7 @@ def test_a_stream_that_nobody_reads_is_paid_for(
 
     monkeypatch.setattr(Generation, "_events", unread)
     running, key, _ = limited(output_tokens_per_minute=60)
-    body = {"messages": [{"role": "user", "content": "x"}], "ignore_eos": True, "stream": True}
-    url, headers = f"{running.url}/v1/chat/completions", {"Authorization": f"Bearer {key}"}
-    with httpx2.stream("POST", url, json=body, headers=headers, timeout=60):
+    with running.stream(key, ignore_eos=True):
         until(lambda: tokens_left(running, key) < 40)
 
 
@@ -263,7 +260,7 @@ def test_a_client_that_leaves_pays_for_its_whole_prompt(limited: Limited) -> Non
         stream = client.chat.completions.create(model="tiny", messages=dense, stream=True)
         next(iter(stream))
         stream.close()
-    until(lambda: running.llm.stats()["queue"] == {"waiting": 0, "running": 0})
+    until(lambda: running.idle)
     assert tokens_left(running, key) < 600 - size + 30
     for streamed in (False, True):
         reply = running.chat("", key, messages=dense * 2, stream=streamed)

@@ -22,8 +22,14 @@ def offline(llm: KVShare, **params: Any) -> RequestOutput:
     return llm.chat(_MESSAGES, SamplingParams(**{"max_tokens": 8, **params}), _ALONE)
 
 
+def chat(running: Running, **fields: Any) -> Any:
+    """What OpenAI's client makes of a chat; fields that it does not know go in `extra_body`."""
+    asked = {"messages": _MESSAGES, **_GREEDY, **fields}
+    return running.client().chat.completions.create(**asked)
+
+
 def test_a_chat_answers_as_the_engine_does(shared: Running) -> None:
-    reply = shared.client().chat.completions.create(messages=_MESSAGES, **_GREEDY)
+    reply = chat(shared)
     expected = offline(shared.llm)
     [choice] = reply.choices
     assert choice.message.content == expected.text
@@ -31,91 +37,72 @@ def test_a_chat_answers_as_the_engine_does(shared: Running) -> None:
     assert choice.finish_reason == expected.finish_reason
     assert reply.object == "chat.completion" and reply.model == "tiny"
     assert reply.id.startswith("chatcmpl-")
-    assert reply.usage is not None
     assert reply.usage.prompt_tokens == len(expected.prompt_token_ids)
     assert reply.usage.completion_tokens == len(expected.token_ids)
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
 
 
 def test_a_streamed_chat_adds_up_to_the_whole_one(shared: Running) -> None:
-    chunks = list(
-        shared.client().chat.completions.create(
-            messages=_MESSAGES, stream=True, stream_options={"include_usage": True}, **_GREEDY
-        )
-    )
+    chunks = list(chat(shared, stream=True, stream_options={"include_usage": True}))
     expected = offline(shared.llm)
     *pieces, last, counted = chunks
     assert pieces[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in (*pieces, last)) == expected.text
     assert [c.choices[0].finish_reason for c in pieces] == [None] * len(pieces)
     assert last.choices[0].finish_reason == expected.finish_reason
-    assert last.model_extra is not None and last.model_extra["kvshare"]["recomputed"] > 0
+    assert last.model_extra["kvshare"]["recomputed"] > 0
     assert all(c.usage is None for c in (*pieces, last))
-    assert counted.choices == [] and counted.usage is not None
+    assert counted.choices == []
     assert counted.usage.completion_tokens == len(expected.token_ids)
     assert len({c.id for c in chunks}) == 1
-    *_, last = shared.client().chat.completions.create(messages=_MESSAGES, stream=True, **_GREEDY)
+    *_, last = chat(shared, stream=True)
     assert last.choices[0].finish_reason is not None and last.usage is None  # not asked for
 
 
 def test_cached_tokens_tell_the_truth(shared: Running) -> None:
     salt = {"cache_salt": "cached-tokens"}
-    client = shared.client()
-    first = client.chat.completions.create(messages=_MESSAGES, extra_body=salt, **_GREEDY)
+    first = chat(shared, extra_body=salt)
     shared.llm.flush()
-    second = client.chat.completions.create(messages=_MESSAGES, extra_body=salt, **_GREEDY)
+    second = chat(shared, extra_body=salt)
     for reply, some in ((first, False), (second, True)):
-        assert reply.usage is not None and reply.usage.prompt_tokens_details is not None
-        assert reply.model_extra is not None
         told = reply.model_extra["kvshare"]
         cached = reply.usage.prompt_tokens_details.cached_tokens
         assert cached == told["exact"] + told["reused"]
         assert (cached or 0) > 0 if some else cached == 0
         assert told["exact"] + told["reused"] + told["recomputed"] == reply.usage.prompt_tokens
-    assert second.model_extra is not None
-    assert second.model_extra["kvshare"]["exact"] == second.usage.prompt_tokens - 1  # type: ignore[union-attr]
+    assert second.model_extra["kvshare"]["exact"] == second.usage.prompt_tokens - 1
     assert second.model_extra["kvshare"]["donors"]
     assert second.choices[0].message.content == first.choices[0].message.content
 
 
 def test_requests_choose_how_they_reuse(shared: Running) -> None:
     salt = {"cache_salt": "per-request"}
-    client = shared.client()
-    client.chat.completions.create(messages=_MESSAGES, extra_body=salt, **_GREEDY)
+    chat(shared, extra_body=salt)
     shared.llm.flush()
-    alone = client.chat.completions.create(
-        messages=_MESSAGES,
-        extra_body={**salt, "kvshare": {"reuse": "off", "spans": True}},
-        **_GREEDY,
-    )
-    assert alone.model_extra is not None
+    alone = chat(shared, extra_body={**salt, "kvshare": {"reuse": "off", "spans": True}})
     told = alone.model_extra["kvshare"]
     assert (told["exact"], told["declined"]) == (0, "reuse_off")
     assert [span["kind"] for span in told["spans"]] == ["recomputed"]
 
 
 def test_several_choices_differ_and_repeat(shared: Running) -> None:
-    client = shared.client()
-    asked: dict[str, Any] = {"model": "tiny", "messages": _MESSAGES, "max_tokens": 12, "n": 3,
-                             "seed": 7, "temperature": 1.5}  # fmt: skip
-    first = client.chat.completions.create(**asked)
+    asked = {"max_tokens": 12, "n": 3, "seed": 7, "temperature": 1.5}
+    first = chat(shared, **asked)
     texts = [choice.message.content for choice in first.choices]
     assert [choice.index for choice in first.choices] == [0, 1, 2]
     assert len(set(texts)) > 1
     streamed = [""] * 3
-    for chunk in client.chat.completions.create(stream=True, **asked):
+    for chunk in chat(shared, stream=True, **asked):
         for choice in chunk.choices:
             streamed[choice.index] += choice.delta.content or ""
     assert streamed == texts
-    assert first.usage is not None
     assert first.usage.prompt_tokens == len(offline(shared.llm).prompt_token_ids)
-    assert first.model_extra is not None and len(first.model_extra["kvshare"]["choices"]) == 3
+    assert len(first.model_extra["kvshare"]["choices"]) == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_log_probabilities_are_the_engines(shared: Running, stream: bool) -> None:
-    asked = {**_GREEDY, "messages": _MESSAGES, "logprobs": True, "top_logprobs": 2}
-    reply = shared.client().chat.completions.create(stream=stream, **asked)  # type: ignore[call-overload]
+    reply = chat(shared, stream=stream, logprobs=True, top_logprobs=2)
     found = []
     for part in reply if stream else [reply]:
         if part.choices[0].logprobs is not None:
@@ -130,10 +117,7 @@ def test_log_probabilities_are_the_engines(shared: Running, stream: bool) -> Non
 def test_stop_strings_end_an_answer(shared: Running) -> None:
     whole = offline(shared.llm, ignore_eos=True, max_tokens=12).text
     stop = whole[3:5]
-    reply = shared.client().chat.completions.create(
-        messages=_MESSAGES, stop=[stop], extra_body={"ignore_eos": True},
-        **{**_GREEDY, "max_tokens": 12},
-    )  # fmt: skip
+    reply = chat(shared, stop=[stop], max_tokens=12, extra_body={"ignore_eos": True})
     assert reply.choices[0].message.content == whole[: whole.index(stop)]
     assert reply.choices[0].finish_reason == "stop"
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import psutil
 import pytest
 
@@ -295,9 +294,7 @@ def test_nothing_to_do_and_a_slow_client_are_no_stall(serve: Start) -> None:
     running = serve(stall_after_s=0.05)
     time.sleep(0.2)
     assert running.ask("GET", "/health").status_code == 200
-    body = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "max_tokens": 3}
-    url = f"{running.url}/v1/chat/completions"
-    with httpx2.stream("POST", url, json=body, timeout=60) as reply:
+    with running.stream(max_tokens=3) as reply:
         next(reply.iter_lines())
         until(lambda: running.llm.stats()["queue"]["running"] == 0)
         assert running.llm.stuck_s == 0
