@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx2
 
 from .conftest import application, talk
+
+
+def test_an_open_page_lets_the_server_end() -> None:
+    app, let_go = application()
+
+    async def use(client: httpx2.AsyncClient) -> None:
+        await client.get("/ui")
+        beating = asyncio.create_task(client.get("/ui/gradio_api/heartbeat/somebody"))
+        done, _ = await asyncio.wait({beating}, timeout=0.5)
+        assert not done  # it lasts as long as the page is open
+        let_go()
+        assert "ALIVE" in (await asyncio.wait_for(beating, 60)).text
+
+    talk(app, use)
 
 
 def test_without_keys_everybody_sees_it() -> None:

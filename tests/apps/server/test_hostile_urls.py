@@ -53,6 +53,7 @@ def test_no_url_is_fetched(
     error = reply.json()["error"]
     assert error["type"] == "invalid_request_error"
     assert error["param"] == "messages[0].content[0].image_url"
+    assert error["message"].startswith(error["param"])
     for name, addresses in NAMES.items():
         assert not (name in url and any(address in error["message"] for address in addresses))
     assert network.connections == []
