@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_mm.node import Node, Piece, Span
+from kvshare_mm.reuse.planner import make_plan
 from kvshare_mm.reuse.tree import DeltaTree
 
+from .plans import EAGER, to_keys
 from .trees import serve
 
 
@@ -60,6 +62,22 @@ def test_a_node_of_many_pieces_reads_as_position_by_position():
     donor = tree.donor("n")
     assert donor.reusable.tolist() == [s is not None and s[1] < exact[s[0]] for s in source]
     assert donor.readable == source.index(None)
+
+
+def test_a_request_whose_donor_is_gone_owns_all_of_it():
+    """Between the plan and the save of a request lies its whole answer: donors get evicted."""
+    tree = DeltaTree()
+    serve(tree, "a", range(20))
+    serve(tree, "x", range(100, 120))
+    keys = to_keys([*range(20), *range(100, 120), 60])
+    plan = make_plan(keys, [tree.donor("a"), tree.donor("x")], EAGER)
+    tree.drop("a")
+    node = tree.derive("b", "ns", keys, plan, 0.0)
+    assert node.own == (Span(0, 20), Span(40, 41))
+    assert node.pieces == (Piece("x", 0, 20, 20),)
+    assert node.parent == "x"
+    tree.drop("x")
+    assert tree.derive("c", "ns", keys, plan, 0.0).parent is None
 
 
 def test_at_least_one_owner():
