@@ -350,7 +350,7 @@ class SchedulerSide:
             or not lookup.options.store
             or lookup.stream is None
             or self.obstacle is not None
-            or self._options.core.reuse == "off"
+            or (lookup.options.reuse or self._options.core.reuse) == "off"
         ):
             return False
         # The last token's KV is not computed any more.

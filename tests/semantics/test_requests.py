@@ -222,7 +222,9 @@ def test_the_namespace_is_checked_again_when_kv_is_read(
 
 
 @pytest.mark.parametrize(
-    ("prompt", "options"), [(DONOR, {"store": False}), (DONOR[:15], {})], ids=["asked", "short"]
+    ("prompt", "options"),
+    [(DONOR, {"store": False}), (DONOR, {"reuse": "off"}), (DONOR[:15], {})],
+    ids=["asked", "off", "short"],
 )
 def test_some_requests_are_no_donors(engine: Engine, prompt: Ids, options: dict[str, Any]) -> None:
     engine.ask(prompt, 1, **options)
