@@ -384,7 +384,7 @@ class KVShare:
             namespace=namespace(self._parts.loaded.fingerprint, salt),
             options=replace(options, reuse=options.reuse or self.config.reuse, cache_salt=salt),
         )
-        self._parts.engine.check(spec)
+        spec.check(self.max_model_len)
         return spec
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvshare_mm.config import RequestOptions
+from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.outputs import (
     FinishReason,
     Provenance,
@@ -41,6 +42,17 @@ class RequestSpec:
     params: SamplingParams
     namespace: str
     options: RequestOptions = field(default_factory=RequestOptions)
+
+    def check(self, max_model_len: int) -> None:
+        """Raises InvalidRequestError: empty prompt, or one longer than the context."""
+        if (n := len(self.stream)) == 0:
+            raise InvalidRequestError("the prompt is empty", "prompt")
+        if n >= max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {n} tokens and the context holds {max_model_len}, "
+                "answer included; shorten it or raise max_model_len",
+                "prompt",
+            )
 
 
 @dataclass(eq=False, slots=True)

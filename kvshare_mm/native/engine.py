@@ -1,8 +1,8 @@
 """The engine's loop: one prefill at a time, decode batched over all active requests.
 
-One thread runs the model. A second one saves finished requests as donors; their slots are free
-again once that is done. A request that is submitted after an answer was returned finds
-it as a donor: it waits for the save, those of other namespaces and those that run do not.
+One thread runs the model. A second one saves prompts as donors when they are computed, and answers
+when they are out; then slots are free again. Who waits already, or comes behind an answer, finds
+them: it waits for the save. Requests of other namespaces do not, nor those that run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 
 from kvshare_mm.errors import (
     EngineClosedError,
-    InvalidRequestError,
     ModelOutputError,
     QueueFullError,
 )
@@ -86,17 +85,6 @@ class NativeEngine:
 
     # -- called from any thread -------------------------------------------------------------
 
-    def check(self, spec: RequestSpec) -> None:
-        """Raises InvalidRequestError: empty prompt, or one longer than the context."""
-        if (n := len(spec.stream)) == 0:
-            raise InvalidRequestError("the prompt is empty", "prompt")
-        if n >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {n} tokens and the context holds {self.max_model_len}, "
-                "answer included; shorten it or raise max_model_len",
-                "prompt",
-            )
-
     def submit(self, spec: RequestSpec, sink: Sink) -> str:
         """Queue a request; chunks and at last its output, or an error, go to `sink`.
 
@@ -105,7 +93,7 @@ class NativeEngine:
             QueueFullError: too many requests are waiting.
             EngineClosedError: the engine was closed or has died.
         """
-        self.check(spec)
+        spec.check(self.max_model_len)
         request = SlotRequest(spec, sink)
         with self._changed:
             if self._closing or not self._thread.is_alive():
@@ -139,11 +127,10 @@ class NativeEngine:
 
     def wait_audited(self, timeout_s: float | None = None) -> bool:
         """Wait until no audit waits and their nodes are healed; False if time ran out."""
-        if self._auditor is None:
-            return True
-        auditor, saver = self._auditor, self._saver
         with self._changed:
-            return self._changed.wait_for(lambda: saver.idle and not len(auditor), timeout_s)
+            return self._changed.wait_for(
+                lambda: self._saver.idle and not len(self._auditor or ()), timeout_s
+            )
 
     @property
     def healthy(self) -> bool:

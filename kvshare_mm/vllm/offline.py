@@ -170,23 +170,14 @@ class VLLMEngine:
             raise
         self.max_model_len = int(self._llm.model_config.max_model_len)
 
-    def check(self, spec: RequestSpec) -> None:
-        """Raises InvalidRequestError: a prompt that leaves no room in the context."""
-        if (n := len(spec.stream)) >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {n} tokens and the context holds {self.max_model_len}, "
-                "answer included; shorten it or raise max_model_len",
-                "prompt",
-            )
-
     def submit(self, spec: RequestSpec, sink: Sink) -> str:
         """Hand a request to vLLM; chunks and at last its output, or an error, go to `sink`.
 
         Raises:
-            InvalidRequestError: see `check`.
+            InvalidRequestError: empty prompt, or one longer than the context.
             EngineClosedError: the engine was closed.
         """
-        self.check(spec)
+        spec.check(self.max_model_len)
         if self._closed:
             raise EngineClosedError("the engine is closed")
         request = _VLLMRequest(spec, sink)
