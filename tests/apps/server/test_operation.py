@@ -28,9 +28,9 @@ _DASHBOARD = Path(__file__).resolve().parents[3] / "assets" / "grafana" / "kvsha
 _LABEL = '{model_name="tiny"'
 
 
-def served(serve: Start) -> Running:
+def served(serve: Start, **engine: Any) -> Running:
     """A server that has computed, reused exactly and reused something similar."""
-    running = serve({"repair": "none"})
+    running = serve({"repair": "none", **engine})
     for text in (_TEXT, _TEXT, _TEXT.replace("48210", "77")):
         assert running.chat(text).status_code == 200
         running.llm.flush()
@@ -71,7 +71,7 @@ def test_metrics_agree_with_the_engine(serve: Start) -> None:
 def test_the_dashboard_shows_what_there_is(serve: Start) -> None:
     if not _DASHBOARD.exists():
         pytest.fail(f"{_DASHBOARD} is missing")
-    said = served(serve).ask("GET", "/metrics").text
+    said = served(serve, audit_share=1).ask("GET", "/metrics").text
     names = set(re.findall(r"^# TYPE (\S+)", said, re.MULTILINE))
     known = names | {f"{n}{s}" for n in names for s in ("_bucket", "_sum", "_count")}
     board = json.loads(_DASHBOARD.read_text(encoding="utf-8"))
