@@ -347,6 +347,8 @@ class NativeEngine:
         self.counters["failed"] += 1
         with self._changed:  # its prompt may be about to be read where others will write
             self._changed.wait_for(lambda: self._saver.idle)
+        if request.node_id is not None and self._donors is not None:
+            self._donors.delete(request.node_id)  # what failed may have been wrong before
         if request.slot >= 0 and not isinstance(failure, ModelOutputError):
             self._failures = 0 if works(self._runner, request.slot) else self._failures + 1
         self._release(request)

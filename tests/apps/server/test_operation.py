@@ -12,6 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
