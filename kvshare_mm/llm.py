@@ -224,6 +224,8 @@ class KVShare:
         """
         if not isinstance(prompt, RequestSpec):
             prompt = self.read(prompt, params, options, **given)
+        elif params or options or given:
+            raise InvalidRequestError("what was read has its options already", "options")
         return achunks(self._parts.engine, prompt)
 
     @property
@@ -268,7 +270,9 @@ class KVShare:
         planner = self.config.planner
         if spec.options.reuse == "exact":
             planner = planner.but_exact_only()
-        return self._parts.donors.reuse.find(spec.stream, spec.namespace, planner, policy)
+        return self._parts.donors.reuse.find(
+            spec.stream, spec.namespace, planner, policy, look_only=True
+        )
 
     def tokenize(self, prompt: Prompt | Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a prompt or a chat, as the model would get it."""

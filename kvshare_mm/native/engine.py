@@ -20,6 +20,7 @@ from kvshare_mm.errors import (
     ModelOutputError,
     QueueFullError,
 )
+from kvshare_mm.index.ngrams import smallest_ngrams
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.native.audit import Audit, Auditor
 from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN, FairQueue
@@ -39,6 +40,8 @@ _MAX_HOLD_S = 0.5
 # So many requests have to fail one after the other, the model too when it is tried alone, before
 # the engine calls itself unhealthy.
 _MAX_FAILURES = 3
+# n-grams that tell whether two prompts are alike.
+_SKETCH = 64
 
 
 class NativeEngine:
@@ -94,7 +97,8 @@ class NativeEngine:
             EngineClosedError: the engine was closed or has died.
         """
         spec.check(self.max_model_len)
-        request = SlotRequest(spec, sink)
+        sketch = smallest_ngrams(spec.stream.align_keys, _SKETCH)[0]
+        request = SlotRequest(spec, sink, sketch=sketch)
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("the engine is closed")
@@ -129,7 +133,8 @@ class NativeEngine:
         """Wait until no audit waits and their nodes are healed; False if time ran out."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: self._saver.idle and not len(self._auditor or ()), timeout_s
+                lambda: (self._saver.idle and not len(self._auditor or ())) or self._closing,
+                timeout_s,
             )
 
     @property
@@ -276,9 +281,10 @@ class NativeEngine:
         with self._changed:
             save = partial(save_request, self._prefiller, self.counters, request, over=False)
             self._saver.order(save, ns)
-            for waiting in self._waiting:
-                if waiting.spec.namespace == ns and waiting.spec.options.reuse != "off":
-                    self._hold(waiting, self._saver.last[ns])
+            for other in self._waiting:
+                mine = other.spec.namespace == ns and other.spec.options.reuse != "off"
+                if mine and other.is_like(request):
+                    self._hold(other, self._saver.last[ns])
 
     def _is_donor(self, request: SlotRequest) -> bool:
         asked = request.spec.options

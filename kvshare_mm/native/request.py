@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvshare_mm.native.audit import Audit
@@ -27,12 +28,14 @@ class SlotRequest(Request):
         after: number of the save that has to be done before it starts, so that it finds what was
             computed before.
         held: `time.perf_counter` from when it waits for that.
+        sketch: of its prompt, to tell which requests are alike.
         node_id: what its prompt was stored as while it is answered; None: it was not, or not yet.
         audit: of a request that is to be audited.
     """
 
     after: int = 0
     held: float = 0.0
+    sketch: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     node_id: str | None = None
     similar: tuple[str, ...] = ()
     cancelled: bool = False
@@ -47,6 +50,11 @@ class SlotRequest(Request):
     def num_cached(self) -> int:
         """Positions whose KV is in the slot: the prompt and all answer tokens but the last."""
         return len(self.spec.stream) + max(0, len(self.token_ids) - 1)
+
+    def is_like(self, other: SlotRequest) -> bool:
+        """Whether the two have so much in common that one may find the other as a donor."""
+        both = np.intersect1d(self.sketch, other.sketch, assume_unique=True)
+        return len(both) > len(self.sketch) // 4
 
     def begin(self, slot: int, tokenizer: Any, device: torch.device) -> None:
         self.slot = slot

@@ -94,7 +94,7 @@ def save_request(
             request.audit.node_id = request.node_id
     except Exception:
         # A cache problem is never a request's problem.
-        counters["save_failed"] += 1
+        counters["save_failed"] += over
         logger.exception("could not take up %s as a donor", request.request_id)
     finally:
         counters["save_us"] += int(1e6 * (time.perf_counter() - start))

@@ -141,16 +141,20 @@ class Calibration:
 
     # -- asking -----------------------------------------------------------------------------
 
-    def verdict(self, ns: str, family: str | None = None) -> Verdict:
-        """What to do with a request. Without a family: the factor before one is known."""
+    def verdict(self, ns: str, family: str | None = None, look_only: bool = False) -> Verdict:
+        """What to do with a request. Without a family: the factor before one is known.
+
+        Args:
+            look_only: there is no request: it is not counted, and is no trial.
+        """
         with self._lock:
             space = self._spaces.get(ns, self._start)
             known = space.families.get(family or "")
             log_factor = self._log_factor(ns, space, known)
             if known is None or not known.shut:
                 return Verdict(math.exp(log_factor))
-            known.since_trial += 1
-            trial = self._audits and known.since_trial >= known.trial_every
+            known.since_trial += not look_only
+            trial = not look_only and self._audits and known.since_trial >= known.trial_every
             if trial:
                 known.since_trial = 0
             return Verdict(min(_FAR, math.exp(log_factor)), shut=not trial, trial=trial)
@@ -212,10 +216,12 @@ class Calibration:
                 self._counters["family_shut"] += 1
             _keep_last(space.families, _FAMILIES)
             _keep_last(self._spaces, _NAMESPACES)
+            self._forecasts = {n: f for n, f in self._forecasts.items() if n in self._spaces}
         return missed
 
     def _log_factor(self, ns: str, space: _Namespace, known: _Family | None) -> float:
         """Lock held."""
+        ns = ns if ns in self._spaces else ""  # those that nobody audited share one
         if ns not in self._forecasts:
             self._forecasts[ns] = Forecast.of(
                 family.scores for family in space.families.values() if family.scores

@@ -211,6 +211,7 @@ class Catalogue:
     def beyond(self, max_bytes: int) -> list[str]:
         """The oldest donors, so many that the others take at most about `max_bytes`."""
         with self._lock:
+            self._families.shrink(max_bytes // 8)
             over, count = self.num_bytes - max_bytes, len(self.tree)
             if over <= 0:
                 return []
@@ -287,6 +288,11 @@ class _Families:
         root = node.node_id if node.parent is None else self._roots.get(node.parent, node.parent)
         self._roots[node.node_id] = root
         if len(self._roots) > _MAX_RELATED:
+            del self._roots[next(iter(self._roots))]
+
+    def shrink(self, max_bytes: int) -> None:
+        """Forget the oldest beyond so many bytes."""
+        while self.num_bytes > max_bytes:
             del self._roots[next(iter(self._roots))]
 
     def of(self, node_id: str | None) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.index.base import IndexRecord
 from kvshare_mm.index.semantic import Opened, SemanticIndex
 from kvshare_mm.node import Node
@@ -106,7 +107,11 @@ class DonorPool:
         """
         node = self.reuse.save(keys, ns, plan, text, attention, positions, media, over)
         if node is not None:
-            self.reuse.reported(self.worker.save(node, k, v, over))
+            report = self.worker.save(node, k, v, over)
+            if report.not_saved and not over:
+                self.reuse.forget(node.node_id)  # it will be tried again
+            else:
+                self.reuse.reported(report)
         self._carry_out()
         return node.node_id if node is not None and node.node_id in self.tree else None
 
@@ -155,7 +160,10 @@ class DonorPool:
 
     def _replace(self, node: Node, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Keep a node instead of the one of its id; False: that is gone."""
-        if not self.worker.replace(node, k, v):
+        try:
+            if not self.worker.replace(node, k, v):
+                return False
+        except KVUnavailableError:  # it went meanwhile
             return False
         if not self.reuse.catalogue.replace(node):
             self.store.delete(node.node_id)  # it was deleted meanwhile, and is back by this

@@ -89,6 +89,7 @@ class ReuseScheduler:
         options: PlannerOptions,
         policy: RepairPolicy,
         similar: tuple[str, ...] = (),
+        look_only: bool = False,
     ) -> Found:
         """Plan the reuse of stored requests for a prompt, repairs included.
 
@@ -98,12 +99,15 @@ class ReuseScheduler:
             policy: which kept positions are computed anyway, and what it takes over from
                 approximate donors.
             similar: ids that a search by meaning brought in time, if any.
+            look_only: the plan will not be carried out.
         """
         try:
             start = self._verdict(ns, policy)
             found = self._found(stream, ns, options, with_factor(policy, start.factor), similar)
             family = self.catalogue.family(found.plan.edited_from)
-            verdict = self._verdict(ns, policy, family) if found.plan.num_reused else start
+            verdict = start
+            if found.plan.num_reused:
+                verdict = self._verdict(ns, policy, family, look_only)
             if verdict.factor > start.factor and found.plan.continued.any():
                 # What a donor was continued for is more than this family can be trusted with.
                 stricter = with_factor(policy, verdict.factor)
@@ -135,12 +139,14 @@ class ReuseScheduler:
             stream.pictures,
         )
 
-    def _verdict(self, ns: str, policy: RepairPolicy, family: str | None = None) -> Verdict:
+    def _verdict(
+        self, ns: str, policy: RepairPolicy, family: str | None = None, look_only: bool = False
+    ) -> Verdict:
         """Who asks for a policy of their own that promises nothing gets what they ask for."""
         ruled = asked_divergence(policy) is not None or policy == self.default
         if self.calibration is None or not ruled:
             return Verdict(1.0)
-        return self.calibration.verdict(ns, family)
+        return self.calibration.verdict(ns, family, look_only)
 
     def _kept_to(
         self, plan: ReusePlan, policy: RepairPolicy, family: str | None, verdict: Verdict

@@ -81,6 +81,9 @@ class TieredStore:
         """
         self._check(stored.node, stored.embedding, stored.kv)
         with self._changed:
+            latest = self._host.peek(stored.node.node_id) or self._queue.get(stored.node.node_id)
+            if stored.embedding is None and latest is not None:
+                stored = replace(stored, embedding=latest.embedding)  # it came meanwhile
             gone = self._put(stored, lasting)
         self._announce(gone)
 
@@ -280,6 +283,8 @@ class TieredStore:
             num_bytes = sum(map(ram_bytes, queued_only))
             if len(queued_only) > 1 and num_bytes > self._max_queued_bytes:
                 del self._queue[node_id]
+                if self._disk is not None:
+                    self._disk.delete(node_id)  # an older version
                 self._write_failed("queue_full", f"no room to hold node {node_id} until written")
         return self._forget(evicted)
 
@@ -339,6 +344,7 @@ def _write(disk: DiskTier, stored: StoredNode) -> tuple[list[str], tuple[str, st
     try:
         dropped = disk.put(stored)
     except KVUnavailableError as error:
+        disk.delete(node_id)  # an older version, which the tree knows no more
         return [], (error.reason, str(error))
     except Exception as error:
         # The thread must outlive a bug, or every later node would wait for it in RAM.

@@ -16,7 +16,18 @@ from kvshare_mm import (
 )
 from kvshare_mm.native.detokenizer import Detokenizer
 
-from .asking import _PROMPTS, Gate, Inbox, OpenLLM, eventually, idle, inside, outcomes, params
+from .asking import (
+    _DONOR,
+    _PROMPTS,
+    Gate,
+    Inbox,
+    OpenLLM,
+    eventually,
+    idle,
+    inside,
+    outcomes,
+    params,
+)
 
 
 def test_a_prefill_that_raises_fails_alone(open_llm: OpenLLM, alone: list[RequestOutput]) -> None:
@@ -192,3 +203,14 @@ def test_an_output_that_cannot_be_made_is_an_error_of_its_request_alone(
                 llm.generate(_PROMPTS[0], params(), options)
     assert len(llm.generate(_PROMPTS[0], params()).token_ids) == 12
     assert llm.healthy and idle(llm)
+
+
+def test_what_fails_behind_its_first_token_leaves_no_donor(open_llm: OpenLLM) -> None:
+    llm = open_llm()
+    runner = inside(llm).runner
+    decode = runner.decode
+    runner.decode = lambda *a: torch.full_like(decode(*a), torch.nan)
+    with pytest.raises(ModelOutputError):
+        llm.generate(_DONOR, params(4))
+    assert llm.flush()
+    assert llm.stats()["donors"]["nodes"] == 0

@@ -117,7 +117,7 @@ def test_a_save_that_fails_is_counted_and_frees_its_slot(open_llm: OpenLLM) -> N
     for _ in range(3):
         assert len(llm.generate(_DONOR, params(2)).token_ids) == 2
     assert llm.flush()
-    assert outcomes(llm)["save_failed"] == 6  # the prompt, then all of it
+    assert outcomes(llm)["save_failed"] == 3
     assert llm.stats()["donors"]["nodes"] == 0
 
 
@@ -143,6 +143,33 @@ def test_a_prompt_stays_a_donor_when_its_answer_is_cancelled(open_llm: OpenLLM) 
     chunks.close()
     assert llm.flush()
     assert llm.generate(_DONOR, params(1)).provenance.recomputed == 1
+
+
+def test_only_what_is_alike_waits_for_a_prompt_that_is_being_stored(open_llm: OpenLLM) -> None:
+    llm = open_llm(max_num_seqs=3)
+    prefill, save = Gate(inside(llm).runner, "prefill"), Gate(inside(llm).donors, "save")
+    first = Inbox(llm, _DONOR, params(8))
+    prefill.wait()
+    alike, unlike = Inbox(llm, _TARGET, params(2)), Inbox(llm, _PROMPTS[6], params(2))
+    prefill.open()
+    save.wait()
+    assert unlike.result().provenance.reused == 0
+    save.open()
+    assert alike.result().provenance.reused > 0
+    assert len(first.result().token_ids) == 8
+
+
+def test_a_donor_that_goes_while_it_is_answered_is_stored_anew(open_llm: OpenLLM) -> None:
+    llm = open_llm()
+    chunks = llm.stream(_DONOR, params(60))
+    next(chunks)
+    donors = inside(llm).donors
+    assert eventually(lambda: len(donors.nodes()) == 1)
+    donors.delete(donors.nodes()[0].node_id)
+    list(chunks)
+    assert llm.flush()
+    assert len(donors.nodes()) == 1
+    assert "save_failed" not in outcomes(llm)
 
 
 def test_requests_that_come_together_find_each_other(open_llm: OpenLLM) -> None:

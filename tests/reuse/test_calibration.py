@@ -207,3 +207,18 @@ def test_it_does_not_grow_with_traffic(tmp_path: Path) -> None:
     assert len([f for f in known.report() if f.namespace == NS]) == 256
     known.save(path)
     assert path.stat().st_size < 1 << 18
+
+
+def test_a_look_is_no_trial() -> None:
+    known = calibration()
+    teach(known, 6, 50.0)
+    assert known.verdict(NS, "f").shut
+    looks = [known.verdict(NS, "f", look_only=True) for _ in range(200)]
+    assert all(look.shut and not look.trial for look in looks)
+
+
+def test_namespaces_that_nobody_audited_take_no_memory() -> None:
+    known = calibration()
+    for salt in range(1000):
+        known.verdict(f"{NS}{salt}")
+    assert len(known._forecasts) == 1

@@ -53,3 +53,13 @@ def test_a_twin_is_nowhere_looser() -> None:
         again = replace(stored, node_id="again", drift=other.astype(np.float16))
         assert (catalogue.twin(again) == "stored") == known
     assert catalogue.twin(node("exact", keys)) is None
+
+
+def test_what_is_remembered_of_those_that_are_gone_does_not_push_out_those_that_are_here():
+    catalogue = Catalogue(Counter())
+    for i in range(5000):
+        keys = np.arange(1000 * i, 1000 * i + 20, dtype=np.uint64)
+        catalogue.add(Node(f"n{i}", "ns", keys, (Span(0, 20),), exact_len=20))
+        for node_id in catalogue.beyond(1 << 20):
+            catalogue.remove(node_id)
+    assert len(catalogue.tree) > 100

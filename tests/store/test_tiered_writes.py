@@ -189,6 +189,33 @@ def test_a_new_version_put_during_a_write_is_the_one_that_stays(open_store, make
     assert len(open_store().get("a", "ns").node) == 9
 
 
+def test_a_new_version_that_cannot_be_written_is_not_replaced_by_the_old_one(
+    open_store, make_stored, gone
+):
+    """The old one may be approximate where the tree says that the node is exact."""
+    store = open_store(host_bytes=ram_bytes(make_stored("a")), slow_disk=True)
+    store._disk.gate.set()
+    store.put(make_stored("a"))
+    assert store.flush(PATIENCE_S)
+    store._disk.error = KVUnavailableError("io_error", "no")
+    store.put(make_stored("a", exact_len=8))
+    store.flush(PATIENCE_S)
+    store.put(make_stored("b"))  # it leaves RAM
+    store.flush(PATIENCE_S)
+    with pytest.raises(KVUnavailableError, match="a"):
+        store.get("a", "ns")
+
+
+def test_an_embedding_that_came_meanwhile_stays_with_a_new_version(open_store, make_stored):
+    store = open_store()
+    store.put(make_stored("a"), lasting=False)
+    assert store.update_embedding("a", VECTOR)
+    store.put(make_stored("a", exact_len=8))
+    found = store.get("a", "ns")
+    assert found.node.exact_len == 8
+    assert np.array_equal(found.embedding, VECTOR)
+
+
 def test_a_node_deleted_while_it_is_written_does_not_come_back(open_store, make_stored, gone):
     store = open_store(slow_disk=True)
     store.put(make_stored("a"))
