@@ -119,8 +119,11 @@ class MaxDivergence:
         return Tolerance(risk_within(self.kl / self.factor), pictures=self.kl >= PICTURE_KL)
 
     def positions(self, plan: ReusePlan) -> np.ndarray:
+        tail = Tail(TAIL).positions(plan)
+        if not self.kl:  # a promise that no estimate can give
+            return np.concatenate((tail, np.flatnonzero(plan.approximate & ~plan.continued)))
         changed = changed_context(plan)
-        tail, behind = Tail(TAIL).positions(plan), stale_fronts(plan, changed)
+        behind = stale_fronts(plan, changed)
         danger = risk(plan, changed)
         if plan.pictures is not None and self.tolerance.pictures:
             behind = behind[~plan.pictures[behind]]
