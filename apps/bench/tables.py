@@ -212,8 +212,8 @@ TABLES: dict[str, Kind] = {
         _methods,
     ),
     "workloads": Kind(
-        "Prompts of {tokens} tokens, {number} of each kind, {model:model}: what is computed, and how "
-        "many times sooner than with prefix caching",
+        "Prompts of {tokens} tokens, {number} of each kind, {model:model}: what is computed, and "
+        "how many times sooner than with prefix caching",
         {
             "what changed": "{what}",
             "method": "{name:method}",
