@@ -154,13 +154,11 @@ def _nearer(before: int, now: int, donor_start: int, start: int, length: int) ->
 def _carry_what_was_read(
     into: np.ndarray, runs: Iterable[KeptRun], drifts: Mapping[str, np.ndarray | None]
 ) -> None:
-    """What a donor computed behind approximate KV has read that: where something exact takes the
-    place of what it read, as much of it stays in what is continued as was worst there."""
+    """What is continued keeps what it has read."""
     for run in runs:
         drift = drifts[run.donor]
-        if run.continued and drift is not None and run.start:
-            read = drift[: run.start].max(initial=0)
-            into[run.start : run.end] = np.maximum(into[run.start : run.end], read)
+        if run.continued and drift is not None:
+            into[run.start : run.end] = _still_read(drift, run.start, run.end)
 
 
 def _unedited(
@@ -194,8 +192,7 @@ def _prefix_runs(
     """
     limit = len(target) - 1
     exact: KeptRun | None = None
-    longest: KeptRun | None = None
-    could = 0
+    shares: list[tuple[Donor, int]] = []
     for donor in donors:
         shared = min(common_prefix(donor.align_keys, target), donor.readable, limit)
         if shared and uniform_shift(positions, 0, donor.positions, 0, shared) != 0:
@@ -203,39 +200,54 @@ def _prefix_runs(
         sure = min(shared, donor.exact_len)
         if sure > (exact.length if exact else 0):
             exact = KeptRun(donor.donor_id, 0, 0, sure, exact=True)
-        if options.exact_only:
-            continue
-        could = max(could, shared)
-        reach = _reach_within(donor, shared, len(target), options.tolerance, pictures)
-        if reach > (longest.length if longest else 0):
-            longest = KeptRun(donor.donor_id, 0, 0, reach, exact=False)
-    sure = exact.length if exact else 0
+        shares.append((donor, shared))
     runs = [exact] if exact else []
-    end = sure
-    if longest and longest.length - sure >= options.min_run:
-        end = longest.length
-        runs.append(KeptRun(longest.donor, sure, sure, end - sure, exact=False, continued=True))
+    if options.exact_only:
+        return tuple(runs), False
+    sure = end = exact.length if exact else 0
+    longest = ""
+    for donor, shared in shares:
+        reach = _reach_within(donor, sure, shared, len(target), options.tolerance, pictures)
+        if reach > end:
+            longest, end = donor.donor_id, reach
+    if end - sure >= options.min_run:
+        runs.append(KeptRun(longest, sure, sure, end - sure, exact=False, continued=True))
+    else:
+        end = sure
+    could = max((shared for _, shared in shares), default=0)
     return tuple(runs), could - end >= options.min_run
 
 
 def _reach_within(
-    donor: Donor, shared: int, n: int, tolerance: Tolerance, pictures: np.ndarray | None
+    donor: Donor, sure: int, shared: int, n: int, tolerance: Tolerance, pictures: np.ndarray | None
 ) -> int:
-    """How much of a donor's first `shared` positions a target of `n` tokens may continue."""
-    if donor.drift is None:
+    """Up to where a target of `n` tokens may continue a donor whose first `shared` positions it
+    has, behind `sure` ones that are exact, whoever gives them."""
+    if donor.drift is None or sure >= shared:
         return shared
-    drift = donor.drift[:shared]
+    drift = _still_read(donor.drift, sure, shared)
     looked = np.full(len(drift), 1 / n, np.float32)
     if donor.attention is not None:
-        known = donor.attention[: len(drift)]
-        looked[: len(known)] = known * _nearer(len(donor.attention), n, 0, 0, len(known))
+        known = donor.attention[sure:shared]
+        looked[: len(known)] = known * _nearer(len(donor.attention), n, sure, sure, len(known))
     danger = looked_at(drift, looked)
     if tolerance.pictures and pictures is not None:
-        harmless(danger, pictures[: len(danger)])
+        harmless(danger, pictures[sure:shared])
     # Drift is kept in 16 bits: what is just tolerated where it was made is so where it is read.
     limit = tolerance.risk * (1 + float(np.finfo(np.float16).eps))
     beyond = np.flatnonzero(~(np.sqrt(np.cumsum(np.square(danger))) <= limit))
-    return int(beyond[0]) if len(beyond) else shared
+    return sure + int(beyond[0]) if len(beyond) else shared
+
+
+def _still_read(drift: np.ndarray, start: int, end: int) -> np.ndarray:
+    """The drift of a donor's ``[start, end)`` where something exact takes the place of what is
+    before: computed behind approximate KV, it has read that, and keeps as much of it as was worst
+    there."""
+    own = drift[start:end]
+    found = np.zeros(end - start, np.float32)
+    found[: len(own)] = own
+    np.maximum(found, drift[:start].max(initial=0), out=found)
+    return found
 
 
 def _approximate_runs(
