@@ -112,11 +112,14 @@ class DecodePool:
         waits = asker.get()
         try:
             with nullcontext() if waits is None else waits.served(worker.kill):
-                worker.ready()
-                head = {**job, "where": where, "deadline_s": self._deadline_s}
-                worker.deadline = time.monotonic() + self._deadline_s
-                worker.give(json.dumps(head).encode(), content)
-                told = json.loads(worker.take(_HEAD))
+                head = json.dumps({**job, "where": where, "deadline_s": self._deadline_s}).encode()
+                try:
+                    told = worker.asked(self._deadline_s, head, content)
+                except (BrokenPipeError, ConnectionResetError):
+                    if self._closed or (waits is not None and waits.gone):
+                        raise
+                    worker.kill()  # it was ending before it had read the file
+                    told = worker.asked(self._deadline_s, head, content)
                 if "error" in told:
                     self.counters["refused"] += 1
                     raise InvalidRequestError(str(told["error"]), told["field"])
@@ -207,10 +210,13 @@ class _Worker:
             raise DecoderFailedError("the process that decodes media does not start") from error
         self._greeted = True
 
-    def give(self, *messages: bytes) -> None:
-        """Send; raises OSError, TimeoutError among them."""
-        for message in messages:
+    def asked(self, deadline_s: float, head: bytes, content: bytes) -> Any:
+        """What a process says of a file. Raises EOFError, OSError, TimeoutError among them."""
+        self.ready()
+        self.deadline = time.monotonic() + deadline_s
+        for message in (head, content):
             send(self._timed(), message)
+        return json.loads(self.take(_HEAD))
 
     def take(self, most: int) -> bytearray:
         """Receive; raises EOFError, OSError, TimeoutError among them."""

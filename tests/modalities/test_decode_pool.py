@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessor, WhisperFeatureExtractor
 
 from kvshare_mm.errors import EngineClosedError, InvalidRequestError
+from kvshare_mm.modalities import decode_pool
 from kvshare_mm.modalities.audio import AudioAdapter
 from kvshare_mm.modalities.decode_pool import DecodePool
 from kvshare_mm.modalities.decoding import QUICK_S, Asker, asker
+from kvshare_mm.modalities.framing import receive
 from kvshare_mm.modalities.image import ImageAdapter
 from kvshare_mm.modalities.picture_file import load_picture
 from kvshare_mm.modalities.sound_file import load_sound
@@ -172,15 +175,20 @@ def test_a_file_that_takes_too_long_is_given_up(opened: Callable[..., DecodePool
 
 def test_a_process_that_dies_takes_one_file_with_it(opened: Callable[..., DecodePool]) -> None:
     pool = opened()
-    dying = process_of(pool)
-    dying.suspend()
+    [worker] = pool._all
+    worker._socket, theirs = socket.socketpair()
+
+    def die_of_it() -> None:
+        with theirs:
+            assert receive(theirs) and receive(theirs) == _PNG
+
     with ThreadPoolExecutor() as threads:
-        asked = threads.submit(load, pool)
-        until(lambda: not pool._idle)
-        dying.kill()
+        dying = threads.submit(die_of_it)
         with pytest.raises(InvalidRequestError, match="ended the process"):
-            asked.result(30)
+            load(pool)
+        dying.result(30)
     assert load(pool).size == (80, 60)
+    assert pool.counters["killed"] == 1
 
 
 def test_one_that_died_while_it_had_nothing_to_do_is_replaced(
@@ -191,6 +199,24 @@ def test_one_that_died_while_it_had_nothing_to_do_is_replaced(
     gone.kill()
     until(lambda: not gone.is_running() or gone.status() == psutil.STATUS_ZOMBIE)
     assert load(pool).size == (80, 60)
+
+
+def test_one_that_is_ending_has_not_read_the_file(
+    opened: Callable[..., DecodePool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = opened()
+    ending = process_of(pool)
+    ending.suspend()
+    send = decode_pool.send
+
+    def sent_too_late(other: socket.socket, message: bytes) -> None:
+        send(other, message)
+        if message[:1] != b"{" and ending.is_running():
+            ending.kill()
+
+    monkeypatch.setattr(decode_pool, "send", sent_too_late)
+    assert load(pool).size == (80, 60)
+    assert pool.counters["killed"] == 0
 
 
 def test_memory_has_a_ceiling(opened: Callable[..., DecodePool]) -> None:
