@@ -11,6 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from kvshare_mm.apps.bench.jsonl import read_jsonl
+from kvshare_mm.apps.terminal import audited
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 from kvshare_mm.llm import KVShare
 from kvshare_mm.reuse.calibration import MISS_SHARE
@@ -80,13 +81,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     for heading in ("family", "audits", "within", "factor", "its first request"):
         table.add_column(heading, justify="right" if heading != "its first request" else "left")
     for row in report["families"][:_SHOWN]:
-        table.add_row(
-            row["family"][:8],
-            str(row["audits"]),
-            f"{1 - row['misses'] / row['audits']:.0%}",
-            "given up" if row["shut"] else f"{row['factor']:.2g}",
-            row["begins"][:_WORDS],
-        )
+        table.add_row(row["family"][:8], *audited(row), row["begins"][:_WORDS])
     console.print(table)
     audits = sum(row["audits"] for row in report["families"])
     misses = sum(row["misses"] for row in report["families"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,3 +69,10 @@ def _command(argv: list[str]) -> str:
         elif not equals:
             next(given, None)
     return shlex.join(words)
+
+
+def audited(family: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What audits found of a family: how many there were, how many within the bound, the factor."""
+    within = f"{1 - family['misses'] / family['audits']:.0%}"
+    factor = "given up" if family["shut"] else f"{family['factor']:.2g}"
+    return str(family["audits"]), within, factor

@@ -149,8 +149,12 @@ def assemble(config: KVShareConfig) -> Parts:
         calibration = _calibration(config, donors, loaded.fingerprint)
         if calibration is not None and config.audit_share:
             auditor = Auditor(
-                *(runner, calibration, config.audit_share, config.audit_budget),
-                *(loaded.tokenizer, encoder),
+                runner,
+                calibration,
+                config.audit_share,
+                config.audit_budget,
+                loaded.tokenizer,
+                encoder,
             )
     engine = NativeEngine(loaded, runner, prefiller, donors, max_len, config.max_queue, auditor)
     seen = None

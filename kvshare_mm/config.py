@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,14 +29,14 @@ def refuse_old_words(given: Any) -> Any:
     return given
 
 
-def wrong_options(error: ValidationError) -> ConfigError:
-    """An error that names every option that is wrong."""
+def wrong_options(error: ValidationError, known: Iterable[str]) -> ConfigError:
+    """An error that names every option that is wrong, and which of those known was meant."""
     problems = []
     for found in error.errors():
         name = ".".join(map(str, found["loc"])) or "options"
         said = found["msg"]
         if found["type"] == "extra_forbidden":
-            said = f"there is no such option{nearest(name, KVShareConfig.model_fields)}"
+            said = f"there is no such option{nearest(name, known)}"
         problems.append(f"{name}: {said}")
     return ConfigError(f"Invalid options: {'; '.join(problems)}")
 
@@ -187,7 +187,7 @@ class KVShareConfig(BaseModel):
         try:
             return cls(**options)
         except ValidationError as error:
-            raise wrong_options(error) from error
+            raise wrong_options(error, cls.model_fields) from error
 
     @property
     def policy(self) -> RepairPolicy:

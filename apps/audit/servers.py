@@ -13,6 +13,7 @@ import httpx2
 from pydantic import ValidationError
 
 from kvshare_mm.apps.audit.log import Asked
+from kvshare_mm.apps.bench.serve import api_of
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -142,11 +143,7 @@ class Remote:
         try:
             if httpx2.URL(url).userinfo:  # reports tell the URL
                 raise ConfigError("--url has a password in it; a key is given by --api-key")
-            self._client = httpx2.Client(
-                base_url=url.rstrip("/").removesuffix("/v1") + "/v1",
-                headers={"Authorization": f"Bearer {key}"} if key else {},
-                timeout=_TIMEOUT_S,
-            )
+            self._client = httpx2.Client(**api_of(url, key), timeout=_TIMEOUT_S)
             self.close = self._client.close
             served = [str(each["id"]) for each in self._json("GET", "models")["data"]]
             self.name = model or served[0]

@@ -11,13 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from kvshare_mm.apps.bench.rig import Served
+from kvshare_mm.native.audit import kl_divergence
 from kvshare_mm.reuse.plan import ReusePlan
-
-
-def kl_divergence(full: torch.Tensor, other: torch.Tensor) -> float:
-    """KL(full || other) in nats of two logit vectors ``[vocab_size]``."""
-    p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
-    return max(0.0, float((p.exp() * (p - q)).sum()))
 
 
 def against(full: Served, other: Served) -> dict[str, Any]:

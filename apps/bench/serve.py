@@ -55,6 +55,14 @@ def read_requests(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     return bodies
 
 
+def api_of(url: str, key: str | None) -> dict[str, Any]:
+    """A client's options for a server's API; see `client_of`."""
+    return {
+        "base_url": url.rstrip("/").removesuffix("/v1") + "/v1",
+        "headers": {"Authorization": f"Bearer {key}"} if key else {},
+    }
+
+
 def client_of(url: str, key: str | None = None, timeout_s: float = 600.0) -> httpx2.AsyncClient:
     """A client of a server's API; paths are relative to ``/v1``.
 
@@ -64,10 +72,7 @@ def client_of(url: str, key: str | None = None, timeout_s: float = 600.0) -> htt
         timeout_s: for one request.
     """
     return httpx2.AsyncClient(
-        base_url=url.rstrip("/").removesuffix("/v1") + "/v1",
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=timeout_s,
-        limits=httpx2.Limits(max_connections=None),
+        **api_of(url, key), timeout=timeout_s, limits=httpx2.Limits(max_connections=None)
     )
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from kvshare_mm.apps.terminal import plain_errors
+from kvshare_mm.apps.terminal import audited, plain_errors
 from kvshare_mm.errors import KVShareError
 
 cache = typer.Typer(help="List, pin, delete and look up the stored requests of a running server.")
@@ -128,13 +128,7 @@ def families(
         for heading in ("family", "namespace", "audits", "within", "factor"):
             table.add_column(heading)
         for f in said["data"]:
-            table.add_row(
-                f["family"][:8],
-                f["namespace"][-8:],
-                str(f["audits"]),
-                f"{1 - f['misses'] / f['audits']:.0%}",
-                "given up" if f["shut"] else f"{f['factor']:.2g}",
-            )
+            table.add_row(f["family"][:8], f["namespace"][-8:], *audited(f))
         console.print(table)
 
 

@@ -271,7 +271,7 @@ class Auditor:
         for full, served in zip(logits, audit.logits[ahead + 1 - keep :], strict=False):
             if given_up():
                 raise GivenUp
-            kl = _kl(full.cpu(), served)
+            kl = kl_divergence(full.cpu(), served)
             if not math.isfinite(kl):
                 raise ModelOutputError("logits that are no numbers")
             found.append((kl, int(full.argmax()), int(served.argmax())))
@@ -302,7 +302,8 @@ class Auditor:
         self._sum += found.value
         promise = audit.promise
         missed = self.calibration.observe(
-            *(audit.spec.namespace, promise.family),
+            audit.spec.namespace,
+            promise.family,
             observed=found.value,
             bound=promise.bound,
             asked=promise.asked,
@@ -333,8 +334,8 @@ class Auditor:
         }
 
 
-def _kl(full: torch.Tensor, served: torch.Tensor) -> float:
-    """KL(full || served) in nats of two logit vectors ``[vocab_size]``."""
-    p, q = full.double().log_softmax(-1), served.double().log_softmax(-1)
+def kl_divergence(full: torch.Tensor, other: torch.Tensor) -> float:
+    """KL(full || other) in nats of two logit vectors ``[vocab_size]``; NaN if one holds any."""
+    p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
     kl = float((p.exp() * (p - q)).sum())
     return kl if math.isnan(kl) else max(0.0, kl)

@@ -20,7 +20,6 @@ from kvshare_mm.errors import (
     ModelOutputError,
     QueueFullError,
 )
-from kvshare_mm.index.ngrams import smallest_ngrams
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.native.audit import Audit, Auditor
 from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN, FairQueue
@@ -40,8 +39,6 @@ _MAX_HOLD_S = 0.5
 # So many requests have to fail one after the other, the model too when it is tried alone, before
 # the engine calls itself unhealthy.
 _MAX_FAILURES = 3
-# n-grams that tell whether two prompts are alike.
-_SKETCH = 64
 
 
 class NativeEngine:
@@ -97,8 +94,7 @@ class NativeEngine:
             EngineClosedError: the engine was closed or has died.
         """
         spec.check(self.max_model_len)
-        sketch = smallest_ngrams(spec.stream.align_keys, _SKETCH)[0]
-        request = SlotRequest(spec, sink, sketch=sketch)
+        request = SlotRequest(spec, sink)
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("the engine is closed")
@@ -281,10 +277,13 @@ class NativeEngine:
         with self._changed:
             save = partial(save_request, self._prefiller, self.counters, request, over=False)
             self._saver.order(save, ns)
-            for other in self._waiting:
-                mine = other.spec.namespace == ns and other.spec.options.reuse != "off"
-                if mine and other.is_like(request):
-                    self._hold(other, self._saver.last[ns])
+            number = self._saver.last[ns]
+            mates = [r for r in self._waiting if r.spec.namespace == ns]
+        # Nobody who submits waits while prompts are compared.
+        alike = [r for r in mates if r.spec.options.reuse != "off" and r.is_like(request)]
+        with self._changed:
+            for other in alike:
+                self._hold(other, number)
 
     def _is_donor(self, request: SlotRequest) -> bool:
         asked = request.spec.options

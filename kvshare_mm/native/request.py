@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from kvshare_mm.index.ngrams import smallest_ngrams
 from kvshare_mm.native.audit import Audit
 from kvshare_mm.native.detokenizer import Detokenizer
 from kvshare_mm.native.prefill import PrefillResult, provenance
@@ -18,6 +19,9 @@ from kvshare_mm.request import Request
 from kvshare_mm.sampling import Sampler
 
 logger = logging.getLogger(__name__)
+
+# n-grams that tell whether two prompts are alike.
+_SKETCH = 64
 
 
 @dataclass(eq=False, slots=True)
@@ -28,14 +32,14 @@ class SlotRequest(Request):
         after: number of the save that has to be done before it starts, so that it finds what was
             computed before.
         held: `time.perf_counter` from when it waits for that.
-        sketch: of its prompt, to tell which requests are alike.
+        sketch: of its prompt, once it was compared with another's.
         node_id: what its prompt was stored as while it is answered; None: it was not, or not yet.
         audit: of a request that is to be audited.
     """
 
     after: int = 0
     held: float = 0.0
-    sketch: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    sketch: np.ndarray | None = None
     node_id: str | None = None
     similar: tuple[str, ...] = ()
     cancelled: bool = False
@@ -53,8 +57,14 @@ class SlotRequest(Request):
 
     def is_like(self, other: SlotRequest) -> bool:
         """Whether the two have so much in common that one may find the other as a donor."""
-        both = np.intersect1d(self.sketch, other.sketch, assume_unique=True)
-        return len(both) > len(self.sketch) // 4
+        mine, theirs = self._sketched(), other._sketched()
+        both = np.intersect1d(mine, theirs, assume_unique=True)
+        return len(both) > len(mine) // 4
+
+    def _sketched(self) -> np.ndarray:
+        if self.sketch is None:
+            self.sketch = smallest_ngrams(self.spec.stream.align_keys, _SKETCH)[0]
+        return self.sketch
 
     def begin(self, slot: int, tokenizer: Any, device: torch.device) -> None:
         self.slot = slot

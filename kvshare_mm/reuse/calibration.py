@@ -164,8 +164,7 @@ class Calibration:
         with self._lock:
             return [
                 FamilyReport(
-                    *(ns, name, f.audits, f.misses),
-                    *(math.exp(self._log_factor(ns, space, f)), f.shut),
+                    ns, name, f.audits, f.misses, math.exp(self._log_factor(ns, space, f)), f.shut
                 )
                 for ns, space in self._spaces.items()
                 for name, f in space.families.items()

@@ -30,8 +30,21 @@ class _Kept(NamedTuple):
 
 
 def changed_context(plan: ReusePlan) -> np.ndarray:
-    """``[num_tokens]`` float64 in 0..1: the share of each position's context that is not the one
-    that its KV was computed in; 0 outside edited runs."""
+    """``[num_tokens]`` float64 in 0..1, read only: the share of each position's context that is not
+    the one that its KV was computed in; 0 outside edited runs.
+
+    It costs milliseconds where edits are many, and the plan is asked for it again and again: what
+    is repaired, what is promised, what is passed on. So the plan remembers it.
+    """
+    if plan.context is None:
+        found = _changed_context(plan)
+        found.flags.writeable = False
+        object.__setattr__(plan, "context", found)
+        return found
+    return plan.context
+
+
+def _changed_context(plan: ReusePlan) -> NDArray[np.float64]:
     found = np.zeros(plan.num_tokens)
     prefix = max((run.end for run in plan.runs if run.exact or run.continued), default=0)
     edited: list[tuple[KeptRun, tuple[int, int, int]]] = []

@@ -64,17 +64,14 @@ _LEAST_ATTENTION = np.float32(1e-8)
 _LEAST_DRIFT = np.finfo(np.float16).smallest_subnormal
 
 
-def drift(plan: ReusePlan, changed: np.ndarray | None = None) -> np.ndarray:
+def drift(plan: ReusePlan) -> np.ndarray:
     """How far the KV of each position will be from full recompute's if it is reused as it is.
-
-    Args:
-        changed: `changed_context` of the plan, where it is known already; here as below.
 
     Returns:
         ``[num_tokens]`` float64, at least 0: what it inherits from its donor, and what the edits
         between donor and target add; 0 outside approximate runs.
     """
-    found = changed_context(plan) if changed is None else changed.copy()
+    found = changed_context(plan).copy()
     if plan.inherited is not None:
         found += np.where(plan.approximate, plan.inherited, 0)
     return found
@@ -87,7 +84,7 @@ def looked_at(drift: np.ndarray, attention: np.ndarray) -> np.ndarray:
     return danger
 
 
-def risk(plan: ReusePlan, changed: np.ndarray | None = None) -> np.ndarray:
+def risk(plan: ReusePlan) -> np.ndarray:
     """What each position adds to the divergence if it is reused as it is.
 
     Returns:
@@ -97,7 +94,7 @@ def risk(plan: ReusePlan, changed: np.ndarray | None = None) -> np.ndarray:
     attention = plan.attention
     if attention is None:
         attention = np.full(plan.num_tokens, 1 / plan.num_tokens)
-    return looked_at(drift(plan, changed), attention)
+    return looked_at(drift(plan), attention)
 
 
 def harmless(danger: np.ndarray, pictures: np.ndarray) -> None:
@@ -116,11 +113,11 @@ def fronts(plan: ReusePlan, width: int) -> np.ndarray:
     return np.concatenate((np.empty(0, np.int64), *found))
 
 
-def stale_fronts(plan: ReusePlan, changed: np.ndarray | None = None) -> np.ndarray:
+def stale_fronts(plan: ReusePlan) -> np.ndarray:
     """The positions behind every edit that remember what stood there, int64: at least `FRONT`, to
     the end of a cut word, and as far as most of what they read nearby is another."""
     found = [np.empty(0, np.int64)]
-    changed = changed_context(plan) if changed is None else changed
+    changed = changed_context(plan)
     for run in _behind_edits(plan):
         near = changed[run.start : min(run.end, run.start + WINDOW)] > STALE
         reach = max(FRONT, int(np.argmin(np.append(near, False))))
@@ -139,7 +136,7 @@ def _behind_edits(plan: ReusePlan) -> Iterator[KeptRun]:
         end = run.end
 
 
-def passed_on(plan: ReusePlan, changed: np.ndarray | None = None) -> np.ndarray | None:
+def passed_on(plan: ReusePlan) -> np.ndarray | None:
     """The drift of a request served with `plan`, as those inherit it who take KV from it.
 
     What is always to be repaired (behind edits, at the prompt's end) and was not is not trusted by
@@ -152,10 +149,10 @@ def passed_on(plan: ReusePlan, changed: np.ndarray | None = None) -> np.ndarray 
     if not reused.any():
         return None
     edited = reused & ~plan.continued
-    found = drift(plan, changed)
+    found = drift(plan)
     found[edited] = np.maximum(found[edited], _LEAST_DRIFT)
     stale = np.zeros(plan.num_tokens, dtype=bool)
-    stale[stale_fronts(plan, changed)] = True
+    stale[stale_fronts(plan)] = True
     tail = np.zeros(plan.num_tokens, dtype=bool)
     tail[-TAIL:] = True
     if plan.pictures is not None:
@@ -204,9 +201,9 @@ def riskiest(danger: np.ndarray, limit: float, fixed: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def residual_risk(plan: ReusePlan, changed: np.ndarray | None = None) -> float:
+def residual_risk(plan: ReusePlan) -> float:
     """The risk of what `plan` reuses and does not repair: the root of the sum of squares."""
-    left = risk(plan, changed)[plan.reused]
+    left = risk(plan)[plan.reused]
     return float(np.sqrt(np.square(left).sum()))
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -123,7 +123,8 @@ class ReusePlan:
         joined: ``[num_tokens]`` bool: positions whose token goes on with the word before it; None:
             unknown.
         origin: the donor whose approximate reuse was declined, or None.
-        promise: what is expected of it; None: nothing is approximate, or nobody audits.
+        promise: what is expected of it; None: nothing is approximate.
+        context: `changed_context` of it, once it was asked for; `replace` does not take it over.
     """
 
     num_tokens: int
@@ -137,6 +138,7 @@ class ReusePlan:
     joined: np.ndarray | None = field(default=None, repr=False)
     origin: str | None = None
     promise: Promise | None = None
+    context: np.ndarray | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         end = exact_end = 0
@@ -216,7 +218,18 @@ class ReusePlan:
         """
         wanted = np.zeros(self.num_tokens, dtype=bool)
         wanted[positions] = True
-        return replace(self, repair=np.flatnonzero(wanted & self.approximate & ~self.continued))
+        return self._of_same_runs(
+            repair=np.flatnonzero(wanted & self.approximate & ~self.continued)
+        )
+
+    def with_promise(self, promise: Promise) -> ReusePlan:
+        """The same plan, and what is expected of it."""
+        return self._of_same_runs(promise=promise)
+
+    def _of_same_runs(self, **changes: Any) -> ReusePlan:
+        plan = replace(self, **changes)
+        object.__setattr__(plan, "context", self.context)
+        return plan
 
     @property
     def approximate(self) -> np.ndarray:

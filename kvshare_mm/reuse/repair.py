@@ -13,7 +13,6 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from kvshare_mm.reuse.context import changed_context
 from kvshare_mm.reuse.divergence import (
     TAIL,
     asked_before,
@@ -122,9 +121,7 @@ class MaxDivergence:
         tail = Tail(TAIL).positions(plan)
         if not self.kl:  # a promise that no estimate can give
             return np.concatenate((tail, np.flatnonzero(plan.approximate & ~plan.continued)))
-        changed = changed_context(plan)
-        behind = stale_fronts(plan, changed)
-        danger = risk(plan, changed)
+        behind, danger = stale_fronts(plan), risk(plan)
         if plan.pictures is not None and self.tolerance.pictures:
             behind = behind[~plan.pictures[behind]]
             harmless(danger, plan.pictures)

@@ -167,7 +167,7 @@ class ReuseScheduler:
             ruled=asked is not None or policy == self.default,
             trial=verdict.trial,
         )
-        return replace(plan, promise=promise)
+        return plan.with_promise(promise)
 
     def similar(self, text: str, ns: str) -> tuple[str, ...]:
         """Donors that mean something similar; takes as long as embedding a prompt does."""

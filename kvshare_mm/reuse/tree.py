@@ -18,7 +18,6 @@ from operator import attrgetter
 import numpy as np
 
 from kvshare_mm.node import Node, Piece, Span, spans_of
-from kvshare_mm.reuse.context import changed_context
 from kvshare_mm.reuse.divergence import as_risky_as, passed_on, residual_risk
 from kvshare_mm.reuse.plan import Donor, ReusePlan
 from kvshare_mm.stream import Segment
@@ -97,8 +96,7 @@ class DeltaTree:
             borrowed[piece.owner] = borrowed.get(piece.owner, 0) + piece.length
         owners = set(sorted(borrowed, key=lambda o: -borrowed[o])[: self.max_owners])
         pieces = sorted((p for p in pieces if p.owner in owners), key=lambda p: p.start)
-        changed = changed_context(plan)
-        drift = passed_on(plan, changed)
+        drift = passed_on(plan)
         owned = np.ones(len(keys), dtype=bool)
         for piece in pieces:
             owned[piece.start : piece.end] = False
@@ -116,7 +114,7 @@ class DeltaTree:
             positions=positions,
             media=media,
             drift=drift,
-            risk=residual_risk(plan, changed),
+            risk=residual_risk(plan),
         )
 
     def insert(self, node: Node) -> None:

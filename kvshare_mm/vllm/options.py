@@ -68,7 +68,8 @@ class ConnectorOptions(BaseModel):
         try:
             return cls(core=core, **given)
         except ValidationError as error:
-            raise wrong_options(error) from error
+            known = SHARED_OPTIONS | cls.model_fields.keys() - {"core"}
+            raise wrong_options(error, known) from error
 
 
 def request_options(params: Any) -> RequestOptions:

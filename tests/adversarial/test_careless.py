@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
-from kvshare_mm.apps.bench.divergence import kl_divergence
+from kvshare_mm.native.audit import kl_divergence
 
 pytestmark = pytest.mark.e2e
 

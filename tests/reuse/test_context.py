@@ -95,3 +95,15 @@ def test_what_a_donor_cannot_give_is_no_edit_to_what_it_gives_behind():
     unedited = np.zeros(60, bool)
     unedited[20:25] = True
     assert not changed_context(replace(plan, unedited=unedited)).any()
+
+
+def test_a_plan_remembers_it_as_long_as_its_runs_are_the_same() -> None:
+    runs = (KeptRun("a", 0, 0, 10, True), KeptRun("a", 12, 13, 20, False))
+    plan = ReusePlan(40, runs)
+    found = changed_context(plan)
+    assert found.any()
+    assert changed_context(plan) is found
+    assert changed_context(plan.with_repair(np.array([15]))) is found
+    assert not changed_context(replace(plan, runs=runs[:1])).any()
+    with pytest.raises(ValueError, match="read-only"):
+        found[0] = 1

@@ -22,6 +22,7 @@ from kvshare_mm.vllm import compat, kv_transfer_config
 from kvshare_mm.vllm.connector import KVShareConnector
 from kvshare_mm.vllm.gate import deployment_obstacle, picture_merge, request_obstacle
 from kvshare_mm.vllm.meta import Orders
+from kvshare_mm.vllm.options import ConnectorOptions
 
 pytestmark = pytest.mark.vllm
 
@@ -155,3 +156,16 @@ def test_wrong_options_stop_the_start(config: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(extra, "sharring", "off")
     with pytest.raises(ConfigError, match="sharring"):
         KVShareConnector(config, KVConnectorRole.SCHEDULER, CACHES)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("lookup_deadlin_s", "did you mean lookup_deadline_s?"),
+        ("max_divergense", "did you mean max_divergence?"),
+        ("prefill_chunks", "there is no such option$"),  # of the native engine alone
+    ],
+)
+def test_a_hint_names_an_option_of_the_connector(given: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=meant.replace("?", r"\?")):
+        ConnectorOptions.of({given: 1})

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from kvshare_mm.apps.bench.divergence import (
     KVDeviation,
     agreement,
-    kl_divergence,
     kv_deviation,
     mean_deviation,
 )
+from kvshare_mm.native.audit import kl_divergence
 from kvshare_mm.reuse.plan import KeptRun, ReusePlan
 
 
