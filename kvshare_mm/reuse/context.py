@@ -65,22 +65,34 @@ def _changed_context(plan: ReusePlan) -> NDArray[np.float64]:
         seen[run.donor] += 1
         # The prefix is the donor's too, but for what is foreign to it.
         shared = min(prefix - run.foreign, donor_start)
-        both = own.donor_start[:before] < donor_start
-        starts, ends, there = (column[:before][both] for column in own)
-        order = np.argsort(there, kind="stable")
-        there_ends = there + ends - starts
+        here, there = _in_both(_Kept(*(column[:before] for column in own)), shared, donor_start)
         at = np.arange(run.start, run.end)
         found[at] = np.maximum(
-            _weight(at, _gaps(shared, starts, ends, start)),
-            _weight(at - run.shift, _gaps(shared, there[order], there_ends[order], donor_start)),
+            _weight(at, _gaps(shared, here, start)),
+            _weight(at - run.shift, _gaps(shared, there, donor_start)),
         )
     return found
 
 
-def _gaps(begin: int, starts: Ints, ends: Ints, end: int) -> Ints:
-    """``[g, 2]``: what of ``[begin, end)`` is in none of the spans, ascending by their starts."""
-    low = np.maximum.accumulate(np.concatenate(([begin], ends)))
-    gaps = np.stack((low, np.concatenate((starts, [end]))), axis=1)
+def _in_both(kept: _Kept, begin: int, end: int) -> tuple[Ints, Ints]:
+    """What of a donor's ``[begin, end)`` is kept: ``[g, 2]`` spans in the target and ``[g, 2]`` in
+    the donor, each ascending. In text that repeats itself one position may be kept for several:
+    what stood before a run once stands there in both once."""
+    order = np.argsort(kept.donor_start, kind="stable")
+    starts, ends, there = (column[order] for column in kept)
+    shift = starts - there
+    until = there + ends - starts
+    low = np.maximum.accumulate(np.concatenate(([begin], until)))[:-1]
+    spans = np.stack((np.maximum(there, low), np.minimum(until, end)), axis=1)
+    some = spans[:, 1] > spans[:, 0]
+    spans, here = spans[some], (spans + shift[:, None])[some]
+    return here[np.argsort(here[:, 0], kind="stable")], spans
+
+
+def _gaps(begin: int, spans: Ints, end: int) -> Ints:
+    """``[g, 2]``: what of ``[begin, end)`` is in none of `spans`, ascending by their starts."""
+    low = np.maximum.accumulate(np.concatenate(([begin], spans[:, 1])))
+    gaps = np.stack((low, np.concatenate((spans[:, 0], [end]))), axis=1)
     found: Ints = gaps[gaps[:, 1] > gaps[:, 0]]
     return found
 

@@ -107,3 +107,28 @@ def test_a_plan_remembers_it_as_long_as_its_runs_are_the_same() -> None:
     assert not changed_context(replace(plan, runs=runs[:1])).any()
     with pytest.raises(ValueError, match="read-only"):
         found[0] = 1
+
+
+def test_what_stands_before_a_run_once_in_the_donor_counts_once() -> None:
+    """In text that repeats itself a donor's position may be kept for several of the target."""
+
+    def changed(*runs: KeptRun) -> float:
+        return changed_context(ReusePlan(100, runs))[runs[-1].start]
+
+    prefix = KeptRun("a", 0, 0, 20, True)
+    last = KeptRun("a", 30, 50, 40, False)
+    new = np.log(31 / 1) / np.log(51)  # 20..50 of the target is nothing of the donor's
+    assert changed(prefix, last) == pytest.approx(new)
+    # The prefix again.
+    assert changed(prefix, KeptRun("a", 5, 20, 15, False), last) == pytest.approx(new)
+    # The run itself, before it.
+    assert changed(prefix, KeptRun("a", 32, 20, 20, False), last) == pytest.approx(new)
+    # Twice the same ten that stand between prefix and run.
+    once = changed(prefix, KeptRun("a", 20, 20, 10, False), last)
+    assert once == pytest.approx(np.log(21 / 1) / np.log(51))
+    ten = KeptRun("a", 20, 40, 10, False)
+    again = changed(prefix, KeptRun("a", 20, 20, 10, False), ten, last)
+    assert again == pytest.approx(once)
+    # What reaches into the run counts up to there.
+    cut = changed(prefix, KeptRun("a", 25, 35, 15, False), last)
+    assert cut == pytest.approx(np.log(31 / 16 * 11) / np.log(51))
