@@ -103,10 +103,13 @@ def demo(
     picture: Annotated[
         Path | None, typer.Option(help="also save the first story's coloured prompt as SVG")
     ] = None,
+    show_prompts: Annotated[
+        bool, typer.Option(help="show the prompts, coloured by where their KV came from")
+    ] = False,
 ) -> None:
     """Stories: somebody asked something similar before. What does that save?
 
-    Three of words, and two of pictures if tiny-vl is installed.
+    Five of words, and two of pictures if tiny-vl is installed.
     """
     from kvshare_mm.apps import showcase
     from kvshare_mm.apps.stories import picture_stories
@@ -117,11 +120,19 @@ def demo(
     sees = model == "tiny-vl"
     with serving(model, embedder=None) as llm:
         stories = picture_stories() if sees else None
-        report = showcase.run(llm, console, repeats, max_tokens, picture, stories)
+        report = showcase.run(llm, console, repeats, max_tokens, picture, stories, show_prompts)
+    told = [*report["stories"]]
     if not sees and is_installed("tiny-vl"):
         with serving("tiny-vl", embedder=None) as llm:
-            stories = picture_stories()
-            report["pictures"] = showcase.run(llm, console, repeats, max_tokens, None, stories)
+            seen = showcase.run(
+                llm, console, repeats, max_tokens, None, picture_stories(), show_prompts
+            )
+        report["pictures"] = seen
+        told += seen["stories"]
+    console.print()
+    console.print(showcase.summary(told))
+    if not show_prompts:
+        console.print("With --show-prompts: every prompt, coloured by where its KV came from.")
     write_report(report, json_file)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ _SOURCES = {
     "features": "known: its encoder does not run",
     "encoder": "new: its encoder runs",
 }
-_NAMES = {"full": "full recompute", "prefix": "prefix caching", "kvshare": "KVShare"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,14 @@ class Told:
     @property
     def same_answer(self) -> bool:
         return self.outputs["kvshare"].token_ids == self.outputs["full"].token_ids
+
+    @property
+    def verdict(self) -> str:
+        """What became of the answer that KVShare's is: ``right``, ``donor's`` or ``wrong``."""
+        text = self.outputs["kvshare"].text
+        if self.story.before and self.story.before in text:
+            return "donor's"
+        return "right" if self.story.right in text else "wrong"
 
 
 def tell(llm: KVShare, story: Story, repeats: int, max_tokens: int) -> Told:
@@ -76,19 +83,22 @@ def run(
     max_tokens: int = 24,
     picture: Path | None = None,
     stories: Sequence[Story] | None = None,
+    show_prompts: bool = False,
 ) -> dict[str, Any]:
     """Tell all stories, print them as they go, and return the same as data.
 
     Args:
         stories: those of words if None.
         picture: where to save the first story's coloured prompt as SVG, or None.
+        show_prompts: print the prompts too, coloured by where their KV came from.
     """
-    console.print(legend())
     told = []
     for one in _tell_all(
         llm, console, repeats, max_tokens, STORIES if stories is None else stories
     ):
-        _print(llm, console, one)
+        if show_prompts:
+            _print_prompt(llm, console, one)
+        _print(console, one)
         told.append(one)
     if picture:
         _save_picture(llm, told[0], picture)
@@ -108,35 +118,56 @@ def _tell_all(
         yield one
 
 
-def _print(llm: KVShare, console: Console, told: Told) -> None:
-    story, shared = told.story, told.outputs["kvshare"]
-    console.rule(f"[bold]{story.name}[/]: {story.about}", align="left")
+def _print_prompt(llm: KVShare, console: Console, told: Told) -> None:
+    shared = told.outputs["kvshare"]
+    console.print()
+    console.print(legend())
     view = token_view(llm.tokenizer, shared.prompt_token_ids, shared.provenance)
     console.print(Panel(view, title="the new prompt", title_align="left"))
+
+
+def _print(console: Console, told: Told) -> None:
+    shared, full = told.outputs["kvshare"], told.outputs["full"]
+    console.print(f"[bold]{told.story.name}[/]: {told.story.about}")
     for use in shared.provenance.media:
-        console.print(f"[dim]{use.modality:15}:[/] {_SOURCES[use.source]} ({use.label})")
-    console.print(f"[dim]earlier answer :[/] {escape(told.donor.text.strip())}")
-    console.print(f"[dim]full recompute :[/] {escape(told.outputs['full'].text.strip())}")
-    console.print(f"[dim]KVShare        :[/] {escape(shared.text.strip())}")
-    table = Table()
-    for heading in ("method", "first token", "times sooner", "tokens computed", "same answer"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for name, output in told.outputs.items():
-        same = output.token_ids == told.outputs["full"].token_ids
+        console.print(f"  [dim]{use.modality:14}:[/] {_SOURCES[use.source]} ({use.label})")
+    console.print(f"  [dim]earlier answer:[/] {_line(told.donor)}")
+    console.print(f"  [dim]KVShare       :[/] {_line(shared)}")
+    if not told.same_answer:
+        console.print(f"  [red]full recompute:[/] {_line(full)}")
+
+
+def _line(output: RequestOutput) -> str:
+    return escape(" ".join(output.text.split()))
+
+
+def summary(stories: Sequence[Mapping[str, Any]]) -> Table:
+    """All stories (`run`'s) in one table of 80 columns, beside prefix caching."""
+    table = Table(
+        title="tokens computed, time to the first token", title_justify="left", title_style="bold"
+    )
+    for heading in ("story", "prompt", "prefix caching", "KVShare", "sooner", "answer"):
+        table.add_column(heading, justify="left" if heading in ("story", "answer") else "right")
+    for story in stories:
+        prefix, kvshare = story["methods"]["prefix"], story["methods"]["kvshare"]
         table.add_row(
-            _NAMES[name],
-            f"{1000 * told.ttft[name]:.0f} ms",
-            f"{told.ttft['full'] / told.ttft[name]:.1f}",
-            f"{output.provenance.recomputed} of {len(output.prompt_token_ids)}",
-            "yes" if same else "[red]no[/]",
+            story["name"],
+            str(story["tokens"]),
+            _cost(prefix),
+            _cost(kvshare),
+            f"{prefix['ttft_s'] / kvshare['ttft_s']:.1f}x",
+            story["answer"] if story["answer"] == "right" else f"[red]{story['answer']}[/]",
         )
-    console.print(table)
-    console.print()
+    return table
+
+
+def _cost(method: Mapping[str, Any]) -> str:
+    return f"{method['computed_tokens']}, {1000 * method['ttft_s']:.0f} ms"
 
 
 def _save_picture(llm: KVShare, told: Told, path: Path) -> None:
     output = told.outputs["kvshare"]
-    paper = Console(record=True, width=96, file=io.StringIO(), force_terminal=True)
+    paper = Console(record=True, width=108, file=io.StringIO(), force_terminal=True)
     paper.print(legend())
     paper.print(token_view(llm.tokenizer, output.prompt_token_ids, output.provenance))
     svg = paper.export_svg(title=f"{told.story.name}: {told.story.about}")
@@ -149,6 +180,7 @@ def _as_data(told: Told) -> dict[str, Any]:
         "name": told.story.name,
         "tokens": len(told.outputs["full"].prompt_token_ids),
         "same_answer": told.same_answer,
+        "answer": told.verdict,
         "methods": {
             name: {
                 "ttft_s": told.ttft[name],

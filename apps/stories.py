@@ -1,6 +1,7 @@
 """Everyday cases of prompts that are alike but not equal, for the demo and the tests.
 
-Three are of words. Two are of pictures, for models that were trained on the drawings.
+Those of words ask what a small model can answer. Two are of pictures, for models that were trained
+on the drawings.
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """Somebody asked `donor`; now somebody else asks `target`: a question, or messages."""
+    """Somebody asked `donor`; now somebody else asks `target`: a question, or messages.
+
+    Attributes:
+        right: what a right answer to `target` says.
+        before: what the right answer to `donor` says, if that is another.
+    """
 
     name: str
     about: str
     donor: str | Messages
     target: str | Messages
+    right: str
+    before: str = ""
 
     @staticmethod
     def messages(asked: str | Messages) -> Messages:
@@ -99,38 +107,35 @@ def lab_report(values: list[str], patient: str, question: str) -> str:
 
 
 _EXAM_HEAD = (
-    "Grade this geography exam. Give one point for every correct answer.\n"
-    "Key: 1 Paris, 2 Nile, 3 Pacific Ocean, 4 Everest, 5 Canberra, 6 Sahara, 7 Tokyo, "
-    "8 Brazil, 9 Danube, 10 Iceland.\n"
+    "Grade this geography exam. Every correct answer gives one point. Spelling does not matter, a "
+    "missing answer gives none, and a wrong one takes nothing away. Key: Paris, Nile, Pacific "
+    "Ocean, Everest, Canberra, Sahara, Tokyo, Brazil, Danube, Iceland.\n"
 )
-_EXAM_QUESTIONS = (
-    "What is the capital of France?",
-    "Which river flows through Cairo?",
-    "Which is the largest ocean on Earth?",
-    "Which is the highest mountain above sea level?",
-    "What is the capital of Australia?",
-    "Which is the largest hot desert?",
-    "What is the capital of Japan?",
-    "Which country is the largest in South America?",
-    "Which river flows through Vienna and Budapest?",
-    "Which island country has Reykjavik as its capital?",
+_EXAM = (
+    ("Capital of France", "Paris"),
+    ("River that flows through Cairo", "Nile"),
+    ("Largest ocean", "Pacific Ocean"),
+    ("Highest mountain", "Everest"),
+    ("Capital of Australia", "Canberra"),
+    ("Largest hot desert", "Sahara"),
+    ("Capital of Japan", "Tokyo"),
+    ("Largest country of South America", "Brazil"),
+    ("River that flows through Vienna", "Danube"),
+    ("Island whose capital is Reykjavik", "Iceland"),
 )
-_EXAM_TASK = "Write down the student's answer to question 7."
-_RIGHT = ("Paris", "Nile", "Pacific Ocean", "Everest", "Canberra", "Sahara", "Tokyo", "Brazil",
-          "Danube", "Iceland")  # fmt: skip
+_EXAM_TASK = "Question: What is the largest ocean, says the student?"
 
 
-def exam(student: str, changed: dict[int, str], question: str) -> str:
-    """A ten-question exam; `changed` gives the answers that are not the right ones."""
-    rows = "\n".join(
-        f"Question {i}: {text} Student's answer: {changed.get(i, right)}."
-        for i, (text, right) in enumerate(zip(_EXAM_QUESTIONS, _RIGHT, strict=True), 1)
+def exam(student: str, changed: dict[str, str]) -> str:
+    """A geography exam; `changed` gives the answers that are not the right ones."""
+    rows = "\n".join(f"- {asked}: {changed.get(right, right)}" for asked, right in _EXAM)
+    return (
+        f"{_EXAM_HEAD}Student number {student} answered:\n{rows}\n"
+        f"All answers were read by two teachers. Spelling does not matter.\n{_EXAM_TASK}"
     )
-    return f"{_EXAM_HEAD}Student number {student}.\n{rows}\n{question}"
 
 
 _POLICY = (
-    "Answer the customer with the shop's rules.\n"
     "Rules of the shop. Goods can be returned within 30 days of delivery if they are unused and in "
     "their box. Refunds are paid to the card that was used within 5 working days. A return costs "
     "4 euros, and nothing if the goods arrived damaged. Damaged goods must be reported within 14 "
@@ -141,33 +146,121 @@ _POLICY = (
 )
 
 
-def support(customer: str, product: str) -> str:
-    """A customer's question in front of the shop's rules."""
-    return f"Customer, about a {product}: {customer}\n{_POLICY}Write one short answer."
+def support(customer: str, question: str) -> str:
+    """A customer's name in front of the shop's rules, and a question behind them."""
+    return f"Customer: {customer}.\n{_POLICY}Question: {question}"
+
+
+_HANDBOOK = """\
+You answer the customers of a bicycle shop, by its rules.
+Repairs. Flat tyres are mended while customers wait, for 15 euros. Brakes are adjusted within two \
+days, for 40 euros. Gears are set within three days, for 35 euros. A wheel is trued for 25 euros, \
+and a new chain costs 30 euros with the work. Electric bicycles are not repaired here: name the \
+workshop at the station. Never promise a date for spare parts.
+Rental. Children's bicycles can be rented by the week, helmets included, against a deposit of 80 \
+euros. City bicycles cost 12 euros a day. Whoever returns a bicycle late pays for one more day. \
+Rented bicycles are insured against theft if the lock was used.
+Sales. New bicycles have a warranty of five years on the frame and two years on all other parts. \
+Used bicycles are bought on Saturdays only, with the receipt of the first owner. A first \
+inspection is free within three months of the purchase. Locks, lights and pumps can be returned \
+within 30 days if they were not used.
+Hours. The shop is open from Tuesday to Saturday, from 9 to 18 o'clock. The workshop closes one \
+hour earlier. In December the shop is open on Mondays too.
+Be polite, and answer in one short sentence."""
+
+
+def clocked(clock: str, order: str, product: str) -> Messages:
+    """A system prompt that begins with the time of day, and a customer's order."""
+    asked = f"My order has the number {order}. What did the {product} cost?"
+    return [
+        {"role": "system", "content": f"It is {clock}. {_HANDBOOK}"},
+        {"role": "user", "content": asked},
+    ]
+
+
+_TURNS = (
+    "Good morning. My bicycle has been standing in the rain all winter, and now it makes noises "
+    "everywhere. I would like to ride it to work from Monday on.",
+    "Good morning. Bring it to our workshop, and we will look at it together before you leave it "
+    "with us.",
+    "Can I come without an appointment, and when is the workshop open?",
+    "Yes, you can. The workshop is open from Tuesday to Saturday, from 9 to 17 o'clock, and in "
+    "December on Mondays too.",
+    "I live in Bergen Street, number 7, and I cannot carry it that far. Do you collect bicycles at "
+    "home?",
+    "I am sorry, we do not collect bicycles, but the tram to our door takes bicycles outside of "
+    "the rush hours.",
+    "All right, I will take the tram. It is a green city bicycle with seven gears, about ten years "
+    "old. Is it worth the repair?",
+    "Most city bicycles of that age are worth it, as long as the frame has no cracks and is not "
+    "bent.",
+    "The frame is fine, I looked at it from all sides. But I heard that there are no parts any "
+    "more for the old gears.",
+    "We keep parts for most gears of the last twenty years, and what we do not have can be ordered "
+    "from the maker.",
+    "How long would that take? I have no other bicycle, and the bus is full every morning.",
+    "We never promise a date for parts, but you can rent a city bicycle for 12 euros a day in the "
+    "meantime.",
+    "Good to know. The chain is rusty, and it jumps when I ride uphill.",
+    "A new chain costs 30 euros with the work, and we check the teeth of the wheels for free.",
+    "And the front wheel wobbles since I rode over a kerb.",
+    "A wheel is trued for 25 euros.",
+)
+
+
+def conversation(first: int, end: int, question: str) -> Messages:
+    """What was said of turns ``first`` to `end`, customer and shop in turn, and a question."""
+    said = [
+        {"role": "assistant" if i % 2 else "user", "content": text}
+        for i, text in enumerate(_TURNS[first:end])
+    ]
+    return [
+        {"role": "system", "content": _HANDBOOK},
+        *said,
+        {"role": "user", "content": question},
+    ]
 
 
 STORIES = (
+    Story(
+        "clock",
+        "the same system prompt a minute later, another customer's order",
+        clocked("10:42:07", "4471: one lamp for 32 euros, sent on Monday", "lamp"),
+        clocked("10:43:51", "9032: one helmet for 58 euros, sent on Friday", "helmet"),
+        right="58 euros",
+        before="32",
+    ),
     Story(
         "lab report",
         "the same blood report with another patient's numbers",
         lab_report(_DONOR_VALUES, "48210", "Question: What is the haemoglobin value?"),
         lab_report(_TARGET_VALUES, "77345", "Question: What is the haemoglobin value?"),
+        right="121",
+        before="148",
     ),
     Story(
         "exam",
         "the same exam with another student's answers",
-        exam("1041", {4: "K2"}, _EXAM_TASK),
-        exam(
-            "2216",
-            {3: "Atlantic Ocean", 7: "Kyoto"},
-            _EXAM_TASK,
-        ),
+        exam("1041", {"Everest": "K2"}),
+        exam("2216", {"Pacific Ocean": "Atlantic Ocean", "Sahara": "Gobi"}),
+        right="Atlantic",
+        before="Pacific",
     ),
     Story(
-        "support question",
-        "the same rules, the question put in other words",
-        support("How many days do I have to send it back if I do not like it?", "coffee machine"),
-        support("Until when can I return it? I have not used it yet.", "toaster"),
+        "support",
+        "the same rules behind another customer's name, another question",
+        support("Ada Lund, order 4471", "What does a return cost?"),
+        support("Tom Berg, order 9032", "How long do repairs take?"),
+        right="10 working days",
+        before="4 euros",
+    ),
+    Story(
+        "dropped turn",
+        "a conversation without its oldest turn, the next question",
+        conversation(0, 14, "How much is the new chain?"),
+        conversation(2, 16, "How much is the wheel?"),
+        right="25 euros",
+        before="30",
     ),
 )
 
@@ -182,18 +275,22 @@ def picture_stories() -> tuple[Story, ...]:
     photo = replace(photo, wording=replace(photo.wording, photos_first=False))
     asked_again = replace(similar(photo, "rephrased", rng), customer=random_customer(rng))
     policy = random_request(rng, "my_fee", num_fillers=4)
+    other = similar(policy, "other_picture", rng)
     return (
         Story(
             "same photo",
             "another customer sends the same photo and asks in other words",
             photo.messages(),
             asked_again.messages(),
+            right=asked_again.answer(),
         ),
         Story(
             "other photo",
             "the same rules and the same question about another photo",
             policy.messages(),
-            similar(policy, "other_picture", rng).messages(),
+            other.messages(),
+            right=other.answer(),
+            before=policy.answer(),
         ),
     )
 

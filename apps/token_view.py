@@ -48,8 +48,8 @@ def legend() -> Text:
     text = Text()
     for kind, meaning in (
         ("exact", "identical beginning, reused"),
-        ("reused", "similar request's KV, moved and reused"),
-        ("recomputed", "computed for this request"),
+        ("reused", "a similar request's, moved"),
+        ("recomputed", "computed now"),
     ):
         text.append(f" {kind} ", STYLES[kind])
         text.append(f" {meaning}   ")

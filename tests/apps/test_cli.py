@@ -18,9 +18,10 @@ from rich.console import Console
 import kvshare_mm
 from kvshare_mm import KVShare, ModelLoadError, SamplingParams
 from kvshare_mm.apps import chat as chat_app
+from kvshare_mm.apps import showcase
 from kvshare_mm.apps.bench.theme import LABELS
 from kvshare_mm.apps.cli import app
-from kvshare_mm.apps.stories import STORIES, Story
+from kvshare_mm.apps.stories import STORIES, Story, picture_stories
 
 from .conftest import Run
 
@@ -327,8 +328,14 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(
 
 def test_demo(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stories = (
-        Story("report", "the same with other numbers", _DONOR, _TARGET),
-        Story("fox", "nothing alike", "The quick brown fox jumps. " * 8, "number [/red] " * 20),
+        Story("report", "the same with other numbers", _DONOR, _TARGET, right=""),
+        Story(
+            "fox",
+            "nothing alike",
+            "The quick brown fox jumps. " * 8,
+            "number [/red] " * 20,
+            right="no random model says this",
+        ),
     )
     monkeypatch.setattr("kvshare_mm.apps.showcase.STORIES", stories)
     # The stories with pictures have tests of their own.
@@ -337,15 +344,16 @@ def test_demo(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.M
     result = run("demo", "--model", tiny_folder, "--repeats", "2", "--max-tokens", "40",
                  "--json", out)  # fmt: skip
     assert result.exit_code == 0, result.output
-    for text in ("report", "fox", "full recompute", "prefix caching", "KVShare", "exact"):
+    for text in ("report", "fox", "prefix caching", "KVShare"):
         assert text in result.output
+    assert "number [/red]" not in result.output
     report = strict_json(out)
     assert set(report) == {"command", "kind", "machine", "model", "stories"}
     assert set(report["machine"]) == _MACHINE
     assert report["model"] == str(tiny_folder)
     assert [story["name"] for story in report["stories"]] == ["report", "fox"]
     for story in report["stories"]:
-        assert set(story) == {"name", "tokens", "same_answer", "methods"}
+        assert set(story) == {"name", "tokens", "same_answer", "answer", "methods"}
         assert list(story["methods"]) == ["full", "prefix", "kvshare"]
         for method in story["methods"].values():
             assert set(method) == {"ttft_s", "computed_tokens", "answer"}
@@ -355,10 +363,42 @@ def test_demo(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.M
         assert full["answer"] == prefix["answer"]
         assert kvshare["computed_tokens"] <= prefix["computed_tokens"] <= story["tokens"]
         assert story["same_answer"] == (kvshare["answer"] == full["answer"])
+    assert [story["answer"] for story in report["stories"]] == ["right", "wrong"]
     methods = report["stories"][0]["methods"]
     assert methods["kvshare"]["computed_tokens"] < methods["prefix"]["computed_tokens"]
 
 
 def test_demo_says_what_is_wrong(run: Run, tiny_folder: Path) -> None:
-    assert len(STORIES) == 3
     check_refused(run("demo", "--model", tiny_folder), "context holds 512")  # its stories are long
+
+
+def test_demo_shows_prompts_where_they_are_asked_for(
+    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = Story("fox", "nothing alike", "The quick brown fox jumps.", "number [/red]", right="")
+    monkeypatch.setattr("kvshare_mm.apps.showcase.STORIES", (story,))
+    monkeypatch.setattr("kvshare_mm.models.loader.is_installed", lambda name: False)
+    options = ["--repeats", "1", "--max-tokens", "2", "--show-prompts"]
+    result = run("demo", "--model", tiny_folder, *options)
+    assert result.exit_code == 0, result.output
+    assert "number [/red]" in result.output
+    assert "identical beginning, reused" in result.output
+
+
+def test_the_demo_fits_a_terminal() -> None:
+    """Its table, at the end, on a screen of 80x24."""
+    method = {"ttft_s": 9.999, "computed_tokens": 9999}
+    names = [story.name for story in (*STORIES, *picture_stories())]
+    stories = [
+        {"name": n, "tokens": 9999, "answer": "donor's",
+         "methods": {"prefix": method, "kvshare": method}}
+        for n in names
+    ]  # fmt: skip
+    with open(os.devnull, "w") as nowhere:
+        paper = Console(width=80, record=True, file=nowhere)
+        paper.print(showcase.summary(stories))
+    lines = paper.export_text().splitlines()
+    assert len(lines) <= 22
+    for name in names:
+        [row] = [line for line in lines if line.startswith(f"│ {name} ")]
+        assert row.count("9999, 9999 ms") == 2 and "donor's" in row  # no cell is broken

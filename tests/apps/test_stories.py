@@ -17,7 +17,7 @@ from kvshare_mm.apps.stories import Story, picture_stories
 
 from .conftest import Run
 
-FIGURES = {"name", "tokens", "same_answer", "methods"}
+FIGURES = {"name", "tokens", "same_answer", "answer", "methods"}
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_every_run_tells_the_same() -> None:
 def test_they_are_told(media_folder: Callable[[str], Path], console: Console) -> None:
     """On a random model; the answers mean nothing."""
     with KVShare(str(media_folder("qwen2_5_vl")), embedder=None, repair="none") as llm:
-        report = showcase.run(llm, console, 1, 4, None, picture_stories())
+        report = showcase.run(llm, console, 1, 4, None, picture_stories(), show_prompts=True)
     shown = console.export_text()
     assert "known: its KV is reused, its encoder does not run (112x112, seen as 112x112)" in shown
     assert "new: its encoder runs (112x112, seen as 112x112)" in shown
@@ -89,7 +89,7 @@ def test_the_demo_tells_them_if_their_model_is_installed(
         return media_folder("qwen2_5_vl")
 
     monkeypatch.setattr("kvshare_mm.assets.folder", folder)
-    told = (Story("fox", "nothing alike", "The quick brown fox.", "Laboratory report."),)
+    told = (Story("fox", "nothing alike", "The quick brown fox.", "Laboratory report.", right=""),)
     monkeypatch.setattr("kvshare_mm.apps.showcase.STORIES", told)
     out = tmp_path / "demo.json"
     options = ["--model", str(tiny_folder), "--repeats", "1", "--max-tokens", "3"]
