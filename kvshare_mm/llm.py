@@ -380,6 +380,7 @@ class KVShare:
 
     def _spec(self, stream: SegmentStream, text: str, asked: Asked) -> RequestSpec:
         options = asked.options
+        asked.params.check(len(self._parts.loaded.tokenizer))
         salt = self.config.cache_salt if options.cache_salt is None else options.cache_salt
         spec = RequestSpec(
             stream=stream,

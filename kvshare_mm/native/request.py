@@ -69,7 +69,7 @@ class SlotRequest(Request):
     def begin(self, slot: int, tokenizer: Any, device: torch.device) -> None:
         self.slot = slot
         self.admitted = time.perf_counter()
-        self.sampler = Sampler(self.spec.params, device)
+        self.sampler = Sampler(self.spec.params, device, self.spec.stream.token_ids)
         self.detokenizer = Detokenizer(tokenizer, self.spec.params.stop)
 
     def emit(self, chunk: StreamChunk | Exception) -> None:

@@ -339,6 +339,10 @@ def _sampling_params(spec: RequestSpec) -> Any:
         stop=list(asked.stop),
         ignore_eos=asked.ignore_eos,
         logprobs=asked.logprobs,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=asked.repetition_penalty,
+        logit_bias=dict(asked.logit_bias) or None,
         output_kind=RequestOutputKind.DELTA,
         extra_args={"kv_transfer_params": {"kvshare": _as_asked(spec.options)}},
     )

@@ -193,3 +193,23 @@ def test_request_ids_come_back(shared: Running) -> None:
     assert named.json()["id"] == "chatcmpl-mine-1"
     odd = shared.ask("GET", "/version", headers={"X-Request-Id": "a b<script>"})
     assert odd.headers["x-request-id"] != "a b<script>"
+
+
+def test_penalties_and_bias_over_http(shared: Running) -> None:
+    """Both routes answer as the engine does, and each field does something."""
+    plain = offline(shared.llm, max_tokens=20)
+    banned = {token: -100 for token in plain.token_ids}
+    for fields in (
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2},
+        {"repetition_penalty": 5.0},
+        {"logit_bias": banned},
+    ):
+        expected = offline(shared.llm, max_tokens=20, **fields)
+        assert expected.token_ids != plain.token_ids
+        reply = chat(shared, max_tokens=20, extra_body=fields)
+        assert reply.choices[0].message.content == expected.text
+        prompt = list(expected.prompt_token_ids)
+        asked = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 20}
+        made = shared.client().completions.create(**asked, extra_body=fields)
+        assert made.choices[0].text == expected.text
