@@ -27,6 +27,7 @@ class Given(TypedDict, total=False):
     frequency_penalty: float
     repetition_penalty: float
     logit_bias: Mapping[int, float]
+    response_format: Mapping[str, Any] | None
 
     reuse: Reuse | None
     repair: str | None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from kvshare_mm.errors import InvalidRequestError, ModelOutputError
+from kvshare_mm.grammar import Grammar
 from kvshare_mm.outputs import TokenLogprob
 
 _MAX_LOGPROBS = 20
@@ -18,6 +20,7 @@ _MAX_BIASED = 1024
 _SHOWN = 100
 _MIN_TEMPERATURE = 1e-5  # below it the division would overflow; the answer is greedy anyway
 _LEAST_REPETITION, _MOST_REPETITION = 1e-5, 1e5  # beyond them logits would overflow
+_ANY_OBJECT = {"type": "object"}
 _NO_PROMPT = np.empty(0, np.int64)
 
 
@@ -35,12 +38,16 @@ class SamplingParams:
         stop: strings that end the answer; they are not part of it.
         ignore_eos: go on after the end token.
         logprobs: how many alternatives to report a token (0: the chosen one only); None: none.
-            They are the model's own, before penalties, bias and temperature.
+            They are the model's own, before penalties, bias and temperature, but for tokens that
+            `response_format` forbids: those are left out of the sum.
         presence_penalty: taken from the logit of each token that the answer has, in [-2, 2].
         frequency_penalty: the same, as often as the answer has it.
         repetition_penalty: above 0; logits of tokens in prompt or answer are divided by it, or
             multiplied if they are negative.
         logit_bias: added to the logits of these token ids, each in [-100, 100]; 1024 at most.
+        response_format: OpenAI's: ``{"type": "json_object"}`` or ``{"type": "json_schema",
+            "json_schema": {"schema": ...}}``. The answer follows it unless it is cut by length or
+            by a stop string; None, or the type "text": any answer.
 
     Raises:
         InvalidRequestError: a value outside its range, with the field's name.
@@ -59,6 +66,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    response_format: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         stop: object = () if self.stop is None else self.stop
@@ -101,6 +109,24 @@ class SamplingParams:
                     f"{name}={shown} is not allowed; see SamplingParams", name
                 )
 
+        if not _is_format(self.response_format):
+            raise InvalidRequestError(
+                "response_format must be an object whose type is text, json_object or "
+                "json_schema; the last has its schema, an object, under json_schema.schema",
+                "response_format",
+            )
+
+    @property
+    def schema(self) -> Mapping[str, Any] | None:
+        """The JSON schema that the answer follows, if any."""
+        kind = (self.response_format or {}).get("type")
+        if self.response_format is None or kind in (None, "text"):
+            return None
+        if kind == "json_object":
+            return _ANY_OBJECT
+        schema: Mapping[str, Any] = self.response_format["json_schema"]["schema"]
+        return schema
+
     def check(self, vocab_size: int) -> None:
         """Raises InvalidRequestError: token ids that the model does not have."""
         if (last := max(self.logit_bias, default=0)) >= vocab_size:
@@ -109,6 +135,16 @@ class SamplingParams:
                 "model's vocabulary",
                 "logit_bias",
             )
+
+
+def _is_format(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return value is None
+    kind = value.get("type")
+    if kind != "json_schema":
+        return kind in ("text", "json_object")
+    named = value.get("json_schema")
+    return isinstance(named, Mapping) and isinstance(named.get("schema"), Mapping)
 
 
 def _whole(value: object) -> bool:
@@ -181,12 +217,18 @@ class Sampler:
         params: the request's parameters.
         device: where the logits are.
         prompt: ``[N]`` token ids of its prompt.
+        grammar: of its answer, from the start; None: any token may come.
     """
 
     def __init__(
-        self, params: SamplingParams, device: torch.device, prompt: np.ndarray = _NO_PROMPT
+        self,
+        params: SamplingParams,
+        device: torch.device,
+        prompt: np.ndarray = _NO_PROMPT,
+        grammar: Grammar | None = None,
     ) -> None:
         self.params = params
+        self._grammar = None if grammar is None else grammar.copy()
         self._penalties = Penalties(params, prompt, device) if Penalties.wanted(params) else None
         self._generator: torch.Generator | None = None
         if params.temperature > 0:
@@ -196,6 +238,11 @@ class Sampler:
             else:
                 self._generator.manual_seed(params.seed % (1 << 63))
 
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has the form that it must have and nothing can follow."""
+        return self._grammar is not None and self._grammar.complete
+
     def sample(self, logits: torch.Tensor) -> tuple[int, TokenLogprob | None]:
         """The next token, and its log probability if asked for.
 
@@ -204,18 +251,20 @@ class Sampler:
 
         Raises:
             ModelOutputError: NaN or plus infinity among them, or nothing else than minus infinity.
+            InvalidRequestError: a schema that took too long to follow.
         """
         logits = logits.float()
-        # The largest: NaN, if there is one. The token chosen from NaN would be an answer like any.
-        if not math.isfinite(largest := float(logits.max())):
-            raise ModelOutputError(
-                f"the model's output is not a number (its largest logit is {largest}); the request "
-                "was ended and none of its KV is kept"
-            )
+        _check(logits)
+        if self._grammar is not None:
+            allowed = self._grammar.allowed(len(logits)).to(logits.device)
+            logits = logits.masked_fill(~allowed, float("-inf"))
+            _check(logits)  # the model may forbid what the form asks for
         left = logits if self._penalties is None else self._penalties.apply(logits)
         token = int(left.argmax()) if self._generator is None else self._draw(left)
         if self._penalties is not None:
             self._penalties.add(token)
+        if self._grammar is not None:
+            self._grammar.add(token)
         if self.params.logprobs is None:
             return token, None
         logprobs = logits.log_softmax(-1)
@@ -241,3 +290,12 @@ class Sampler:
             beyond[0] = False  # a top_p too small for float32 is 0
             probs = probs.index_fill(0, order[beyond], 0.0)
         return int(torch.multinomial(probs, 1, generator=self._generator))
+
+
+def _check(logits: torch.Tensor) -> None:
+    # The largest: NaN, if there is one. The token chosen from NaN would be an answer like any.
+    if not math.isfinite(largest := float(logits.max())):
+        raise ModelOutputError(
+            f"the model's output is not a number (its largest logit is {largest}); the request "
+            "was ended and none of its KV is kept"
+        )

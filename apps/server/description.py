@@ -22,6 +22,10 @@ _LIMITS: dict[str, dict[str, Any]] = {
         "propertyNames": {"pattern": "^[0-9]{1,9}$"},
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     },
+    "response_format": {
+        "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}},
+        "required": ["type"],
+    },
     "seed": {"minimum": -(2**63), "maximum": 2**64 - 1},
     "stop": {"items": {"minLength": 1}},
     "n": {"minimum": 1},

@@ -23,7 +23,6 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -143,6 +142,9 @@ class _Generation(_Body):
     logit_bias: Annotated[dict[str, float], Field(max_length=1_024)] | None = Field(
         None, description="token ids, as strings, and what is added to their logits"
     )
+    response_format: dict[str, Any] | None = Field(
+        None, description="text, json_object, or json_schema; the answer always follows the schema"
+    )
     seed: _Whole | None = None
     stop: str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: _Flag = False
@@ -169,6 +171,7 @@ class _Generation(_Body):
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             repetition_penalty=_or(self.repetition_penalty, 1.0),
             logit_bias=_by_token(self.logit_bias or {}),
+            response_format=self.response_format,
         )
 
 

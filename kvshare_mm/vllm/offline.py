@@ -55,6 +55,7 @@ class VLLMParts:
     engine: VLLMEngine
     media: MediaSupport = TEXT_ONLY
     donors: None = None
+    grammars: None = None
     seen: None = None
 
     def stats(self) -> dict[str, Any]:
@@ -326,9 +327,10 @@ def _as_asked(options: RequestOptions) -> dict[str, Any]:
 
 def _sampling_params(spec: RequestSpec) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     asked = spec.params
+    schema = asked.schema
     return SamplingParams(
         max_tokens=asked.max_tokens,
         temperature=asked.temperature,
@@ -343,6 +345,7 @@ def _sampling_params(spec: RequestSpec) -> Any:
         frequency_penalty=asked.frequency_penalty,
         repetition_penalty=asked.repetition_penalty,
         logit_bias=dict(asked.logit_bias) or None,
+        structured_outputs=None if schema is None else StructuredOutputsParams(json=dict(schema)),
         output_kind=RequestOutputKind.DELTA,
         extra_args={"kv_transfer_params": {"kvshare": _as_asked(spec.options)}},
     )
