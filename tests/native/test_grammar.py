@@ -170,6 +170,30 @@ def test_schemas_that_cannot_be_followed_are_refused(llm: KVShare, schema: Any) 
     assert llm.generate("Hi", max_tokens=2).token_ids  # the engine never heard of it
 
 
+def test_a_schema_that_takes_too_long_ends_its_own_request_alone(llm: KVShare) -> None:
+    """All ways to go on are followed at once: these were 400 ms a token for everybody."""
+    node = {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/node"}} for _ in range(300)]}
+    form = json_schema({"$defs": {"node": node}, "$ref": "#/$defs/node"})
+    other = Inbox(llm, _PROMPTS[0], SamplingParams(max_tokens=40))
+    with pytest.raises(InvalidRequestError, match="cannot be followed") as raised:
+        llm.generate("Hi", max_tokens=20, response_format=form)
+    assert raised.value.field == "response_format"
+    assert other.result().token_ids and llm.healthy
+
+
+def test_objects_of_two_hundred_optional_properties_are_followed(llm: KVShare) -> None:
+    schema = an_object(first={"const": 1}, last={"const": 2})
+    schema["properties"] = {
+        "first": {"const": 1},
+        **{f"p{i}": {"const": i} for i in range(200)},
+        "last": {"const": 2},
+    }
+    output = llm.generate(
+        "Hi", max_tokens=400, temperature=1.0, seed=1, response_format=json_schema(schema)
+    )
+    assert output.finish_reason in ("stop", "length") and '"first"' in output.text
+
+
 @pytest.mark.parametrize("depth", [200, 3_000, 100_000])
 def test_deep_schemas_are_refused(llm: KVShare, depth: int) -> None:
     schema: dict[str, Any] = {}
