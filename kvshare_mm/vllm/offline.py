@@ -248,12 +248,9 @@ class VLLMEngine:
             self.counters["finished_abort"] += 1
             closed = EngineClosedError("the engine was closed")
             sink(closed if self._closed else StreamChunk("", output=request.finish("abort")))
-        except ValueError as error:  # what vLLM refuses
-            self.counters["failed"] += 1
-            sink(InvalidRequestError(f"vLLM refuses this request: {error}"))
         except Exception as error:
             self.counters["failed"] += 1
-            sink(EngineClosedError(f"vLLM failed: {error}"))
+            sink(_as_ours(error))
 
     def _count(self, output: RequestOutput) -> None:
         count_use(self.counters, output.provenance)
@@ -277,6 +274,16 @@ class VLLMEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _as_ours(error: Exception) -> Exception:
+    """What vLLM refuses is the request's fault; anything else is vLLM's."""
+    from vllm.exceptions import VLLMClientError
+
+    if isinstance(error, ValueError | VLLMClientError):
+        field = getattr(error, "parameter", None)
+        return InvalidRequestError(f"vLLM refuses this request: {error}", field)
+    return EngineClosedError(f"vLLM failed: {error}")
 
 
 def provenance_of(last: Any, stream: SegmentStream) -> Provenance:
