@@ -23,6 +23,11 @@ class Given(TypedDict, total=False):
     stop: str | list[str] | tuple[str, ...]
     ignore_eos: bool
     logprobs: int | None
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    response_format: Mapping[str, Any] | None
 
     reuse: Reuse | None
     repair: str | None

@@ -14,6 +14,7 @@ from typing import Any
 from kvshare_mm.chat import TEXT_ONLY, MediaSupport
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import ConfigError
+from kvshare_mm.grammar import Grammars
 from kvshare_mm.index.semantic import Opened
 from kvshare_mm.modalities.decode_pool import DecodePool
 from kvshare_mm.modalities.decoding import Decoder, InProcess
@@ -53,6 +54,7 @@ class Parts:
     seen: SeenMedia | None = None
     decoder: Decoder = field(default_factory=InProcess)
     auditor: Auditor | None = None
+    grammars: Grammars | None = None
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start and sizes now.
@@ -167,7 +169,19 @@ def assemble(config: KVShareConfig) -> Parts:
                 config.media_workers, config.media_deadline_s, config.max_image_pixels
             )
     media = media_support(loaded, config, decoder)
-    return Parts(loaded, runner, prefiller, donors, engine, media, encoder, seen, decoder, auditor)
+    return Parts(
+        loaded,
+        runner,
+        prefiller,
+        donors,
+        engine,
+        media,
+        encoder,
+        seen,
+        decoder,
+        auditor,
+        Grammars(loaded.tokenizer, loaded.eos_token_ids),
+    )
 
 
 def media_support(

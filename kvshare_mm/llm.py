@@ -379,7 +379,8 @@ class KVShare:
         return spec
 
     def _spec(self, stream: SegmentStream, text: str, asked: Asked) -> RequestSpec:
-        options = asked.options
+        options, grammars = asked.options, self._parts.grammars
+        asked.params.check(len(self._parts.loaded.tokenizer))
         salt = self.config.cache_salt if options.cache_salt is None else options.cache_salt
         spec = RequestSpec(
             stream=stream,
@@ -387,6 +388,7 @@ class KVShare:
             params=asked.params,
             namespace=namespace(self._parts.loaded.fingerprint, salt),
             options=replace(options, reuse=options.reuse or self.config.reuse, cache_salt=salt),
+            grammar=None if grammars is None else grammars.of(asked.params.schema),
         )
         spec.check(self.max_model_len)
         return spec

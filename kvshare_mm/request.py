@@ -11,6 +11,7 @@ from typing import Any
 
 from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.grammar import Grammar
 from kvshare_mm.outputs import (
     FinishReason,
     Provenance,
@@ -35,6 +36,7 @@ class RequestSpec:
         params: how to decode.
         namespace: which donors it may use and become.
         options: how it reuses.
+        grammar: of the answer; None: any, or vLLM's matter.
     """
 
     stream: SegmentStream
@@ -42,6 +44,7 @@ class RequestSpec:
     params: SamplingParams
     namespace: str
     options: RequestOptions = field(default_factory=RequestOptions)
+    grammar: Grammar | None = None
 
     def check(self, max_model_len: int) -> None:
         """Raises InvalidRequestError: empty prompt, or one longer than the context."""

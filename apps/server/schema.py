@@ -1,11 +1,12 @@
 """Bodies of requests, as OpenAI and vLLM name them.
 
 Fields that would change the answer and are not supported are refused by name, unless they ask for
-nothing (`frequency_penalty: 0`). Fields nobody knows are ignored, as vLLM does.
+nothing (`length_penalty: 1`). Fields nobody knows are ignored, as vLLM does.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -17,16 +18,11 @@ from kvshare_mm.config import Reuse, refuse_old_words
 from kvshare_mm.sampling import SamplingParams
 
 _NOTHING: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -140,6 +136,15 @@ class _Generation(_Body):
     top_p: float | None = None
     top_k: _Whole | None = None
     min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = Field(None, description="vLLM's; default 1")
+    logit_bias: Annotated[dict[str, float], Field(max_length=1_024)] | None = Field(
+        None, description="token ids, as strings, and what is added to their logits"
+    )
+    response_format: dict[str, Any] | None = Field(
+        None, description="text, json_object, or json_schema; the answer always follows the schema"
+    )
     seed: _Whole | None = None
     stop: str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: _Flag = False
@@ -162,6 +167,11 @@ class _Generation(_Body):
             stop=self.stop or (),  # type: ignore[arg-type]
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            logit_bias=_by_token(self.logit_bias or {}),
+            response_format=self.response_format,
         )
 
 
@@ -284,6 +294,14 @@ class ErrorBody(BaseModel):
     """What every error looks like."""
 
     error: ErrorDetail
+
+
+def _by_token(bias: dict[str, float]) -> dict[int, float]:
+    """JSON's keys are strings. Raises ApiError: one that is no token id."""
+    for token in bias:
+        if not re.fullmatch("[0-9]{1,9}", token):
+            raise ApiError(400, "the keys of logit_bias must be token ids", "logit_bias")
+    return {int(token): value for token, value in bias.items()}
 
 
 def _or(value: float | None, default: Any) -> Any:

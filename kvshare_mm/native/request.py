@@ -69,8 +69,9 @@ class SlotRequest(Request):
     def begin(self, slot: int, tokenizer: Any, device: torch.device) -> None:
         self.slot = slot
         self.admitted = time.perf_counter()
-        self.sampler = Sampler(self.spec.params, device)
-        self.detokenizer = Detokenizer(tokenizer, self.spec.params.stop)
+        spec = self.spec
+        self.sampler = Sampler(spec.params, device, spec.stream.token_ids, spec.grammar)
+        self.detokenizer = Detokenizer(tokenizer, spec.params.stop)
 
     def emit(self, chunk: StreamChunk | Exception) -> None:
         """Hand a chunk, or the error that ends the request, to the sink.
@@ -103,7 +104,7 @@ class SlotRequest(Request):
         if token in eos and not params.ignore_eos:
             return "stop"
         text = self.detokenizer.add(token)
-        if self.detokenizer.stopped:
+        if self.detokenizer.stopped or self.sampler.complete:
             if text:
                 self.emit(StreamChunk(text, (token,), logprobs=logprobs))
             return "stop"

@@ -55,6 +55,7 @@ class VLLMParts:
     engine: VLLMEngine
     media: MediaSupport = TEXT_ONLY
     donors: None = None
+    grammars: None = None
     seen: None = None
 
     def stats(self) -> dict[str, Any]:
@@ -247,12 +248,9 @@ class VLLMEngine:
             self.counters["finished_abort"] += 1
             closed = EngineClosedError("the engine was closed")
             sink(closed if self._closed else StreamChunk("", output=request.finish("abort")))
-        except ValueError as error:  # what vLLM refuses
-            self.counters["failed"] += 1
-            sink(InvalidRequestError(f"vLLM refuses this request: {error}"))
         except Exception as error:
             self.counters["failed"] += 1
-            sink(EngineClosedError(f"vLLM failed: {error}"))
+            sink(_as_ours(error))
 
     def _count(self, output: RequestOutput) -> None:
         count_use(self.counters, output.provenance)
@@ -276,6 +274,16 @@ class VLLMEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _as_ours(error: Exception) -> Exception:
+    """What vLLM refuses is the request's fault; anything else is vLLM's."""
+    from vllm.exceptions import VLLMClientError
+
+    if isinstance(error, ValueError | VLLMClientError):
+        field = getattr(error, "parameter", None)
+        return InvalidRequestError(f"vLLM refuses this request: {error}", field)
+    return EngineClosedError(f"vLLM failed: {error}")
 
 
 def provenance_of(last: Any, stream: SegmentStream) -> Provenance:
@@ -326,9 +334,10 @@ def _as_asked(options: RequestOptions) -> dict[str, Any]:
 
 def _sampling_params(spec: RequestSpec) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     asked = spec.params
+    schema = asked.schema
     return SamplingParams(
         max_tokens=asked.max_tokens,
         temperature=asked.temperature,
@@ -339,6 +348,11 @@ def _sampling_params(spec: RequestSpec) -> Any:
         stop=list(asked.stop),
         ignore_eos=asked.ignore_eos,
         logprobs=asked.logprobs,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=asked.repetition_penalty,
+        logit_bias=dict(asked.logit_bias) or None,
+        structured_outputs=None if schema is None else StructuredOutputsParams(json=dict(schema)),
         output_kind=RequestOutputKind.DELTA,
         extra_args={"kv_transfer_params": {"kvshare": _as_asked(spec.options)}},
     )

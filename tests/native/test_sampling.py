@@ -279,6 +279,20 @@ BAD: dict[str, list[Any]] = {
     ],
     "ignore_eos": ["no", 1, None],
     "logprobs": [-1, 21, 1.0, "5", True],
+    "presence_penalty": [-2.01, 2.01, NAN, INF, "1", None, True],
+    "frequency_penalty": [-2.01, 2.01, NAN, INF, "1", None, True],
+    "repetition_penalty": [0, -1, NAN, INF, "1", None, True],
+    "logit_bias": [
+        [5],
+        {"5": 1},
+        {-1: 1},
+        {True: 1},
+        {5: 100.1},
+        {5: -100.1},
+        {5: NAN},
+        {5: None},
+        dict.fromkeys(range(1025), 1),
+    ],
 }
 
 
@@ -304,6 +318,10 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
         ("stop", ["end", ["a", "b"], ("a",), (), [], None]),
         ("ignore_eos", [True, False]),
         ("logprobs", [None, 0, 20]),
+        ("presence_penalty", [-2, 2, 0.5]),
+        ("frequency_penalty", [-2, 2, 0.5]),
+        ("repetition_penalty", [1e-300, 1, 1e300]),
+        ("logit_bias", [None, {}, {0: -100}, {5: 100}, dict.fromkeys(range(1024), 1)]),
     ],
 )
 def test_values_at_the_edge_are_taken(name: str, values: list[Any]) -> None:

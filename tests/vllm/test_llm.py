@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pytest
 
 from kvshare_mm import KVShare, RequestOptions, SamplingParams, assets
@@ -137,6 +138,36 @@ def test_mistakes_are_named_at_the_door(llm: KVShare) -> None:
     with pytest.raises(ConfigError, match="flush"):
         llm.flush()
     assert llm.cache is None
+
+
+def test_penalties_bias_and_a_schema_reach_vllm(llm: KVShare) -> None:
+    """Each changes the answer as its name says; a schema that is none is named."""
+    alone = RequestOptions(reuse="off")
+    plain = llm.generate("Count:", SamplingParams(max_tokens=12, ignore_eos=True), alone)
+    for fields in (
+        {"presence_penalty": 2.0, "frequency_penalty": 2.0},
+        {"repetition_penalty": 5.0},
+        {"logit_bias": dict.fromkeys(plain.token_ids, -100)},
+    ):
+        params = SamplingParams(max_tokens=12, ignore_eos=True, **fields)
+        assert llm.generate("Count:", params, alone).token_ids != plain.token_ids
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["search", "open"]}, "deep": {"type": "boolean"}},
+        "required": ["name", "deep"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    words = ((i, llm.tokenizer.decode([i])) for i in range(len(llm.tokenizer)))
+    no_blanks = {i: -100.0 for i, word in words if word.isspace()}  # it would go on with them
+    answer = llm.generate(
+        "Count:", max_tokens=300, response_format=form, logit_bias=no_blanks, options=alone
+    )
+    assert answer.finish_reason == "stop"
+    jsonschema_rs.validate(schema, json.loads(answer.text))
+    wrong = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
+    with pytest.raises(InvalidRequestError, match="nonsense"):
+        llm.generate("Count:", max_tokens=3, response_format=wrong)
 
 
 def test_a_closed_engine_says_so(llm: KVShare) -> None:

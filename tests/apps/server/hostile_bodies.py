@@ -151,6 +151,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
         "messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k",
         "min_p", "seed", "stop", "ignore_eos", "n", "stream", "stream_options", "cache_salt",
         "kvshare", "logprobs", "top_logprobs", "tools", "response_format", "logit_bias", "user",
+        "presence_penalty", "repetition_penalty",
     ),
     "/v1/completions": (
         "prompt", "model", "max_tokens", "temperature", "top_k", "seed", "stop", "n", "logprobs",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, Literal
 
+import jsonschema_rs
 import pytest
+from pydantic import BaseModel
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
 
@@ -193,3 +196,74 @@ def test_request_ids_come_back(shared: Running) -> None:
     assert named.json()["id"] == "chatcmpl-mine-1"
     odd = shared.ask("GET", "/version", headers={"X-Request-Id": "a b<script>"})
     assert odd.headers["x-request-id"] != "a b<script>"
+
+
+def test_penalties_and_bias_over_http(shared: Running) -> None:
+    """Both routes answer as the engine does, and each field does something."""
+    plain = offline(shared.llm, max_tokens=20)
+    banned = {token: -100 for token in plain.token_ids}
+    for fields in (
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2},
+        {"repetition_penalty": 5.0},
+        {"logit_bias": banned},
+    ):
+        expected = offline(shared.llm, max_tokens=20, **fields)
+        assert expected.token_ids != plain.token_ids
+        reply = chat(shared, max_tokens=20, extra_body=fields)
+        assert reply.choices[0].message.content == expected.text
+        prompt = list(expected.prompt_token_ids)
+        asked = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 20}
+        made = shared.client().completions.create(**asked, extra_body=fields)
+        assert made.choices[0].text == expected.text
+
+
+def _form(schema: Any) -> dict[str, Any]:
+    named = {"name": "answer", "strict": True, "schema": schema}
+    return {"type": "json_schema", "json_schema": named}
+
+
+_CALL: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"enum": ["search", "open"]}, "deep": {"type": "boolean"}},
+    "required": ["name", "deep"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_follow_a_schema_streamed_or_not_and_many_at_once(shared: Running) -> None:
+    asked = {"response_format": _form(_CALL), "max_tokens": 200, "temperature": 1.2, "seed": 5}
+    reply = chat(shared, n=4, **asked)
+    assert len({choice.message.content for choice in reply.choices}) > 1
+    for choice in reply.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema_rs.validate(_CALL, json.loads(choice.message.content))
+    texts, reasons = ["", "", "", ""], set()
+    for chunk in chat(shared, n=4, stream=True, **asked):
+        [choice] = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        reasons.add(choice.finish_reason)
+    assert texts == [choice.message.content for choice in reply.choices]
+    assert reasons == {None, "stop"}
+    prompts = {"prompt": ["x", "The fox"], "response_format": _form(_CALL), "max_tokens": 200}
+    for made in shared.ask("POST", "/v1/completions", json=prompts).json()["choices"]:
+        jsonschema_rs.validate(_CALL, json.loads(made["text"]))
+
+
+def test_the_client_parses_what_it_asked_for(shared: Running) -> None:
+    """OpenAI's client makes the schema of a class, and an object of the answer."""
+
+    class Reading(BaseModel):
+        known: bool
+        unit: Literal["g/L", "mmol/L"]
+
+    client = shared.client().chat.completions
+    reply = client.parse(
+        model="tiny", messages=_MESSAGES, response_format=Reading, max_tokens=200, temperature=0
+    )
+    assert isinstance(reply.choices[0].message.parsed, Reading)
+
+
+def test_json_mode_begins_an_object_and_may_be_cut(shared: Running) -> None:
+    [choice] = chat(shared, response_format={"type": "json_object"}, max_tokens=5).choices
+    assert choice.message.content.startswith("{") and choice.finish_reason == "length"

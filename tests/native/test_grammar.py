@@ -1,0 +1,258 @@
+"""Answers of a form: valid whatever the model, or cut by length; schemas that are refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import torch
+
+from kvshare_mm import InvalidRequestError, KVShare, RequestOptions, SamplingParams
+from kvshare_mm.grammar import Grammars
+
+from .asking import _PROMPTS, Inbox
+from .schemas import SCHEMAS, an_object, json_schema
+
+ALONE = RequestOptions(reuse="off")
+OBJECT = {"type": "json_object"}
+
+
+@pytest.mark.parametrize("decoding", [{}, {"temperature": 1.5, "seed": 3}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_answers_are_valid_and_end(llm: KVShare, name: str, decoding: dict[str, Any]) -> None:
+    """A random model has no idea of JSON: what is valid is so by the mask."""
+    form = json_schema(SCHEMAS[name])
+    for prompt in _PROMPTS[:3]:
+        output = llm.generate(prompt, max_tokens=400, response_format=form, **decoding)
+        assert output.finish_reason == "stop"
+        jsonschema_rs.validate(SCHEMAS[name], json.loads(output.text))
+
+
+def test_the_mask_is_what_makes_them_so(llm: KVShare) -> None:
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(llm.generate(_PROMPTS[0], max_tokens=100).text)
+
+
+def test_a_form_of_text_is_none(llm: KVShare) -> None:
+    plain = llm.generate(_PROMPTS[0], max_tokens=8, options=ALONE)
+    for form in (None, {"type": "text"}):
+        given = llm.generate(_PROMPTS[0], max_tokens=8, options=ALONE, response_format=form)
+        assert given.token_ids == plain.token_ids
+
+
+def test_answers_at_once_keep_their_own_forms(llm: KVShare) -> None:
+    """More at once than slots, each with another schema, and plain ones between."""
+    alone = llm.generate(_PROMPTS[7], max_tokens=30, options=ALONE)
+    asked = [
+        (name, Inbox(llm, prompt, SamplingParams(max_tokens=400, temperature=1.0, seed=i, **form)))
+        for i, (name, prompt) in enumerate(zip(SCHEMAS, _PROMPTS, strict=False))
+        for form in ({"response_format": json_schema(SCHEMAS[name])},) * 2
+    ]
+    plain = Inbox(llm, _PROMPTS[7], SamplingParams(max_tokens=30))
+    for name, inbox in asked:
+        output = inbox.result()
+        assert output.finish_reason == "stop"
+        jsonschema_rs.validate(SCHEMAS[name], json.loads(output.text))
+    assert plain.result().token_ids == alone.token_ids
+
+
+def test_chunks_add_up_to_the_answer(llm: KVShare) -> None:
+    form = json_schema(SCHEMAS["choices"])
+    *chunks, last = llm.stream(_PROMPTS[0], max_tokens=400, response_format=form)
+    text = "".join(chunk.text for chunk in (*chunks, last))
+    assert last.output is not None and last.output.text == text
+    jsonschema_rs.validate(SCHEMAS["choices"], json.loads(text))
+
+
+def test_an_object_may_be_cut_by_length(llm: KVShare) -> None:
+    output = llm.generate(_PROMPTS[0], max_tokens=3, response_format=OBJECT)
+    assert output.finish_reason == "length" and len(output.token_ids) == 3
+    assert output.text.startswith("{")
+
+
+def test_the_last_token_may_complete_it(llm: KVShare) -> None:
+    form = json_schema(SCHEMAS["flags"])
+    whole = llm.generate(_PROMPTS[0], max_tokens=400, response_format=form, options=ALONE)
+    size = len(whole.token_ids)
+    again = llm.generate(_PROMPTS[0], max_tokens=size, response_format=form, options=ALONE)
+    assert (again.text, again.finish_reason) == (whole.text, "stop")
+    short = llm.generate(_PROMPTS[0], max_tokens=size - 1, response_format=form, options=ALONE)
+    assert short.finish_reason == "length"
+
+
+def test_a_number_ends_by_the_end_token_alone(llm: KVShare) -> None:
+    """It could always go on: only the model says that it is over, also with `ignore_eos`."""
+    form = json_schema({"type": "integer"})
+    eos = llm.tokenizer.eos_token_id
+    for more in ({}, {"ignore_eos": True}):
+        bias = {eos: 100.0}
+        output = llm.generate(
+            _PROMPTS[0], max_tokens=30, response_format=form, logit_bias=bias, **more
+        )
+        assert output.finish_reason == "stop" and output.token_ids[-1] == eos
+        assert len(output.token_ids) == 2 and isinstance(json.loads(output.text), int)
+
+
+def test_a_seed_repeats_it_and_penalties_go_with_it(llm: KVShare) -> None:
+    form = json_schema(SCHEMAS["bounds"])
+    asked = SamplingParams(
+        max_tokens=400, temperature=1.2, seed=5, response_format=form, frequency_penalty=1.5,
+        repetition_penalty=1.3,
+    )  # fmt: skip
+    one, two = (llm.generate(_PROMPTS[0], asked, ALONE) for _ in range(2))
+    assert one.token_ids == two.token_ids
+    jsonschema_rs.validate(SCHEMAS["bounds"], json.loads(one.text))
+
+
+def test_logprobs_leave_out_what_is_forbidden(llm: KVShare) -> None:
+    """As inside vLLM, which masks before it takes them."""
+    form = json_schema({"const": [True]})
+    output = llm.generate(_PROMPTS[0], max_tokens=30, response_format=form, logprobs=1)
+    assert output.logprobs is not None and json.loads(output.text) == [True]
+    grammar = Grammars(llm.tokenizer, frozenset({llm.tokenizer.eos_token_id})).of({"const": [True]})
+    assert grammar is not None
+    for entry in output.logprobs:
+        if int(grammar.allowed(len(llm.tokenizer)).sum()) == 1:
+            assert entry.logprob == pytest.approx(0.0, abs=1e-6)
+        grammar.add(entry.token_id)
+    assert grammar.complete
+
+
+def test_an_answer_of_a_form_is_a_donor_like_any(llm: KVShare) -> None:
+    form = json_schema(SCHEMAS["a call"])
+    asked = SamplingParams(max_tokens=400, response_format=form)
+    options = RequestOptions(cache_salt="form", reuse="exact")
+    first = llm.generate(_PROMPTS[3], asked, options)
+    llm.flush()
+    second = llm.generate(_PROMPTS[3], asked, options)
+    assert second.provenance.exact > 0 and second.text == first.text
+
+
+def test_blanks_do_not_go_on_for_ever(llm: KVShare) -> None:
+    blank = llm.tokenizer.encode(" ")
+    output = llm.generate(
+        _PROMPTS[0], max_tokens=200, response_format=json_schema(SCHEMAS["flags"]),
+        logit_bias=dict.fromkeys(blank, 100.0),
+    )  # fmt: skip
+    assert output.finish_reason == "stop"
+    assert output.text.count(" ") > 15 and json.loads(output.text)["no"] is None
+
+
+# -- what is refused ------------------------------------------------------------------------
+
+LOOP: dict[str, Any] = {}
+LOOP["properties"] = {"self": LOOP}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nonsense"},
+        {"not": {"type": "string"}},
+        {"type": "string", "pattern": "("},
+        {"$ref": "#"},
+        {"$ref": "#/nowhere"},
+        {"$ref": "http://127.0.0.1/schema.json"},
+        {"enum": []},
+        {"enum": ["x" * 70_000]},
+        {"const": float("nan")},
+        {"const": {1, 2}},
+        LOOP,
+    ],
+    ids=lambda schema: repr(schema)[:40],
+)
+def test_schemas_that_cannot_be_followed_are_refused(llm: KVShare, schema: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="response_format") as raised:
+        llm.generate("Hi", max_tokens=2, response_format=json_schema(schema))
+    assert raised.value.field == "response_format"
+    assert llm.generate("Hi", max_tokens=2).token_ids  # the engine never heard of it
+
+
+def test_a_schema_that_takes_too_long_ends_its_own_request_alone(llm: KVShare) -> None:
+    """All ways to go on are followed at once: these were 400 ms a token for everybody."""
+    node = {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/node"}} for _ in range(300)]}
+    form = json_schema({"$defs": {"node": node}, "$ref": "#/$defs/node"})
+    other = Inbox(llm, _PROMPTS[0], SamplingParams(max_tokens=40))
+    with pytest.raises(InvalidRequestError, match="cannot be followed") as raised:
+        llm.generate("Hi", max_tokens=20, response_format=form)
+    assert raised.value.field == "response_format"
+    assert other.result().token_ids and llm.healthy
+
+
+def test_objects_of_two_hundred_optional_properties_are_followed(llm: KVShare) -> None:
+    schema = an_object(first={"const": 1}, last={"const": 2})
+    schema["properties"] = {
+        "first": {"const": 1},
+        **{f"p{i}": {"const": i} for i in range(200)},
+        "last": {"const": 2},
+    }
+    output = llm.generate(
+        "Hi", max_tokens=400, temperature=1.0, seed=1, response_format=json_schema(schema)
+    )
+    assert output.finish_reason in ("stop", "length") and '"first"' in output.text
+
+
+@pytest.mark.parametrize("depth", [200, 3_000, 100_000])
+def test_deep_schemas_are_refused(llm: KVShare, depth: int) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    with pytest.raises(InvalidRequestError) as raised:
+        llm.read("Hi", response_format=json_schema(schema))
+    assert raised.value.field == "response_format"
+    while "items" in schema:  # taking it apart in one go would be as deep
+        schema = schema["items"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["json", 5, [], {}, {"type": "xml"}, {"type": []}, {"type": "json_schema"},
+     {"type": "json_schema", "json_schema": {}},
+     {"type": "json_schema", "json_schema": {"schema": "{}"}}],
+)  # fmt: skip
+def test_formats_that_are_none_are_refused(value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="json_schema") as raised:
+        SamplingParams(response_format=value)
+    assert raised.value.field == "response_format"
+
+
+def test_a_tokenizer_that_cannot_be_looked_through_is_said() -> None:
+    class Slow:
+        def __len__(self) -> int:
+            return 10
+
+    with pytest.raises(InvalidRequestError, match="tokenizer") as raised:
+        Grammars(Slow(), frozenset({1})).of({"type": "object"})  # type: ignore[arg-type]
+    assert raised.value.field == "response_format"
+
+
+def test_rows_without_a_token_are_never_allowed(llm: KVShare) -> None:
+    """Models have more rows than their tokenizers have tokens."""
+    grammar = Grammars(llm.tokenizer, frozenset()).of(an_object())
+    assert grammar is not None
+    size = len(llm.tokenizer)
+    longer, shorter = grammar.allowed(size + 64), grammar.allowed(size - 5)
+    assert longer.dtype == torch.bool and len(longer) == size + 64 and len(shorter) == size - 5
+    assert not longer[size:].any() and torch.equal(longer[: size - 5], shorter)
+    assert {llm.tokenizer.decode([i]).strip()[:1] for i in longer.nonzero().flatten()} <= {"{", ""}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_trained_model_answers_in_the_form(smollm2: KVShare, name: str) -> None:
+    messages = [{"role": "user", "content": f"Answer in JSON, with {name}."}]
+    form = json_schema(SCHEMAS[name])
+    outputs = [smollm2.chat(messages, max_tokens=400, response_format=form)]
+    *_, last = smollm2.stream(messages, max_tokens=400, temperature=0.8, response_format=form)
+    outputs.append(last.output)
+    for output in outputs:
+        assert output.finish_reason == "stop"
+        jsonschema_rs.validate(SCHEMAS[name], json.loads(output.text))
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Any:
+    with KVShare("smollm2", embedder=None) as llm:
+        yield llm
