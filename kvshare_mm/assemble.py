@@ -38,6 +38,8 @@ from kvshare_mm.stream import Modality
 logger = logging.getLogger(__name__)
 
 _DEFAULT_MAX_LEN = 8192
+# On a CPU larger chunks are no faster, and whoever comes meanwhile waits for one of them.
+_CPU_CHUNK, _GPU_CHUNK = 512, 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,8 @@ def assemble(config: KVShareConfig) -> Parts:
     if loaded.unsupported:
         runner = PlainRunner(loaded, config.max_num_seqs)
     else:
-        runner = SlotRunner(loaded, config.max_num_seqs, max_len, config.prefill_chunk)
+        chunk = _CPU_CHUNK if loaded.device.type == "cpu" else _GPU_CHUNK
+        runner = SlotRunner(loaded, config.max_num_seqs, max_len, config.prefill_chunk or chunk)
         if config.reuse != "off":
             donors = _donors(config, loaded, disk)
     encoder = None

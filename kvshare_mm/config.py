@@ -69,7 +69,12 @@ class KVShareConfig(BaseModel):
     )
     max_num_seqs: int = Field(4, ge=1, le=256, description="requests decoded together (KV slots)")
     max_queue: int = Field(256, ge=1, description="requests that may wait; more are refused")
-    prefill_chunk: int = Field(2048, ge=16, description="most tokens of one prefill forward")
+    prefill_chunk: int | None = Field(
+        None,
+        ge=16,
+        description="most tokens of a prompt computed at once, a quarter of it while others are "
+        "answered; default: 512 on a CPU, 2048 on a GPU",
+    )
 
     reuse: Reuse = Field(
         "similar", description="reuse similar requests' KV, only exact prefixes, or nothing"

@@ -1,8 +1,11 @@
-"""The engine's loop: one prefill at a time, decode batched over all active requests.
+"""The engine's loop: a chunk of a prompt, then a decode step batched over all active requests.
 
-One thread runs the model. A second one saves prompts as donors when they are computed, and answers
-when they are out; then slots are free again. Who waits already, or comes behind an answer, finds
-them: it waits for the save. Requests of other namespaces do not, nor those that run.
+One thread runs the model. Prompts are computed one after the other, but one that takes many chunks
+holds up neither answers nor prompts of one chunk: they come in between.
+
+A second thread saves prompts as donors when they are computed, and answers when they are out; then
+slots are free again. Who waits already, or comes behind an answer, finds them: it waits for the
+save. Requests of other namespaces do not, nor those that run.
 """
 
 from __future__ import annotations
@@ -15,30 +18,28 @@ from functools import partial
 
 import torch
 
-from kvshare_mm.errors import (
-    EngineClosedError,
-    ModelOutputError,
-    QueueFullError,
-)
+from kvshare_mm.errors import EngineClosedError, ModelOutputError, QueueFullError
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.native.audit import Audit, Auditor
-from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN, FairQueue
+from kvshare_mm.native.decode import decode_step
+from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN
 from kvshare_mm.native.prefill import Prefiller, provenance
 from kvshare_mm.native.request import SlotRequest
 from kvshare_mm.native.saver import Saver, save_request
 from kvshare_mm.native.searcher import Searcher
 from kvshare_mm.native.slots import ModelRunner, works
+from kvshare_mm.native.waiting import WaitingRequests
 from kvshare_mm.outputs import FinishReason, count_use
 from kvshare_mm.request import RequestSpec, Sink
 from kvshare_mm.reuse.donors import DonorPool
 
 logger = logging.getLogger(__name__)
 
-# Longest that a request waits for a donor that is being saved before it does without, seconds.
-_MAX_HOLD_S = 0.5
 # So many requests have to fail one after the other, the model too when it is tried alone, before
 # the engine calls itself unhealthy.
 _MAX_FAILURES = 3
+# While others are answered, a chunk is so many times smaller: they wait for it at every token.
+_SMALLER = 4
 
 
 class NativeEngine:
@@ -72,14 +73,14 @@ class NativeEngine:
         self._auditor = auditor
         self.max_model_len = max_model_len
         self._changed = threading.Condition()
-        self._waiting: FairQueue[SlotRequest] = FairQueue(max_queue)
+        self._saver = Saver(self._changed)
+        self._waiting = WaitingRequests(max_queue, self._saver, runner.chunk)
         self._free = list(range(runner.num_slots))
         self._active: list[SlotRequest] = []
         self._known: dict[str, SlotRequest] = {}
         self._closing = False
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
-        self._saver = Saver(self._changed)
         self._thread.start()
         self._searcher = Searcher(donors)
 
@@ -99,7 +100,7 @@ class NativeEngine:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("the engine is closed")
             if spec.options.reuse != "off":
-                self._hold(request, self._saver.last.get(spec.namespace, 0))
+                self._waiting.hold(request, self._saver.last.get(spec.namespace, 0))
             must_wait = bool(self._waiting) or not self._free
             try:
                 self._waiting.add(spec.options.tenant, request)
@@ -183,17 +184,17 @@ class NativeEngine:
             request.emit(error)
 
     def _step(self) -> bool:
-        """One prefill and one decode step; waits if there is nothing to do."""
+        """A chunk of a prompt and one decode step; waits if there is nothing to do."""
         with self._changed:
-            while not (self._closing or self._active or self._next() or self._gone()):
+            while not (self._closing or self._active or self._next() or self._waiting.gone):
                 held = self._waiting and self._free
                 audit_s = None if held else self._audit_s()
                 if audit_s == 0:
                     break
-                self._changed.wait(_MAX_HOLD_S if held else audit_s)
+                self._changed.wait(self._waiting.MAX_HOLD_S if held else audit_s)
             if self._closing:
                 return False
-            gone = self._gone()
+            gone = self._waiting.gone
             for dropped in gone:
                 self._waiting.remove(dropped.spec.options.tenant, dropped)
             request = self._next()
@@ -206,6 +207,7 @@ class NativeEngine:
         if request is not None:
             self._start(request, slot)
         if self._active:
+            self._advance()
             self._decode()
         if idle:
             self._audit()
@@ -230,26 +232,17 @@ class NativeEngine:
 
     def _next(self) -> SlotRequest | None:
         """The request that starts next, if one can. Lock held."""
-        if not self._free:
-            return None
-        latest = time.perf_counter() - _MAX_HOLD_S
-        return self._waiting.next(lambda r: r.after <= self._saver.done or r.held <= latest)
-
-    def _hold(self, request: SlotRequest, save: int) -> None:
-        """Have a request wait until a save is done. Lock held."""
-        request.after, request.held = save, time.perf_counter()
-
-    def _gone(self) -> list[SlotRequest]:
-        """Waiting requests that nobody waits for any more. Lock held."""
-        return [r for r in self._waiting if r.cancelled]
+        return self._waiting.first(self._active) if self._free else None
 
     def _start(self, request: SlotRequest, slot: int) -> None:
+        """Plan a prompt, and load what it reuses."""
         spec = request.spec
         if self._auditor is not None:
             self._auditor.taken(slot)
+        self._active.append(request)
         try:
             request.begin(slot, self._loaded.tokenizer, self._loaded.device)
-            request.prefill = self._prefiller.prefill(
+            request.computing = self._prefiller.begin(
                 slot,
                 spec.stream,
                 spec.namespace,
@@ -260,13 +253,31 @@ class NativeEngine:
             )
         except Exception as failure:
             self._fail(request, failure)
+
+    def _advance(self) -> None:
+        """Compute a chunk of a prompt; with its last one comes the first token."""
+        request = next((r for r in self._active if r.computing and not r.cancelled), None)
+        if request is None:
             return
+        computing = request.computing
+        assert computing is not None
+        most = self._runner.chunk if len(self._active) == 1 else self._runner.chunk // _SMALLER
+        done = computing.done
+        try:
+            request.prefill = computing.advance(most)
+        except Exception as failure:
+            self._fail(request, failure)
+            return
+        self._charge(request, PROMPT_TOKEN * (computing.done - done))
+        if request.prefill is None:
+            self._active.append(self._active.pop(self._active.index(request)))  # the others' turn
+            return
+        request.computing = None
+        plan = request.prefill.plan
         count_use(self.counters, provenance(request.prefill))
-        self.counters["prompt_tokens"] += request.prefill.plan.num_tokens
-        self._charge(request, PROMPT_TOKEN * request.prefill.plan.num_computed)
-        self._active.append(request)
+        self.counters["prompt_tokens"] += plan.num_tokens
         if self._auditor is not None:
-            request.audit = self._auditor.draw(spec, request.prefill.plan, request.token_ids)
+            request.audit = self._auditor.draw(request.spec, plan, request.token_ids)
         self._accept(request, request.prefill.logits)
         if request in self._active and self._is_donor(request):
             self._save_prompt(request)
@@ -278,12 +289,12 @@ class NativeEngine:
             save = partial(save_request, self._prefiller, self.counters, request, over=False)
             self._saver.order(save, ns)
             number = self._saver.last[ns]
-            mates = [r for r in self._waiting if r.spec.namespace == ns]
+            waiting = list(self._waiting)
         # Nobody who submits waits while prompts are compared.
-        alike = [r for r in mates if r.spec.options.reuse != "off" and r.is_like(request)]
+        alike = [r for r in waiting if r.is_like(request)]
         with self._changed:
             for other in alike:
-                self._hold(other, number)
+                self._waiting.hold(other, number)
 
     def _is_donor(self, request: SlotRequest) -> bool:
         asked = request.spec.options
@@ -293,40 +304,14 @@ class NativeEngine:
     def _decode(self) -> None:
         for request in [r for r in self._active if r.cancelled]:
             self._finish(request, "abort")
-        if not self._active:
+        batch = [r for r in self._active if r.prefill is not None]
+        if not batch:
             return
-        batch = list(self._active)
-        try:
-            rows = list(self._decoded(batch))
-        except Exception as failure:
-            logger.warning("decoding %d requests failed; one by one now: %s", len(batch), failure)
-            self._decode_alone(batch)
-            return
-        for request, row in zip(batch, rows, strict=True):
-            self._accept(request, row)
-
-    def _decode_alone(self, batch: list[SlotRequest]) -> None:
-        """The step of a batch that failed, request by request: the culprit fails alone."""
-        if self._loaded.device.type == "cuda":
-            torch.cuda.empty_cache()  # what failed may have been short of memory
-        for request in batch:
-            try:
-                row = self._decoded([request])[0]
-            except Exception as failure:
-                self._active.remove(request)
-                self._fail(request, failure)
+        for request, row in zip(batch, decode_step(self._runner, batch), strict=True):
+            if isinstance(row, Exception):
+                self._fail(request, row)
             else:
                 self._accept(request, row)
-
-    def _decoded(self, batch: list[SlotRequest]) -> torch.Tensor:
-        """``[len(batch), vocab_size]`` logits of the next token. A step can be repeated: it writes
-        the same KV to the same places."""
-        return self._runner.decode(
-            [r.slot for r in batch],
-            [r.token_ids[-1] for r in batch],
-            [r.num_cached for r in batch],
-            [r.prefill.rope_delta if r.prefill else 0 for r in batch],
-        )
 
     def _charge(self, request: SlotRequest, amount: int) -> None:
         with self._changed:
@@ -338,7 +323,6 @@ class NativeEngine:
         try:
             reason = request.accept(logits, self._loaded.eos_token_ids, left)
         except Exception as failure:  # logits that are no numbers: there is nothing to draw from
-            self._active.remove(request)
             self._fail(request, failure)
             return
         if request.audit is not None:
@@ -348,6 +332,7 @@ class NativeEngine:
 
     def _fail(self, request: SlotRequest, failure: Exception) -> None:
         """One request that the model cannot take must not end the others."""
+        self._active.remove(request)
         logger.error("request %s failed", request.request_id, exc_info=failure)
         self.counters["failed"] += 1
         with self._changed:  # its prompt may be about to be read where others will write

@@ -1,4 +1,4 @@
-"""Prefill with reuse: plan, edit, repair, compute. One call a request, used by engine and bench."""
+"""Prefill with reuse: plan, edit, repair, compute. In chunks for the engine, at once for others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,6 +58,58 @@ class PrefillResult:
     rope_delta: int = 0
 
 
+@dataclass(eq=False, slots=True)
+class Prefill:
+    """A prompt on its way: what is reused is in its slot, the rest is computed in chunks.
+
+    Attributes:
+        tail: records where the last position looks; None: nobody needs that.
+        fallback, lookup, planning, edit: see `PrefillResult`.
+        done: so many of the plan's positions are computed.
+        seconds: that this took, the media's encoders included.
+    """
+
+    runner: ModelRunner
+    slot: int
+    stream: SegmentStream
+    plan: ReusePlan
+    media: PromptMedia
+    tail: TailAttention | None
+    fallback: str | None
+    lookup: float
+    planning: float
+    edit: float
+    done: int = 0
+    seconds: float = 0.0
+
+    def advance(self, most: int) -> PrefillResult | None:
+        """Compute the next `most` positions, or those that are left; None: some still are."""
+        start = time.perf_counter()
+        left = self.plan.compute[self.done :]
+        part, is_last = left[:most], len(left) <= most
+        inputs = self.media.inputs(part)
+        tail = self.tail if is_last else None
+        logits = self.runner.prefill(self.slot, self.stream.token_ids, part, tail, inputs)
+        self.done += len(part)
+        self.seconds += time.perf_counter() - start
+        if not is_last:
+            logits[0].item()  # a GPU has done it then: who comes now waits for the next at most
+            return None
+        return PrefillResult(
+            logits=logits,
+            plan=self.plan,
+            attention=self.tail.mass if self.tail is not None else None,
+            fallback=self.fallback,
+            lookup=self.lookup,
+            planning=self.planning,
+            edit=self.edit,
+            compute=self.seconds - self.media.seconds,
+            encode=self.media.seconds,
+            media=self.media.uses,
+            rope_delta=self.stream.rope_delta,
+        )
+
+
 class Prefiller:
     """Fills slots.
 
@@ -83,7 +135,13 @@ class Prefiller:
         self._policy = policy
         self._encoder = encoder
 
-    def prefill(
+    def prefill(self, slot: int, stream: SegmentStream, ns: str, **options: Any) -> PrefillResult:
+        """Fill `slot` with the KV of a prompt and return its last logits, see `begin`."""
+        result = self.begin(slot, stream, ns, **options).advance(len(stream))
+        assert result is not None
+        return result
+
+    def begin(
         self,
         slot: int,
         stream: SegmentStream,
@@ -93,8 +151,8 @@ class Prefiller:
         policy: RepairPolicy | None = None,
         similar: tuple[str, ...] = (),
         store: bool = True,
-    ) -> PrefillResult:
-        """Fill `slot` with the KV of a prompt and return its last logits.
+    ) -> Prefill:
+        """Plan a prompt and load what is reused into `slot`; nothing is computed yet.
 
         Args:
             stream: the prompt.
@@ -127,25 +185,11 @@ class Prefiller:
                 logger.exception("edit failed; computing in full")
                 fallback = "edit_error"
             plan = ReusePlan(len(stream), declined=plan.declined, origin=plan.edited_from)
-        edited = time.perf_counter()
+        edit = time.perf_counter() - start
         # Only donors need it; without a pool there will be none.
         tail = TailAttention() if self._donors is not None else None
-        inputs = media.inputs(plan.compute)
-        logits = self._runner.prefill(slot, stream.token_ids, plan.compute, tail, inputs)
-        attention = tail.mass if tail is not None else None
-        compute = time.perf_counter() - edited - media.seconds
-        return PrefillResult(
-            logits=logits,
-            plan=plan,
-            attention=attention,
-            fallback=fallback,
-            lookup=lookup,
-            planning=planning,
-            edit=edited - start,
-            compute=compute,
-            encode=media.seconds,
-            media=media.uses,
-            rope_delta=stream.rope_delta,
+        return Prefill(
+            self._runner, slot, stream, plan, media, tail, fallback, lookup, planning, edit
         )
 
     def _plan(

@@ -13,7 +13,7 @@ import torch
 from kvshare_mm.index.ngrams import smallest_ngrams
 from kvshare_mm.native.audit import Audit
 from kvshare_mm.native.detokenizer import Detokenizer
-from kvshare_mm.native.prefill import PrefillResult, provenance
+from kvshare_mm.native.prefill import Prefill, PrefillResult, provenance
 from kvshare_mm.outputs import FinishReason, Provenance, RequestOutput, StreamChunk
 from kvshare_mm.request import Request
 from kvshare_mm.sampling import Sampler
@@ -34,6 +34,7 @@ class SlotRequest(Request):
         held: `time.perf_counter` from when it waits for that.
         sketch: of its prompt, once it was compared with another's.
         node_id: what its prompt was stored as while it is answered; None: it was not, or not yet.
+        computing: its prompt while it is prefilled; then that is `prefill`.
         audit: of a request that is to be audited.
     """
 
@@ -45,6 +46,7 @@ class SlotRequest(Request):
     cancelled: bool = False
     slot: int = -1
     admitted: float = 0.0
+    computing: Prefill | None = None
     prefill: PrefillResult | None = None
     audit: Audit | None = None
     sampler: Sampler | None = None
@@ -56,7 +58,9 @@ class SlotRequest(Request):
         return len(self.spec.stream) + max(0, len(self.token_ids) - 1)
 
     def is_like(self, other: SlotRequest) -> bool:
-        """Whether the two have so much in common that one may find the other as a donor."""
+        """Whether it may find the other as a donor, so much do the two have in common."""
+        if self.spec.options.reuse == "off" or self.spec.namespace != other.spec.namespace:
+            return False
         mine, theirs = self._sketched(), other._sketched()
         both = np.intersect1d(mine, theirs, assume_unique=True)
         return len(both) > len(mine) // 4

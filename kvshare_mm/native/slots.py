@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -29,10 +30,12 @@ class ModelRunner(Protocol):
 
     Attributes:
         num_slots: requests at a time.
+        chunk: most positions of a prompt that are computed at once.
         moved_s: `time.perf_counter` when the model last computed something.
     """
 
     num_slots: int
+    chunk: int
 
     @property
     def moved_s(self) -> float: ...
@@ -49,12 +52,12 @@ class ModelRunner(Protocol):
 
         Args:
             token_ids: ``[N]`` the whole prompt.
-            compute: ascending positions; the last is ``N - 1``.
-            tail: records where the last position looks, if this runner can tell.
+            compute: ascending positions; what comes before the first is in the slot.
+            tail: records where the last one looks, if this runner can tell.
             media: what it holds beyond token ids: features for all media to be computed.
 
         Returns:
-            ``[vocab_size]`` logits of the last position.
+            ``[vocab_size]`` logits of the last one computed.
         """
 
     def decode(
@@ -86,7 +89,7 @@ class SlotRunner:
         num_slots: requests that can be in flight.
         max_len: positions a slot holds.
         chunk: most positions of one forward; longer prefills run in several, which bounds the
-            memory of activations.
+            memory of activations, and lets others be served between them.
     """
 
     def __init__(self, loaded: LoadedModel, num_slots: int, max_len: int, chunk: int) -> None:
@@ -96,7 +99,7 @@ class SlotRunner:
         self.num_slots = num_slots
         self._model = loaded.model
         self._device = loaded.device
-        self._chunk = chunk
+        self.chunk = chunk
         self._cache = SlotCache(
             *(
                 torch.empty(
@@ -131,7 +134,7 @@ class SlotRunner:
         media: MediaInputs | None = None,
     ) -> torch.Tensor:
         ids = torch.from_numpy(token_ids).to(self._device)
-        *parts, last = torch.from_numpy(compute).to(self._device).split(self._chunk)
+        *parts, last = torch.from_numpy(compute).to(self._device).split(self.chunk)
         for part in parts:
             self._forward(self._cache, slot, ids, part, media)
         logits: torch.Tensor = self._forward(self._cache, slot, ids, last, media, tail).logits
@@ -219,6 +222,7 @@ class PlainRunner:
 
     def __init__(self, loaded: LoadedModel, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.chunk = sys.maxsize  # some of these models cannot go on with half a prompt
         self._model = loaded.model
         self._device = loaded.device
         self._caches: dict[int, Any] = {}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvshare_mm import KVShare, RequestOutput, SamplingParams, StreamChunk
+from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams, StreamChunk
 
 OpenLLM = Callable[..., KVShare]
 
@@ -83,11 +83,17 @@ class Gate:
 class Inbox:
     """A sink, and the request submitted with it."""
 
-    def __init__(self, llm: KVShare, prompt: str, sampling: SamplingParams) -> None:
+    def __init__(
+        self,
+        llm: KVShare,
+        prompt: str,
+        sampling: SamplingParams,
+        options: RequestOptions | None = None,
+    ) -> None:
         self.chunks: list[StreamChunk] = []
         self.error: Exception | None = None
         self._done = threading.Event()
-        spec = llm.read(prompt, sampling, None)
+        spec = llm.read(prompt, sampling, options)
         self.request_id = inside(llm).engine.submit(spec, self)
 
     def __call__(self, chunk: StreamChunk | Exception) -> None:

@@ -64,10 +64,11 @@ def reference(folder: Path, output: RequestOutput) -> torch.Tensor:
     return logits.double().log_softmax(-1)
 
 
+@pytest.mark.parametrize("chunk", [16, 2048])
 def test_what_is_measured_is_what_a_slow_reference_says(
-    open_llm: OpenLLM, tiny_folder: Path
+    open_llm: OpenLLM, tiny_folder: Path, chunk: int
 ) -> None:
-    llm = open_llm(**_OPTIONS)
+    llm = open_llm(**_OPTIONS, prefill_chunk=chunk)
     audits = kept_audits(llm)
     output = approximate(llm)
     audited(llm)

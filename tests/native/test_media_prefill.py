@@ -169,6 +169,15 @@ def test_any_edit_is_turned_right(oracles: Oracles, family: str, data: st.DataOb
     result = server.prefill(server.oracle.stream(target))
     assert result.fallback is None
     server.assert_first_layer(target)
+    # In chunks each medium is encoded when it is come to, and all that comes of it is the same.
+    prefill = server.prefiller.begin(0, server.oracle.stream(target), NS)
+    for tensor in server.runner.slot_kv(0):
+        tensor[:, :, result.plan.compute] = float("nan")
+    while (chunked := prefill.advance(5)) is None:
+        pass
+    assert torch.allclose(chunked.logits, result.logits, atol=ATOL, rtol=0)
+    assert [use.end for use in chunked.media] == [use.end for use in result.media]
+    server.assert_first_layer(target)
     # An edited request's own KV is found at its own positions again.
     again = server.serve(target)
     assert again.fallback is None

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from kvshare_mm import RequestOptions, RequestOutput, StreamChunk
+from kvshare_mm.native.waiting import WaitingRequests
 
 from .asking import (
     _DONOR,
@@ -82,7 +83,7 @@ def test_what_was_asked_before_the_answer_does_not_wait_for_it(open_llm: OpenLLM
 def test_nobody_waits_for_a_save_for_ever(
     open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvshare_mm.native.engine._MAX_HOLD_S", 0.05)
+    monkeypatch.setattr(WaitingRequests, "MAX_HOLD_S", 0.05)
     llm = open_llm(max_num_seqs=2)
     gate = Gate(inside(llm).donors, "save")
     llm.generate(_DONOR, params(2))

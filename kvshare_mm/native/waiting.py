@@ -1,0 +1,54 @@
+"""Requests that wait: for a slot, for a save, for a long prompt that is being computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from kvshare_mm.native.fair_queue import FairQueue
+from kvshare_mm.native.request import SlotRequest
+from kvshare_mm.native.saver import Saver
+
+
+class WaitingRequests(FairQueue[SlotRequest]):
+    """Not thread-safe: the engine's lock guards it.
+
+    Args:
+        max_waiting: requests that may wait, see `has_room`.
+        saver: whose saves are waited for.
+        chunk: most positions of a prompt that are computed at once.
+    """
+
+    # Longest that a request waits for a donor that is being saved before it does without, seconds.
+    MAX_HOLD_S = 0.5
+
+    def __init__(self, max_waiting: int, saver: Saver, chunk: int) -> None:
+        super().__init__(max_waiting)
+        self._saver = saver
+        self._chunk = chunk
+
+    def hold(self, request: SlotRequest, save: int) -> None:
+        """Have a request wait until a save is done."""
+        request.after, request.held = save, time.perf_counter()
+
+    @property
+    def gone(self) -> list[SlotRequest]:
+        """Those that nobody waits for any more."""
+        return [r for r in self if r.cancelled]
+
+    def first(self, active: Sequence[SlotRequest]) -> SlotRequest | None:
+        """The request that starts next beside those in slots, if one can."""
+        latest = time.perf_counter() - self.MAX_HOLD_S
+        prefilling = [r for r in active if r.prefill is None]
+        return self.next(
+            lambda r: (
+                (r.after <= self._saver.done or r.held <= latest)
+                and (not prefilling or self._passes(r, *prefilling))
+            )
+        )
+
+    def _passes(self, request: SlotRequest, long: SlotRequest, *others: SlotRequest) -> bool:
+        """Whether a request of one chunk may be computed between those of a long prompt: one at a
+        time, and none that had better wait and reuse it."""
+        fits = len(request.spec.stream) <= self._chunk < len(long.spec.stream)
+        return fits and not others and not request.is_like(long)
