@@ -261,7 +261,7 @@ def test_a_model_that_puts_out_no_numbers_is_500_and_says_so(
         monkeypatch.setattr(
             runner, name, lambda *a, real=real: torch.full_like(real(*a), torch.nan)
         )
-        for fields in ({}, {"temperature": 1}):
+        for fields in ({}, {"temperature": 1, "ignore_eos": True}):
             told = [check(running.chat("x", **fields), 500)]
             streamed = running.chat("x", stream=True, **fields)
             if name == "decode":
