@@ -16,6 +16,10 @@ import pytest
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
 from kvshare_mm.native.audit import kl_divergence
+from kvshare_mm.native.prefill import PrefillResult
+from kvshare_mm.stream import SegmentStream
+
+from .watched import watch_prefills
 
 pytestmark = pytest.mark.e2e
 
@@ -43,14 +47,11 @@ class Probe:
 def probe() -> Iterator[Probe]:
     with KVShare("smollm2", embedder=None, max_num_seqs=1) as llm:
         probe = Probe(llm)
-        prefill = llm._parts.prefiller.prefill
 
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            result = prefill(*args, **kwargs)
+        def record(slot: int, stream: SegmentStream, ns: str, result: PrefillResult) -> None:
             probe.logits = result.logits.clone()
-            return result
 
-        llm._parts.prefiller.prefill = recorded  # type: ignore[method-assign]
+        watch_prefills(llm, record)
         yield probe
 
 

@@ -19,7 +19,7 @@ import torch
 from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.native.inputs import MediaInputs
-from kvshare_mm.native.prefill import PrefillResult
+from kvshare_mm.native.prefill import Prefill, PrefillResult
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.node import Node
 from kvshare_mm.stream import SegmentStream
@@ -35,6 +35,37 @@ class Served:
     result: PrefillResult
     namespace: str
     kl: float
+
+
+class _Prefill:
+    """A prompt on its way through the engine, whose end somebody looks at first."""
+
+    def __init__(self, prefill: Prefill, ended: Callable[[PrefillResult], None]) -> None:
+        self._prefill, self._ended = prefill, ended
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._prefill, name)
+
+    def advance(self, most: int) -> PrefillResult | None:
+        result = self._prefill.advance(most)
+        if result is not None:
+            self._ended(result)
+        return result
+
+
+def watch_prefills(
+    llm: KVShare, watch: Callable[[int, SegmentStream, str, PrefillResult], None]
+) -> None:
+    """Have `watch` told every prefill's slot, prompt, namespace and result, on the engine's
+    thread, before anything is decoded."""
+    prefiller = llm._parts.prefiller
+    begin = prefiller.begin
+
+    def begun(slot: int, stream: SegmentStream, ns: str, **options: Any) -> Any:
+        prefill = begin(slot, stream, ns, **options)
+        return _Prefill(prefill, lambda result: watch(slot, stream, ns, result))
+
+    prefiller.begin = begun  # type: ignore[method-assign]
 
 
 class Watched:
@@ -184,10 +215,7 @@ class Watched:
         runner = parts.runner
         for name in ("prefill", "decode"):
             setattr(runner, name, self._breaking(name, getattr(runner, name)))
-        prefill = parts.prefiller.prefill
-        parts.prefiller.prefill = lambda slot, stream, ns, **o: self._watch(  # type: ignore[method-assign]
-            slot, stream, ns, prefill(slot, stream, ns, **o)
-        )
+        watch_prefills(self.llm, self._watch)
 
     def _breaking(self, name: str, real: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         def forward(slots: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -204,12 +232,10 @@ class Watched:
 
         return forward
 
-    def _watch(
-        self, slot: int, stream: SegmentStream, ns: str, result: PrefillResult
-    ) -> PrefillResult:
+    def _watch(self, slot: int, stream: SegmentStream, ns: str, result: PrefillResult) -> None:
         """On the engine's thread, before anything is decoded."""
         if self._break in ("logits", "kv"):
-            return result
+            return
         try:
             full = self._full(stream, ns)
             k, v = self.llm._parts.runner.slot_kv(slot)
@@ -229,7 +255,6 @@ class Watched:
             self.streams[stream.align_keys.tobytes()] = stream
         except Exception as error:
             self._wrong.append(repr(error))
-        return result
 
     @torch.inference_mode()
     def _full(self, stream: SegmentStream, ns: str, answer: tuple[int, ...] = ()) -> torch.Tensor:
