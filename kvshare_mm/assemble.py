@@ -142,7 +142,13 @@ def assemble(config: KVShareConfig) -> Parts:
         runner = PlainRunner(loaded, config.max_num_seqs)
     else:
         chunk = _CPU_CHUNK if loaded.device.type == "cpu" else _GPU_CHUNK
-        runner = SlotRunner(loaded, config.max_num_seqs, max_len, config.prefill_chunk or chunk)
+        runner = SlotRunner(
+            loaded,
+            config.max_num_seqs,
+            max_len,
+            config.prefill_chunk or chunk,
+            drafts=config.drafts,
+        )
         if config.reuse != "off":
             donors = _donors(config, loaded, disk)
     encoder = None

@@ -76,6 +76,12 @@ class KVShareConfig(BaseModel):
         "answered; default: 512 on a CPU, 2048 on a GPU",
     )
 
+    drafts: bool = Field(
+        True,
+        description="decode several tokens at once where the answer to a similar request, or the "
+        "prompt, tells what may come; answers stay the same",
+    )
+
     reuse: Reuse = Field(
         "similar", description="reuse similar requests' KV, only exact prefixes, or nothing"
     )

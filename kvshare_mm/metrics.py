@@ -138,6 +138,14 @@ class _EngineState(Collector):
         yield self._counter(
             "vllm:generation_tokens", "Tokens generated.", seen.get("generation_tokens", 0)
         )
+        yield self._counter(
+            "vllm:spec_decode_num_draft_tokens", "Tokens drafted.", seen.get("draft_tokens", 0)
+        )
+        yield self._counter(
+            "vllm:spec_decode_num_accepted_tokens",
+            "Drafted tokens that were right.",
+            seen.get("draft_accepted", 0),
+        )
         yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", prompt)
         yield self._counter(
             "vllm:prefix_cache_hits", "Prompt tokens of an identical beginning.", exact

@@ -1,4 +1,4 @@
-"""One decode step of several requests."""
+"""One decode step of several requests: each its last token, and a draft of what comes behind."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ logger = logging.getLogger(__name__)
 def decode_step(
     runner: ModelRunner, batch: Sequence[SlotRequest]
 ) -> Sequence[torch.Tensor | Exception]:
-    """``[vocab_size]`` logits of each request's next token, or why there are none.
+    """``[1 + G, vocab_size]`` logits behind each request's last token and its `draft`, or why there
+    are none.
 
     A batch that fails is decoded request by request: the culprit fails alone.
     """
     try:
-        return list(_decoded(runner, batch))
+        return _decoded(runner, batch)
     except Exception as failure:
         logger.warning("decoding %d requests failed; one by one now: %s", len(batch), failure)
     torch.cuda.empty_cache()  # what failed may have been short of memory
@@ -35,12 +36,17 @@ def _decoded_alone(runner: ModelRunner, request: SlotRequest) -> torch.Tensor | 
         return failure
 
 
-def _decoded(runner: ModelRunner, batch: Sequence[SlotRequest]) -> torch.Tensor:
-    """``[len(batch), vocab_size]`` logits. A step can be repeated: it writes the same KV to the
-    same places."""
-    return runner.decode(
-        [r.slot for r in batch],
-        [r.token_ids[-1] for r in batch],
-        [r.num_cached for r in batch],
-        [r.prefill.rope_delta if r.prefill else 0 for r in batch],
+def _decoded(runner: ModelRunner, batch: Sequence[SlotRequest]) -> list[torch.Tensor]:
+    """A step can be repeated: it writes the same KV to the same places."""
+    counts = [1 + len(r.draft) for r in batch]
+    logits = runner.decode(
+        [r.slot for r, count in zip(batch, counts, strict=True) for _ in range(count)],
+        [token for r in batch for token in (r.token_ids[-1], *r.draft)],
+        [r.num_cached + i for r, count in zip(batch, counts, strict=True) for i in range(count)],
+        [
+            r.prefill.rope_delta if r.prefill else 0
+            for r, count in zip(batch, counts, strict=True)
+            for _ in range(count)
+        ],
     )
+    return list(logits.split(counts))

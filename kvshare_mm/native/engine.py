@@ -22,6 +22,7 @@ from kvshare_mm.errors import EngineClosedError, ModelOutputError, QueueFullErro
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.native.audit import Audit, Auditor
 from kvshare_mm.native.decode import decode_step
+from kvshare_mm.native.drafts import Drafter
 from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN
 from kvshare_mm.native.prefill import Prefiller, provenance
 from kvshare_mm.native.request import SlotRequest
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 # So many requests have to fail one after the other, the model too when it is tried alone, before
 # the engine calls itself unhealthy.
 _MAX_FAILURES = 3
+# Drafted tokens in a decode step, all requests together: few rows cost little more than one.
+_MOST_DRAFTED = 16
 # While others are answered, a chunk is so many times smaller: they wait for it at every token.
 _SMALLER = 4
 
@@ -279,6 +282,9 @@ class NativeEngine:
         if self._auditor is not None:
             request.audit = self._auditor.draw(request.spec, plan, request.token_ids)
         self._accept(request, request.prefill.logits)
+        if request in self._active and self._runner.can_draft:
+            request.drafter = Drafter(request.spec.stream.token_ids, request.prefill.likely)
+            request.drafter.add(request.token_ids)
         if request in self._active and self._is_donor(request):
             self._save_prompt(request)
 
@@ -307,11 +313,30 @@ class NativeEngine:
         batch = [r for r in self._active if r.prefill is not None]
         if not batch:
             return
-        for request, row in zip(batch, decode_step(self._runner, batch), strict=True):
-            if isinstance(row, Exception):
-                self._fail(request, row)
+        for request in batch:
+            request.propose(_MOST_DRAFTED // len(batch), self._room(request))
+        for request, rows in zip(batch, decode_step(self._runner, batch), strict=True):
+            if isinstance(rows, Exception):
+                self._fail(request, rows)
             else:
-                self._accept(request, row)
+                self._take(request, rows)
+
+    def _room(self, request: SlotRequest) -> int:
+        """Tokens of the longest answer that the context allows."""
+        return self.max_model_len - len(request.spec.stream)
+
+    def _take(self, request: SlotRequest, rows: torch.Tensor) -> None:
+        """The answer goes on: with what of the draft is right, and a token behind that."""
+        said = len(request.token_ids)
+        for drafted, logits in zip((*request.draft, None), rows, strict=True):
+            self._accept(request, logits)
+            if request not in self._active or request.token_ids[-1] != drafted:
+                break
+        new = request.token_ids[said:]
+        self.counters["draft_tokens"] += len(request.draft)
+        self.counters["draft_accepted"] += max(0, len(new) - 1)
+        if request.drafter is not None:
+            request.drafter.add(new)
 
     def _charge(self, request: SlotRequest, amount: int) -> None:
         with self._changed:
@@ -319,9 +344,8 @@ class NativeEngine:
 
     def _accept(self, request: SlotRequest, logits: torch.Tensor) -> None:
         self._charge(request, ANSWER_TOKEN)
-        left = self.max_model_len - len(request.spec.stream)
         try:
-            reason = request.accept(logits, self._loaded.eos_token_ids, left)
+            reason = request.accept(logits, self._loaded.eos_token_ids, self._room(request))
         except Exception as failure:  # logits that are no numbers: there is nothing to draw from
             self._fail(request, failure)
             return

@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -43,6 +43,7 @@ class PrefillResult:
         lookup, planning, edit, encode, compute: seconds.
         media: the prompt's pictures and clips.
         rope_delta: rotary position minus index of the answer's tokens.
+        likely: ``[A]`` int64, what may be answered, from what a donor was; empty: nothing is known.
     """
 
     logits: torch.Tensor
@@ -56,6 +57,7 @@ class PrefillResult:
     encode: float = 0.0
     media: tuple[MediaUse, ...] = ()
     rope_delta: int = 0
+    likely: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 @dataclass(eq=False, slots=True)
@@ -64,7 +66,7 @@ class Prefill:
 
     Attributes:
         tail: records where the last position looks; None: nobody needs that.
-        fallback, lookup, planning, edit: see `PrefillResult`.
+        fallback, lookup, planning, edit, likely: see `PrefillResult`.
         done: so many of the plan's positions are computed.
         seconds: that this took, the media's encoders included.
     """
@@ -79,6 +81,7 @@ class Prefill:
     lookup: float
     planning: float
     edit: float
+    likely: np.ndarray
     done: int = 0
     seconds: float = 0.0
 
@@ -107,6 +110,7 @@ class Prefill:
             encode=self.media.seconds,
             media=self.media.uses,
             rope_delta=self.stream.rope_delta,
+            likely=self.likely,
         )
 
 
@@ -188,8 +192,11 @@ class Prefiller:
         edit = time.perf_counter() - start
         # Only donors need it; without a pool there will be none.
         tail = TailAttention() if self._donors is not None else None
+        likely = np.empty(0, np.int64)
+        if self._donors is not None and plan.edited_from is not None:
+            likely = self._donors.likely_answer(plan, stream.align_keys)
         return Prefill(
-            self._runner, slot, stream, plan, media, tail, fallback, lookup, planning, edit
+            self._runner, slot, stream, plan, media, tail, fallback, lookup, planning, edit, likely
         )
 
     def _plan(

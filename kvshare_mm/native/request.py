@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from kvshare_mm.index.ngrams import smallest_ngrams
 from kvshare_mm.native.audit import Audit
 from kvshare_mm.native.detokenizer import Detokenizer
+from kvshare_mm.native.drafts import Drafter
 from kvshare_mm.native.prefill import Prefill, PrefillResult, provenance
 from kvshare_mm.outputs import FinishReason, Provenance, RequestOutput, StreamChunk
 from kvshare_mm.request import Request
@@ -36,6 +37,8 @@ class SlotRequest(Request):
         node_id: what its prompt was stored as while it is answered; None: it was not, or not yet.
         computing: its prompt while it is prefilled; then that is `prefill`.
         audit: of a request that is to be audited.
+        drafter: of its answer, where the runner takes drafts.
+        draft: tokens that may come behind the last one, in this decode step.
     """
 
     after: int = 0
@@ -49,6 +52,8 @@ class SlotRequest(Request):
     computing: Prefill | None = None
     prefill: PrefillResult | None = None
     audit: Audit | None = None
+    drafter: Drafter | None = None
+    draft: list[int] = field(default_factory=list)
     sampler: Sampler | None = None
     detokenizer: Detokenizer | None = None
 
@@ -118,6 +123,17 @@ class SlotRequest(Request):
             return "length"
         self.emit(StreamChunk(text, (token,), logprobs=logprobs))
         return None
+
+    def propose(self, most: int, max_tokens: int) -> None:
+        """Make the draft of the next decode step.
+
+        Args:
+            most: tokens that it may have.
+            max_tokens: longest answer that the context allows.
+        """
+        if self.drafter is not None:
+            left = min(self.spec.params.max_tokens or max_tokens, max_tokens) - len(self.token_ids)
+            self.draft = self.drafter.draft(max(0, min(most, left - 1)))
 
     def finish(self, reason: FinishReason) -> RequestOutput:
         """The output; also sent to the sink as the last chunk."""

@@ -7,6 +7,7 @@ cannot run, with transformers' own cache, whole prompts only.
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import sys
 import time
@@ -31,11 +32,13 @@ class ModelRunner(Protocol):
     Attributes:
         num_slots: requests at a time.
         chunk: most positions of a prompt that are computed at once.
+        can_draft: a decode step may compute several positions of a slot.
         moved_s: `time.perf_counter` when the model last computed something.
     """
 
     num_slots: int
     chunk: int
+    can_draft: bool
 
     @property
     def moved_s(self) -> float: ...
@@ -70,6 +73,7 @@ class ModelRunner(Protocol):
         """One step of several requests: ``[len(slots), vocab_size]`` logits.
 
         Args:
+            slots: each once, or, if `can_draft`, in a row for positions that follow one another.
             positions: index of each token in its slot.
             rope_deltas: rotary position minus index of each; None: no difference.
         """
@@ -90,9 +94,12 @@ class SlotRunner:
         max_len: positions a slot holds.
         chunk: most positions of one forward; longer prefills run in several, which bounds the
             memory of activations, and lets others be served between them.
+        drafts: see `can_draft`.
     """
 
-    def __init__(self, loaded: LoadedModel, num_slots: int, max_len: int, chunk: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, num_slots: int, max_len: int, chunk: int, drafts: bool = True
+    ) -> None:
         shape = loaded.kv_shape
         if shape is None:
             raise ValueError(f"{loaded.name} does not run under PartialAttention")
@@ -100,6 +107,7 @@ class SlotRunner:
         self._model = loaded.model
         self._device = loaded.device
         self.chunk = chunk
+        self.can_draft = drafts
         self._cache = SlotCache(
             *(
                 torch.empty(
@@ -181,7 +189,10 @@ class SlotRunner:
     ) -> torch.Tensor:
         index = torch.tensor(positions, device=self._device)
         ahead = torch.tensor(rope_deltas or [0] * len(slots), device=self._device)
-        batch = RaggedQueries.in_slots(slots, index.split(1))
+        rows = [(slot, len(list(same))) for slot, same in itertools.groupby(slots)]
+        batch = RaggedQueries.in_slots(
+            [slot for slot, _ in rows], index.split([count for _, count in rows])
+        )
         self._cache.batch = batch
         logits: torch.Tensor = self._model(
             input_ids=torch.tensor([token_ids], device=self._device),
@@ -222,6 +233,7 @@ class PlainRunner:
 
     def __init__(self, loaded: LoadedModel, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.can_draft = False
         self.chunk = sys.maxsize  # some of these models cannot go on with half a prompt
         self._model = loaded.model
         self._device = loaded.device

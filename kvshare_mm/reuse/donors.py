@@ -12,6 +12,7 @@ from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.index.base import IndexRecord
 from kvshare_mm.index.semantic import Opened, SemanticIndex
 from kvshare_mm.node import Node
+from kvshare_mm.reuse.answers import likely_answer
 from kvshare_mm.reuse.editor import KVEditor
 from kvshare_mm.reuse.orders import Report
 from kvshare_mm.reuse.plan import ReusePlan
@@ -76,6 +77,12 @@ class DonorPool:
     ) -> None:
         """Write what a plan keeps into a slot, see `ReuseWorker.load`."""
         self.worker.load(self.reuse.catalogue.pieces(plan), ns, k, v, positions)
+
+    def likely_answer(self, plan: ReusePlan, target: np.ndarray) -> np.ndarray:
+        """``[A]`` int64: what the target of a plan may be answered, see `answers.likely_answer`;
+        empty: nobody knows."""
+        donor = self.tree.get(plan.edited_from or "")
+        return np.empty(0, np.int64) if donor is None else likely_answer(donor, plan, target)
 
     def nodes(self) -> list[Node]:
         """All donors as they are now."""

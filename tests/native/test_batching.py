@@ -37,7 +37,7 @@ def test_greedy_answers_are_those_of_transformers(
 def test_eight_requests_over_two_slots_answer_as_one_by_one(
     open_llm: OpenLLM, alone: list[RequestOutput], reuse: Any
 ) -> None:
-    llm = open_llm(max_num_seqs=2)
+    llm = open_llm(max_num_seqs=2, drafts=False)
     widths: list[int] = []
     decode = inside(llm).runner.decode
 

@@ -46,7 +46,7 @@ class Steps:
         return self._prefill(slot, ids, compute, *rest)
 
     def _decoded(self, slots: Any, *rest: Any) -> Any:
-        self.log.append(len(slots))
+        self.log.append(len(set(slots)))
         return self._decode(slots, *rest)
 
     def chunks(self, prompt: tuple[int, ...]) -> list[int]:

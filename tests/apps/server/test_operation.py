@@ -44,6 +44,8 @@ def test_metrics_agree_with_the_engine(serve: Start) -> None:
     for name, value in {
         "vllm:prompt_tokens_total": seen["prompt_tokens"],
         "vllm:generation_tokens_total": seen["generation_tokens"],
+        "vllm:spec_decode_num_draft_tokens_total": seen["draft_tokens"],
+        "vllm:spec_decode_num_accepted_tokens_total": seen["draft_accepted"],
         "vllm:prefix_cache_queries_total": seen["prompt_tokens"],
         "vllm:prefix_cache_hits_total": seen["prompt_tokens_exact"],
         "vllm:num_requests_running": 0,
