@@ -197,6 +197,9 @@ class Penalties:
             self._counts = torch.zeros_like(logits)
             self._in_prompt = torch.zeros_like(logits, dtype=torch.bool)
             self._in_prompt[self._prompt[self._prompt < len(logits)]] = True
+            # A tokenizer may have more tokens than its model has rows.
+            known = self._biased < len(logits)
+            self._biased, self._bias = self._biased[known], self._bias[known]
         logits = logits.index_add(0, self._biased, self._bias)
         answered = self._counts > 0
         if self._repetition != 1:

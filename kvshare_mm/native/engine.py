@@ -18,7 +18,12 @@ from functools import partial
 
 import torch
 
-from kvshare_mm.errors import EngineClosedError, ModelOutputError, QueueFullError
+from kvshare_mm.errors import (
+    EngineClosedError,
+    InvalidRequestError,
+    ModelOutputError,
+    QueueFullError,
+)
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.native.audit import Audit, Auditor
 from kvshare_mm.native.decode import decode_step
@@ -357,13 +362,15 @@ class NativeEngine:
     def _fail(self, request: SlotRequest, failure: Exception) -> None:
         """One request that the model cannot take must not end the others."""
         self._active.remove(request)
-        logger.error("request %s failed", request.request_id, exc_info=failure)
+        asked_wrongly = isinstance(failure, InvalidRequestError)
+        trace = None if asked_wrongly else failure
+        logger.error("request %s failed: %s", request.request_id, failure, exc_info=trace)
         self.counters["failed"] += 1
         with self._changed:  # its prompt may be about to be read where others will write
             self._changed.wait_for(lambda: self._saver.idle)
         if request.node_id is not None and self._donors is not None:
             self._donors.delete(request.node_id)  # what failed may have been wrong before
-        if request.slot >= 0 and not isinstance(failure, ModelOutputError):
+        if request.slot >= 0 and not asked_wrongly and not isinstance(failure, ModelOutputError):
             self._failures = 0 if works(self._runner, request.slot) else self._failures + 1
         self._release(request)
         request.emit(failure)

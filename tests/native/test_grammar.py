@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import jsonschema_rs
+import numpy as np
 import pytest
 import torch
 
@@ -157,6 +158,15 @@ LOOP["properties"] = {"self": LOOP}
         {"$ref": "http://127.0.0.1/schema.json"},
         {"enum": []},
         {"enum": ["x" * 70_000]},
+        # Each of these ended the process, or filled its memory.
+        {"type": "array", "items": {"type": "boolean"}, "minItems": 1_000_000_000},
+        {"type": "array", "items": {"type": "boolean"}, "maxItems": 1e9},
+        {"anyOf": [{"type": "integer", "multipleOf": n} for n in (9991, 9990)]},
+        {"allOf": [{"type": "string", "pattern": f".*a.{{{i}}}z"} for i in range(30)]},
+        {"type": "object", "patternProperties": {f".*a.{{{i}}}z": {} for i in range(30)}},
+        {"$defs": {"a": {"pattern": "a.*"}}, "$ref": "#/$defs/a", "pattern": ".*b"},
+        {"type": "string", "pattern": "a" * 300},
+        {"type": "string", "maxLength": 1_000_000_000},
         {"const": float("nan")},
         {"const": {1, 2}},
         LOOP,
@@ -179,6 +189,28 @@ def test_a_schema_that_takes_too_long_ends_its_own_request_alone(llm: KVShare) -
         llm.generate("Hi", max_tokens=20, response_format=form)
     assert raised.value.field == "response_format"
     assert other.result().token_ids and llm.healthy
+
+
+def test_properties_may_be_called_like_keywords(llm: KVShare) -> None:
+    names = ("minItems", "multipleOf", "allOf", "$ref", "pattern", "patternProperties", "enum")
+    schema = an_object(**{name: {"enum": [1, 2]} for name in names})
+    output = llm.generate("Hi", max_tokens=300, response_format=json_schema(schema))
+    assert list(json.loads(output.text)) == list(names)
+
+
+def test_what_one_answer_takes_is_not_counted_to_the_next(llm: KVShare) -> None:
+    """All that is alike between two answers of one schema is its text."""
+    grammars = Grammars(llm.tokenizer, frozenset({0}))
+    schema = {"type": "string", "pattern": "^(.*[a-m].{40}|.*[n-z0-9].{39})$"}
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        one = grammars.of(schema)
+        assert one is not None and one.allowed(len(llm.tokenizer)).any()
+        with pytest.raises(InvalidRequestError, match="cannot be followed"):
+            for _ in range(20_000):
+                may = one.allowed(len(llm.tokenizer)).nonzero().flatten()
+                plain = [i for i in may.tolist() if llm.tokenizer.decode([i]).isalnum()]
+                one.add(int(rng.choice(plain or may.tolist())))
 
 
 def test_objects_of_two_hundred_optional_properties_are_followed(llm: KVShare) -> None:
