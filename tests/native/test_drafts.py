@@ -87,13 +87,11 @@ def drafted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Draft], None]:
     """Has everybody draft what a function of the answer so far and the most that may be says."""
 
     def use(draft: Draft) -> None:
-        said: dict[int, list[int]] = {}
-
         def add(self: Drafter, tokens: Sequence[int]) -> None:
-            said.setdefault(id(self), []).extend(tokens)
+            vars(self).setdefault("said", []).extend(tokens)
 
         monkeypatch.setattr(Drafter, "add", add)
-        monkeypatch.setattr(Drafter, "draft", lambda self, most: draft(said[id(self)], most))
+        monkeypatch.setattr(Drafter, "draft", lambda self, most: draft(vars(self)["said"], most))
 
     return use
 
