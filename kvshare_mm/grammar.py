@@ -133,7 +133,7 @@ class Grammars:
         )
         tokens, blank = self._all_tokens()
         begun = Grammar(LLMatcher(tokens, grammar, log_level=0, limits=limits), blank)
-        begun.copy().allowed(1)  # what cannot be enforced fails here
+        begun.allowed(1)  # what cannot be enforced fails here
         return begun
 
     def _all_tokens(self) -> tuple[Any, torch.Tensor]:

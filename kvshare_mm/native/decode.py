@@ -38,15 +38,11 @@ def _decoded_alone(runner: ModelRunner, request: SlotRequest) -> torch.Tensor | 
 
 def _decoded(runner: ModelRunner, batch: Sequence[SlotRequest]) -> list[torch.Tensor]:
     """A step can be repeated: it writes the same KV to the same places."""
-    counts = [1 + len(r.draft) for r in batch]
+    rows = [(r, i, t) for r in batch for i, t in enumerate((r.token_ids[-1], *r.draft))]
     logits = runner.decode(
-        [r.slot for r, count in zip(batch, counts, strict=True) for _ in range(count)],
-        [token for r in batch for token in (r.token_ids[-1], *r.draft)],
-        [r.num_cached + i for r, count in zip(batch, counts, strict=True) for i in range(count)],
-        [
-            r.prefill.rope_delta if r.prefill else 0
-            for r, count in zip(batch, counts, strict=True)
-            for _ in range(count)
-        ],
+        [r.slot for r, _, _ in rows],
+        [token for _, _, token in rows],
+        [r.num_cached + i for r, i, _ in rows],
+        [r.prefill.rope_delta if r.prefill else 0 for r, _, _ in rows],
     )
-    return list(logits.split(counts))
+    return list(logits.split([1 + len(r.draft) for r in batch]))

@@ -50,6 +50,8 @@ class Drafter:
 
     def draft(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next."""
+        if most <= 0:
+            return []
         said = self._said[: self._length]
         agree, at = _found(self._answer[:-1], said, self._goes_on)
         source = self._answer
