@@ -163,8 +163,8 @@ def _usage(target: str, ptxas_log: str, amdgcn: str) -> tuple[int, int]:
     """Registers and spilled bytes per thread, from what the assembler printed."""
     if target.startswith("gfx"):
         registers = re.findall(r"\.vgpr_count:\s+(\d+)", amdgcn)
-        spilled = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", amdgcn)
-        spills = [4 * int(n) for n in spilled]
+        # Scratch memory: scalars that run out of registers go to lanes of vector registers.
+        spills = [int(n) for n in re.findall(r"\.private_segment_fixed_size:\s+(\d+)", amdgcn)]
     else:
         registers = re.findall(r"Used (\d+) registers", ptxas_log)
         spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", ptxas_log)]

@@ -185,10 +185,11 @@ def partial_attention_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        if SINKS:  # noqa: SIM102 - `and` would compute both
-            if split == 0:
-                peak = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32) * _LOG2E
-                total = tl.full([BLOCK_M], 1.0, tl.float32)
+        if SINKS:
+            sink = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32) * _LOG2E
+            counts = NUM_SPLITS == 1 or split == 0
+            peak = tl.where(counts, sink, peak)
+            total = tl.where(counts, 1.0, total)
         k_head = k_ptr + kv_head * stride_kh
         v_head = v_ptr + kv_head * stride_vh
         table = block_table + request * stride_table
