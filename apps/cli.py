@@ -18,6 +18,7 @@ from kvshare_mm.apps.audit.cli import audit
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.desk.cli import ui
 from kvshare_mm.apps.kernels import kernels
+from kvshare_mm.apps.models import models
 from kvshare_mm.apps.options import Values, config_options, described
 from kvshare_mm.apps.server.cache_cli import cache
 from kvshare_mm.apps.server.cli import keys, serve
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(kernels, name="kernels")
+app.add_typer(models, name="models")
 app.add_typer(keys, name="keys")
 app.add_typer(cache, name="cache")
 app.command()(serve)

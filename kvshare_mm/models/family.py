@@ -10,6 +10,15 @@ import torch
 from kvshare_mm.models.decoder import Decoder
 from kvshare_mm.stream import Modality
 
+# Model types whose pictures or sound are taken.
+MEDIA: dict[str, tuple[Modality, ...]] = {
+    "qwen2_vl": (Modality.IMAGE,),
+    "qwen2_5_vl": (Modality.IMAGE,),
+    "qwen2_5_omni": (Modality.IMAGE, Modality.AUDIO),
+    "qwen2_5_omni_thinker": (Modality.IMAGE, Modality.AUDIO),
+    "qwen2_audio": (Modality.AUDIO,),
+}
+
 
 class Family(Protocol):
     """One loaded multimodal model."""
