@@ -26,10 +26,16 @@ from transformers.models.qwen2_vl import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLVideoProcessor,
 )
+from transformers.models.qwen3_vl import (
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
 from transformers.utils import logging
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen2_audio")
-SEES = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_5_omni_thinker", "qwen2_audio")
+SEES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_5_omni_thinker")
 HEARS = ("qwen2_5_omni_thinker", "qwen2_audio")
 
 _SPECIAL = {
@@ -115,6 +121,9 @@ def _processor(family: str, tok: Any) -> Any:
         return Qwen2VLProcessor(images, tok, videos, chat_template=_TEMPLATE)
     if family == "qwen2_5_vl":
         return Qwen2_5_VLProcessor(images, tok, videos, chat_template=_TEMPLATE)
+    if family == "qwen3_vl":
+        images = Qwen2VLImageProcessor(min_pixels=64 * 64, max_pixels=32 * 32 * 24, patch_size=16)
+        return Qwen3VLProcessor(images, tok, Qwen3VLVideoProcessor(), chat_template=_TEMPLATE)
     if family == "qwen2_5_omni_thinker":
         return Qwen2_5OmniProcessor(images, videos, hears, tok, chat_template=_TEMPLATE)
     return Qwen2AudioProcessor(hears, tok, chat_template=_TEMPLATE)
@@ -158,6 +167,24 @@ def _qwen2_5_vl(text: dict[str, Any], ids: dict[str, int]) -> Any:
     )
 
 
+def _qwen3_vl(text: dict[str, Any], ids: dict[str, int]) -> Any:
+    vision = {**_VISION, "depth": 3, "deepstack_visual_indexes": [0, 1], "patch_size": 16}
+    return Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config={
+                **text,
+                "head_dim": 16,
+                "rope_parameters": {**_MROPE, "mrope_interleaved": True},
+            },
+            vision_config={**vision, "num_position_embeddings": 64},
+            image_token_id=ids["image"],
+            video_token_id=ids["video"],
+            vision_start_token_id=ids["vision_bos"],
+            vision_end_token_id=ids["vision_eos"],
+        )
+    )
+
+
 def _omni(text: dict[str, Any], ids: dict[str, int]) -> Any:
     return Qwen2_5OmniThinkerForConditionalGeneration(
         Qwen2_5OmniThinkerConfig(
@@ -189,6 +216,7 @@ def _qwen2_audio(text: dict[str, Any], ids: dict[str, int]) -> Any:
 _MODELS = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
     "qwen2_5_omni_thinker": _omni,
     "qwen2_audio": _qwen2_audio,
 }

@@ -89,7 +89,7 @@ def check_config(config: Any) -> Checked:
     num_layers = int(getattr(text, "num_hidden_layers", 0) or 0)
     media = MEDIA.get(config.model_type, ())
     reason, shape = declared_obstacle(text), None
-    if reason is None and media:  # their decoders are Qwen2's, proved on small models of each
+    if reason is None and media:  # their decoders are proved on small models of each
         heads = text.num_attention_heads
         dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         shape = KVShape(num_layers, text.num_key_value_heads, dim, dim)

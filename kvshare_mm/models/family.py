@@ -14,6 +14,8 @@ from kvshare_mm.stream import Modality
 MEDIA: dict[str, tuple[Modality, ...]] = {
     "qwen2_vl": (Modality.IMAGE,),
     "qwen2_5_vl": (Modality.IMAGE,),
+    "qwen3_vl": (Modality.IMAGE,),
+    "qwen3_vl_moe": (Modality.IMAGE,),
     "qwen2_5_omni": (Modality.IMAGE, Modality.AUDIO),
     "qwen2_5_omni_thinker": (Modality.IMAGE, Modality.AUDIO),
     "qwen2_audio": (Modality.AUDIO,),
@@ -42,7 +44,9 @@ class Family(Protocol):
             inputs: what the modality's adapter makes, on the model's device.
 
         Returns:
-            ``[length, hidden_size]``: what stands at the medium's positions.
+            ``[length, hidden_size]``: what stands at the medium's positions. More channels, a
+            multiple of these: what the first layers add to their outputs there (DeepStack, arXiv
+            2406.04334), layer by layer.
         """
 
 
@@ -52,13 +56,14 @@ def load_family(model_type: str, source: str, **options: Any) -> tuple[Any, Fami
     Returns:
         None if `model_type` is of no multimodal family that is known here.
     """
-    if model_type in ("qwen2_vl", "qwen2_5_vl"):
+    if model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
         from transformers import AutoModelForImageTextToText
 
         from kvshare_mm.models.qwen2_vl import Qwen2VL
+        from kvshare_mm.models.qwen3_vl import Qwen3VL
 
         model, report = AutoModelForImageTextToText.from_pretrained(source, **options)
-        return model, Qwen2VL(model), report
+        return model, (Qwen3VL if "qwen3" in model_type else Qwen2VL)(model), report
     if model_type in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
         from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 

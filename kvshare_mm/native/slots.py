@@ -280,7 +280,7 @@ class PlainRunner:
     def release(self, slot: int) -> None:
         self._caches.pop(slot, None)
 
-    def _step(self, slot: int, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _step(self, slot: int, inputs: dict[str, Any]) -> torch.Tensor:
         if not self._takes_positions:
             inputs.pop("position_ids")
         logits: torch.Tensor = self._model(
