@@ -220,7 +220,16 @@ def media_of(
     """
     sources = MediaSources(config.max_media_bytes, config.local_media)
     adapters = adapters_for(processor, placeholders, sources, config.max_image_pixels, decoder)
-    return MediaSupport(adapters, placeholders, mrope)
+    return MediaSupport(adapters, placeholders, mrope, _spelled(processor, placeholders))
+
+
+def _spelled(processor: Any, placeholders: Mapping[Modality, int]) -> dict[int, tuple[int, ...]]:
+    """InternVL's processor puts tokens around a picture, where others have it in the template."""
+    start, end = (getattr(processor, f"{name}_image_token_id", None) for name in ("start", "end"))
+    token = placeholders.get(Modality.IMAGE)
+    if start is None or end is None or token is None:
+        return {}
+    return {token: (start, token, end)}
 
 
 def _donors(config: KVShareConfig, loaded: LoadedModel, disk: DiskTier | None) -> DonorPool:

@@ -25,11 +25,13 @@ class MediaSupport:
         adapters: read the parts of messages.
         placeholders: the token that stands for a medium, by modality.
         mrope: its rotary positions have three axes.
+        spelled: tokens that the model's processor writes for one of its template.
     """
 
     adapters: Adapters
     placeholders: Mapping[Modality, int] = field(default_factory=dict)
     mrope: bool = False
+    spelled: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 TEXT_ONLY = MediaSupport(Adapters([]))
@@ -122,6 +124,8 @@ def chat_stream(
             f"the model's chat template refuses these messages: {error}", "messages"
         ) from error
     ids = _token_ids(text, tokenizer, "messages", add_special_tokens=False)
+    if media.spelled:
+        ids = [token for t in ids for token in media.spelled.get(t, (t,))]
     try:
         stream = media_stream(ids, reader.items, media.placeholders, media.mrope)
     except ValueError as error:

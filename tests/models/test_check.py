@@ -55,12 +55,17 @@ def test_layers_of_several_kinds(
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("gpt2", "rotary"), ("mamba", "recurrent"), ("qwen3_vl", "qwen3_vl are not known")],
+    [("gpt2", "rotary"), ("mamba", "recurrent"), ("clip", "clip are not known")],
 )
 def test_others_are_declined_in_words(kind: str, words: str) -> None:
     checked = check_config(AutoConfig.for_model(kind))
     assert checked.reason is not None and words in checked.reason
     assert checked.shape is None and checked.bytes_per_token is None
+
+
+def test_of_other_multimodal_models_the_text_is_checked() -> None:
+    checked = check_config(AutoConfig.for_model("gemma3"))
+    assert (checked.model_type, checked.reason, checked.media) == ("gemma3_text", None, ())
 
 
 def test_pictures() -> None:
