@@ -21,6 +21,7 @@ from kvshare_mm.apps.kernels import kernels
 from kvshare_mm.apps.options import Values, config_options, described
 from kvshare_mm.apps.server.cache_cli import cache
 from kvshare_mm.apps.server.cli import keys, serve
+from kvshare_mm.apps.store import store
 from kvshare_mm.apps.terminal import plain_errors, report_file, write_report
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.add_typer(bench, name="bench")
 app.add_typer(kernels, name="kernels")
 app.add_typer(keys, name="keys")
 app.add_typer(cache, name="cache")
+app.add_typer(store, name="store")
 app.command()(serve)
 app.command()(ui)
 app.command()(audit)
