@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def repair(folder: Path, aside: Path | None = None, read: Told = lambda _: None)
     with ExitStack() as held:
         for part in parts(folder):
             try:
-                held.callback(FolderLock(part, alone=True).close)
+                held.enter_context(closing(FolderLock(part, alone=True)))
             except BlockingIOError as error:
                 message = f"a server uses {part}: stop it first, or look with `verify`"
                 raise StoreError(message) from error
