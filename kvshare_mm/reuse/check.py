@@ -121,6 +121,10 @@ def verify(folder: Path, read: Told = lambda _: None) -> Report:
     Raises:
         StoreError: it is no store folder, or cannot be listed.
     """
+    return _verify(folder, read, in_use)
+
+
+def _verify(folder: Path, read: Told, in_use: Callable[[Path], bool]) -> Report:
     report = Report(folder)
     try:
         for part in parts(folder):
@@ -152,8 +156,7 @@ def repair(folder: Path, aside: Path | None = None, read: Told = lambda _: None)
             except BlockingIOError as error:
                 message = f"a server uses {part}: stop it first, or look with `verify`"
                 raise StoreError(message) from error
-        report = verify(folder, read)
-        report.in_use = False
+        report = _verify(folder, read, lambda _: False)
         try:
             for problem in report.problems:
                 if problem.broken:
