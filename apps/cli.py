@@ -21,6 +21,7 @@ from kvshare_mm.apps.kernels import kernels
 from kvshare_mm.apps.options import Values, config_options, described
 from kvshare_mm.apps.server.cache_cli import cache
 from kvshare_mm.apps.server.cli import keys, serve
+from kvshare_mm.apps.size import size
 from kvshare_mm.apps.store import store
 from kvshare_mm.apps.terminal import plain_errors, report_file, write_report
 
@@ -39,6 +40,7 @@ app.add_typer(store, name="store")
 app.command()(serve)
 app.command()(ui)
 app.command()(audit)
+app.command()(size)
 console = Console()
 
 _OF_CONFIG: dict[str | None, tuple[str, ...]] = {

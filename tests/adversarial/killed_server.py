@@ -56,8 +56,8 @@ def serve(model: str, seed: int, **options: Any) -> None:
         threading.Thread(target=load, args=(thread,), daemon=True).start()
     rng = np.random.default_rng([seed, 2])
     while True:
-        asked = f"{rng.integers(10**9)} {prompt(rng)}"
-        llm.generate(asked, max_tokens=2, ignore_eos=True)
+        asked = f"{prompt(rng)} {rng.integers(10**9)}"
+        llm.generate(asked, max_tokens=2, ignore_eos=True, reuse="exact")
         if llm.flush(60):
             say("kept", asked)
 

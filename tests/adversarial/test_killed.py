@@ -122,7 +122,7 @@ def _check(
                 counts["answers compared"] += 1
                 counts["read from the store"] += got.provenance.exact > 0
             if text in kept:
-                assert got.provenance.exact == len(got.prompt_token_ids) - 1, got.provenance
+                assert got.provenance.exact == len(got.prompt_token_ids) - 1, (text, got.provenance)
         events = again.stats()["donors"]["events"]
         wrong = {name for name in events if "damaged" in name or "unreadable" in name}
         assert not wrong, events
