@@ -66,8 +66,9 @@ class _Raw(io.FileIO):
         if faults.happens("short"):
             view = view[: int(faults.rng.integers(1, len(view) + 1))]
         count = super().readinto(view)
-        if count and faults.happens("flip"):
-            view[faults.rng.integers(count)] ^= 1 << int(faults.rng.integers(8))
+        if count and faults.happens("flip"):  # the sign of every second number, and more
+            for at in range(int(faults.rng.integers(8)), count, 8):
+                view[at] ^= 0x80
         return count
 
     def write(self, content: Any) -> int:
