@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from kvshare_mm.errors import KVUnavailableError, StoreError
 from kvshare_mm.node import Piece
 from kvshare_mm.reuse.calibration import Calibration
 from kvshare_mm.reuse.check import repair, verify
+from kvshare_mm.reuse.donors import _parents_first
 from kvshare_mm.store import codec
 from kvshare_mm.store.disk import DiskTier, node_file
 
@@ -186,6 +188,20 @@ def test_other_folders_are_refused(tmp_path, name):
     folder = tmp_path / name if name else tmp_path / "kv" / "x"
     with pytest.raises(StoreError, match="not a store folder"):
         verify(folder)
+
+
+def test_a_family_is_the_same_after_a_restart_with_a_clock_that_went_back(make_stored):
+    line = [
+        (replace(make_stored(name, parent=parent).node, created_s=created_s), None)
+        for name, parent, created_s in (
+            ("grandchild", "child", 1.0),
+            ("other", None, 1.5),
+            ("root", None, 3.0),
+            ("child", "root", 2.0),
+        )
+    ]
+    restored = [node.node_id for node, _ in _parents_first(line)]
+    assert restored == ["root", "child", "grandchild", "other"]
 
 
 def test_a_later_version_s_nodes_stay_unused_and_take_their_room(store, make_stored, caplog):
