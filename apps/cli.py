@@ -22,6 +22,8 @@ from kvshare_mm.apps.models import models
 from kvshare_mm.apps.options import Values, config_options, described
 from kvshare_mm.apps.server.cache_cli import cache
 from kvshare_mm.apps.server.cli import keys, serve
+from kvshare_mm.apps.size import size
+from kvshare_mm.apps.store import store
 from kvshare_mm.apps.terminal import plain_errors, report_file, write_report
 
 app = typer.Typer(
@@ -36,9 +38,11 @@ app.add_typer(kernels, name="kernels")
 app.add_typer(models, name="models")
 app.add_typer(keys, name="keys")
 app.add_typer(cache, name="cache")
+app.add_typer(store, name="store")
 app.command()(serve)
 app.command()(ui)
 app.command()(audit)
+app.command()(size)
 console = Console()
 
 _OF_CONFIG: dict[str | None, tuple[str, ...]] = {

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 # Trained for this project; see assets/README.md.
 SHIPPED = ("tiny-vl", "tiny-audio")
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,8 @@ def load_model(
         ModelLoadError: there is no such model, or it cannot be loaded.
         ConfigError: dtype, device or attention_backend are not known or cannot be used here.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
     target = _device(device)
     try:
         backend = resolve(attention_backend, target)
@@ -240,7 +240,7 @@ def _device(device: str) -> torch.device:
 
 def _dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
     if dtype != "auto":
-        return _DTYPES[dtype]
+        return DTYPES[dtype]
     text = config.get_text_config()  # a multimodal model's widths and dtype may stand only there
     own = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
     if device.type != "cpu" or own == torch.float32:
