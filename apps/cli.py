@@ -16,7 +16,7 @@ from rich.markup import escape
 from kvshare_mm import __version__
 from kvshare_mm.apps.audit.cli import audit
 from kvshare_mm.apps.bench.cli import bench
-from kvshare_mm.apps.desk.cli import ui
+from kvshare_mm.apps.desk.cli import desk
 from kvshare_mm.apps.kernels import kernels
 from kvshare_mm.apps.options import Values, config_options, described
 from kvshare_mm.apps.server.cache_cli import cache
@@ -35,7 +35,8 @@ app.add_typer(kernels, name="kernels")
 app.add_typer(keys, name="keys")
 app.add_typer(cache, name="cache")
 app.command()(serve)
-app.command()(ui)
+app.command()(desk)
+app.command("ui", hidden=True)(desk)  # as it was called
 app.command()(audit)
 console = Console()
 
