@@ -15,8 +15,6 @@ from kvshare_mm.llm import KVShare
 
 def local(model: str, store_dir: Path | None, media_embedder: str | None) -> KVShare:
     """An engine of this process."""
-    if media_embedder is None and model == "tiny-vl":
-        media_embedder = "tiny-clip"
     return KVShare(
         model,
         store_dir=store_dir,

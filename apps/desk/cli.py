@@ -38,7 +38,7 @@ def desk(
         str | None,
         typer.Option(
             help="CLIP model that finds pictures that look alike, for showing: tiny-clip, a folder "
-            "or ARCHITECTURE/WEIGHTS; none: off; default: tiny-clip with tiny-vl",
+            "or ARCHITECTURE/WEIGHTS; default: none",
             rich_help_panel=_HERE,
         ),
     ] = None,

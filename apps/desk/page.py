@@ -44,7 +44,7 @@ def build(desk: Desk, logout: bool = False) -> gr.Blocks:
         gr.HTML(views.legend())
         with gr.Row():
             columns = [_column(i, name, order) for i, (name, order) in enumerate(CUSTOMERS)]
-        with gr.Accordion("The tree: what each stored request holds itself", open=False):
+        with gr.Accordion("DELTA tree of stored requests", open=False):
             tree = gr.HTML(tree_svg.draw([]), elem_id="desk-tree")
         with gr.Accordion("All requests", open=True):
             log = gr.HTML("", elem_id="desk-log")
@@ -125,7 +125,7 @@ def _column(index: int, name: str, order: str) -> dict[str, Any]:
                 "Same without reuse?", size="sm", interactive=False, scale=0, min_width=170,
                 elem_classes="desk-check-button",
             )  # fmt: skip
-            made["check"] = gr.HTML("", min_width=120)
+            made["check"] = gr.HTML("", min_width=220)
         made["number"] = gr.State()
         made["report"] = gr.HTML("")
     return made

@@ -88,7 +88,7 @@ def check(turn: Turn | None, waiting: bool = False) -> str:
     if here == alone:
         return (
             '<p class="desk-check" role="status"><b class="desk-same">✓ same answer as without '
-            f"reuse</b> #{turn.number}, computed again in full</p>"
+            f"reuse</b> #{turn.number}</p>"
         )
     shorter = min(len(here), len(alone))
     same = next((i for i in range(shorter) if here[i] != alone[i]), shorter)
