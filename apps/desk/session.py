@@ -14,7 +14,7 @@ from kvshare_mm.apps.desk.engine import Engine
 from kvshare_mm.apps.desk.shop import Asked, Letter
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.config import RequestOptions, Reuse
-from kvshare_mm.errors import EngineClosedError, InvalidRequestError, QueueFullError
+from kvshare_mm.errors import EngineClosedError, InvalidRequestError, KVShareError
 from kvshare_mm.outputs import RequestOutput
 from kvshare_mm.reuse.admin import DonorInfo
 from kvshare_mm.sampling import SamplingParams
@@ -91,9 +91,10 @@ class Session:
         self.letters: dict[int, Asked] = {}
         # Requests of both customers may run at once; what they became is found out one by one.
         self._settling = asyncio.Lock()
-        self.salt = json.dumps(["desk", uuid.uuid4().hex])
+        name = uuid.uuid4().hex
+        self.salt = json.dumps(["desk", name])
         # The same letters, each answered with prefix caching alone, share under this one.
-        self._prefix_salt = json.dumps(["desk", "prefix caching", self.salt])
+        self._prefix_salt = json.dumps(["desk", "prefix caching", name])
         self._numbers: dict[str, int] = {}
 
     async def ask(
@@ -136,8 +137,8 @@ class Session:
             turn.prefix = await self._prefix_cached(llm, messages, terms)
             yield turn
             turn.full = await self._in_full(llm, messages, turn, terms)
-        except (ApiError, QueueFullError):
-            pass  # others wait, or there is nothing left on the account
+        except (ApiError, KVShareError):
+            pass  # others wait, or there is nothing left on the account: the answer is there
         turn.measured = True
         yield turn
 
