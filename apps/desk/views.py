@@ -211,6 +211,8 @@ def _origin(turn: Turn, p: Provenance) -> str:
         return (
             f"<p>Reuse was given up ({escape(p.fallback.replace('_', ' '))}); computed in full.</p>"
         )
+    if not turn.donors and p.exact + p.reused:
+        return "<p>Reused from earlier requests; the endpoint does not tell which.</p>"
     if not turn.donors:
         reason = (p.declined or "nothing to reuse").replace("_", " ")
         return f"<p>Nothing was reused: {escape(reason)}.</p>"
