@@ -119,6 +119,9 @@ class Desk:
         """Nothing is wider than the page, no column's head is cut off, and who can, reads it."""
         parts = ["document.documentElement", "...document.querySelectorAll('.desk-scroll, th')"]
         wide = f"[{', '.join(parts)}].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+        # What is fading in is not yet as it will be read.
+        fading = "document.getAnimations().some(a => a instanceof CSSTransition)"
+        self.page.wait_for_function(f"() => !{fading}")
         found = Axe().run(self.page, options={"runOnly": _WCAG})
         assert found.violations_count == 0, found.generate_report()
         return int(self.page.evaluate(wide)) == 0
