@@ -16,7 +16,7 @@ from rich.markup import escape
 from kvshare_mm import __version__
 from kvshare_mm.apps.audit.cli import audit
 from kvshare_mm.apps.bench.cli import bench
-from kvshare_mm.apps.desk.cli import ui
+from kvshare_mm.apps.desk.cli import desk
 from kvshare_mm.apps.kernels import kernels
 from kvshare_mm.apps.models import models
 from kvshare_mm.apps.options import Values, config_options, described
@@ -40,7 +40,8 @@ app.add_typer(keys, name="keys")
 app.add_typer(cache, name="cache")
 app.add_typer(store, name="store")
 app.command()(serve)
-app.command()(ui)
+app.command()(desk)
+app.command("ui", hidden=True)(desk)  # as it was called
 app.command()(audit)
 app.command()(size)
 console = Console()
