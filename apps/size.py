@@ -96,10 +96,16 @@ def measure_size(
     similarity: Path | None = None,
 ) -> dict[str, Any]:
     """The numbers of `kvshare size`. Raises ConfigError, ModelLoadError."""
-    from kvshare_mm.models.shape import described_model
+    from kvshare_mm.models.check import check_model
+    from kvshare_mm.models.loader import DTYPES
 
-    known = described_model(model, dtype)
-    per_token = known.shape.bytes_per_token(known.dtype)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    known = check_model(model)
+    if known.shape is None:
+        raise ConfigError(f"KV of {model} cannot be shared: {known.reason}")
+    kv_dtype = known.dtype if dtype == "auto" else DTYPES[dtype]
+    per_token = known.shape.bytes_per_token(kv_dtype)
     per_request = per_token * (prompt_tokens + answer_tokens)
     computing_s = 2 * known.parameters / (tflops * 1e12)
     curve = None if similarity is None else _curve(similarity)
@@ -120,8 +126,7 @@ def measure_size(
         stores[name] = entry
     return {
         "model": model,
-        "dtype": str(known.dtype).removeprefix("torch."),
-        "obstacle": known.obstacle,
+        "dtype": str(kv_dtype).removeprefix("torch."),
         "parameters": known.parameters,
         "layers": known.shape.num_layers,
         "kv_heads": known.shape.num_kv_heads,
@@ -165,8 +170,6 @@ def _table(found: dict[str, Any]) -> Table:
         f"{found['bytes_per_token']:,} bytes = {found['layers']} layers x {found['kv_heads']} heads"
         f" x {found['dims']} x {size_of} ({found['dtype']})",
     )
-    if found["obstacle"]:
-        table.add_row("KV reuse", f"[red]none[/]: {found['obstacle']}")
     table.add_row("tokens in a GiB", f"{found['tokens_per_gib']:,}")
     table.add_row("KV of a request", f"{found['bytes_per_request'] / 2**20:,.1f} MiB, stored whole")
     table.add_row("KV of a day", f"{found['gib_per_day']:,.1f} GiB, stored whole")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.models.family import MEDIA
@@ -46,6 +46,9 @@ class Checked:
         windows: some layers do not see all that is before.
         context_len: the model's own limit in tokens, or None if it says none.
         media: what it takes beside text, as far as that is known here.
+        parameters: of its decoder layers, which each token of a prompt goes through: embeddings and
+            output head, which only the last token of a prompt needs, are left out. Of a mixture of
+            experts, all experts count. 0 if its KV cannot be reused.
     """
 
     model_type: str
@@ -55,6 +58,7 @@ class Checked:
     windows: bool
     context_len: int | None
     media: tuple[Modality, ...] = ()
+    parameters: int = 0
 
     @property
     def bytes_per_token(self) -> int | None:
@@ -102,8 +106,13 @@ def check_config(config: Any) -> Checked:
             reason, shape = support.reason, support.kv_shape
         except Exception as error:  # of any architecture's own code
             reason = f"no small model of its kind could be made ({error})"
+    parameters = 0
     if shape is not None:
         shape = replace(shape, num_layers=num_layers)
+        with torch.device("meta"):
+            decoder = AutoModel.from_config(text)
+        embeddings = decoder.get_input_embeddings().weight.numel()
+        parameters = sum(p.numel() for p in decoder.parameters()) - embeddings
     return Checked(
         text.model_type,
         reason,
@@ -112,6 +121,7 @@ def check_config(config: Any) -> Checked:
         windows(text),
         getattr(text, "max_position_embeddings", None),
         media,
+        parameters,
     )
 
 

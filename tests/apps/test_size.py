@@ -10,8 +10,8 @@ import pytest
 
 from kvshare_mm import ConfigError, ModelLoadError
 from kvshare_mm.apps.size import measure_size
+from kvshare_mm.models.check import check_model
 from kvshare_mm.models.loader import load_model
-from kvshare_mm.models.shape import described_model
 
 from .conftest import Run
 
@@ -57,15 +57,16 @@ def test_it_is_the_shape_of_the_loaded_model(tiny_folder: Path, model: str) -> N
     name = str(tiny_folder) if model == "tiny" else model
     loaded = load_model(name)
     assert loaded.kv_shape is not None
-    assert described_model(name).shape == loaded.kv_shape
+    assert check_model(name).shape == loaded.kv_shape
 
 
 def test_a_model_whose_kv_cannot_be_moved_says_so(tmp_path: Path) -> None:
-    fields = {"model_type": "mistral", "sliding_window": 128, "max_position_embeddings": 4096}
-    assert "sliding-window" in measured(config_only(tmp_path, **fields))["obstacle"]
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ConfigError, match=r"cannot be shared: .*dynamic"):
+        measured(config_only(tmp_path, rope_parameters=rope))
 
 
-@pytest.mark.parametrize("config", ["", "{}", '{"model_type": "vit"}'])
+@pytest.mark.parametrize("config", ["", "{}"])
 def test_what_is_no_language_model_is_refused(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ModelLoadError, match="Could not read"):
