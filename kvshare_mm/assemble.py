@@ -233,10 +233,16 @@ def _spelled(processor: Any, placeholders: Mapping[Modality, int]) -> dict[int, 
 
 
 def _donors(config: KVShareConfig, loaded: LoadedModel, disk: DiskTier | None) -> DonorPool:
+    per_token = loaded.kv_shape.bytes_per_token(loaded.dtype) if loaded.kv_shape else 0
+    budget = config.host_budget(per_token)
+    if per_token:
+        logger.info(
+            "KV of %d tokens fits into %.1f GiB of RAM", budget // per_token, budget / 2**30
+        )
     return DonorPool(
         loaded.fingerprint,
         KVEditor(loaded.rotary, loaded.attention_backend),
-        HostTier(config.host_bytes),
+        HostTier(budget),
         disk,
         open_dense(config, loaded.fingerprint) if config.embedder else None,
         config.max_candidates,

@@ -40,7 +40,7 @@ def _called(*words: str) -> Values:
 
 
 def test_a_command_gets_the_fields_that_its_options_are() -> None:
-    plain = {"max_queue": 7, "host_bytes": 2 << 30, "reuse": "similar", "other": 1}
+    plain = {"max_queue": 7, "host_bytes": None, "reuse": "similar", "other": 1}
     assert _called() == plain
     assert _called("--host-gib", "0.5", "--reuse", "exact", "--other", "2") == {
         **plain, "host_bytes": 1 << 29, "reuse": "exact", "other": 2
