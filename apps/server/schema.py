@@ -27,7 +27,6 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -145,6 +144,9 @@ class _Generation(_Body):
     response_format: dict[str, Any] | None = Field(
         None, description="text, json_object, or json_schema; the answer always follows the schema"
     )
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="vLLM's: one of regex, grammar, choice, json"
+    )
     seed: _Whole | None = None
     stop: str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: _Flag = False
@@ -172,6 +174,7 @@ class _Generation(_Body):
             repetition_penalty=_or(self.repetition_penalty, 1.0),
             logit_bias=_by_token(self.logit_bias or {}),
             response_format=self.response_format,
+            structured_outputs=self.structured_outputs,
         )
 
 
@@ -186,6 +189,7 @@ class ChatMessage(BaseModel):
 
     role: str
     content: str | list[ContentPart] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=1_024)] | None = None
 
 
 def _few(messages: Any) -> Any:
@@ -211,6 +215,16 @@ class ChatBody(_Generation):
     max_completion_tokens: _Whole | None = None
     logprobs: bool | None = None
     top_logprobs: _Whole | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description="none, auto, required, or the function that must be called"
+    )
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def offered(self) -> dict[str, Any]:
+        """What may be called, as `KVShare.read` takes it."""
+        return self.model_dump(include={"tools", "tool_choice", "parallel_tool_calls"})
 
     @property
     def limit(self) -> int | None:

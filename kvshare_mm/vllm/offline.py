@@ -337,7 +337,7 @@ def _sampling_params(spec: RequestSpec) -> Any:
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     asked = spec.params
-    schema = asked.schema
+    form = asked.form
     return SamplingParams(
         max_tokens=asked.max_tokens,
         temperature=asked.temperature,
@@ -352,7 +352,9 @@ def _sampling_params(spec: RequestSpec) -> Any:
         frequency_penalty=asked.frequency_penalty,
         repetition_penalty=asked.repetition_penalty,
         logit_bias=dict(asked.logit_bias) or None,
-        structured_outputs=None if schema is None else StructuredOutputsParams(json=dict(schema)),
+        structured_outputs=None
+        if form is None
+        else StructuredOutputsParams(**{form.kind: form.value}),
         output_kind=RequestOutputKind.DELTA,
         extra_args={"kv_transfer_params": {"kvshare": _as_asked(spec.options)}},
     )
