@@ -9,6 +9,8 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard, Unpack, overload
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.answers import achunks, answer, answers, chunks
@@ -280,6 +282,25 @@ class KVShare:
     def tokenize(self, prompt: Prompt | Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a prompt or a chat, as the model would get it."""
         return tuple(self.read(prompt).stream.token_ids.tolist())
+
+    def embed(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], int]:
+        """Embed texts with the embedder that finds donors by meaning.
+
+        Returns:
+            ``[len(texts), dim]`` float32, rows of unit length; and the tokens of all texts.
+
+        Raises:
+            ConfigError: the engine runs without ``embedder``.
+            InvalidRequestError: no texts, or more than the context holds.
+            ModelLoadError: the embedder cannot be loaded.
+        """
+        if self._parts.embedder is None:
+            raise ConfigError("embeddings need an embedder, e.g. --embedder all-MiniLM-L6-v2")
+        if isinstance(texts, str) or not texts or not all(isinstance(t, str) and t for t in texts):
+            raise InvalidRequestError("input must be text or a list of texts, none empty", "input")
+        self.text_bound.check(texts, "input")
+        embedder = self._parts.embedder()
+        return embedder.embed(texts), embedder.num_tokens(texts)
 
     def namespace(self, cache_salt: str | None = None) -> str:
         """The namespace of requests with this salt; None: the engine's."""

@@ -7,7 +7,7 @@ nothing (`length_penalty: 1`). Fields nobody knows are ignored, as vLLM does.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticUseDefault
@@ -268,6 +268,12 @@ class TokenizeBody(_Body):
 
 class DetokenizeBody(_Body):
     tokens: Annotated[TokenIds, _WHOLE]
+
+
+class EmbeddingsBody(_Body):
+    input: str | Annotated[list[str], Field(min_length=1, max_length=2_048, fail_fast=True)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: _Whole | None = None
 
 
 class LookupBody(_Body):

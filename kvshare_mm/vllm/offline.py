@@ -57,6 +57,7 @@ class VLLMParts:
     donors: None = None
     grammars: None = None
     seen: None = None
+    embedder: None = None
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start.
