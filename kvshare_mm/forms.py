@@ -22,8 +22,8 @@ _MAX_PATTERNS = 8
 _MAX_PATTERN = 200  # characters
 _BESIDE_REF = {"$ref", "$defs", "definitions", "$schema", "$id", "$comment", "title", "description",
                "default", "examples", "deprecated"}  # fmt: skip
-_MAX_REGEX, _MAX_GRAMMAR, _MAX_CHOICES = 1_000, 1 << 12, 1_000
-_MAX_REPEATS = 1_000
+_MAX_REGEX, _MAX_GRAMMAR, _MAX_CHOICES = _MAX_PATTERN, 1 << 12, 1_000
+_MAX_REPEATS = 200
 _MAX_CALLS = 16  # in one answer
 # As templates write a call into the next prompt, so that this answer's KV fits it.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

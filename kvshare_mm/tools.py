@@ -166,15 +166,50 @@ def _chosen(choice: Any, names: Sequence[str]) -> str:
     return str(name)
 
 
+_FREE = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
+_COMBINED = {"anyOf", "oneOf", "allOf", "if", "$ref", "dependentSchemas"}
+
+
 def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "$ref" in schema:
+    """The schema without properties that it does not name; as it is, where they may be named
+    elsewhere."""
+    if "$ref" not in schema:
+        schema = {"type": "object", **schema}
+        if not (_FREE | _COMBINED) & schema.keys():
+            schema.setdefault("properties", {})  # a tool without any is called with {}
+    try:
+        return schema if _is_combined(schema) else _close(schema)  # type: ignore[no-any-return]
+    except RecursionError:
         return schema
-    properties = schema.get("properties") or {}
-    free = {"additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf"} & schema.keys()
-    closed = {"type": "object", **schema}
-    # A tool without any is called with {}.
-    if not free and set(schema.get("required") or ()) <= properties.keys():
-        closed = {**closed, "properties": properties, "additionalProperties": False}
+
+
+def _is_combined(part: Any) -> bool:
+    if isinstance(part, list):
+        return any(map(_is_combined, part))
+    if not isinstance(part, dict):
+        return False
+    both = isinstance(part.get("properties"), dict) and _COMBINED & part.keys()
+    return bool(both) or any(map(_is_combined, part.values()))
+
+
+def _close(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_close(each) for each in part]
+    if not isinstance(part, dict):
+        return part
+    named, needed = part.get("properties"), part.get("required", [])
+    closed = {
+        name: value if name in ("const", "enum", "default", "examples") else _close(value)
+        for name, value in part.items()
+    }
+    if (
+        part.get("type") == "object"
+        and isinstance(named, dict)
+        and not _FREE & part.keys()
+        and isinstance(needed, list)
+        and all(name in named for name in needed)
+    ):
+        closed["additionalProperties"] = False
     return closed
 
 

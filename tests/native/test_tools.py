@@ -80,6 +80,24 @@ def test_a_tool_without_parameters_is_called_with_none(llm: KVShare) -> None:
     assert output.tool_calls == (ToolCall("now", "{}"),)
 
 
+def test_arguments_that_no_tool_names_are_not_made() -> None:
+    """Unless its schema speaks of them, here or where it is combined with another."""
+    open_, named = {"type": "object", "properties": {"a": {}}}, {"additionalProperties": False}
+    free, shared = {**open_, "additionalProperties": True}, {**open_, "anyOf": [open_]}
+    for schema, closed in [
+        (open_, {**open_, **named}),
+        (free, free),
+        (shared, shared),
+        ({}, {"type": "object", "properties": {}, **named}),
+        ({"$ref": "#/$defs/x", "$defs": {"x": open_}},
+         {"$ref": "#/$defs/x", "$defs": {"x": {**open_, **named}}}),
+        ({"type": "object", "properties": {"type": {"const": open_}}},
+         {"type": "object", "properties": {"type": {"const": open_}}, **named}),
+    ]:  # fmt: skip
+        tools = Tools.of([tool("a", schema)])
+        assert tools is not None and tools.callable == {"a": closed}
+
+
 def test_a_prompt_of_tools_is_a_donor_like_any(llm: KVShare) -> None:
     options = RequestOptions(cache_salt="tools")
     asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 300}
