@@ -178,7 +178,7 @@ def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
         if not (_FREE | _COMBINED) & schema.keys():
             schema.setdefault("properties", {})  # a tool without any is called with {}
     try:
-        return schema if _is_combined(schema) else _close(schema)  # type: ignore[no-any-return]
+        return schema if _is_combined(schema) else _close(schema)
     except RecursionError:
         return schema
 

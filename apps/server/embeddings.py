@@ -28,7 +28,7 @@ def router(service: Service) -> APIRouter:
         """Embed one text or several; rows of unit length."""
         llm, caller = service.llm, request.state.caller
         name = llm.config.embedder
-        body.check(service.options.model_name if body.model != name else name)
+        body.check(name if name and body.model == name else service.options.model_name)
         texts = [clean(t) for t in ([body.input] if isinstance(body.input, str) else body.input)]
 
         def made() -> tuple[Response, int]:
@@ -57,6 +57,7 @@ def router(service: Service) -> APIRouter:
         size = sum(map(len, texts)) // _BYTES_PER_TOKEN
         bill = Bill() if meter is None else meter.reserve(size, 0)
         num_tokens: int | None = None
+        reply: Response
         try:
             reply, num_tokens = await service.lines.tokens.run(caller.tenant, made)
         finally:
