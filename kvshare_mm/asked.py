@@ -32,16 +32,16 @@ class Given(TypedDict, total=False):
     response_format: Mapping[str, Any] | None
     structured_outputs: Mapping[str, Any] | None
 
-    tools: Sequence[Mapping[str, Any]] | None
-    tool_choice: str | Mapping[str, Any] | None
-    parallel_tool_calls: bool | None
-
     reuse: Reuse | None
     repair: str | None
     cache_salt: str | None
     store: bool
     max_divergence: float | None
     tenant: str
+
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
 
 
 class Asked(NamedTuple):
