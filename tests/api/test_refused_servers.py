@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvshare_mm import ConfigError, KVShare, ModelLoadError, StoreError
+from kvshare_mm.config import KVShareConfig
 
 
 @pytest.mark.parametrize(
