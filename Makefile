@@ -41,9 +41,9 @@ ITEMS ?= 20
 KVBENCH := $(BIN)/kvshare bench
 OF_MODEL := -$(basename $(notdir $(MODEL))).json
 COST := demo template-8 template-16 template-2x16 memory server-overhead
-SHIPPED := $(COST) reuse frontier reports exams letters hitrate-banking77-sample
-FROM_DATA := $(COST) workloads-1000 workloads-4000 derived overhead lookup calibrate reuse frontier \
-	reports exams letters translation summaries multidoc hitrate-banking77 hitrate-chat_stream_sharegpt
+SHIPPED := $(COST) drafts reuse frontier reports exams letters hitrate-banking77-sample
+FROM_DATA := $(COST) drafts workloads-1000 workloads-4000 derived overhead lookup calibrate reuse \
+	frontier reports exams letters translation summaries multidoc hitrate-banking77 hitrate-chat_stream_sharegpt
 SHIPPED_SIZES := 100,250,500
 FROM_DATA_SIZES := 250,1000,4000
 PAIRS := $(if $(DATA),$(DATA)/pairs.jsonl,assets/pairs-demo.jsonl)
@@ -79,6 +79,9 @@ $(RESULTS)/derived$(OF_MODEL): | $(SETUP_DONE)
 
 $(RESULTS)/workloads-4000$(OF_MODEL): | $(SETUP_DONE)
 	$(KVBENCH) workloads --data "$(DATA)" --model "$(MODEL)" --tokens 4000 --pairs 1 --json "$@"
+
+$(RESULTS)/drafts$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) drafts --pairs "$(PAIRS)" --model "$(MODEL)" --limit 60 $(HELD_OUT) --json "$@"
 
 $(RESULTS)/memory$(OF_MODEL): | $(SETUP_DONE)
 	$(KVBENCH) memory --model "$(MODEL)" --json "$@"

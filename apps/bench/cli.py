@@ -22,9 +22,11 @@ from kvshare_mm.apps.bench.cli_workloads import derived, workloads
 from kvshare_mm.apps.bench.terminal import (
     Embedder,
     Engine,
+    HeldOut,
     Limit,
     Model,
     Out,
+    Pairs,
     Repeats,
     Report,
     measuring,
@@ -91,6 +93,23 @@ def overhead(
     texts = read_prompts(prompts)
     with opened_rig(model, host_bytes=16 << 30) as rig:
         return run(rig, texts, num_donors=donors, num_tokens=tokens, repeats=repeats)
+
+
+@bench.command()
+@measuring
+def drafts(
+    pairs: Pairs,
+    model: Model = "smollm2",
+    limit: Limit = None,
+    held_out: HeldOut = False,
+    max_new_tokens: Annotated[int, typer.Option(min=3, help="longest answer")] = 48,
+    json_file: Out = None,
+) -> Report:
+    """Time per token with drafts and without, and whether the answers are the same."""
+    from kvshare_mm.apps.bench.drafts import run
+    from kvshare_mm.apps.bench.prompts import read_pairs
+
+    return run(model, read_pairs(pairs, limit, held_out=held_out), max_new_tokens)
 
 
 @bench.command()

@@ -325,6 +325,21 @@ TABLES: dict[str, Kind] = {
             "of the prefill": "{miss_cost_share:.1%}",
         },
     ),
+    "drafts": Kind(
+        "Answers of up to {max_new_tokens} tokens with drafts and without, {model:model}",
+        {
+            "asked with": "{what}",
+            "answers": "{answers}",
+            "the same": "{same}",
+            "a token, plain": "{token_s[plain]:ms1}",
+            "with drafts": "{token_s[drafts]:ms1}",
+            "times sooner": "{times_sooner:.2f}",
+            "median": "{times_sooner_median:.2f}",
+            "worst": "{times_sooner_worst:.2f}",
+            "tokens a forward": "{tokens_a_forward:.2f}",
+        },
+        lambda report: [{"what": what, **found} for what, found in report["kinds"].items()],
+    ),
     "memory": Kind(
         "Memory of lab reports, {model:model}",
         {
