@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard, Unpack, overload
 
@@ -14,21 +12,21 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.answers import achunks, answer, answers, chunks
-from kvshare_mm.asked import Asked, Given, asked_for
+from kvshare_mm.asked import Given, asked_for
 from kvshare_mm.assemble import Parts, assemble
-from kvshare_mm.chat import Message, Prompt, chat_stream, prompt_stream
+from kvshare_mm.chat import Message, Prompt
 from kvshare_mm.config import KVShareConfig, RequestOptions
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 from kvshare_mm.modalities.seen import SeenMedium
 from kvshare_mm.outputs import RequestOutput, StreamChunk
+from kvshare_mm.reading import Reader
 from kvshare_mm.request import RequestSpec
 from kvshare_mm.reuse.admin import CacheAdmin
 from kvshare_mm.reuse.catalogue import Found
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.sampling import SamplingParams
-from kvshare_mm.stream import Modality, SegmentStream
+from kvshare_mm.stream import Modality
 from kvshare_mm.text_bound import TextBound
-from kvshare_mm.tools import CallReader, style_of
 
 if TYPE_CHECKING:
     from kvshare_mm.vllm.offline import VLLMParts
@@ -60,6 +58,7 @@ class KVShare:
         self._parts = _assemble(self.config)
         #: What is tokenised at most.
         self.text_bound = TextBound(self._parts.loaded.tokenizer, self.max_model_len)
+        self._reader = Reader(self._parts, self.config, self.text_bound, self.max_model_len)
         donors = self._parts.donors
         self._cache = (
             None
@@ -107,10 +106,10 @@ class KVShare:
         """
         asked = asked_for(params, options, given)
         if isinstance(prompts, str) or _are_token_ids(prompts):
-            return answers(self._parts.engine, [self._prompt(prompts, asked)])[0]
+            return answers(self._parts.engine, [self._reader.prompt(prompts, asked)])[0]
         if not isinstance(prompts, Sequence):
             raise InvalidRequestError("prompts are text, token ids, or a list of them", "prompt")
-        return answers(self._parts.engine, [self._prompt(p, asked) for p in prompts])  # type: ignore[arg-type]
+        return answers(self._parts.engine, [self._reader.prompt(p, asked) for p in prompts])  # type: ignore[arg-type]
 
     @overload
     def chat(
@@ -154,8 +153,8 @@ class KVShare:
         """
         asked = asked_for(params, options, given)
         if _are_chats(messages):
-            return answers(self._parts.engine, [self._chat(one, asked) for one in messages])
-        return answers(self._parts.engine, [self._chat(messages, asked)])[0]  # type: ignore[arg-type]
+            return answers(self._parts.engine, [self._reader.chat(one, asked) for one in messages])
+        return answers(self._parts.engine, [self._reader.chat(messages, asked)])[0]  # type: ignore[arg-type]
 
     def stream(
         self,
@@ -181,7 +180,7 @@ class KVShare:
     ) -> RequestOutput:
         """`generate` for one prompt; cancelling the task cancels the request."""
         asked = asked_for(params, options, given)
-        return await answer(self._parts.engine, self._prompt(prompt, asked))
+        return await answer(self._parts.engine, self._reader.prompt(prompt, asked))
 
     async def achat(
         self,
@@ -193,7 +192,7 @@ class KVShare:
         """`chat`; cancelling the task cancels the request."""
         # Pictures and sound take time to decode; the loop has others to serve meanwhile.
         asked = asked_for(params, options, given)
-        spec = await asyncio.to_thread(self._chat, messages, asked)
+        spec = await asyncio.to_thread(self._reader.chat, messages, asked)
         return await answer(self._parts.engine, spec)
 
     def read(
@@ -210,10 +209,10 @@ class KVShare:
         """
         asked = asked_for(params, options, given)
         if isinstance(prompt, str) or _are_token_ids(prompt):
-            return self._prompt(prompt, asked)
+            return self._reader.prompt(prompt, asked)
         if isinstance(prompt, Sequence) and prompt:
-            return self._chat(prompt, asked)  # type: ignore[arg-type]
-        return self._prompt(prompt, asked)  # type: ignore[arg-type]
+            return self._reader.chat(prompt, asked)  # type: ignore[arg-type]
+        return self._reader.prompt(prompt, asked)  # type: ignore[arg-type]
 
     def astream(
         self,
@@ -379,50 +378,6 @@ class KVShare:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    # -- inside -----------------------------------------------------------------------------
-
-    def _prompt(self, prompt: Prompt, asked: Asked) -> RequestSpec:
-        parts = self._parts
-        if asked.tools is not None:
-            raise InvalidRequestError("tools are for chats: send messages", "tools")
-        return self._spec(
-            *prompt_stream(prompt, parts.loaded.tokenizer, parts.media, self.text_bound), asked
-        )
-
-    def _chat(self, messages: Sequence[Message], asked: Asked) -> RequestSpec:
-        salt = asked.options.cache_salt
-        stream, text = chat_stream(
-            messages,
-            self._parts.loaded.tokenizer,
-            self._parts.media,
-            self.config.cache_salt if salt is None else salt,
-            self.text_bound,
-            asked.tools,
-        )
-        spec = self._spec(stream, text, asked)
-        if self._parts.seen is not None and spec.options.store:
-            self._parts.seen.add(stream.items, spec.namespace)
-        return spec
-
-    def _spec(self, stream: SegmentStream, text: str, asked: Asked) -> RequestSpec:
-        options, tools, grammars = asked.options, asked.tools, self._parts.grammars
-        style = style_of(self._parts.loaded.tokenizer.chat_template) or "hermes"
-        if grammars is None and tools is not None and tools.must_call:
-            raise InvalidRequestError("tool_choice: with vLLM, none and auto only", "tool_choice")
-        asked.params.check(len(self._parts.loaded.tokenizer))
-        salt = self.config.cache_salt if options.cache_salt is None else options.cache_salt
-        spec = RequestSpec(
-            stream=stream,
-            text=text,
-            params=asked.params,
-            namespace=namespace(self._parts.loaded.fingerprint, salt),
-            options=replace(options, reuse=options.reuse or self.config.reuse, cache_salt=salt),
-            grammar=None if grammars is None else grammars.of(asked.params.form, tools, style),
-            calls=None if tools is None else partial(CallReader, tools, style),
-        )
-        spec.check(self.max_model_len)
-        return spec
 
 
 def _assemble(config: KVShareConfig) -> Parts | VLLMParts:

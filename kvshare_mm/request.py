@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvshare_mm.calls import CallReader
 from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.grammar import Grammar
@@ -23,7 +24,6 @@ from kvshare_mm.outputs import (
 )
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import SegmentStream
-from kvshare_mm.tools import CallReader
 
 Sink = Callable[[StreamChunk | Exception], None]
 

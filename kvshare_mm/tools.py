@@ -1,4 +1,4 @@
-"""Tools that a model may call: what a request offers, and how calls are written and read.
+"""Tools that a model may call: what a request offers, and how calls are written.
 
 A call is written as the model's chat template writes it: Hermes' and Qwen's form, which templates
 without tools get too,
@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from kvshare_mm.errors import InvalidRequestError
-from kvshare_mm.outputs import ToolCall
 
 Style = Literal["hermes", "llama"]
 
 _MAX_TOOLS = 128  # as OpenAI's
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _CHOICES = ("none", "auto", "required")
 _SYSTEM = """# Tools
 
@@ -219,14 +218,14 @@ def style_of(template: object) -> Style | None:
     if not re.search(r"\btools\b", text):
         return None
     # Llama's template tells the model so.
-    return "llama" if _OPEN not in text and re.search(r'\bparameters\W+"', text) else "hermes"
+    return "llama" if OPEN not in text and re.search(r'\bparameters\W+"', text) else "hermes"
 
 
 def spelled(style: Style, name: str) -> tuple[str, str]:
     """What stands before and behind the arguments of a call."""
     if style == "llama":
         return f'{{"name": "{name}", "parameters": ', "}"
-    return f'{_OPEN}\n{{"name": "{name}", "arguments": ', f"}}\n{_CLOSE}"
+    return f'{OPEN}\n{{"name": "{name}", "arguments": ', f"}}\n{CLOSE}"
 
 
 SEPARATORS: Mapping[Style, str] = {"hermes": "\n", "llama": "; "}
@@ -287,132 +286,3 @@ def told_in_words(
         first, rest = told[0]["content"], told[1:]
         return [{"role": "system", "content": f"{first}\n\n{tools.system}"}, *rest]
     return [{"role": "system", "content": tools.system}, *told]
-
-
-class CallReader:
-    """Tells calls from words in an answer that comes piece by piece.
-
-    What is no call of a tool that may be called, with an object of arguments, is words: nothing is
-    lost. Blanks around calls are left out.
-    """
-
-    def __init__(self, tools: Tools, style: Style) -> None:
-        self._names = set(tools.callable)
-        self._parallel = tools.several
-        self._style = style
-        self._left = ""
-        self._blanks = ""
-        self._tried = 0
-        self._plain = False
-        self._num_calls = 0
-
-    def feed(self, text: str) -> list[str | ToolCall]:
-        """The words and calls that are known with this piece of the answer."""
-        if not self._names:
-            return [text] if text else []
-        self._left += text
-        return self._joined(self._llama(False) if self._style == "llama" else self._hermes(False))
-
-    def end(self) -> list[str | ToolCall]:
-        """What was held back."""
-        found = self._llama(True) if self._style == "llama" else self._hermes(True)
-        if not self._num_calls and self._blanks:
-            found.append(self._blanks)
-        return self._joined(found)
-
-    def _hermes(self, last: bool) -> list[str | ToolCall]:
-        found: list[str | ToolCall] = []
-        while self._left:
-            start = self._left.find(_OPEN)
-            if start != 0:
-                end = start if start > 0 else len(self._left) - _begun(self._left, _OPEN)
-                words = self._left if last and start < 0 else self._left[:end]
-                self._left = self._left[len(words) :]
-                found += self._words(words)
-                if start < 0:
-                    break
-                continue
-            end = self._left.find(_CLOSE, max(self._tried, len(_OPEN)))
-            if end < 0 and not last:
-                break
-            inside = self._left[len(_OPEN) : end if end >= 0 else None]
-            call, may_go_on = self._call(inside)
-            if call is None and may_go_on and end >= 0 and not last:
-                self._tried = end + len(_CLOSE)
-                continue
-            self._tried = 0
-            if call is None:
-                # Words, up to the next that may be a call.
-                found += self._words(_OPEN)
-                self._left = self._left[len(_OPEN) :]
-            else:
-                found += self._take(call)
-                self._left = self._left[end + len(_CLOSE) :] if end >= 0 else ""
-        return found
-
-    def _llama(self, last: bool) -> list[str | ToolCall]:
-        if not last and not self._plain and self._left.lstrip()[:1] in ("", "{"):
-            return []
-        text, self._left, at = self._left, "", 0
-        calls: list[ToolCall] = []
-        while (
-            last
-            and not self._plain
-            and (at := len(text) - len(text[at:].lstrip("; \n\t"))) < len(text)
-        ):
-            try:
-                value, at = json.JSONDecoder().raw_decode(text, at)
-            except (ValueError, RecursionError):
-                value = None
-            if (call := self._named(value, "parameters")) is None:
-                return self._words(text)
-            calls.append(call)
-        if calls:
-            return [call for each in calls for call in self._take(each)]
-        self._plain = True
-        return self._words(text)
-
-    def _call(self, text: str) -> tuple[ToolCall | None, bool]:
-        """The call that stands between its tags; whether it may if more of the text does."""
-        try:
-            return self._named(json.loads(text), "arguments"), False
-        except ValueError as error:
-            return None, "Unterminated string" in str(error)
-        except RecursionError:
-            return None, False
-
-    def _named(self, value: Any, arguments: str) -> ToolCall | None:
-        if not isinstance(value, dict) or value.get("name") not in self._names:
-            return None
-        given = value.get(arguments, {})
-        if not isinstance(given, dict):
-            return None
-        return ToolCall(value["name"], json.dumps(given, ensure_ascii=False))
-
-    def _take(self, call: ToolCall) -> list[str | ToolCall]:
-        self._blanks = ""
-        self._num_calls += 1
-        return [call] if self._parallel or self._num_calls == 1 else []
-
-    def _words(self, text: str) -> list[str | ToolCall]:
-        """Words without the blanks behind them, which may stand before a call."""
-        text = self._blanks + text
-        words = text.rstrip()
-        self._blanks = text[len(words) :]
-        return [words] if words else []
-
-    @staticmethod
-    def _joined(found: list[str | ToolCall]) -> list[str | ToolCall]:
-        joined: list[str | ToolCall] = []
-        for each in found:
-            if isinstance(each, str) and joined and isinstance(joined[-1], str):
-                joined[-1] += each
-            else:
-                joined.append(each)
-        return joined
-
-
-def _begun(text: str, tag: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `tag`."""
-    sizes = range(min(len(tag) - 1, len(text)), 0, -1)
-    return next((n for n in sizes if text.endswith(tag[:n])), 0)

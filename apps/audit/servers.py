@@ -95,7 +95,8 @@ class InProcess:
 
         try:
             options = RequestOptions(cache_salt=salt, **how)
-            *_, last = self._llm.stream(*self._read(asked), options)
+            prompt, params, tools = self._read(asked)
+            *_, last = self._llm.stream(prompt, params, options, **tools)
         except ValidationError as error:
             first = error.errors()[0]
             raise Refused(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -106,11 +107,12 @@ class InProcess:
         done = last.output
         if done is None:
             raise RuntimeError("the stream ended without an output")
-        prompt, computed = len(done.prompt_token_ids), done.provenance.recomputed
-        return Reply(done.text, done.finish_reason == "length", done.metrics.ttft, prompt, computed)
+        size, computed = len(done.prompt_token_ids), done.provenance.recomputed
+        return Reply(done.text, done.finish_reason == "length", done.metrics.ttft, size, computed)
 
-    def _read(self, asked: Asked) -> tuple[Any, SamplingParams]:
-        """A prompt or messages, and how they are answered: what the server would make of it."""
+    def _read(self, asked: Asked) -> tuple[Any, SamplingParams, dict[str, Any]]:
+        """A prompt or messages, how they are answered, and what may be called: what the server
+        would make of it."""
         from kvshare_mm.apps.server.media import resolved
         from kvshare_mm.apps.server.schema import ChatBody, CompletionBody
         from kvshare_mm.modalities.fetch import MediaFetcher
@@ -119,12 +121,12 @@ class InProcess:
         if asked.path == "completions":
             whole = CompletionBody.model_validate(body)
             whole.check(self.name)
-            return whole.prompts[0], whole.params(whole.max_tokens, None, 0)
+            return whole.prompts[0], whole.params(whole.max_tokens, None, 0), {}
         chat = ChatBody.model_validate(body)
         chat.check(self.name)
         messages = [message.model_dump() for message in chat.messages]
         read = asyncio.run(resolved(messages, MediaFetcher(), _MOST_MEDIA))
-        return read, chat.params(chat.limit, None, 0)
+        return read, chat.params(chat.limit, None, 0), chat.offered
 
 
 class Remote:
@@ -205,7 +207,10 @@ class Remote:
                     raise Refused(_message(data))
                 usage = event.get("usage") or usage
                 for choice in event["choices"]:
-                    piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+                    delta = choice.get("delta") or {}
+                    piece = choice.get("text") or delta.get("content") or ""
+                    for call in delta.get("tool_calls") or ():
+                        piece += "".join(str(part) for part in call["function"].values() if part)
                     if piece and ttft is None:
                         ttft = time.perf_counter() - start
                     text += piece

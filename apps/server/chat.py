@@ -15,8 +15,8 @@ from kvshare_mm.apps.server.json_bodies import json_route
 from kvshare_mm.apps.server.replies import chat_logprobs, finish_reason, tool_call
 from kvshare_mm.apps.server.schema import ChatBody, ErrorBody
 from kvshare_mm.apps.server.service import Service
+from kvshare_mm.calls import CallReader
 from kvshare_mm.outputs import RequestOutput, TokenLogprob, ToolCall
-from kvshare_mm.tools import CallReader
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "what is wrong with the request"},

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_mm import InvalidRequestError, KVShare, RequestOptions
+from kvshare_mm.calls import CallReader
 from kvshare_mm.outputs import ToolCall
-from kvshare_mm.tools import CallReader, Style, Tools, spelled, style_of
+from kvshare_mm.tools import Style, Tools, spelled, style_of
 
 from .schemas import SCHEMAS, an_object
 

@@ -89,12 +89,29 @@ def test_in_this_process(
     check(report, "with reuse")
     same, changed = (report["ways"]["with reuse"][key] for key in ("same", "changed"))
     assert f"with reuse: {same} of 6 answers are the same" in done.output
-    assert "1 not answered: tools is not supported" in done.output
+    assert "1 not answered: tools[0].function" in done.output
     assert "asked greedily" in done.output
     html = page.read_text()
     assert len(re.findall("<article>", html)) == changed > 0
     assert not re.search(r"(src|href)=|<script|@import|url\(", html)
     assert not out.with_name("out.json.partial").exists()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_tools_are_offered_and_calls_compared(
+    shared: Running, tiny_folder: Path, remote: bool
+) -> None:
+    tool = {"type": "function", "function": {"name": "weigh", "parameters": {"type": "object"}}}
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": [tool], "max_tokens": 40}
+    asked = Asked(1, "chat/completions", {**body, "tool_choice": "required"}, "a", ("x",), False)
+    if remote:
+        side: InProcess | Remote = Remote(shared.url, None, "secret")
+    else:
+        side = InProcess(KVShare(str(tiny_folder), embedder=None, local_media=False))
+    try:
+        assert "weigh" in side.ask(asked, {"reuse": "off"}, "a").text
+    finally:
+        side.close()
 
 
 def test_several_bounds_share_one_full_pass(

@@ -94,4 +94,4 @@ def test_memory_is_what_donors_own(rig: Rig, monkeypatch: pytest.MonkeyPatch) ->
     report = memory.run(rig, num_requests=2)
     assert report["donors"] - before == 2
     assert report["bytes_owned"] < report["bytes_whole"]
-    assert report["budget_bytes"]["host"] == rig.config.host_bytes
+    assert report["budget_bytes"]["host"] == rig.config.host_budget()
