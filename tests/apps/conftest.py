@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,18 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Runs the command in this process; the result's output has what was said on stderr too."""
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("TERM", "dumb")
+    # Commands that serve send all logs to their standard error, which ends with them.
+    logs = [logging.getLogger(n) for n in ("", "kvshare_mm.apps.server", "kvshare_mm.assemble")]
+    before = [(log, log.level, log.handlers[:]) for log in logs]
 
     def call(*arguments: str | Path | float, **options: Any) -> Result:
         return CliRunner().invoke(app, [str(a) for a in arguments], **options)
 
-    return call
+    yield call
+    for log, level, handlers in before:
+        log.setLevel(level)
+        log.handlers[:] = handlers
