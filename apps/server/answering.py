@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
@@ -100,11 +101,16 @@ async def unless_gone(receive: Receive, scope: Scope, work: Awaitable[Any]) -> A
         await asyncio.gather(gone, working, return_exceptions=True)
 
 
+def server_sent(data: dict[str, Any], name: str | None = None) -> str:
+    """One event, as it is sent."""
+    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(data)}\n\n"
+
+
 class EventStream(Response):
     """Server-sent events, given up as soon as the client has gone.
 
     Args:
-        events: makes the events' data, one string each.
+        events: makes the events, as `server_sent` does.
         close: called in the end, whatever happened.
     """
 
@@ -122,8 +128,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def sending() -> None:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for data in self._events:
-                body = f"data: {data}\n\n".encode()
+            async for event in self._events:
+                body = event.encode()
                 await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

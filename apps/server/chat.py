@@ -32,6 +32,20 @@ STREAMS: dict[int | str, dict[str, Any]] = {
 }
 
 
+async def chat_generation(
+    service: Service, request: Request, body: ChatBody, head: dict[str, Any]
+) -> Generation:
+    """The answers to a chat, not begun. Raises ApiError, InvalidRequestError."""
+    caller = request.state.caller
+    body.check(service.options.model_name)
+    n = num_choices(body.n, 1, service.options.max_choices)
+    params = [body.params(body.limit, body.num_logprobs, i) for i in range(n)]
+    options = request_options(service, caller, body.cache_salt, body.kvshare)
+    messages = await service.with_media(body.messages, caller.tenant)
+    runs = [(messages, each) for each in params]
+    return Generation(service, request, runs, options, head, body.kvshare.spans, body.offered)
+
+
 def router(service: Service) -> APIRouter:
     """The route, for one service."""
     routes = APIRouter(route_class=json_route(service.lines.parsing))
@@ -40,20 +54,12 @@ def router(service: Service) -> APIRouter:
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a chat; with `stream`, as server-sent events."""
         llm = service.llm
-        body.check(service.options.model_name)
-        n = num_choices(body.n, 1, service.options.max_choices)
-        params = [body.params(body.limit, body.num_logprobs, i) for i in range(n)]
-        options = request_options(service, request.state.caller, body.cache_salt, body.kvshare)
-        messages = await service.with_media(body.messages, request.state.caller.tenant)
         head = {
             "id": f"chatcmpl-{request.state.request_id}",
             "created": int(time.time()),
             "model": service.options.model_name,
         }
-        runs = [(messages, each) for each in params]
-        generation = Generation(
-            service, request, runs, options, head, body.kvshare.spans, body.offered
-        )
+        generation = await chat_generation(service, request, body, head)
         readers: dict[int, CallReader] = {}
         num_calls: Counter[int] = Counter()
 

@@ -103,3 +103,64 @@ def content_is_needed(schema: dict[str, Any]) -> None:
         {"required": ["content"], "properties": {"content": {"anyOf": kinds}}},
         {"required": ["tool_calls"], "properties": {"tool_calls": calls}},
     ]
+
+
+def _kinds(name: str, /, **fields: dict[str, Any]) -> dict[str, Any]:
+    """An object of this type, which needs all of these fields."""
+    return {"properties": {"type": {"const": name}, **fields}, "required": ["type", *fields]}
+
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_CONTENT = {
+    "anyOf": [
+        _TEXT,
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "anyOf": [
+                    _kinds("input_text", text=_TEXT),
+                    _kinds("output_text", text=_TEXT),
+                    _kinds("input_image", image_url=_TEXT),
+                    _kinds("input_audio", input_audio=_SOUND),
+                ],
+            },
+        },
+    ]
+}
+_SAID = _kinds(
+    "message", role={"enum": ["user", "assistant", "system", "developer"]}, content=_CONTENT
+)
+_RESPONSE_LIMITS: dict[str, dict[str, Any]] = {
+    **_LIMITS,
+    "input": {
+        "minItems": 1,
+        "items": {
+            "type": "object",
+            "anyOf": [
+                {**_SAID, "required": ["role", "content"]},
+                _kinds("function_call", call_id=_TEXT, name=_TEXT, arguments=_TEXT),
+                _kinds("function_call_output", call_id=_TEXT, output=_CONTENT),
+            ],
+        },
+    },
+    "max_output_tokens": {"minimum": 1},
+    "format": _LIMITS["response_format"],
+    "tools": {
+        "items": {
+            "type": "object",
+            "properties": {
+                "type": {"const": "function"},
+                **_LIMITS["tools"]["items"]["properties"]["function"]["properties"],
+            },
+            "required": ["type", "name"],
+        }
+    },
+}
+
+
+def response_limits(schema: dict[str, Any]) -> None:
+    """`limits`, of a body of /v1/responses."""
+    for name, field in schema.get("properties", {}).items():
+        field.update(_RESPONSE_LIMITS.get(name, {}))

@@ -10,10 +10,16 @@ from functools import partial
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from kvshare_mm.apps.server.answering import Answers, EventStream, answers, unless_gone
-from kvshare_mm.apps.server.errors import ApiError, as_api_error
+from kvshare_mm.apps.server.answering import (
+    Answers,
+    EventStream,
+    answers,
+    server_sent,
+    unless_gone,
+)
+from kvshare_mm.apps.server.errors import ApiError, as_api_error, clean
 from kvshare_mm.apps.server.keys import Caller
 from kvshare_mm.apps.server.limits import Bill
 from kvshare_mm.apps.server.replies import PROMPT_TOKENS, prompt_tokens, provenance, usage
@@ -93,20 +99,28 @@ class Generation:
             choice: one choice of the reply.
         """
 
+        return await self.answer(
+            lambda done: {
+                **self._head,
+                "object": kind,
+                "choices": [choice(i, output) for i, output in enumerate(done)],
+                "usage": usage(done),
+                "kvshare": self.provenance(),
+            }
+        )
+
+    async def answer(self, body: Callable[[Sequence[RequestOutput]], dict[str, Any]]) -> Response:
+        """All answers at once, in a body of the route's own."""
+
         async def run() -> Response:
             async with asyncio.timeout(self._service.options.request_timeout_s):
                 async with answers(await self._streams(), self._count) as chunks:
                     async for index, chunk in chunks:
                         self._take(index, chunk)
-            done = [self._outputs[i] for i in range(len(self._runs))]
-            body = {
-                **self._head,
-                "object": kind,
-                "choices": [choice(i, output) for i, output in enumerate(done)],
-                "usage": usage(done),
-                "kvshare": provenance(done, self._spans),
-            }
-            return JSONResponse(body)
+            told = body([self._outputs[i] for i in range(len(self._runs))])
+            # What a request said may come back in it, half surrogate pairs among it.
+            text = json.dumps(told, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            return Response(clean(text), media_type="application/json")
 
         try:
             reply = await unless_gone(self._request.receive, self._request.scope, run())
@@ -131,6 +145,12 @@ class Generation:
             piece: a choice with new text; its last argument is why the answer ends, if it does.
             with_usage: whether a last event counts the tokens.
         """
+        return await self.tell(
+            lambda running: self._events(running, kind, first, piece, with_usage)
+        )
+
+    async def tell(self, events: Callable[[Answers], AsyncIterator[str]]) -> Response:
+        """Answers as they come, in events of the route's own; they take `chunks`."""
 
         async def begin() -> Answers:
             running = Answers(await self._streams(), self._count)
@@ -151,7 +171,6 @@ class Generation:
                 self._settle()
         if running is None:
             return Response(status_code=204)  # nobody reads it
-        events = self._events(running, kind, first, piece, with_usage)
 
         async def close() -> None:
             try:
@@ -159,7 +178,7 @@ class Generation:
             finally:
                 self._settle()
 
-        return EventStream(events, close)
+        return EventStream(events(running), close)
 
     async def _events(
         self,
@@ -174,37 +193,42 @@ class Generation:
             head["usage"] = None
 
         def event(*choices: dict[str, Any], **more: Any) -> str:
-            return json.dumps({**head, "choices": choices, **more})
+            return server_sent({**head, "choices": choices, **more})
 
         sent = [0] * len(self._runs)
         begun: set[int] = set()
         outputs = self._outputs
         try:
-            async with asyncio.timeout(self._service.options.request_timeout_s):
-                async for index, chunk in running:
-                    if first is not None and index not in begun:
-                        yield event(first(index))
-                    begun.add(index)
-                    logprobs = _new_logprobs(chunk, sent[index])
-                    sent[index] += len(logprobs)
-                    self._take(index, chunk)
-                    output = chunk.output
-                    if output is None:
-                        told = piece(index, chunk.text, logprobs, None)
-                        if told["logprobs"] or told.get("text") or told.get("delta"):
-                            yield event(told)
-                        continue
-                    last = piece(index, chunk.text, logprobs, output.finish_reason)
-                    done = len(outputs) == len(self._runs)
-                    # A field of its own is where OpenAI's client keeps what it does not know.
-                    more = {"kvshare": self._provenance()} if done else {}
-                    yield event(last, **more)
+            async for index, chunk in self.chunks(running):
+                if first is not None and index not in begun:
+                    yield event(first(index))
+                begun.add(index)
+                logprobs = _new_logprobs(chunk, sent[index])
+                sent[index] += len(logprobs)
+                output = chunk.output
+                if output is None:
+                    told = piece(index, chunk.text, logprobs, None)
+                    if told["logprobs"] or told.get("text") or told.get("delta"):
+                        yield event(told)
+                    continue
+                last = piece(index, chunk.text, logprobs, output.finish_reason)
+                done = len(outputs) == len(self._runs)
+                # A field of its own is where OpenAI's client keeps what it does not know.
+                more = {"kvshare": self.provenance()} if done else {}
+                yield event(last, **more)
             if with_usage:
                 yield event(usage=usage([outputs[i] for i in sorted(outputs)]))
         except Exception as error:
             # The status is gone already; clients look for `error` in the events.
-            yield json.dumps(as_api_error(error).body)
-        yield "[DONE]"
+            yield server_sent(as_api_error(error).body)
+        yield "data: [DONE]\n\n"
+
+    async def chunks(self, running: Answers) -> AsyncIterator[tuple[int, StreamChunk]]:
+        """What `tell` gives to events, by answer, within the time that a request has."""
+        async with asyncio.timeout(self._service.options.request_timeout_s):
+            async for index, chunk in running:
+                self._take(index, chunk)
+                yield index, chunk
 
     async def _streams(self) -> list[Any]:
         llm, service = self._service.llm, self._service
@@ -223,7 +247,8 @@ class Generation:
             self._bill.read(sum(sizes.values()))
         return [llm.astream(spec) for spec in specs]
 
-    def _provenance(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
+        """The field `kvshare`, of the answers that are complete."""
         return provenance([self._outputs[i] for i in sorted(self._outputs)], self._spans)
 
     def _count(self, index: int, chunk: StreamChunk) -> None:

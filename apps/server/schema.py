@@ -7,12 +7,17 @@ nothing (`length_penalty: 1`). Fields nobody knows are ignored, as vLLM does.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticUseDefault
 
-from kvshare_mm.apps.server.description import content_is_needed, kinds_of_parts, limits
+from kvshare_mm.apps.server.description import (
+    content_is_needed,
+    kinds_of_parts,
+    limits,
+    response_limits,
+)
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.config import Reuse, refuse_old_words
 from kvshare_mm.sampling import SamplingParams
@@ -86,8 +91,35 @@ _Flag = Annotated[bool, BeforeValidator(_default_for_null, json_schema_input_typ
 _Text = Annotated[str, BeforeValidator(_default_for_null, json_schema_input_type=str | None)]
 
 
+# Of /v1/responses. What is kept for later requests is not: nothing is stored.
+_NOTHING_OF_RESPONSES = _NOTHING | {
+    "previous_response_id": (),
+    "conversation": (),
+    "background": (False,),
+    "background_options": (),
+    "include": ([],),
+    "reasoning": ({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
+    "truncation": ("disabled",),
+    "prompt": (),
+    "context_management": ([],),
+    "max_tool_calls": (),
+    "top_logprobs": (0,),
+    "logprobs": (False,),
+    "moderation": (),
+    "image": (),
+    "access_programs": (),
+    # Other routes' names, which would otherwise be ignored.
+    "messages": (),
+    "max_tokens": (),
+    "max_completion_tokens": (),
+    "response_format": (),
+    "n": (1,),
+}
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra=limits)
+    nothing: ClassVar[dict[str, tuple[Any, ...]]] = _NOTHING
 
     model: str | None = None
 
@@ -99,7 +131,7 @@ class _Body(BaseModel):
                 "model_not_found",
             )  # fmt: skip
         for name, value in (self.model_extra or {}).items():
-            nothing = _NOTHING.get(name)
+            nothing = self.nothing.get(name)
             if nothing is not None and value is not None and value not in nothing:
                 raise ApiError(400, f"{name} is not supported by this server", name, "unsupported")
 
@@ -129,8 +161,9 @@ _Ours = Annotated[
 ]
 
 
-class _Generation(_Body):
-    max_tokens: _Whole | None = None
+class Sampling(_Body):
+    """What all routes that generate take."""
+
     temperature: float | None = Field(None, description="0 is greedy; default 1")
     top_p: float | None = None
     top_k: _Whole | None = None
@@ -141,20 +174,24 @@ class _Generation(_Body):
     logit_bias: Annotated[dict[str, float], Field(max_length=1_024)] | None = Field(
         None, description="token ids, as strings, and what is added to their logits"
     )
-    response_format: dict[str, Any] | None = Field(
-        None, description="text, json_object, or json_schema; the answer always follows the schema"
-    )
     structured_outputs: dict[str, Any] | None = Field(
         None, description="vLLM's: one of regex, grammar, choice, json"
     )
     seed: _Whole | None = None
     stop: str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: _Flag = False
-    n: _Whole | None = Field(None, description="answers to each prompt; default 1")
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, description="only requests with the same salt share KV")
     kvshare: _Ours = KVShareField()
+
+
+class _Generation(Sampling):
+    max_tokens: _Whole | None = None
+    response_format: dict[str, Any] | None = Field(
+        None, description="text, json_object, or json_schema; the answer always follows the schema"
+    )
+    n: _Whole | None = Field(None, description="answers to each prompt; default 1")
+    stream_options: StreamOptions | None = None
 
     def params(self, max_tokens: int | None, logprobs: int | None, choice: int) -> SamplingParams:
         """How one choice is decoded. Raises InvalidRequestError."""
@@ -196,8 +233,8 @@ def _few(messages: Any) -> Any:
     """Refuses more messages and parts than any chat has, before each is looked at."""
     count = 0
     for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        count += 1 + (len(content) if isinstance(content, list) else 0)
+        held = (message.get("content"), message.get("output")) if isinstance(message, dict) else ()
+        count += 1 + sum(len(each) for each in held if isinstance(each, list))
         if count > _MAX_PARTS:
             raise ValueError(f"more than {_MAX_PARTS} messages and parts of messages")
     return messages
@@ -237,6 +274,43 @@ class ChatBody(_Generation):
                 raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
             return None
         return self.top_logprobs or 0
+
+
+class TextField(BaseModel):
+    """The field `text` of /v1/responses."""
+
+    model_config = ConfigDict(strict=True, json_schema_extra=response_limits)
+
+    format: dict[str, Any] | None = Field(
+        None, description="text, json_object, or json_schema; the answer always follows the schema"
+    )
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponsesBody(Sampling):
+    model_config = ConfigDict(json_schema_extra=response_limits)
+    nothing = _NOTHING_OF_RESPONSES
+
+    input: Annotated[str | list[dict[str, Any]], BeforeValidator(_few)]
+    instructions: str | None = Field(None, description="stand before the input, as its system")
+    max_output_tokens: _Whole | None = None
+    text: TextField | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description="none, auto, required, or the function that must be called"
+    )
+    parallel_tool_calls: bool | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(
+        None, description="comes back with the answer"
+    )
+    store: bool | None = Field(None, description="nothing is stored, whatever this says")
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What its text must look like."""
+        if self.text is None or self.text.format is None:
+            return {"type": "text"}
+        return self.text.format
 
 
 class CompletionBody(_Generation):

@@ -34,6 +34,7 @@ _PIN = "/v1/cache/donors/nobody/pin"
 # A good body of each route.
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": _USER, "max_tokens": 1},
+    "/v1/responses": {"input": "The quick brown fox", "max_output_tokens": 1},
     "/v1/completions": {"prompt": "The quick brown fox", "max_tokens": 1},
     "/tokenize": {"prompt": "The quick brown fox"},
     "/detokenize": {"tokens": [5, 6, 7]},
@@ -153,6 +154,11 @@ _FIELDS: dict[str, tuple[str, ...]] = {
         "kvshare", "logprobs", "top_logprobs", "tools", "response_format", "logit_bias", "user",
         "presence_penalty", "repetition_penalty",
     ),
+    "/v1/responses": (
+        "input", "instructions", "model", "max_output_tokens", "temperature", "top_p", "text",
+        "tools", "tool_choice", "parallel_tool_calls", "metadata", "store", "stream", "kvshare",
+        "previous_response_id", "include", "reasoning",
+    ),
     "/v1/completions": (
         "prompt", "model", "max_tokens", "temperature", "top_k", "seed", "stop", "n", "logprobs",
         "stream", "cache_salt", "kvshare", "echo", "best_of", "suffix",
@@ -197,6 +203,20 @@ _COMBINED: list[tuple[str, str]] = [
      '"n": 16, "logprobs": true, "top_logprobs": 20, "stream": true}'),
     ("/v1/chat/completions", '{"messages": 1, "messages": [{"role": "user", "content": "x"}], '
      '"max_tokens": 9, "max_tokens": 1}'),
+    # Comes back in the reply: it must be JSON, and text.
+    ("/v1/responses", '{"input": "x", "max_output_tokens": 1, "metadata": {"\\ud800": "\\udfff"}}'),
+    ("/v1/responses", '{"input": "x", "max_output_tokens": 1, "text": {"format": {"type": '
+     '"json_schema", "name": "\\ud800", "schema": {"type": "object", "title": "\\ud800"}}}}'),
+    ("/v1/responses", '{"input": "x", "max_output_tokens": 1, "tool_choice": "required", "tools": '
+     '[{"type": "function", "name": "f", "description": 1e400}], "text": {"format": {"type": '
+     '"json_schema", "schema": {"const": NaN}}}}'),
+    ("/v1/responses", '{"input": "x", "max_output_tokens": 1, "tool_choice": "required", "tools": '
+     '[{"type": "function", "name": "f"}], "text": {"format": {"type": "json_schema", "schema": '
+     '{"const": NaN}}}}'),
+    ("/v1/responses", '{"input": [{"type": "function_call", "call_id": "x", "name": "f", '
+     '"arguments": "[1e400]"}], "max_output_tokens": 1}'),
+    ("/v1/responses", '{"input": [{"role": "user", "content": [{"type": "input_image", '
+     '"image_url": "file:///etc/passwd"}]}], "max_output_tokens": 1}'),
     ("/v1/completions", '{"prompt": [[1], [2], [3], [999999]], "max_tokens": 1}'),
     ("/v1/completions", '{"prompt": [], "n": 0}'),
     ("/v1/completions", '{"prompt": ["a", "b"], "n": 64}'),

@@ -128,6 +128,43 @@ class _whole:
         return self._client.chat.completions.create(**self._asked, parallel_tool_calls=False)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_openai_responses(served: Running, stream: bool) -> None:
+    """Text, a schema, and there and back with a tool."""
+    responses = served.client().responses
+    asked: Any = {"model": "smollm2", "temperature": 0, "max_output_tokens": 200}
+
+    def answer(**fields: Any) -> Any:
+        if not stream:
+            return responses.parse(**asked, **fields)
+        with responses.stream(**asked, **fields) as events:
+            return events.get_final_response()
+
+    said = answer(input="Say hello.", instructions="Be brief.")
+    assert said.output_text and said.status == "completed"
+    assert said.usage.output_tokens < 200
+    assert isinstance(answer(input="A shop.", text_format=Shop).output_parsed, Shop)
+
+    items: list[Any] = [{"role": "user", "content": _QUESTION}]
+    tools: Any = [
+        {
+            "type": "function",
+            "name": "GetWeather",
+            "parameters": GetWeather.model_json_schema(),
+            "strict": True,
+        }
+    ]
+    one: Any = {"tool_choice": "required", "parallel_tool_calls": False}
+    [call] = answer(input=items, tools=tools, **one).output
+    GetWeather.model_validate_json(call.arguments)
+    assert GetWeather.model_validate(call.parsed_arguments)
+    told = call.model_dump(exclude={"parsed_arguments"}, exclude_none=True)
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "18 C and sunny"}
+    reply = answer(input=[*items, told, result], tools=tools)
+    assert reply.output[0].type in ("message", "function_call")
+    assert reply.usage.input_tokens_details.cached_tokens > 100  # tools, question and the call
+
+
 def test_langchain(served: Running) -> None:
     model = ChatOpenAI(
         base_url=f"{served.url}/v1", api_key="none", model="smollm2", temperature=0,
@@ -138,6 +175,9 @@ def test_langchain(served: Running) -> None:
     for method in ("json_schema", "function_calling"):
         made = model.with_structured_output(Shop, method=method).invoke("A shop.")
         assert isinstance(made, Shop), method
+    newer = model.model_copy(update={"use_responses_api": True})
+    assert newer.invoke("Say hello.").text == said
+    assert "".join(chunk.text for chunk in newer.stream("Say hello.")) == said
     bound = model.bind_tools([GetWeather], tool_choice="any", parallel_tool_calls=False)
     answer = bound.invoke(_QUESTION)
     [call] = answer.tool_calls

@@ -33,7 +33,7 @@ _SETTINGS = settings(
 # context holds, or no word of the vocabulary. `_UNSAID` is what such an error is about.
 _CONFIG = {"checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", "400", "404"]}}}
 _UNSAID = re.compile(
-    r"prompt|tokens|messages|messages\[\d+\](\.content.*)?|n|top_logprobs|repair|namespace|logit_bias|response_format|tools.*|tool_choice|model|input|dimensions|structured_outputs"
+    r"prompt|tokens|messages|messages\[\d+\](\.content.*)?|n|top_logprobs|repair|namespace|logit_bias|response_format|tools.*|tool_choice|model|input.*|text\.format|instructions|dimensions|structured_outputs"
 )
 
 
@@ -55,6 +55,7 @@ def test_all_routes_are_described() -> None:
     labels = {operation.label for operation in _OPERATIONS}
     assert {
         "POST /v1/chat/completions",
+        "POST /v1/responses",
         "POST /v1/completions",
         "GET /v1/models",
         "POST /tokenize",
@@ -89,6 +90,8 @@ def test_no_request_is_a_server_error(shared: Running, operation: Any, mode: Any
             # A long answer is no mistake, but it takes its time.
             body["max_tokens"] = 1 if mode is _VALID else body.get("max_tokens", 1)
             body.pop("max_completion_tokens", None)
+        if isinstance(body, dict) and operation.path == "/v1/responses" and mode is _VALID:
+            body["max_output_tokens"] = 1
         reply = case.call(base_url=shared.url, headers=headers, timeout=60)
         statuses[reply.status_code] += 1
         case.validate_response(reply, headers=headers)

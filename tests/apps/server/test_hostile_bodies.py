@@ -32,7 +32,8 @@ def complaint(asked: Sent, reply: httpx2.Response) -> str | None:
         if not asked.legal:
             return "it was taken"
         if reply.headers["content-type"].startswith("text/event-stream"):
-            return "an error came in the stream" if '"internal_error"' in reply.text else None
+            failed = any(sign in reply.text for sign in ('"internal_error"', '"response.failed"'))
+            return "an error came in the stream" if failed else None
         return None
     if not 400 <= reply.status_code < 500:
         return f"status {reply.status_code}"

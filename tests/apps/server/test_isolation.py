@@ -86,6 +86,11 @@ class World:
         body = {"messages": [{"role": "user", "content": self._text(step)}], "stream": True}
         self._generated(step, "/v1/chat/completions", body)
 
+    def _responses(self, step: Step) -> None:
+        body: dict[str, Any] = {"input": self._text(step), "stream": bool(step.number % 2)}
+        body |= {"max_output_tokens": 3, "temperature": 0, "metadata": {"a": "b"}}
+        self._asked(step, "POST", "/v1/responses", body)
+
     def _media(self, step: Step) -> None:
         parts = [self._medium(step.number % 3), {"type": "text", "text": self._text(step)}]
         body = {"messages": [{"role": "user", "content": parts}]}
@@ -152,8 +157,11 @@ def _content(text: str) -> list[Any]:
         except ValueError:
             content.append(event)
             continue
-        for name in ("id", "created", "system_fingerprint"):
+        reply = reply.get("response", reply)  # that an event holds
+        for name in ("id", "created", "created_at", "system_fingerprint", "item_id"):
             reply.pop(name, None)
+        for item in (*reply.get("output", ()), reply.get("item", {}), reply.get("part", {})):
+            item.pop("id", None)
         if use := reply.get("kvshare"):
             use.pop("seconds")
             use["donors"] = len(use["donors"])
@@ -190,7 +198,7 @@ def open_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
 def test_everybody_is_told_what_they_are_told_alone(
     open_world: Callable[..., World], model: str, medium: Any, seed: int
 ) -> None:
-    kinds = ["chat", "stream", "media", "media", "completion", "tokenize", "mistake"]
+    kinds = ["chat", "stream", "responses", "media", "media", "completion", "tokenize", "mistake"]
     made = steps(seed, kinds)
     together = open_world(model, medium)
     for step in made:
@@ -210,7 +218,7 @@ def test_everybody_is_told_what_they_are_told_alone(
 def test_no_reply_page_or_metric_holds_what_another_has_said(
     open_world: Callable[..., World], model: str, medium: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kinds = ["chat", "stream", "media", "completion", "tokenize", "mistake"]
+    kinds = ["chat", "stream", "responses", "media", "completion", "tokenize", "mistake"]
     world = open_world(model, medium)
     for step in steps(3, kinds):
         world.run(step)

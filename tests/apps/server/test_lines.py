@@ -122,10 +122,10 @@ def test_pictures_of_one_tenant_do_not_hold_up_those_of_another(
     order: list[str] = []
     go, read = threading.Event(), running.llm.read
 
-    def slow(prompt: Any, params: Any, options: Any) -> Any:
+    def slow(prompt: Any, params: Any, options: Any, **tools: Any) -> Any:
         order.append(options.tenant)
         assert go.wait(60)
-        return read(prompt, params, options)
+        return read(prompt, params, options, **tools)
 
     running.llm.read = slow  # type: ignore[method-assign]
     asked = []

@@ -176,3 +176,24 @@ def test_the_same_picture_is_reused_and_another_is_not(seeing: Running) -> None:
     image = told[2]["media"][0]
     assert told[2]["exact"] <= image["start"]
     assert second.json()["choices"] == first.json()["choices"]
+
+
+def test_pictures_to_responses_are_those_of_a_chat(seeing: Running) -> None:
+    first = ask(seeing, plain("red")).json()
+    for colour, is_same in (("red", True), ("blue", False)):
+        picture = {"type": "input_image", "image_url": plain(colour)["image_url"]["url"]}
+        parts = [{"type": "input_text", "text": "What is it?"}, picture]
+        body = {"input": [{"role": "user", "content": parts}], "max_output_tokens": 4}
+        reply = seeing.ask("POST", "/v1/responses", json={**body, "temperature": 0}).json()
+        [medium] = reply["kvshare"]["media"]
+        assert medium["source"] == ("kv" if is_same else "encoder")
+        text = reply["output"][0]["content"][0]["text"]
+        assert text == first["choices"][0]["message"]["content"] or not is_same
+
+
+def test_pictures_to_responses_are_refused_as_they_were_sent(shared: Running) -> None:
+    picture = {"type": "input_image", "image_url": plain("red")["image_url"]["url"]}
+    result = {"type": "function_call_output", "call_id": "x", "output": [picture]}
+    reply = shared.ask("POST", "/v1/responses", json={"input": [result]})
+    assert reply.json()["error"]["param"] == "input[0].output[0]"
+    assert "is of type 'input_image'" in reply.json()["error"]["message"]

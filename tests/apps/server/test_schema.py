@@ -13,6 +13,8 @@ from .conftest import Running
 
 _NEEDED: dict[type[BaseModel], dict[str, Any]] = {
     schema.ChatBody: {"messages": [{"role": "user", "content": "x"}]},
+    schema.ResponsesBody: {"input": "x"},
+    schema.TextField: {},
     schema.CompletionBody: {"prompt": "x"},
     schema.TokenizeBody: {},
     schema.EmbeddingsBody: {"input": "x"},
