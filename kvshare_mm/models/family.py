@@ -110,7 +110,8 @@ def load_text_part(config: Any, source: str, **options: Any) -> tuple[Any, Decod
     with torch.inference_mode():
         whole, *alone = (m(input_ids=ids, use_cache=False).logits.float() for m in (model, *parts))
     errors = [float((logits - whole).abs().max()) for logits in alone]
-    if not min(errors) <= 1e-3 * float(whole.abs().max()):
+    tolerance = 1e-3 if model.dtype == torch.float32 else 1e-1  # other masks round otherwise
+    if not min(errors) <= tolerance * float(whole.abs().max()):
         raise ValueError(
             f"The language part of a {config.model_type} does not answer as all of it."
         )
