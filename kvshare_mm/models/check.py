@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Qwen2_5OmniThinkerTextModel,
+)
+from transformers.models.qwen2_5_omni import Qwen2_5OmniTextConfig
 
 from kvshare_mm.errors import ModelLoadError
+from kvshare_mm.models.decoder import Decoder
 from kvshare_mm.models.family import MEDIA
 from kvshare_mm.models.loader import locate
 from kvshare_mm.models.support import KVShape, check_support, declared_obstacle, windows
@@ -17,6 +25,8 @@ from kvshare_mm.stream import Modality
 
 _LAYERS = 8  # every pattern of layers is there by then, in the models there are
 _WIDTH = 256
+_MOST_LAYERS = 1000  # what a configuration may ask for: each is made, without weights
+_MOST_PARAMETERS = 1_000_000_000  # of the small model
 # What makes a model large and its attention no other.
 _AT_MOST = {
     "vocab_size": 256,
@@ -31,6 +41,7 @@ _AT_MOST = {
     "moe_num_experts": 8,
     "n_group": 1,
     "topk_group": 1,
+    "num_kv_shared_layers": 2,
 }
 
 
@@ -89,35 +100,32 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> Checked:
 def check_config(config: Any) -> Checked:
     """`check_model` of a configuration that is read already."""
     text = config.get_text_config()
-    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.bfloat16
-    num_layers = int(getattr(text, "num_hidden_layers", 0) or 0)
+    reason, shape, parameters = declared_obstacle(text), None, 0
     media = MEDIA.get(config.model_type, ())
-    reason, shape = declared_obstacle(text), None
-    if reason is None and media:  # their decoders are proved on small models of each
-        heads = text.num_attention_heads
-        dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        shape = KVShape(num_layers, text.num_key_value_heads, dim, dim)
-    elif reason is None and type(text) not in AutoModelForCausalLM._model_mapping:
-        reason = f"models of type {config.model_type} are not known here"
-    elif reason is None:
+    if reason is None:
         try:
-            model = AutoModelForCausalLM.from_config(_narrow(text), dtype=torch.float32)
-            support = check_support(model.eval().requires_grad_(False))
-            reason, shape = support.reason, support.kv_shape
+            num_layers = int(text.num_hidden_layers)
+            if not 0 < num_layers <= _MOST_LAYERS:
+                raise ValueError(f"num_hidden_layers is {num_layers}")
+            if media:  # their decoders are proved on small models of each
+                heads = text.num_attention_heads
+                dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+                shape = KVShape(num_layers, text.num_key_value_heads, dim, dim)
+            else:
+                reason, shape = _tried(text, num_layers)
+            if shape is not None:
+                with torch.device("meta"):
+                    decoder = _decoder(text)
+                embeddings = decoder.get_input_embeddings().weight.numel()
+                parameters = sum(p.numel() for p in decoder.parameters()) - embeddings
         except Exception as error:  # of any architecture's own code
-            reason = f"no small model of its kind could be made ({error})"
-    parameters = 0
-    if shape is not None:
-        shape = replace(shape, num_layers=num_layers)
-        with torch.device("meta"):
-            decoder = AutoModel.from_config(text)
-        embeddings = decoder.get_input_embeddings().weight.numel()
-        parameters = sum(p.numel() for p in decoder.parameters()) - embeddings
+            words = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            reason, shape = f"no model of its kind could be made ({words})", None
     return Checked(
         text.model_type,
         reason,
         shape,
-        dtype,
+        getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.bfloat16,
         windows(text),
         getattr(text, "max_position_embeddings", None),
         media,
@@ -125,8 +133,40 @@ def check_config(config: Any) -> Checked:
     )
 
 
-def _narrow(config: Any) -> Any:
-    """A configuration of few, narrow layers with the same attention in them."""
+def _tried(text: Any, num_layers: int) -> tuple[str | None, KVShape | None]:
+    """Why a small model of a kind fails the proof, or None; the shape of KV of the whole one."""
+    narrow, fewer = _narrow(text)
+    if type(text) in AutoModelForCausalLM._model_mapping:
+        make: Any = AutoModelForCausalLM.from_config
+    elif type(text) in AutoModel._model_mapping:  # the language part of a multimodal model
+        make = _with_head
+    else:
+        return f"models of type {text.model_type} are not known here", None
+    with torch.device("meta"):
+        size = sum(p.numel() for p in make(narrow, dtype=torch.float32).parameters())
+    if size > _MOST_PARAMETERS:
+        raise ValueError(f"even a small one has {size:,} parameters")
+    support = check_support(make(narrow, dtype=torch.float32).eval().requires_grad_(False))
+    shape = support.kv_shape
+    if shape is not None:
+        shape = replace(shape, num_layers=num_layers, num_kv_heads=shape.num_kv_heads * fewer)
+    return support.reason, shape
+
+
+def _with_head(config: Any, **options: Any) -> Decoder:
+    head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    return Decoder(AutoModel.from_config(config, **options), head, None)
+
+
+def _decoder(text: Any) -> Any:
+    if isinstance(text, Qwen2_5OmniTextConfig):  # the one that AutoModel does not know
+        return Qwen2_5OmniThinkerTextModel(text)
+    return AutoModel.from_config(text)
+
+
+def _narrow(config: Any) -> tuple[Any, int]:
+    """A configuration of few, narrow layers with the same attention in them, and how many times
+    fewer heads it has."""
     config = copy.deepcopy(config)
     layers = int(config.num_hidden_layers)
     for name, value in vars(config).items():
@@ -137,8 +177,17 @@ def _narrow(config: Any) -> Any:
         value = getattr(config, name, None)
         if isinstance(value, int) and not isinstance(value, bool):
             setattr(config, name, min(value, most))
-    if getattr(config, "head_dim", None):  # else it would follow from the width
-        config.hidden_size = min(config.hidden_size, _WIDTH)
+    fewer, width, dim = 1, config.hidden_size, getattr(config, "head_dim", None)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    if getattr(config, "kv_lora_rank", None) or (dim and heads * dim != width):
+        config.hidden_size = min(width, _WIDTH)
+    elif width > 4 * _WIDTH:  # as wide as its heads are together: fewer of them
+        kv_heads = getattr(config, "num_key_value_heads", None)
+        fewer = math.gcd(heads, kv_heads or heads)
+        config.hidden_size, config.num_attention_heads = width // fewer, heads // fewer
+        if kv_heads:
+            config.num_key_value_heads = kv_heads // fewer
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, name, None)
-    return config
+        if getattr(config, name, None) is not None:
+            setattr(config, name, 0)
+    return config, fewer

@@ -26,10 +26,14 @@ class Decoder(nn.Module):
         text: transformers' text model, without head.
         lm_head: hidden states to logits.
         generation_config: of the whole model.
+        softcap: logits become ``softcap * tanh(logit / softcap)`` (Gemma 3n); None: they stay.
     """
 
-    def __init__(self, text: Any, lm_head: Any, generation_config: Any) -> None:
+    def __init__(
+        self, text: Any, lm_head: Any, generation_config: Any, softcap: float | None = None
+    ) -> None:
         super().__init__()
+        self._softcap = softcap
         self.text = text
         self.lm_head = lm_head
         self.config = text.config
@@ -71,4 +75,7 @@ class Decoder(nn.Module):
             use_cache=use_cache,
             **options,
         ).last_hidden_state
-        return DecoderOutput(self.lm_head(hidden[:, -logits_to_keep:]))
+        logits = self.lm_head(hidden[:, -logits_to_keep:])
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return DecoderOutput(logits)

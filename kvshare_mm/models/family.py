@@ -87,17 +87,35 @@ def load_text_part(config: Any, source: str, **options: Any) -> tuple[Any, Decod
     Returns:
         The model, its language part and transformers' loading report; None if it is a model of text
         alone, or transformers has the language part as a model of its own.
+
+    Raises:
+        ValueError: its language part is not found, or does not answer as the whole model does.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind, alone = type(config), AutoModelForCausalLM._model_mapping
+    kind, of_text = type(config), AutoModelForCausalLM._model_mapping
     seeing = AutoModelForImageTextToText._model_mapping
-    if kind not in seeing or (kind in alone and alone[kind] is not seeing[kind]):
+    if kind not in seeing or (kind in of_text and of_text[kind] is not seeing[kind]):
         return None
     model, report = AutoModelForImageTextToText.from_pretrained(source, **options)
-    inner = model.model
-    text = inner.language_model if hasattr(inner, "language_model") else inner.text_model
-    return model, Decoder(text, model.lm_head, model.generation_config), report
+    inner = getattr(model, "model", None)
+    found = (getattr(inner, name, None) for name in ("language_model", "text_model"))
+    text, head = next(filter(None, found), inner), getattr(model, "lm_head", None)
+    if text is None or head is None or config.is_encoder_decoder:
+        raise ValueError(f"The language part of a {config.model_type} is not known here.")
+    ids = torch.arange(3, 10, device=model.device).remainder(text.config.vocab_size)[None]
+    # Some models of one type say a cap in their configuration and do not use it.
+    caps = (None, getattr(text.config, "final_logit_softcapping", None))
+    parts = [Decoder(text, head, model.generation_config, cap) for cap in caps]
+    with torch.inference_mode():
+        whole, *alone = (m(input_ids=ids, use_cache=False).logits.float() for m in (model, *parts))
+    errors = [float((logits - whole).abs().max()) for logits in alone]
+    tolerance = 1e-3 if model.dtype == torch.float32 else 1e-1  # other masks round otherwise
+    if not min(errors) <= tolerance * float(whole.abs().max()):
+        raise ValueError(
+            f"The language part of a {config.model_type} does not answer as all of it."
+        )
+    return model, parts[errors.index(min(errors))], report
 
 
 def _seeing(model_type: str, model: Any) -> Family:

@@ -8,6 +8,7 @@ position, re-rotated, is the key computed at the other.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,12 +130,13 @@ def windows(config: Any) -> bool:
 
 @contextmanager
 def _small_windows(model: Any) -> Iterator[None]:
-    """The model's windows and chunks are shorter than the probe, which would not see them else."""
-    before = []
+    """The model's windows and chunks are shorter than the probe, which would not see them else;
+    but for those as long as its context, which change nothing."""
+    before, limit = [], getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     for owner in (model.config, *model.modules()):
         for name in ("sliding_window", "attention_chunk_size"):
             value = vars(owner).get(name)
-            if isinstance(value, int) and value > _PROBE_WINDOW:
+            if isinstance(value, int) and _PROBE_WINDOW < value < limit:
                 before.append((owner, name, value))
                 setattr(owner, name, _PROBE_WINDOW)
     try:

@@ -108,8 +108,9 @@ class SlotRunner:
         self._device = loaded.device
         self.chunk = chunk
         self.can_draft = drafts
+        # Zeros: layers that use another's KV write none (Gemma 3n), and it is stored all the same.
         k, v = (
-            torch.empty(
+            torch.zeros(
                 (shape.num_layers, num_slots, shape.num_kv_heads, max_len, dim),
                 dtype=loaded.dtype,
                 device=loaded.device,

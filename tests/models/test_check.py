@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from kvshare_mm.apps.models import models
 from kvshare_mm.errors import ModelLoadError
+from kvshare_mm.models import check
 from kvshare_mm.models.check import check_config, check_model
 from kvshare_mm.models.support import KVShape
 from kvshare_mm.stream import Modality
@@ -43,22 +45,39 @@ def test_a_folder_with_a_config_and_no_weights(tmp_path: Path) -> None:
         ("gpt_oss", {"num_hidden_layers": 24}, 49152, True),
         ("gemma3_text", {"num_hidden_layers": 34}, 139264, True),
         ("deepseek_v3", {}, 70272, False),
+        # Heads as wide as the rest; layers that share KV; the language part of GLM-OCR, of Omni.
+        ("cohere", {}, 1310720, False),
+        ("helium", {}, 245760, False),
+        ("gemma3n", {}, 71680, True),
+        ("glm_ocr", {}, 32768, False),
+        ("qwen2_5_omni", {}, 57344, False),
     ],
 )
-def test_layers_of_several_kinds(
-    kind: str, options: dict[str, int], size: int, windows: bool
+def test_kinds_of_attention(
+    kind: str, options: dict[str, int], size: int, windows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(check, "_MOST_PARAMETERS", 500_000_000)
     checked = check_config(AutoConfig.for_model(kind, dtype="bfloat16", **options))
     assert (checked.reason, checked.windows) == (None, windows)
     assert checked.bytes_per_token == size
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
-    [("gpt2", "rotary"), ("mamba", "recurrent"), ("clip", "clip are not known")],
+    ("config", "words"),
+    [
+        ({"model_type": "gpt2"}, "rotary"),
+        ({"model_type": "mamba"}, "recurrent"),
+        ({"model_type": "mllama"}, "mllama_text_model are not known"),
+        # Nothing large is made.
+        ({"model_type": "llama", "num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+        ({"model_type": "llama", "num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"model_type": "llama", "head_dim": 10**6}, "parameters"),
+        ({"model_type": "llama", "vocab_size": 10**15}, "overflow"),
+        ({"model_type": "qwen2_vl", "text_config": {"num_attention_heads": 0}}, "zero"),
+    ],
 )
-def test_others_are_declined_in_words(kind: str, words: str) -> None:
-    checked = check_config(AutoConfig.for_model(kind))
+def test_others_are_declined_in_words(config: dict[str, Any], words: str) -> None:
+    checked = check_config(AutoConfig.for_model(**config))
     assert checked.reason is not None and words in checked.reason
     assert checked.shape is None and checked.bytes_per_token is None
 

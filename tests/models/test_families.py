@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5OmniConfig
+from transformers.modeling_outputs import CausalLMOutput
 
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.models.loader import load_model
@@ -249,6 +250,18 @@ _SMALL = {
     "max_position_embeddings": 512,
     "pad_token_id": 0,
 }
+_GEMMA4 = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 1e4}
+        for kind in ("sliding_attention", "full_attention")
+    },
+    "sliding_window": 8,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+    "final_logit_softcapping": 0.1,
+}
 _EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 56}
 
 
@@ -259,6 +272,8 @@ _EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "im
         ("mistral3", {"model_type": "mistral"}, {"model_type": "pixtral"}),
         ("llava_onevision", {"model_type": "qwen2"}, {"model_type": "siglip_vision_model"}),
         ("smolvlm", {"model_type": "llama"}, {}),
+        # What becomes of its logits is done by the model around its language part.
+        ("gemma4", _GEMMA4, {"num_key_value_heads": 2, "head_dim": 16}),
     ],
 )
 def test_of_other_multimodal_models_text_is_served(
@@ -280,6 +295,32 @@ def test_of_other_multimodal_models_text_is_served(
         want = reference(input_ids=torch.from_numpy(ids)[None]).logits[0, -1]
     got = SlotRunner(loaded, 1, MAX_LEN, 16).prefill(0, ids, np.arange(40))
     assert torch.allclose(got, want, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"is_encoder_decoder": True}, "not known here"),
+        ({"lm_head": None}, "not known here"),
+        ({"forward": lambda **_: CausalLMOutput(logits=torch.ones(1, 7, 128))}, "does not answer"),
+    ],
+)
+def test_a_language_part_that_is_not_the_whole_is_refused(
+    changed: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {**_SMALL, "vocab_size": 128}
+    eyes = {**_EYES, "num_attention_heads": 2, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=sizes, vision_config=eyes)
+    model = AutoModelForImageTextToText.from_config(config)
+    config.save_pretrained(tmp_path)
+    for name, value in changed.items():
+        setattr(config if name == "is_encoder_decoder" else model, name, value)
+    monkeypatch.setattr(
+        AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: (model, {})
+    )
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: config)
+    with pytest.raises(ModelLoadError, match=words):
+        load_model(str(tmp_path), dtype="float32")
 
 
 def test_a_multimodal_model_without_its_processor(

@@ -144,7 +144,8 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any], bool]] = {
     "olmo-2": ("olmo2", {}, False),
     "olmoe": ("olmoe", MOE, False),
     "flex-olmo": ("flex_olmo", MOE, False),
-    "phi moe": ("phimoe", {"num_local_experts": 4}, False),
+    # Its attention is not told of its window.
+    "phi moe": ("phimoe", {"num_local_experts": 4, "sliding_window": 512}, False),
     "glm-4": ("glm4", {"head_dim": 16}, True),
     "glm-4 moe": (
         "glm4_moe",
@@ -393,6 +394,35 @@ def test_a_window_that_attention_is_not_told_of_is_noticed() -> None:
         layer.self_attn.config = Blind()
     reason = check_support(model).reason
     assert reason is not None and "logits" in reason
+
+
+def test_layers_that_use_the_kv_of_others_hold_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stored: what memory held before would leak, or be no number."""
+    options = {
+        "head_dim": 16,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": 128,
+        "activation_sparsity_pattern": [0.0] * 4,
+        **WINDOW,
+    }
+    model = _build("gemma3n_text", options)
+    reference = copy.deepcopy(model)
+    support = check_support(model)
+    assert support.reason is None
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan if "dtype" in k else 0)
+    )
+    runner = SlotRunner(_loaded(model, support), 1, MAX_LEN, chunk=16)
+    monkeypatch.undo()
+    ids = _ids(40)
+    logits = runner.prefill(0, ids, np.arange(40))
+    with torch.inference_mode():
+        want = reference(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0, -1]
+    assert torch.allclose(logits, want, atol=ATOL)
+    for kv in runner.slot_kv(0):
+        assert kv[:2, :, :40].any() and not kv[2:].any()
 
 
 def test_weights_decide_and_not_the_architecture() -> None:
