@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.replies import tool_call, usage
 from kvshare_mm.apps.server.schema import ChatBody, ResponsesBody, Sampling
+from kvshare_mm.calls import CallReader
 from kvshare_mm.outputs import RequestOutput, ToolCall
-from kvshare_mm.tools import CallReader
 
 _ROLES = ("user", "assistant", "system", "developer")
 _NAMES = {
