@@ -19,6 +19,7 @@ from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.desk.cli import ui
 from kvshare_mm.apps.kernels import kernels
 from kvshare_mm.apps.options import Values, config_options, described
+from kvshare_mm.apps.router.cli import route
 from kvshare_mm.apps.server.cache_cli import cache
 from kvshare_mm.apps.server.cli import keys, serve
 from kvshare_mm.apps.terminal import plain_errors, report_file, write_report
@@ -35,6 +36,7 @@ app.add_typer(kernels, name="kernels")
 app.add_typer(keys, name="keys")
 app.add_typer(cache, name="cache")
 app.command()(serve)
+app.command()(route)
 app.command()(ui)
 app.command()(audit)
 console = Console()

@@ -1,0 +1,146 @@
+"""The servers behind a router: where they are, whether they answer, what they have to do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Sequence
+
+import httpcore2
+
+from kvshare_mm.apps.router.plan import ANSWER, Choice, Standing
+from kvshare_mm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_URL = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?(?:/v1)?/?")
+_CHECK_S = 1.0
+_CHECK_TIMEOUT_S = 2.0
+# Until something was measured, a word takes as long everywhere.
+_FIRST_GUESS_S = 1e-3
+_LEARNING = 0.1
+
+
+class Replica:
+    """One server. For one event loop.
+
+    Args:
+        number: its name to clients, who need not know its address.
+        url: ``http(s)://host[:port]``, with ``/v1`` behind it or without.
+
+    Raises:
+        ConfigError: the URL has anything else.
+    """
+
+    def __init__(self, number: int, url: str) -> None:
+        parts = _URL.fullmatch(url)
+        port = int(parts[3] or 0) if parts else 0
+        if parts is None or port >= 1 << 16:
+            raise ConfigError(
+                f"--replicas: {url!r} is not like http://10.0.0.1:8000: scheme, host and port"
+            )
+        self.number = number
+        self.netloc = parts[2] + (f":{port}" if port else "")
+        self.origin = f"{parts[1]}://{self.netloc}"
+        self.healthy = False
+        self.in_flight = 0
+        self._scheme, self._host = parts[1].encode(), parts[2].strip("[]").encode()
+        self._port = port or None
+        self._work = 0.0
+        self._seconds: float | None = None
+
+    def url(self, target: str) -> httpcore2.URL:
+        """Of a path with its query, percent-encoded, on this server and no other."""
+        return httpcore2.URL(
+            scheme=self._scheme, host=self._host, port=self._port, target=target.encode("ascii")
+        )
+
+    def standing(self, share: float = 0.0, typical_s: float = _FIRST_GUESS_S) -> Standing:
+        """As a request finds it; `typical_s` a word if nothing was measured here."""
+        return Standing(self.number, share, self._work, self._seconds or typical_s)
+
+    @property
+    def seconds_per_word(self) -> float | None:
+        """As measured; None: not yet."""
+        return self._seconds
+
+    def begin(self, choice: Choice) -> Flight:
+        return Flight(self, choice, self._work)
+
+    def learn(self, seconds: float, words: float) -> None:
+        """So many words of prompts and answers took so long."""
+        measured = seconds / words
+        before = measured if self._seconds is None else self._seconds
+        self._seconds = before + _LEARNING * (measured - before)
+
+    def add_work(self, work: float, requests: int = 0) -> None:
+        self.in_flight += requests
+        self._work = self._work + work if self.in_flight else 0.0
+
+
+class Flight:
+    """A request at a replica: `first` when its answer begins, `end` when it is over."""
+
+    def __init__(self, replica: Replica, choice: Choice, ahead: float) -> None:
+        self._replica = replica
+        self._ahead = ahead
+        self._computed = choice.computed
+        self._left = choice.work
+        self.answered = False
+        replica.add_work(self._left, 1)
+
+    def first(self, seconds: float, whole: bool) -> None:
+        """The first byte came after so many seconds; with `whole` the answer is complete by now."""
+        self.answered = True
+        self._replica.learn(seconds, self._ahead + self._computed + ANSWER * whole + 1)
+        self._replica.add_work(-self._computed)
+        self._left -= self._computed
+        self._computed = 0.0
+
+    def end(self) -> None:
+        self._replica.add_work(-self._left, -1)
+
+
+def replicas_of(urls: str) -> list[Replica]:
+    """Replicas of URLs with commas between them. Raises ConfigError: one is no URL, or twice."""
+    given = [url.strip() for url in urls.split(",") if url.strip()]
+    found = [Replica(number, url) for number, url in enumerate(given, 1)]
+    if not found or len({r.origin for r in found}) < len(found):
+        raise ConfigError("--replicas names at least one server, and none twice")
+    return found
+
+
+def typical_seconds(replicas: Sequence[Replica]) -> float:
+    """Of a word, where a replica has not been measured."""
+    measured = [s for r in replicas if (s := r.seconds_per_word) is not None]
+    return sum(measured) / len(measured) if measured else _FIRST_GUESS_S
+
+
+async def watch(replicas: Sequence[Replica], pool: httpcore2.AsyncConnectionPool) -> None:
+    """Ask every replica every second whether it answers; for ever."""
+
+    async def one(replica: Replica) -> None:
+        while True:
+            await check(replica, pool)
+            await asyncio.sleep(_CHECK_S)
+
+    await asyncio.gather(*map(one, replicas))
+
+
+async def check(replica: Replica, pool: httpcore2.AsyncConnectionPool) -> None:
+    """Ask a replica whether it can answer requests."""
+    why = ""
+    try:
+        async with asyncio.timeout(_CHECK_TIMEOUT_S):
+            async with pool.stream(
+                "GET", replica.url("/health"), headers=[(b"host", replica.netloc.encode())]
+            ) as reply:
+                why = "" if reply.status == 200 else f"status {reply.status}"
+    except (httpcore2.NetworkError, httpcore2.ProtocolError, TimeoutError) as error:
+        why = str(error) or type(error).__name__
+    if replica.healthy == bool(why):
+        replica.healthy = not why
+        level = logging.WARNING if why else logging.INFO
+        said = f"does not answer: {why}" if why else "answers"
+        logger.log(level, "replica %d, %s, %s", replica.number, replica.origin, said)
