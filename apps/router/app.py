@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -33,6 +34,15 @@ from kvshare_mm.metrics import CONTENT_TYPE
 _IDLE_S = 10.0
 _MOST_IDLE = 256
 _MOST_READING = 32
+# A machine that is gone without a word is noticed after 25 s, not when the answer is overdue.
+_ALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+        if hasattr(socket, name)
+    ),
+]
 
 
 class _Keys(KeyRing):
@@ -57,7 +67,10 @@ def create_app(
         max_held_bytes: of all requests' bodies at a time.
     """
     pool = httpcore2.AsyncConnectionPool(
-        max_connections=None, max_keepalive_connections=_MOST_IDLE, keepalive_expiry=_IDLE_S
+        max_connections=None,  # as many as clients have
+        max_keepalive_connections=_MOST_IDLE,
+        keepalive_expiry=_IDLE_S,
+        socket_options=_ALIVE,
     )
     memory = Memory(max_requests)
     metrics = RouterMetrics(replicas, memory)

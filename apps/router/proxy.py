@@ -133,7 +133,7 @@ class Proxy:
         reason = "retry" if again else choice.reason
         self._metrics.requests.labels(str(replica.number), reason).inc()
         # Known at once: whoever asks the same a moment later follows.
-        known = self._memory.add(prompt, replica.number) if prompt and prompt.stored else None
+        known = self._remember(prompt, replica)
         flight = replica.begin(choice)
         try:
             return await pass_on(self._pool, replica, asked, flight, send, self._timeout_s)
@@ -156,6 +156,16 @@ class Proxy:
         typical = typical_seconds(left)
         standings = [r.standing(shares.get(r.number, 0.0), typical) for r in left]
         return choose(0 if prompt is None else len(prompt.words), standings, self._draw)
+
+    def _remember(self, prompt: Prompt | None, replica: Replica) -> str | None:
+        """What is to be forgotten if the replica does not answer; None: nothing."""
+        if prompt is None or not prompt.stored:
+            return None
+        try:
+            return self._memory.add(prompt, replica.number)
+        except Exception:
+            logger.exception("a request is not remembered")
+            return None
 
     async def _prompt(self, scope: Scope, asked: Asked) -> Prompt | None:
         """What the request is alike to; None: nothing, or it cannot be read."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import httpcore2
 
@@ -20,6 +21,7 @@ _CHECK_TIMEOUT_S = 2.0
 # Until something was measured, a word takes as long everywhere.
 _FIRST_GUESS_S = 1e-3
 _LEARNING = 0.1
+_HALF_LIFE_S = 60.0
 
 
 class Replica:
@@ -28,12 +30,13 @@ class Replica:
     Args:
         number: its name to clients, who need not know its address.
         url: ``http(s)://host[:port]``, with ``/v1`` behind it or without.
+        clock: seconds, monotonic.
 
     Raises:
         ConfigError: the URL has anything else.
     """
 
-    def __init__(self, number: int, url: str) -> None:
+    def __init__(self, number: int, url: str, clock: Callable[[], float] = time.monotonic) -> None:
         parts = _URL.fullmatch(url)
         port = int(parts[3] or 0) if parts else 0
         if parts is None or port >= 1 << 16:
@@ -47,8 +50,10 @@ class Replica:
         self.in_flight = 0
         self._scheme, self._host = parts[1].encode(), parts[2].strip("[]").encode()
         self._port = port or None
+        self._clock = clock
         self._work = 0.0
         self._seconds: float | None = None
+        self._measured_at = clock()
 
     def url(self, target: str) -> httpcore2.URL:
         """Of a path with its query, percent-encoded, on this server and no other."""
@@ -57,8 +62,15 @@ class Replica:
         )
 
     def standing(self, share: float = 0.0, typical_s: float = _FIRST_GUESS_S) -> Standing:
-        """As a request finds it; `typical_s` a word if nothing was measured here."""
-        return Standing(self.number, share, self._work, self._seconds or typical_s)
+        """As a request finds it.
+
+        What was measured long ago counts little against the `typical_s` for a word: who was slow
+        once would get no request that tells otherwise.
+        """
+        own = typical_s if self._seconds is None else self._seconds
+        trust = 0.5 ** ((self._clock() - self._measured_at) / _HALF_LIFE_S)
+        seconds = typical_s + (own - typical_s) * trust
+        return Standing(self.number, share, self._work, seconds)
 
     @property
     def seconds_per_word(self) -> float | None:
@@ -73,6 +85,7 @@ class Replica:
         measured = seconds / words
         before = measured if self._seconds is None else self._seconds
         self._seconds = before + _LEARNING * (measured - before)
+        self._measured_at = self._clock()
 
     def add_work(self, work: float, requests: int = 0) -> None:
         self.in_flight += requests
@@ -93,7 +106,8 @@ class Flight:
     def first(self, seconds: float, whole: bool) -> None:
         """The first byte came after so many seconds; with `whole` the answer is complete by now."""
         self.answered = True
-        self._replica.learn(seconds, self._ahead + self._computed + ANSWER * whole + 1)
+        if self._computed >= 1:  # else it says nothing of prompts
+            self._replica.learn(seconds, self._ahead + self._computed + ANSWER * whole)
         self._replica.add_work(-self._computed)
         self._left -= self._computed
         self._computed = 0.0
@@ -137,7 +151,7 @@ async def check(replica: Replica, pool: httpcore2.AsyncConnectionPool) -> None:
                 "GET", replica.url("/health"), headers=[(b"host", replica.netloc.encode())]
             ) as reply:
                 why = "" if reply.status == 200 else f"status {reply.status}"
-    except (httpcore2.NetworkError, httpcore2.ProtocolError, TimeoutError) as error:
+    except Exception as error:  # whatever it is, requests would meet it too
         why = str(error) or type(error).__name__
     if replica.healthy == bool(why):
         replica.healthy = not why

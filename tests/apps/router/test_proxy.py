@@ -15,9 +15,7 @@ import httpx2
 import pytest
 
 from kvshare_mm.apps.router.headers import is_passed_on, to_client, to_replica
-from kvshare_mm.apps.router.replicas import Replica, replicas_of
 from kvshare_mm.apps.server.hosts import allowed_hosts
-from kvshare_mm.errors import ConfigError
 
 from ...helpers import in_threads, until
 from .conftest import Route, Upstream, Upstreams, refusing
@@ -354,23 +352,3 @@ def test_only_the_routers_own_names_are_answered(upstreams: Upstreams, route: Ro
     routed = route([one.url], allowed_hosts=allowed_hosts((), "127.0.0.1", False))
     assert routed.ask("GET", "/v1/models", headers={"Host": "evil.example"}).status_code == 421
     assert routed.ask("GET", "/v1/files").status_code == 200
-
-
-@pytest.mark.parametrize(
-    "urls",
-    ["", ",", "10.0.0.1:8000", "ftp://a", "http://", "http://a/x", "http://u:p@a", "http://a?b",
-     "http://a#b", "http://a:b", "http://a:99999", "http://a,http://a", "http://a b",
-     "http://a\r\nx: y", "http://[::1"],
-)  # fmt: skip
-def test_what_is_no_replica_is_refused_at_the_start(urls: str) -> None:
-    with pytest.raises(ConfigError, match="--replicas"):
-        replicas_of(urls)
-
-
-def test_replicas_keep_their_order_and_their_ports() -> None:
-    found = replicas_of("http://a:1/v1, https://[::1]:2/ ,http://c")
-    assert [(r.number, r.origin) for r in found] == [
-        (1, "http://a:1"), (2, "https://[::1]:2"), (3, "http://c"),
-    ]  # fmt: skip
-    url = Replica(1, "https://[::1]:2").url("/v1/x?y")
-    assert (url.scheme, url.host, url.port, url.target) == (b"https", b"::1", 2, b"/v1/x?y")
