@@ -24,7 +24,7 @@ def route(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8080,
     remembered: Annotated[
-        int, typer.Option(min=1, help="earlier requests known, as hashes; 2 to 4 KiB each")
+        int, typer.Option(min=1, help="earlier requests known, as hashes; 3 to 5 KB each")
     ] = 100_000,
     allowed_host: Annotated[
         list[str] | None,

@@ -22,7 +22,8 @@ _BYTES = 400
 class Memory:
     """Requests by what they are alike to; those used longest ago are forgotten first.
 
-    A request takes about 2.5 KiB, at most ``28 * NGRAMS`` bytes and 0.9 KiB: see `LexicalIndex`.
+    A request takes about 2.6 KB where templates repeat; at most ``28 * NGRAMS`` bytes (see
+    `LexicalIndex`) and 0.7 KB, and 1 KB more if it is the only one of its tenant.
 
     Args:
         max_requests: most requests known.

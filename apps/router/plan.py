@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ANSWER = 64
-"""Work of an answer beside that of its prompt, in words computed."""
+"""Work of an answer, in words of a prompt: many are decoded at a time, and none is waited for."""
 
 _OVER = 1.25
 # Prompts that are not alike share so much by their common words.
@@ -24,12 +24,14 @@ class Standing:
     Attributes:
         replica: its number.
         share: of the prompt's n-grams, how many its best earlier request has, 0 to 1.
-        work: of requests in flight there, in words computed.
+        ahead: words of prompts in flight there that are still to be computed.
+        work: of requests in flight there, in words: those, and answers.
         seconds: measured, for a word computed.
     """
 
     replica: int
     share: float = 0.0
+    ahead: float = 0.0
     work: float = 0.0
     seconds: float = 1.0
 
@@ -58,10 +60,10 @@ class Choice:
 def choose(length: int, replicas: Sequence[Standing], draw: random.Random) -> Choice:
     """The replica with the first token soonest: saved tokens against waiting.
 
-    Until the first token, the work in flight is done, and what of the prompt is to be computed. A
+    Until the first token, the prompts ahead are computed, and what of this one is not shared. A
     replica takes no request that would leave it with more than 1.25 times the mean work and a
     whole request like this one: the least busy one always may. Among equals, and for a prompt that
-    nobody knows, the better of two drawn ones is taken.
+    nobody knows, the idler of two drawn ones is taken.
 
     Args:
         length: of the prompt, in words.
@@ -78,13 +80,16 @@ def choose(length: int, replicas: Sequence[Standing], draw: random.Random) -> Ch
     fitting = [r for r in replicas if r.work + _computed(length, r) + ANSWER <= most]
 
     def seconds(replica: Standing) -> float:
+        return (replica.ahead + _computed(length, replica)) * replica.seconds
+
+    def load(replica: Standing) -> float:
         return (replica.work + _computed(length, replica)) * replica.seconds
 
     equal = fitting or [min(replicas, key=lambda r: r.work)]  # none: by rounding only
     if best >= _LEAST_SHARE:
         soonest = min(map(seconds, equal))
         equal = [r for r in equal if seconds(r) <= soonest * (1 + 1e-9)]
-    chosen = min(draw.sample(equal, min(2, len(equal))), key=seconds)
+    chosen = min(draw.sample(equal, min(2, len(equal))), key=load)
     if best < _LEAST_SHARE:
         reason: Reason = "load"
     else:

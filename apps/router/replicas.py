@@ -51,6 +51,7 @@ class Replica:
         self._scheme, self._host = parts[1].encode(), parts[2].strip("[]").encode()
         self._port = port or None
         self._clock = clock
+        self._ahead = 0.0
         self._work = 0.0
         self._seconds: float | None = None
         self._measured_at = clock()
@@ -70,7 +71,7 @@ class Replica:
         own = typical_s if self._seconds is None else self._seconds
         trust = 0.5 ** ((self._clock() - self._measured_at) / _HALF_LIFE_S)
         seconds = typical_s + (own - typical_s) * trust
-        return Standing(self.number, share, self._work, seconds)
+        return Standing(self.number, share, self._ahead, self._work, seconds)
 
     @property
     def seconds_per_word(self) -> float | None:
@@ -78,7 +79,7 @@ class Replica:
         return self._seconds
 
     def begin(self, choice: Choice) -> Flight:
-        return Flight(self, choice, self._work)
+        return Flight(self, choice, self._ahead)
 
     def learn(self, seconds: float, words: float) -> None:
         """So many words of prompts and answers took so long."""
@@ -87,9 +88,12 @@ class Replica:
         self._seconds = before + _LEARNING * (measured - before)
         self._measured_at = self._clock()
 
-    def add_work(self, work: float, requests: int = 0) -> None:
+    def add(self, prompt: float = 0.0, answer: float = 0.0, requests: int = 0) -> None:
+        """More is in flight, or less: words to be computed, and of answers."""
         self.in_flight += requests
-        self._work = self._work + work if self.in_flight else 0.0
+        # From nothing on it is counted anew: sums of floats drift.
+        self._ahead = self._ahead + prompt if self.in_flight else 0.0
+        self._work = self._work + prompt + answer if self.in_flight else 0.0
 
 
 class Flight:
@@ -99,21 +103,19 @@ class Flight:
         self._replica = replica
         self._ahead = ahead
         self._computed = choice.computed
-        self._left = choice.work
         self.answered = False
-        replica.add_work(self._left, 1)
+        replica.add(self._computed, ANSWER, 1)
 
     def first(self, seconds: float, whole: bool) -> None:
         """The first byte came after so many seconds; with `whole` the answer is complete by now."""
         self.answered = True
         if self._computed >= 1:  # else it says nothing of prompts
             self._replica.learn(seconds, self._ahead + self._computed + ANSWER * whole)
-        self._replica.add_work(-self._computed)
-        self._left -= self._computed
+        self._replica.add(-self._computed)
         self._computed = 0.0
 
     def end(self) -> None:
-        self._replica.add_work(-self._left, -1)
+        self._replica.add(-self._computed, -ANSWER, -1)
 
 
 def replicas_of(urls: str) -> list[Replica]:

@@ -13,8 +13,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,8 @@ def started(*words: str) -> tuple[str, subprocess.Popen[str]]:
     assert process.stderr is not None
     for line in process.stderr:
         if found := re.search(r"listening on (http://\S+)", line):
-            # Nobody reads on: a log this short fits into the pipe.
+            # Its log is read on, or it would wait for that.
+            threading.Thread(target=deque, args=(process.stderr, 0), daemon=True).start()
             while True:
                 try:
                     if httpx2.get(f"{found[1]}/health").status_code == 200:

@@ -44,7 +44,7 @@ def test_speed_is_measured_by_what_was_ahead_and_soon_forgotten() -> None:
     first, second = replica.begin(Choice(1, "load", 100)), replica.begin(Choice(1, "load", 50))
     first.first(10.0, False)
     assert replica.standing(typical_s=0.5).seconds == pytest.approx(0.1)
-    second.first(0.1 * (100 + ANSWER + 50), False)  # it waited for the first one
+    second.first(0.1 * (100 + 50), False)  # it waited for the first one
     assert replica.standing(typical_s=0.5).seconds == pytest.approx(0.1)
     replica.begin(Choice(1, "load", 0)).first(1e6, True)  # says nothing of prompts
     assert typical_seconds([replica, Replica(2, "http://b")]) == pytest.approx(0.1)
