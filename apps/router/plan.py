@@ -11,6 +11,8 @@ ANSWER = 64
 """Work of an answer, in words of a prompt: many are decoded at a time, and none is waited for."""
 
 _OVER = 1.25
+# What is computed keeps others waiting as well: it counts so often.
+_COUNTED = 2
 # Prompts that are not alike share so much by their common words.
 _LEAST_SHARE = 0.1
 
@@ -60,10 +62,10 @@ class Choice:
 def choose(length: int, replicas: Sequence[Standing], draw: random.Random) -> Choice:
     """The replica with the first token soonest: saved tokens against waiting.
 
-    Until the first token, the prompts ahead are computed, and what of this one is not shared. A
-    replica takes no request that would leave it with more than 1.25 times the mean work and a
-    whole request like this one: the least busy one always may. Among equals, and for a prompt that
-    nobody knows, the idler of two drawn ones is taken.
+    Until the first token, the prompts ahead are computed, and what of this one is not shared, which
+    counts twice because others wait for it too. A replica takes no request that would leave it with
+    more than 1.25 times the mean work and a whole request like this one: the least busy one always
+    may. Among equals, and for a prompt that nobody knows, the idler of two drawn ones is taken.
 
     Args:
         length: of the prompt, in words.
@@ -79,16 +81,16 @@ def choose(length: int, replicas: Sequence[Standing], draw: random.Random) -> Ch
     most = _OVER * sum(r.work for r in replicas) / len(replicas) + length + ANSWER
     fitting = [r for r in replicas if r.work + _computed(length, r) + ANSWER <= most]
 
-    def seconds(replica: Standing) -> float:
-        return (replica.ahead + _computed(length, replica)) * replica.seconds
+    def cost(replica: Standing) -> float:
+        return (replica.ahead + _COUNTED * _computed(length, replica)) * replica.seconds
 
     def load(replica: Standing) -> float:
         return (replica.work + _computed(length, replica)) * replica.seconds
 
     equal = fitting or [min(replicas, key=lambda r: r.work)]  # none: by rounding only
     if best >= _LEAST_SHARE:
-        soonest = min(map(seconds, equal))
-        equal = [r for r in equal if seconds(r) <= soonest * (1 + 1e-9)]
+        least = min(map(cost, equal))
+        equal = [r for r in equal if cost(r) <= least * (1 + 1e-9)]
     chosen = min(draw.sample(equal, min(2, len(equal))), key=load)
     if best < _LEAST_SHARE:
         reason: Reason = "load"

@@ -66,7 +66,7 @@ def test_units_do_not_matter(
     assume(any(s.share >= 0.1 for s in standings))
 
     def cost(s: Standing) -> float:
-        return (s.ahead + length * (1 - s.share * (s.share >= 0.1))) * s.seconds
+        return (s.ahead + 2 * length * (1 - s.share * (s.share >= 0.1))) * s.seconds
 
     costs = sorted(map(cost, standings))
     assume(all(b - a > 1e-6 * b for a, b in pairwise(costs)))
@@ -81,8 +81,8 @@ def test_units_do_not_matter(
     [
         # An idle donor; one with less to wait for than it saves, and with more.
         ([Standing(0, 0.9), Standing(1)], (0, "donor")),
-        ([Standing(0, 0.9, ahead=300), Standing(1)], (0, "donor")),
-        ([Standing(0, 0.9, ahead=500), Standing(1)], (1, "moved")),
+        ([Standing(0, 0.9, ahead=800), Standing(1)], (0, "donor")),
+        ([Standing(0, 0.9, ahead=1000), Standing(1)], (1, "moved")),
         # A slow donor computes a tenth in the time in which a fast one computes all.
         ([Standing(0, 0.9, seconds=11), Standing(1)], (1, "moved")),
         # More than the mean and a request: the cap, whatever it would save.

@@ -151,6 +151,33 @@ def test_no_other_path_reaches_a_replica(upstreams: Upstreams, route: Route) -> 
     assert one.asked == []
 
 
+@pytest.mark.parametrize(
+    ("head", "body", "seen"),
+    [
+        (b"Content-Length: 4\r\nTransfer-Encoding: chunked", b"2\r\nhi\r\n0\r\n\r\n", b"hi"),
+        (b"Content-Length: 2\r\nContent-Length: 3", b"hi!", None),
+        (b"Transfer-Encoding: gzip, chunked", b"2\r\nhi\r\n0\r\n\r\n", None),
+        (b"Content-Length : 2", b"hi", None),
+        (b"Content-Length: 2\r\nX: a\rTransfer-Encoding: chunked", b"hi", None),
+        (b"Content-Length: 2\r\nX: a\x00b", b"hi", None),
+        (b"Content-Length: 2", b"hiGET /v1/cache HTTP/1.1\r\nHost: a\r\n\r\n", b"hi"),
+    ],
+)
+def test_nothing_is_smuggled(
+    upstreams: Upstreams, route: Route, head: bytes, body: bytes, seen: bytes | None
+) -> None:
+    [one] = upstreams(1)
+    address = urlsplit(route([one.url]).url)
+    with socket.create_connection((str(address.hostname), address.port or 0), 10) as client:
+        client.sendall(b"POST /v1/files HTTP/1.1\r\nHost: a\r\n" + head + b"\r\n\r\n" + body)
+        status = client.recv(1 << 16).split()[1]
+    assert status == (b"400" if seen is None else b"200")
+    assert [each["body"] for each in one.asked] == ([] if seen is None else [seen])
+    for each in one.asked:
+        lengths = [v for n, v in each["headers"] if n in {b"content-length", b"transfer-encoding"}]
+        assert lengths == [str(len(each["body"])).encode()]
+
+
 def test_heads() -> None:
     given = [(b"Connection", b"close, X-One"), (b"X-One", b"1"), (b"Host", b"h"), (b"A", b"b")]
     assert to_replica(given, "id") == [(b"a", b"b"), (b"x-request-id", b"id")]
