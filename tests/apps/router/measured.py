@@ -96,9 +96,8 @@ def told(name: str, samples: list[Sample]) -> tuple[int, ...]:
     assert all(s.error is None for s in samples), Counter(s.error for s in samples)
     tokens = [sum(s.reuse[o] for s in samples) for o in ("exact", "reused", "recomputed")]
     share = 1 - tokens[2] / sum(tokens)
-    ttft = np.median([s.ttft for s in samples if s.ttft is not None])
     print(f"{name:28} exact {tokens[0]:6} reused {tokens[1]:6} computed {tokens[2]:6}"
-          f" shared {share:.1%} median TTFT {ttft * 1e3:.0f} ms", flush=True)  # fmt: skip
+          f" shared {share:.1%}", flush=True)  # fmt: skip
     return tuple(tokens)
 
 

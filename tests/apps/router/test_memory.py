@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import random
 from typing import Any
@@ -98,10 +97,9 @@ def test_long_prompts_are_bounded_and_contents_not_held() -> None:
     assert len(found.words) <= 1 << 17
     memory = Memory()
     memory.add(chat(_REPORT, key="the-key"), 1)
-    kept = pickle.dumps([memory._known, *memory._index._namespaces["" or next(iter(
-        memory._index._namespaces))].values])  # fmt: skip
-    assert b"haemoglobin" not in kept and b"the-key" not in kept
-    assert "haemoglobin" not in json.dumps([*memory._known])
+    held = [p.values for p in memory._index._namespaces.values()]
+    kept = pickle.dumps([list(memory._known), held])
+    assert len(memory) == 1 and b"haemoglobin" not in kept and b"the-key" not in kept
 
 
 def test_shares_are_those_of_a_count_and_of_samples_near_it() -> None:
