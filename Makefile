@@ -15,7 +15,7 @@ SETUP_DONE := $(VENV)/.kvshare-setup
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo bench report bench-vllm test test-fast test-ui vllm-cpu test-vllm lint ruff \
-	format typecheck wheel clean
+	format typecheck docs wheel clean
 
 help: ## show this list
 	@echo "make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
@@ -173,6 +173,10 @@ typecheck: setup ## type-check the installed package
 	@cd build/typecheck && $(BIN)/mypy --config-file "$(CURDIR)/pyproject.toml" \
 		--cache-dir "$(CURDIR)/.mypy_cache" -p kvshare_mm > ../typecheck.log; status=$$?; \
 		sed -E 's#^kvshare_mm/(apps|kernels|modalities)/#\1/#' ../typecheck.log; exit $$status
+
+docs: setup ## build the pages as a site into build/docs
+	$(BIN)/sphinx-build -q -W -b html -c docs . build/docs
+	@echo "build/docs/docs/index.html"
 
 wheel: setup ## build sdist and wheel into $(DIST)
 	$(BIN)/python -m build --outdir "$(DIST)" .

@@ -16,12 +16,15 @@ from rich.markup import escape
 from kvshare_mm import __version__
 from kvshare_mm.apps.audit.cli import audit
 from kvshare_mm.apps.bench.cli import bench
-from kvshare_mm.apps.desk.cli import ui
+from kvshare_mm.apps.desk.cli import desk
 from kvshare_mm.apps.kernels import kernels
+from kvshare_mm.apps.models import models
 from kvshare_mm.apps.options import Values, config_options, described
 from kvshare_mm.apps.router.cli import route
 from kvshare_mm.apps.server.cache_cli import cache
 from kvshare_mm.apps.server.cli import keys, serve
+from kvshare_mm.apps.size import size
+from kvshare_mm.apps.store import store
 from kvshare_mm.apps.terminal import plain_errors, report_file, write_report
 
 app = typer.Typer(
@@ -33,12 +36,16 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(kernels, name="kernels")
+app.add_typer(models, name="models")
 app.add_typer(keys, name="keys")
 app.add_typer(cache, name="cache")
+app.add_typer(store, name="store")
 app.command()(serve)
 app.command()(route)
-app.command()(ui)
+app.command()(desk)
+app.command("ui", hidden=True)(desk)  # as it was called
 app.command()(audit)
+app.command()(size)
 console = Console()
 
 _OF_CONFIG: dict[str | None, tuple[str, ...]] = {

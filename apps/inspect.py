@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from kvshare_mm.errors import StoreError
+from kvshare_mm.errors import KVUnavailableError, StoreError
 from kvshare_mm.node import Node
 from kvshare_mm.reuse.tree import DeltaTree
-from kvshare_mm.store.disk import DiskTier
+from kvshare_mm.store.codec import read_record
+from kvshare_mm.store.disk import NODE_SUFFIX
 from kvshare_mm.store.media import is_media
 
 
@@ -21,19 +22,27 @@ def show(store_dir: Path, console: Console, tree: bool, limit: int) -> None:
     folder = store_dir / "kv"
     if not folder.is_dir():
         raise StoreError(f"{store_dir} is not a store folder: it has no kv/ inside")
-    disk = DiskTier(folder, max_bytes=1 << 62)
     nodes = DeltaTree()
     encoded: list[Node] = []
-    for node, _ in disk.records():
+    num_bytes = unreadable = 0
+    for path in folder.glob(f"*{NODE_SUFFIX}"):
+        try:
+            node, _, _ = read_record(path)
+        except KVUnavailableError as error:
+            unreadable += error.reason != "evicted"
+            continue
+        num_bytes += path.stat().st_size
         if is_media(node):
             encoded.append(node)
         else:
             nodes.insert(node)
     newest = sorted(nodes, key=lambda n: -n.created_s)[:limit]
     console.print(
-        f"{len(nodes)} donors, {disk.num_bytes / 2**20:.1f} MiB; "
+        f"{len(nodes)} donors, {num_bytes / 2**20:.1f} MiB; "
         f"{nodes.num_tokens_owned} tokens held, {nodes.num_tokens_whole} if each were stored whole"
     )
+    if unreadable:
+        console.print(f"{unreadable} files cannot be read: `kvshare store verify` tells why")
     if encoded:
         positions = sum(len(node) for node in encoded)
         console.print(

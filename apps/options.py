@@ -96,7 +96,7 @@ def config_options(
 
 def _in_bytes(field: str, value: Any) -> Any:
     unit = _FLAGS[field].unit if field in _FLAGS else None
-    return value if unit is None else int(value * _UNITS[unit])
+    return value if unit is None or value is None else int(value * _UNITS[unit])
 
 
 def _parameter(field: str, panel: str | None, defaults: Values) -> inspect.Parameter:
@@ -106,7 +106,8 @@ def _parameter(field: str, panel: str | None, defaults: Values) -> inspect.Param
     bounds: dict[str, Any] = {}
     if unit is not None:
         # Its bounds are in bytes: KVShareConfig checks them.
-        default, kind, words = default / _UNITS[unit], float, f"{words}; in {unit}"
+        kind, words = (float | None if default is None else float), f"{words}; in {unit}"
+        default = None if default is None else default / _UNITS[unit]
     else:
         for bound in info.metadata:
             bounds |= {_BOUNDS[at]: getattr(bound, at) for at in _BOUNDS if hasattr(bound, at)}

@@ -16,10 +16,18 @@ from typing import Any
 import torch
 
 from kvshare_mm.kernels.backend import BackendError, interpreting, require_triton
+from kvshare_mm.kernels.scoring import PLAIN, Scoring
 from kvshare_mm.kernels.tiles import SHARED_BYTES, Tile, attention_tiles, serving_tiles
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# gpt-oss (sinks in every layer), Gemma 3 (a window), Gemma 2 (capped), Llama 4 (chunks).
+_SCORINGS = (
+    (64, Scoring(window=128, sinks=torch.zeros(1))),
+    (256, Scoring(window=512)),
+    (256, Scoring(window=4096, softcap=50.0)),
+    (128, Scoring(chunk=8192)),
+)
 _GROUP = 4  # query heads per KV head, as in Llama 3 8B and Mistral 7B
 
 
@@ -102,8 +110,12 @@ def variants(target: str, all_tiles: bool = False) -> Iterator[Variant]:
     small = serving_tiles(target, 128, 128, torch.float16)[-1]
     yield _attention(small, torch.float16, 128, 16, 8)
     yield _combine(8, 128)
+    for dim, scoring in _SCORINGS:
+        for tile in tiles(target, dim, dim, torch.bfloat16):
+            yield _attention(tile, torch.bfloat16, dim, 16, 1, scoring)
     for dim, pairs, interleaved in ((64, 32, False), (128, 64, False), (256, 32, True)):
         yield _edit(torch.bfloat16, dim, pairs, interleaved)
+    yield _edit(torch.bfloat16, 256, 128, False, by_layer=True)
 
 
 def compile_variant(variant: Variant, target: str) -> Compiled:
@@ -151,8 +163,8 @@ def _usage(target: str, ptxas_log: str, amdgcn: str) -> tuple[int, int]:
     """Registers and spilled bytes per thread, from what the assembler printed."""
     if target.startswith("gfx"):
         registers = re.findall(r"\.vgpr_count:\s+(\d+)", amdgcn)
-        spilled = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", amdgcn)
-        spills = [4 * int(n) for n in spilled]
+        # Scratch memory: scalars that run out of registers go to lanes of vector registers.
+        spills = [int(n) for n in re.findall(r"\.private_segment_fixed_size:\s+(\d+)", amdgcn)]
     else:
         registers = re.findall(r"Used (\d+) registers", ptxas_log)
         spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", ptxas_log)]
@@ -163,11 +175,11 @@ def _usage(target: str, ptxas_log: str, amdgcn: str) -> tuple[int, int]:
 
 def _type_of(name: str) -> str:
     """Arguments of all kernels: table and index pointers, factors, sizes and strides."""
-    if name in ("index_ptr", "cu_seqlens_q", "block_table", "run_ptr"):
+    if name in ("index_ptr", "cu_seqlens_q", "block_table", "run_ptr", "rotation_ptr"):
         return "*i32"
     if name in ("source_slots", "target_slots"):
         return "*i64"
-    if name.startswith("scale"):
+    if name.startswith(("scale", "softcap")):
         return "fp32"
     return "*fp32" if name.endswith("_ptr") else "i32"
 
@@ -182,7 +194,12 @@ def _pages(page_size: int) -> str:
 
 
 def _attention(
-    tile: Tile, dtype: torch.dtype, dim: int, page_size: int, num_splits: int
+    tile: Tile,
+    dtype: torch.dtype,
+    dim: int,
+    page_size: int,
+    num_splits: int,
+    scoring: Scoring = PLAIN,
 ) -> Variant:
     from kvshare_mm.kernels.partial_attention import attention_constants, partial_attention_kernel
 
@@ -191,6 +208,16 @@ def _attention(
     details = [f"dim {dim}", _pages(page_size), shape]
     if num_splits > 1:
         details.append(f"{num_splits} splits")
+    details += [
+        words
+        for words, given in (
+            (f"window {scoring.window}", scoring.window),
+            (f"chunks of {scoring.chunk}", scoring.chunk),
+            ("capped", scoring.softcap),
+            ("sinks", scoring.sinks),
+        )
+        if given is not None
+    ]
     constants = attention_constants(
         tile,
         dtype,
@@ -199,9 +226,10 @@ def _attention(
         dim_k=dim,
         dim_v=dim,
         num_splits=num_splits,
+        scoring=scoring,
     )
     out = kv if num_splits == 1 else "*fp32"
-    types = {"q_ptr": kv, "k_ptr": kv, "v_ptr": kv, "out_ptr": out}
+    types = {"q_ptr": kv, "k_ptr": kv, "v_ptr": kv, "out_ptr": out, "sinks_ptr": kv}
     name = _described("partial_attention", dtype, *details)
     return Variant(
         name, partial_attention_kernel, constants, types, tile.launch_options(nvidia=True)
@@ -216,16 +244,19 @@ def _combine(num_splits: int, dim: int) -> Variant:
     return Variant(name, combine_kernel, constants, {"out_ptr": "*bf16"}, {"num_warps": 1})
 
 
-def _edit(dtype: torch.dtype, dim: int, pairs: int, interleaved: bool) -> Variant:
+def _edit(
+    dtype: torch.dtype, dim: int, pairs: int, interleaved: bool, by_layer: bool = False
+) -> Variant:
     from kvshare_mm.kernels.edit_kv import NUM_WARPS, edit_constants, edit_kv_kernel
 
     kv = "*" + _TYPES[dtype]
     layout = "interleaved" if interleaved else "half-split"
-    name = _described("edit_kv", dtype, f"dim {dim}", f"{2 * pairs} rotary {layout}")
+    details = [f"dim {dim}", f"{2 * pairs} rotary {layout}"]
+    name = _described("edit_kv", dtype, *details, *["by layer"] * by_layer)
     return Variant(
         name,
         edit_kv_kernel,
-        edit_constants(dim, dim, pairs, interleaved),
+        edit_constants(dim, dim, pairs, interleaved, by_layer),
         {"from_k": kv, "from_v": kv, "to_k": kv, "to_v": kv},
         {"num_warps": NUM_WARPS},
     )

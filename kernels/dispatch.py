@@ -20,6 +20,7 @@ import torch
 from kvshare_mm.kernels.backend import interpreting, resolve
 from kvshare_mm.kernels.edits import KVEdit
 from kvshare_mm.kernels.ragged import RaggedQueries
+from kvshare_mm.kernels.scoring import PLAIN, Scoring
 from kvshare_mm.kernels.sdpa import edit_kv_torch, partial_attention_torch
 from kvshare_mm.kernels.tiles import Tile, best_tile
 
@@ -36,6 +37,7 @@ def partial_attention(
     batch: RaggedQueries,
     scale: float,
     backend: str = "auto",
+    scoring: Scoring = PLAIN,
 ) -> torch.Tensor:
     """Attention of queries at arbitrary token indices over all earlier keys of their request.
 
@@ -54,6 +56,7 @@ def partial_attention(
         batch: the queries' token indices and their requests' pages.
         scale: factor on the scores.
         backend: "auto", "triton" or "torch".
+        scoring: windows, sinks and capped scores of the layer.
 
     Returns:
         ``[num_queries, num_heads, value_dim]`` in the dtype of `query`; sums are float32.
@@ -62,17 +65,17 @@ def partial_attention(
         ValueError: shapes, dtypes or strides do not fit.
         BackendError: the backend cannot run here.
     """
-    _check_attention(query, key, value, batch)
+    _check_attention(query, key, value, batch, scoring)
     if resolve(backend, query.device) == "torch":
-        return partial_attention_torch(query, key, value, batch, scale)
+        return partial_attention_torch(query, key, value, batch, scale, scoring)
     if max(query.shape[2], value.shape[3]) > MAX_HEAD_DIM:
         raise ValueError(f"the Triton kernels take no head dims above {MAX_HEAD_DIM}")
     if query.dtype not in _DTYPES:
         raise ValueError("the Triton kernels take float16, bfloat16 and float32")
     from kvshare_mm.kernels.partial_attention import partial_attention_triton
 
-    tile, splits = choose(query, key, value, batch)
-    return partial_attention_triton(query, key, value, batch, scale, tile, splits)
+    tile, splits = choose(query, key, value, batch, scoring)
+    return partial_attention_triton(query, key, value, batch, scale, tile, splits, scoring)
 
 
 def edit_kv(
@@ -113,6 +116,8 @@ def edit_kv(
         raise ValueError("keys and values differ in layers, pages, heads or page size")
     if target_key.shape[:4] != target_value.shape[:4]:
         raise ValueError("keys and values differ in layers, pages, heads or page size")
+    if edit.rotation is not None and len(edit.rotation) != len(source_key):
+        raise ValueError(f"{len(edit.rotation)} layers' rotations, and {len(source_key)} layers")
     if edit.rotary_dim > source_key.shape[4]:
         raise ValueError(f"{edit.rotary_dim} rotary dims, and keys of {source_key.shape[4]}")
     if resolve(backend, target_key.device) == "torch":
@@ -142,7 +147,11 @@ def num_splits(num_tiles: int, num_kv_heads: int, max_kv_len: int, num_processor
 
 
 def choose(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: RaggedQueries
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    batch: RaggedQueries,
+    scoring: Scoring = PLAIN,
 ) -> tuple[Tile, int]:
     """Tile and number of splits that `partial_attention` runs with on Triton."""
     group = query.shape[1] // key.shape[1]
@@ -152,11 +161,16 @@ def choose(
         return tile, 1
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     num_tiles = sum(-(-n * group // tile.block_m) for n in batch.lengths)
-    return tile, num_splits(num_tiles, key.shape[1], batch.max_kv_len, processors)
+    seen = min(batch.max_kv_len, *(n or batch.max_kv_len for n in scoring.span))
+    return tile, num_splits(num_tiles, key.shape[1], seen, processors)
 
 
 def _check_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: RaggedQueries
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    batch: RaggedQueries,
+    scoring: Scoring,
 ) -> None:
     if query.ndim != 3 or key.ndim != 4 or value.ndim != 4:
         raise ValueError(
@@ -174,3 +188,5 @@ def _check_attention(
         raise ValueError("query, key and value differ in dtype")
     if query.stride(2) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
         raise ValueError("the last dimension of query, key and value must be dense")
+    if scoring.sinks is not None and scoring.sinks.shape != (query.shape[1],):
+        raise ValueError(f"sinks are [{query.shape[1]} heads], not {list(scoring.sinks.shape)}")

@@ -21,13 +21,13 @@ NUM_WARPS = 4
 
 @triton.jit
 def edit_kv_kernel(
-    from_k, from_v, to_k, to_v, source_slots, target_slots, run_ptr, cos_ptr, sin_ptr,
-    num_tokens, source_page_size, target_page_size,
+    from_k, from_v, to_k, to_v, source_slots, target_slots, run_ptr, rotation_ptr, cos_ptr, sin_ptr,
+    num_tokens, source_page_size, target_page_size, stride_rotation,
     stride_fkl, stride_fkp, stride_fkh, stride_fkt, stride_fvl, stride_fvp, stride_fvh, stride_fvt,
     stride_tkl, stride_tkp, stride_tkh, stride_tkt, stride_tvl, stride_tvp, stride_tvh, stride_tvt,
     DIM_K: tl.constexpr, DIM_V: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_REST: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    BY_LAYER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_REST: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of tokens, KV heads, layers."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -47,8 +47,11 @@ def edit_kv_kernel(
         pair = tl.arange(0, BLOCK_P)[None, :]
         turned = exists[:, None] & (pair < PAIRS)
         run = tl.load(run_ptr + token, mask=exists, other=0)
-        cos = tl.load(cos_ptr + run[:, None] * PAIRS + pair, mask=turned, other=1.0)
-        sin = tl.load(sin_ptr + run[:, None] * PAIRS + pair, mask=turned, other=0.0)
+        angle = run[:, None] * PAIRS + pair
+        if BY_LAYER:
+            angle += tl.load(rotation_ptr + layer).to(tl.int64) * stride_rotation
+        cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
+        sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
         if INTERLEAVED:
             # One wide access and a split in registers: every second channel would be a slow one.
             both = tl.arange(0, 2 * BLOCK_P)[None, :]
@@ -80,13 +83,16 @@ def edit_kv_kernel(
     tl.store(v_out + dims, v.to(to_v.dtype.element_ty), mask=inside)
 
 
-def edit_constants(dim_k: int, dim_v: int, pairs: int, interleaved: bool) -> dict[str, Any]:
+def edit_constants(
+    dim_k: int, dim_v: int, pairs: int, interleaved: bool, by_layer: bool = False
+) -> dict[str, Any]:
     """What the kernel is compiled for; `pairs` is half of the rotary dimensions."""
     return {
         "DIM_K": dim_k,
         "DIM_V": dim_v,
         "PAIRS": pairs,
         "INTERLEAVED": interleaved,
+        "BY_LAYER": by_layer,
         "BLOCK_T": TOKENS,
         "BLOCK_P": triton.next_power_of_2(max(1, pairs)),
         "BLOCK_REST": triton.next_power_of_2(max(1, dim_k - 2 * pairs)),
@@ -108,9 +114,13 @@ def edit_kv_triton(
         return
     edit_kv_kernel[(triton.cdiv(edit.num_tokens, TOKENS), heads, layers)](
         source_key, source_value, target_key, target_value,
-        edit.source_slots, edit.target_slots, edit.run, edit.cos, edit.sin,
-        edit.num_tokens, page_size, target_key.shape[3],
+        edit.source_slots, edit.target_slots, edit.run,
+        edit.run if edit.rotation is None else edit.rotation, edit.cos, edit.sin,
+        edit.num_tokens, page_size, target_key.shape[3], edit.cos.stride(0),
         *source_key.stride()[:4], *source_value.stride()[:4],
         *target_key.stride()[:4], *target_value.stride()[:4],
-        **edit_constants(dim_k, dim_v, edit.cos.shape[1], edit.interleaved), num_warps=NUM_WARPS,
+        **edit_constants(
+            dim_k, dim_v, edit.cos.shape[2], edit.interleaved, edit.rotation is not None
+        ),
+        num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -18,9 +18,11 @@ class KVEdit:
         source_slots: ``[num_tokens]`` int64 slots to read.
         target_slots: ``[num_tokens]`` int64 slots to write.
         run: ``[num_tokens]`` int32 row of the rotation table.
-        cos, sin: ``[num_runs, rotary_dim / 2]`` float32, see `rotation_table`.
+        cos, sin: ``[num_rotations, num_runs, rotary_dim / 2]`` float32, see `rotation_table`.
         interleaved: pairs are neighbours ``(2i, 2i + 1)`` and not halves
             ``(i, i + rotary_dim / 2)``.
+        rotation: ``[num_layers]`` int32 row of cos and sin that a layer's keys turn by; None: the
+            first, in every layer.
 
     Raises:
         ValueError: shapes or dtypes do not fit each other.
@@ -32,6 +34,7 @@ class KVEdit:
     cos: torch.Tensor
     sin: torch.Tensor
     interleaved: bool = False
+    rotation: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.source_slots)
@@ -41,8 +44,10 @@ class KVEdit:
             raise ValueError("slots are int64")
         if self.run.dtype != torch.int32:
             raise ValueError("run is int32")
-        if self.cos.ndim != 2 or self.cos.shape != self.sin.shape:
-            raise ValueError("cos and sin are [num_runs, rotary_dim / 2]")
+        if self.cos.ndim != 3 or self.cos.shape != self.sin.shape:
+            raise ValueError("cos and sin are [num_rotations, num_runs, rotary_dim / 2]")
+        if self.rotation is not None and self.rotation.dtype != torch.int32:
+            raise ValueError("rotation is int32")
         if self.cos.dtype != torch.float32 or self.sin.dtype != torch.float32:
             raise ValueError("cos and sin are float32: keys are turned in float32")
 
@@ -52,7 +57,7 @@ class KVEdit:
 
     @property
     def rotary_dim(self) -> int:
-        return 2 * self.cos.shape[1]
+        return 2 * self.cos.shape[2]
 
 
 def rotation_table(
@@ -68,10 +73,12 @@ def rotation_table(
     Args:
         shift: ``[num_runs]`` integers, target position minus source position, the same on all
             axes of a position (M-RoPE).
-        inv_freq: ``[rotary_dim / 2]`` angles per position, after scaling (linear, llama3, YaRN).
+        inv_freq: ``[num_rotations, rotary_dim / 2]`` angles per position, after scaling (linear,
+            llama3, YaRN); 0 where nothing turns.
 
     Returns:
-        cos and sin, ``[num_runs, rotary_dim / 2]`` float32, on the device of `inv_freq`.
+        cos and sin, ``[num_rotations, num_runs, rotary_dim / 2]`` float32, on the device of
+        `inv_freq`.
     """
-    angle = shift.to(inv_freq.device, torch.float64)[:, None] * inv_freq.double()
+    angle = shift.to(inv_freq.device, torch.float64)[:, None] * inv_freq.double()[:, None]
     return angle.cos().float(), angle.sin().float()

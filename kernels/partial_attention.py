@@ -8,6 +8,7 @@ query may see is decided by its token index, which the kernel loads, and not by 
 - The heads that share a KV head are rows of one tile, so K and V are read once for all of them.
 - Indices ascend, so a tile's last row bounds the keys to visit, and keys up to its first row's
   index need no mask. For a contiguous run that is exactly the work of a causal prefill.
+- A window bounds the keys from below too; sinks are where the softmax's sums begin.
 - Few queries over a long context would leave most of a GPU idle: the keys are then split over
   programs, and `combine_kernel` joins the parts by their log-sum-exp (base 2).
 """
@@ -22,9 +23,10 @@ import triton.language as tl
 
 from kvshare_mm.kernels.backend import interpreting
 from kvshare_mm.kernels.ragged import RaggedQueries
+from kvshare_mm.kernels.scoring import PLAIN, Scoring
 from kvshare_mm.kernels.tiles import Tile, block_dim
 
-_LOG2E = 1.4426950408889634
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -71,9 +73,10 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, index, k_head, v_head, table, begin, end, seen, scale_log2,
+    acc, total, peak, q, index, k_head, v_head, table, begin, end, seen, scale_log2, softcap,
     stride_kp, stride_kt, stride_vp, stride_vt,
-    MASKED: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, CAPPED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -98,8 +101,17 @@ def _attend(
         else:
             k = tl.load(k_at[None, :] + dims_k[:, None], mask=dims_k[:, None] < DIM_K, other=0.0)
         scores = _dot(q, k, None, PRECISION, WIDEN) * scale_log2
+        if CAPPED:
+            # tanh by its exponential, which overflows to the right ends; in natural units.
+            x = scores * (2.0 / softcap)
+            scores = softcap * _LOG2E * (1.0 - 2.0 / (tl.math.exp2(x) + 1.0))
         if MASKED:
-            scores = tl.where(index[:, None] >= offsets[None, :], scores, float("-inf"))
+            visible = index[:, None] >= offsets[None, :]
+            if WINDOW > 0:
+                visible = visible & (offsets[None, :] > index[:, None] - WINDOW)
+            if CHUNK > 0:
+                visible = visible & (offsets[None, :] >= (index // CHUNK * CHUNK)[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         if MASKED:
             # A row that has seen no key yet: -inf - -inf would be NaN.
@@ -126,14 +138,15 @@ def _attend(
 
 @triton.jit
 def partial_attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, index_ptr, cu_seqlens_q, block_table,
-    num_requests, num_heads, scale_log2,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, index_ptr, cu_seqlens_q, block_table,
+    num_requests, num_heads, scale_log2, softcap,
     stride_qt, stride_qh, stride_kp, stride_kh, stride_kt, stride_vp, stride_vh, stride_vt,
     stride_os, stride_ot, stride_oh, stride_ls, stride_table,
     GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr,
     NUM_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of rows (a row is a query and a head of the group), KV heads, splits."""
     # The last tiles have the longest way: they start first.
@@ -159,26 +172,41 @@ def partial_attention_kernel(
         inside = valid[:, None] & (dims_k[None, :] < DIM_K)
         q = tl.load(q_at[:, None] + dims_k[None, :], mask=inside, other=0.0)
 
-        per_split = tl.cdiv(tl.cdiv(seen, BLOCK_N), NUM_SPLITS) * BLOCK_N
-        begin = split * per_split
+        # Keys before the first that the first row sees are not visited.
+        low = 0
+        if WINDOW > 0:
+            low = tl.maximum(0, by_all - WINDOW) // BLOCK_N * BLOCK_N
+        if CHUNK > 0:
+            low = (by_all - 1) // CHUNK * CHUNK // BLOCK_N * BLOCK_N
+        per_split = tl.cdiv(tl.cdiv(seen - low, BLOCK_N), NUM_SPLITS) * BLOCK_N
+        begin = low + split * per_split
         end = tl.minimum(begin + per_split, seen)
-        masked_from = tl.maximum(begin, tl.minimum(end, by_all // BLOCK_N * BLOCK_N))
 
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        if SINKS:
+            sink = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32) * _LOG2E
+            counts = NUM_SPLITS == 1 or split == 0
+            peak = tl.where(counts, sink, peak)
+            total = tl.where(counts, 1.0, total)
         k_head = k_ptr + kv_head * stride_kh
         v_head = v_ptr + kv_head * stride_vh
         table = block_table + request * stride_table
-        acc, total, peak = _attend(
-            acc, total, peak, q, index, k_head, v_head, table, begin, masked_from, seen,
-            scale_log2, stride_kp, stride_kt, stride_vp, stride_vt,
-            False, PAGE_SIZE, DIM_K, DIM_V, BLOCK_N, BLOCK_DK, BLOCK_DV, PRECISION, WIDEN,
-        )  # fmt: skip
+        masked_from = begin
+        if (WINDOW == 0) & (CHUNK == 0):
+            masked_from = tl.maximum(begin, tl.minimum(end, by_all // BLOCK_N * BLOCK_N))
+            acc, total, peak = _attend(
+                acc, total, peak, q, index, k_head, v_head, table, begin, masked_from, seen,
+                scale_log2, softcap, stride_kp, stride_kt, stride_vp, stride_vt,
+                False, WINDOW, CHUNK, CAPPED, PAGE_SIZE, DIM_K, DIM_V, BLOCK_N, BLOCK_DK,
+                BLOCK_DV, PRECISION, WIDEN,
+            )  # fmt: skip
         acc, total, peak = _attend(
             acc, total, peak, q, index, k_head, v_head, table, masked_from, end, seen,
-            scale_log2, stride_kp, stride_kt, stride_vp, stride_vt,
-            True, PAGE_SIZE, DIM_K, DIM_V, BLOCK_N, BLOCK_DK, BLOCK_DV, PRECISION, WIDEN,
+            scale_log2, softcap, stride_kp, stride_kt, stride_vp, stride_vt,
+            True, WINDOW, CHUNK, CAPPED, PAGE_SIZE, DIM_K, DIM_V, BLOCK_N, BLOCK_DK, BLOCK_DV,
+            PRECISION, WIDEN,
         )  # fmt: skip
 
         # A row without a key in this split gives 0, and a log-sum-exp of -inf + log2(1).
@@ -232,6 +260,7 @@ def attention_constants(
     dim_k: int,
     dim_v: int,
     num_splits: int,
+    scoring: Scoring = PLAIN,
 ) -> dict[str, Any]:
     """What `partial_attention_kernel` is compiled for; `page_size` 0 means one page per request.
 
@@ -250,6 +279,10 @@ def attention_constants(
         "BLOCK_DV": block_dim(dim_v),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "WIDEN": dtype == torch.bfloat16 and interpreting(),
+        "WINDOW": scoring.span[0],
+        "CHUNK": scoring.span[1],
+        "CAPPED": scoring.softcap is not None,
+        "SINKS": scoring.sinks is not None,
     }
 
 
@@ -266,12 +299,14 @@ def partial_attention_triton(
     scale: float,
     tile: Tile,
     num_splits: int = 1,
+    scoring: Scoring = PLAIN,
 ) -> torch.Tensor:
     """`dispatch.partial_attention` on the GPU or in Triton's interpreter; checked there.
 
     Args:
         tile: see `tiles.attention_tiles`.
         num_splits: over how many programs the keys of a query tile are spread.
+        scoring: windows, sinks and capped scores of the layer.
 
     Returns:
         ``[num_queries, num_heads, value_dim]`` in the dtype of `query`.
@@ -289,13 +324,14 @@ def partial_attention_triton(
     lse = query.new_empty(num_splits, num_queries, num_heads, dtype=torch.float32)
     num_tiles = num_queries * group // tile.block_m + batch.num_requests
     partial_attention_kernel[(num_tiles, num_kv_heads, num_splits)](
-        query, key, value, parts, lse, batch.index, batch.cu_seqlens_q, batch.block_table,
-        batch.num_requests, num_heads, scale * _LOG2E,
+        query, key, value, parts, lse, lse if scoring.sinks is None else scoring.sinks,
+        batch.index, batch.cu_seqlens_q, batch.block_table,
+        batch.num_requests, num_heads, scale * _LOG2E.value, scoring.softcap or 0.0,
         *query.stride()[:2], *key.stride()[:3], *value.stride()[:3],
         *parts.stride()[:3], lse.stride(0), batch.block_table.stride(0),
         **attention_constants(
             tile, query.dtype, group=group, page_size=page_size, dim_k=dim_k, dim_v=dim_v,
-            num_splits=num_splits,
+            num_splits=num_splits, scoring=scoring,
         ),
         **tile.launch_options(torch.version.hip is None),
     )  # fmt: skip

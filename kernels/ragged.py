@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
+
+from kvshare_mm.kernels.scoring import PLAIN, Scoring
 
 # Most queries that share one call and one mask on the torch path. Measured, see README.md: fewer
 # pay for calls, more for keys that only the last of them sees.
@@ -14,11 +16,13 @@ CHUNK = 32
 
 
 class Chunk(NamedTuple):
-    """Queries ``[start, end)`` of the batch, all of one request, and the keys they may see."""
+    """Queries ``[start, end)`` of the batch, all of one request, and the keys
+    ``[first_key, kv_len)`` that they may see."""
 
     request: int
     start: int
     end: int
+    first_key: int
     kv_len: int
     causal: bool
 
@@ -63,7 +67,8 @@ class RaggedQueries:
         self.block_table = block_table.to(torch.int32).contiguous()
         if kv_lens is not None:
             self.kv_lens = tuple(kv_lens)
-        self._masks: tuple[torch.dtype, tuple[torch.Tensor | None, ...]] | None = None
+        self._chunks: dict[tuple[int, int, bool], tuple[Chunk, ...]] = {}
+        self._masks: dict[tuple[int, int, bool, torch.dtype], tuple[torch.Tensor | None, ...]] = {}
 
     @classmethod
     def in_slots(cls, slots: Sequence[int], indices: Sequence[torch.Tensor]) -> RaggedQueries:
@@ -116,35 +121,63 @@ class RaggedQueries:
     def max_kv_len(self) -> int:
         return max(self.kv_lens, default=0)
 
-    @cached_property
-    def chunks(self) -> tuple[Chunk, ...]:
-        """The queries in even pieces of at most `CHUNK`; a whole prompt is one causal piece."""
-        index = self.index.tolist()
-        chunks = []
+    def packed(self) -> RaggedQueries:
+        """The same queries over K/V of these requests alone, one page each, in their order."""
+        pages = torch.arange(self.num_requests, device=self.index.device)[:, None]
+        return RaggedQueries(self.index.split(list(self.lengths)), pages, self.kv_lens)
+
+    def chunks(self, scoring: Scoring = PLAIN) -> tuple[Chunk, ...]:
+        """The queries in even pieces of at most `CHUNK`; a whole prompt that sees all is one causal
+        piece."""
+        key = (*scoring.span, scoring.fused)
+        if key not in self._chunks:
+            self._chunks[key] = tuple(self._cut(scoring))
+        return self._chunks[key]
+
+    def _cut(self, scoring: Scoring) -> Iterator[Chunk]:
+        index = self._token
         for request, n in enumerate(self.lengths):
             first = self._starts[request]
-            if n and index[first + n - 1] == n - 1:
-                chunks.append(Chunk(request, first, first + n, n, causal=True))
+            whole = n > 0 and index[first + n - 1] == n - 1
+            if whole and scoring.fused and not scoring.first_key(n - 1):
+                yield Chunk(request, first, first + n, 0, n, causal=True)
                 continue
             pieces = -(-n // CHUNK)
             for piece in range(pieces):
                 start, end = first + n * piece // pieces, first + n * (piece + 1) // pieces
-                chunks.append(Chunk(request, start, end, index[end - 1] + 1, causal=False))
-        return tuple(chunks)
+                first_key = scoring.first_key(index[start])
+                yield Chunk(request, start, end, first_key, index[end - 1] + 1, causal=False)
 
-    def masks(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-        """For each chunk its additive mask ``[queries, kv_len]``, or None if it needs none."""
-        if self._masks is None or self._masks[0] != dtype:
-            self._masks = dtype, tuple(self._mask(chunk, dtype) for chunk in self.chunks)
-        return self._masks[1]
+    def masks(
+        self, dtype: torch.dtype, scoring: Scoring = PLAIN
+    ) -> tuple[torch.Tensor | None, ...]:
+        """For each chunk its additive mask ``[queries, kv_len - first_key]``, or None if it needs
+        none."""
+        key = (*scoring.span, scoring.fused, dtype)
+        if key not in self._masks:
+            self._masks[key] = tuple(
+                self._mask(chunk, dtype, scoring) for chunk in self.chunks(scoring)
+            )
+        return self._masks[key]
 
-    def _mask(self, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor | None:
+    def _mask(self, chunk: Chunk, dtype: torch.dtype, scoring: Scoring) -> torch.Tensor | None:
         if chunk.causal or chunk.end - chunk.start == 1:
             return None
-        index = self.index[chunk.start : chunk.end]
-        hidden = torch.arange(chunk.kv_len, device=index.device)[None] > index[:, None]
+        index = self.index[chunk.start : chunk.end, None]
+        keys = torch.arange(chunk.first_key, chunk.kv_len, device=index.device)[None]
+        hidden = keys > index
+        if scoring.window is not None:
+            hidden |= keys <= index - scoring.window
+        if scoring.chunk is not None:
+            hidden |= keys // scoring.chunk < index // scoring.chunk
         mask = torch.zeros(hidden.shape, dtype=dtype, device=index.device)
         return mask.masked_fill_(hidden, float("-inf"))
+
+    @cached_property
+    def _token(self) -> list[int]:
+        """`index` on the host."""
+        tokens: list[int] = self.index.tolist()
+        return tokens
 
     @cached_property
     def _starts(self) -> list[int]:

@@ -8,8 +8,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvshare_mm.chat import TEXT_ONLY, MediaSupport
 from kvshare_mm.config import KVShareConfig
@@ -35,6 +36,9 @@ from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.stream import Modality
 
+if TYPE_CHECKING:
+    from kvshare_mm.modalities.embed import TextEmbedder
+
 logger = logging.getLogger(__name__)
 
 _DEFAULT_MAX_LEN = 8192
@@ -57,6 +61,7 @@ class Parts:
     decoder: Decoder = field(default_factory=InProcess)
     auditor: Auditor | None = None
     grammars: Grammars | None = None
+    embedder: Callable[[], TextEmbedder] | None = None
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start and sizes now.
@@ -130,6 +135,7 @@ def assemble(config: KVShareConfig) -> Parts:
         trust_remote_code=config.trust_remote_code,
         attention_backend=config.attention_backend,
     )
+    embedder = text_embedder(config) if config.embedder else None
     max_len = min(config.max_model_len or _DEFAULT_MAX_LEN, loaded.context_len)
     if config.max_model_len and config.max_model_len > loaded.context_len:
         raise ConfigError(
@@ -150,7 +156,7 @@ def assemble(config: KVShareConfig) -> Parts:
             drafts=config.drafts,
         )
         if config.reuse != "off":
-            donors = _donors(config, loaded, disk)
+            donors = _donors(config, loaded, disk, embedder)
     encoder = None
     if loaded.family is not None:
         encoder = MediaEncoder(loaded, donors.store if donors else None)
@@ -190,6 +196,7 @@ def assemble(config: KVShareConfig) -> Parts:
         decoder,
         auditor,
         Grammars(loaded.tokenizer, loaded.eos_token_ids),
+        embedder,
     )
 
 
@@ -220,16 +227,36 @@ def media_of(
     """
     sources = MediaSources(config.max_media_bytes, config.local_media)
     adapters = adapters_for(processor, placeholders, sources, config.max_image_pixels, decoder)
-    return MediaSupport(adapters, placeholders, mrope)
+    return MediaSupport(adapters, placeholders, mrope, _spelled(processor, placeholders))
 
 
-def _donors(config: KVShareConfig, loaded: LoadedModel, disk: DiskTier | None) -> DonorPool:
+def _spelled(processor: Any, placeholders: Mapping[Modality, int]) -> dict[int, tuple[int, ...]]:
+    """InternVL's processor puts tokens around a picture, where others have it in the template."""
+    start, end = (getattr(processor, f"{name}_image_token_id", None) for name in ("start", "end"))
+    token = placeholders.get(Modality.IMAGE)
+    if start is None or end is None or token is None:
+        return {}
+    return {token: (start, token, end)}
+
+
+def _donors(
+    config: KVShareConfig,
+    loaded: LoadedModel,
+    disk: DiskTier | None,
+    embedder: Callable[[], TextEmbedder] | None,
+) -> DonorPool:
+    per_token = loaded.kv_shape.bytes_per_token(loaded.dtype) if loaded.kv_shape else 0
+    budget = config.host_budget(per_token)
+    if per_token:
+        logger.info(
+            "KV of %d tokens fits into %.1f GiB of RAM", budget // per_token, budget / 2**30
+        )
     return DonorPool(
         loaded.fingerprint,
         KVEditor(loaded.rotary, loaded.attention_backend),
-        HostTier(config.host_bytes),
+        HostTier(budget),
         disk,
-        open_dense(config, loaded.fingerprint) if config.embedder else None,
+        open_dense(config, loaded.fingerprint, embedder) if embedder else None,
         config.max_candidates,
         joining_tokens(loaded.tokenizer),
     )
@@ -247,14 +274,31 @@ def _calibration(config: KVShareConfig, donors: DonorPool, fingerprint: str) -> 
     return calibration
 
 
-def open_dense(config: KVShareConfig, fingerprint: str) -> Callable[[], Opened]:
-    """Opens the index of meaning; heavy imports and connections happen when it is called."""
+def text_embedder(config: KVShareConfig) -> Callable[[], TextEmbedder]:
+    """Loads the embedder when it is first asked for."""
+
+    @cache
+    def load() -> TextEmbedder:
+        from kvshare_mm.modalities.embed import TextEmbedder
+
+        return TextEmbedder(str(config.embedder))
+
+    return load
+
+
+def open_dense(
+    config: KVShareConfig, fingerprint: str, load: Callable[[], TextEmbedder] | None = None
+) -> Callable[[], Opened]:
+    """Opens the index of meaning; heavy imports and connections happen when it is called.
+
+    Args:
+        load: gives the embedder; None: one of its own.
+    """
 
     def open_index() -> Opened:
         from kvshare_mm.index.milvus import MilvusIndex
-        from kvshare_mm.modalities.embed import TextEmbedder
 
-        embedder = TextEmbedder(str(config.embedder))
+        embedder = (load or text_embedder(config))()
         uri = config.index_uri
         if uri is None:
             # One file per model: two servers with different models can share a store folder.

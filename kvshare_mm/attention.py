@@ -12,7 +12,9 @@ request over its own slot. Decoding is the case of one row per request.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -24,12 +26,13 @@ from transformers.cache_utils import Cache
 from kvshare_mm.kernels import dispatch
 from kvshare_mm.kernels.backend import BACKENDS
 from kvshare_mm.kernels.ragged import RaggedQueries
+from kvshare_mm.kernels.scoring import PLAIN, Scoring
 
 ATTENTION_NAME = "kvshare"
 
-# What models may ask of an attention function beyond scaled dot products: logit soft-capping,
-# attention sinks, additive biases. Ignoring one would be wrong only a little, so not be noticed.
-_CHANGES_SCORES = ("softcap", "s_aux", "position_bias")
+# What models may ask of an attention function and does not get. Ignoring it would be wrong only a
+# little, so not be noticed.
+_UNSUPPORTED = ("position_bias", "indices", "compressed_kv")
 
 
 def attention_name(backend: str) -> str:
@@ -47,23 +50,32 @@ class TailAttention:
         self._sum: torch.Tensor | None = None
         self._layers = 0
 
-    def add(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+    def add(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float, scoring: Scoring = PLAIN
+    ) -> None:
         """Take up one layer.
 
         Args:
             query: ``[num_heads, head_dim]`` of the last row.
-            key: ``[num_kv_heads, N, head_dim]`` that it sees.
+            key: ``[num_kv_heads, N, head_dim]`` up to its own.
             scale: factor on the scores.
+            scoring: windows, sinks and capped scores of the layer.
         """
         grouped = query.view(key.shape[0], -1, query.shape[-1])
-        scores = torch.matmul(grouped * scale, key.transpose(1, 2))
-        mass = scores.softmax(-1, dtype=torch.float32).mean((0, 1))
+        scores = torch.matmul(grouped * scale, key.transpose(1, 2)).float()
+        if scoring.softcap is not None:
+            scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+        scores[..., : scoring.first_key(key.shape[1] - 1)] = float("-inf")
+        if scoring.sinks is not None:
+            scores = torch.cat((scores, scoring.sinks.view(*scores.shape[:2], 1).float()), -1)
+        mass = scores.softmax(-1)[..., : key.shape[1]].mean((0, 1))
         self._sum = mass if self._sum is None else self._sum + mass
         self._layers += 1
 
     @property
     def mass(self) -> np.ndarray | None:
-        """``[N]`` float32 attention on each position, mean over heads and layers: sums to 1."""
+        """``[N]`` float32 attention on each position, mean over heads and layers: sums to 1, or to
+        what attention sinks leave."""
         return None if self._sum is None else (self._sum / self._layers).cpu().numpy()
 
 
@@ -71,23 +83,49 @@ class GivenUp(Exception):
     """A forward that was not finished; what it wrote can be written again."""
 
 
-class SlotCache(Cache):
-    """K/V of all slots, preallocated; `batch` says where the next forward writes.
+# The rows of the running forward, and who records the attention of the last one. Not keywords of
+# the forward: some models do not pass theirs on to their attention.
+_running: ContextVar[tuple[RaggedQueries, TailAttention | None] | None] = ContextVar(
+    "kvshare_running", default=None
+)
 
-    Attributes:
+
+class SlotCache(Cache):
+    """K/V of all slots, preallocated.
+
+    Args:
         k: ``[num_layers, num_slots, num_kv_heads, max_len, head_dim]``.
         v: the same (head_dim may differ).
+        packed: attention gets the K/V of a forward's requests alone. For models that expand what
+            they cache (multi-head latent attention): they would expand all slots.
+
+    Attributes:
         moved_s: `time.perf_counter` of the last layer.
         given_up: asked before every layer of a forward that may be; None: it may not.
     """
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, packed: bool = False) -> None:
         super().__init__(layers=[])
         self.moved_s = 0.0
         self.k = k
         self.v = v
-        self.batch: RaggedQueries | None = None
         self.given_up: Callable[[], bool] | None = None
+        self._packed = packed
+        self._batch: RaggedQueries | None = None
+
+    @contextmanager
+    def forward(self, batch: RaggedQueries, tail: TailAttention | None = None) -> Iterator[None]:
+        """The model's forward inside computes the rows of `batch`, whose requests have slots.
+
+        Args:
+            tail: records the attention of the last row.
+        """
+        self._batch = batch
+        token = _running.set((batch.packed() if self._packed else batch, tail))
+        try:
+            yield
+        finally:
+            _running.reset(token)
 
     def update(
         self,
@@ -98,9 +136,9 @@ class SlotCache(Cache):
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scatter ``[1, num_kv_heads, n, head_dim]`` to the batch's slots and indices."""
-        batch = self.batch
+        batch = self._batch
         if batch is None or batch.pages is None:
-            raise RuntimeError("SlotCache.batch must be set before a forward, with slots")
+            raise RuntimeError("SlotCache.forward must be entered before a forward, with slots")
         if self.given_up is not None and self.given_up():
             raise GivenUp
         self.moved_s = time.perf_counter()
@@ -113,10 +151,19 @@ class SlotCache(Cache):
         else:
             k[slots, :, index] = key_states[0].transpose(0, 1)
             v[slots, :, index] = value_states[0].transpose(0, 1)
-        return k, v
+        if not self._packed:
+            return k, v
+        pages, n = batch.pages, batch.max_kv_len
+        which = slice(pages[0], pages[0] + 1) if len(pages) == 1 else pages
+        return k[which, :, :n], v[which, :, :n]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """What a layer adds to a row's number to get its token index (Llama 4): a tensor, as rows
+        need not follow each other."""
+        if layer_idx is None or self._batch is None:
+            return 0
+        index = self._batch.index
+        return index - torch.arange(len(index), device=index.device)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return query_length, 0
@@ -129,8 +176,9 @@ def partial_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    kvshare_batch: RaggedQueries | None = None,
-    kvshare_tail: TailAttention | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     backend: str = "auto",
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -139,28 +187,37 @@ def partial_attention(
     Args:
         query: ``[1, num_heads, n, head_dim]``.
         key, value: ``[num_slots, num_kv_heads, max_len, head_dim]`` as `SlotCache.update` returns.
-        kvshare_batch: the rows; passed through the model's forward as a keyword.
-        kvshare_tail: records the attention of the last row; passed so too.
+        sliding_window, softcap, s_aux: see `Scoring`.
         backend: what computes it, see `kernels.dispatch`.
 
     Returns:
         ``[1, n, num_heads, head_dim]`` and None.
     """
-    if kvshare_batch is None:
-        raise RuntimeError(
-            f"{type(module).__name__} does not pass keywords on to its attention function"
-        )
-    for name in _CHANGES_SCORES:
+    running = _running.get()
+    if running is None:
+        raise RuntimeError("PartialAttention runs inside SlotCache.forward only")
+    for name in _UNSUPPORTED:
         if options.get(name) is not None:
             raise RuntimeError(f"{type(module).__name__} changes attention scores ({name})")
+    batch, tail = running
+    scoring = Scoring(sliding_window, _chunk(module), softcap, s_aux)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = dispatch.partial_attention(
-        query[0].transpose(0, 1), key, value, kvshare_batch, scale, backend
+        query[0].transpose(0, 1), key, value, batch, scale, backend, scoring
     )
-    if kvshare_tail is not None and kvshare_batch.pages is not None:
-        seen = key[kvshare_batch.pages[-1], :, : kvshare_batch.kv_lens[-1]]
-        kvshare_tail.add(query[0, :, -1], seen, scale)
-    return out[None], None
+    if tail is not None and batch.pages is not None:
+        seen = key[batch.pages[-1], :, : batch.kv_lens[-1]]
+        tail.add(query[0, :, -1], seen, scale, scoring)
+    return out.contiguous()[None], None  # some models view it, others reshape
+
+
+def _chunk(module: torch.nn.Module) -> int | None:
+    """The chunk of a layer with chunked attention: models say it with their mask alone."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or layer is None or kinds[layer] != "chunked_attention":
+        return None
+    return int(config.attention_chunk_size)  # type: ignore[union-attr]
 
 
 for _backend in BACKENDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.modalities.base import Adapters
 from kvshare_mm.stream import MediaItem, Modality, SegmentStream, media_stream, text_stream
 from kvshare_mm.text_bound import TextBound
+from kvshare_mm.tools import Tools, earlier_calls, style_of, told_in_words
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
@@ -25,11 +27,13 @@ class MediaSupport:
         adapters: read the parts of messages.
         placeholders: the token that stands for a medium, by modality.
         mrope: its rotary positions have three axes.
+        spelled: tokens that the model's processor writes for one of its template.
     """
 
     adapters: Adapters
     placeholders: Mapping[Modality, int] = field(default_factory=dict)
     mrope: bool = False
+    spelled: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 TEXT_ONLY = MediaSupport(Adapters([]))
@@ -90,6 +94,7 @@ def chat_stream(
     media: MediaSupport = TEXT_ONLY,
     tenant: str = "",
     bound: TextBound | None = None,
+    tools: Tools | None = None,
 ) -> tuple[SegmentStream, str]:
     """The stream and the text of a chat, through the model's own template.
 
@@ -98,6 +103,8 @@ def chat_stream(
         media: what the model can take beside text.
         tenant: whose request it is.
         bound: of all texts together, before any is tokenised or a medium is decoded.
+        tools: what the model may call. A template that does not know tools gets them, and calls
+            and results in earlier messages, as Qwen's would write them.
 
     Raises:
         InvalidRequestError: no messages, a bad role or content, texts beyond the bound, a part that
@@ -106,22 +113,34 @@ def chat_stream(
     if isinstance(messages, Mapping | str) or not isinstance(messages, Sequence) or not messages:
         raise InvalidRequestError("messages must be a list with at least one message", "messages")
     if bound is not None:
-        bound.check(_texts(messages), "messages")
+        bound.check([*_texts(messages), *(tools.texts if tools else ())], "messages")
     reader = _Reader(tokenizer, media, tenant)
-    plain = [reader.message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    if tools is not None:
+        for i, text in enumerate(tools.texts):
+            reader.check(text, f"tools[{i}]")
+    plain: list[Mapping[str, Any]] = [
+        reader.message(message, f"messages[{i}]") for i, message in enumerate(messages)
+    ]
     if not reader.items and not any(text.strip() for text in reader.texts):
         raise InvalidRequestError("the messages are empty", "messages")
     if not tokenizer.chat_template:
         raise InvalidRequestError(
             "this model has no chat template; send a plain prompt instead", "messages"
         )
+    offered = list(tools.offered) if tools else None
+    if style_of(tokenizer.chat_template) is None:
+        plain, offered = told_in_words(plain, tools), None
     try:
-        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            plain, tools=offered, tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:  # templates raise what they like, jinja's errors among them
         raise InvalidRequestError(
             f"the model's chat template refuses these messages: {error}", "messages"
         ) from error
     ids = _token_ids(text, tokenizer, "messages", add_special_tokens=False)
+    if media.spelled:
+        ids = [token for t in ids for token in media.spelled.get(t, (t,))]
     try:
         stream = media_stream(ids, reader.items, media.placeholders, media.mrope)
     except ValueError as error:
@@ -140,6 +159,12 @@ def _texts(messages: Sequence[Message]) -> Iterator[str]:
         elif isinstance(content, Sequence):
             texts = (part.get("text") for part in content if isinstance(part, Mapping))
             yield from (text for text in texts if isinstance(text, str))
+        calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+        for call in calls if isinstance(calls, Sequence) else ():
+            function = call.get("function") if isinstance(call, Mapping) else None
+            arguments = function.get("arguments") if isinstance(function, Mapping) else None
+            if isinstance(arguments, str):
+                yield arguments
 
 
 def _token_ids(
@@ -170,17 +195,26 @@ class _Reader:
     def message(self, message: Message, where: str) -> dict[str, Any]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidRequestError(f"{where} needs a role and content", where)
-        content = message.get("content")
+        role, content = message["role"], message.get("content")
+        more: dict[str, Any] = {}
+        if (calls := message.get("tool_calls")) is not None and calls != []:
+            more["tool_calls"] = earlier_calls(calls, f"{where}.tool_calls")
+            self.check(json.dumps(more, ensure_ascii=False), f"{where}.tool_calls")
+            content = content or ""
+        if isinstance(told := message.get("tool_call_id"), str):
+            self.check(told, f"{where}.tool_call_id")
+            more["tool_call_id"] = told
         if isinstance(content, str):
-            self.texts.append(self._text(content, f"{where}.content"))
-            return {"role": message["role"], "content": content}
+            self.check(content, f"{where}.content")
+            self.texts.append(content)
+            return {"role": role, "content": content, **more}
         if not isinstance(content, Sequence) or not content:
             raise InvalidRequestError(f"{where}.content must be text or a list of parts", where)
         parts = [self._part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
         text = "".join(part["text"] for part in parts if part["type"] == "text")
         self.texts.append(text)
         only_text = all(part["type"] == "text" for part in parts)
-        return {"role": message["role"], "content": text if only_text else parts}
+        return {"role": role, "content": text if only_text else parts, **more}
 
     def _part(self, part: Any, where: str) -> dict[str, str]:
         if not isinstance(part, Mapping):
@@ -189,16 +223,17 @@ class _Reader:
             text = part.get("text")
             if not isinstance(text, str):
                 raise InvalidRequestError(f"{where} is a text part without text", where)
-            return {"type": "text", "text": self._text(text, f"{where}.text")}
+            self.check(text, f"{where}.text")
+            return {"type": "text", "text": text}
         item = self._adapters.read(part, where, self._tenant)
         self.items.append(item)
         return {"type": item.modality.value, item.modality.value: ""}
 
-    def _text(self, text: str, where: str) -> str:
+    def check(self, text: str, where: str) -> None:
+        """Raises InvalidRequestError: the text holds a token that stands for a medium."""
         # The tokenizer would take it for the real one, and a picture would stand in its place.
         for token in self._reserved:
             if token in text:
                 raise InvalidRequestError(
                     f"{where} holds {token}, which this model's prompts keep for media", where
                 )
-        return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ Reuse = Literal["similar", "exact", "off"]
 """How a request reuses: KV of similar requests as well, only of identical prefixes, or none."""
 
 _RENAMED = {"sharing": "reuse"}
+_HOST_BYTES, _HOST_TOKENS = 2 << 30, 1 << 16
 
 
 def refuse_old_words(given: Any) -> Any:
@@ -147,10 +149,12 @@ class KVShareConfig(BaseModel):
     store_dir: Path | None = Field(
         None, description="folder that keeps donors over a restart; default: they are in RAM only"
     )
-    host_bytes: int = Field(
-        2 << 30,
+    host_bytes: int | None = Field(
+        None,
         ge=1 << 20,
-        description="budget in RAM: donor KV, and half of it at most for what is known of others",
+        description="budget in RAM: donor KV, and half of it at most for what is known of others; "
+        "default: 65,536 tokens of the model's KV, but 2 GiB at least, and beyond that a quarter "
+        "of the RAM at most (inside vLLM 2 GiB)",
     )
     disk_bytes: int = Field(20 << 30, ge=1 << 20, description="budget of donor KV on disk")
     index_uri: str | None = Field(
@@ -163,6 +167,15 @@ class KVShareConfig(BaseModel):
     )
 
     _words = model_validator(mode="before")(refuse_old_words)
+
+    def host_budget(self, bytes_per_token: int = 0) -> int:
+        """`host_bytes`, or what it is by default for a model's KV."""
+        if self.host_bytes is not None:
+            return self.host_bytes
+        if not hasattr(os, "sysconf"):  # Windows does not say so easily how much RAM there is
+            return _HOST_BYTES
+        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return max(_HOST_BYTES, min(_HOST_TOKENS * bytes_per_token, ram // 4))
 
     @field_validator("index_uri")
     @classmethod

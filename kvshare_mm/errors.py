@@ -58,7 +58,8 @@ class KVUnavailableError(KVShareError):
     """A donor's KV cannot be read; the engine counts `reason` and computes in full.
 
     Attributes:
-        reason: short machine-readable cause: "evicted", "corrupt", "io_error", "wrong_namespace".
+        reason: short machine-readable cause: "evicted", "corrupt", "io_error", "wrong_namespace",
+            "newer_format".
     """
 
     def __init__(self, reason: str, message: str) -> None:

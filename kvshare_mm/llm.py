@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard, Unpack, overload
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.answers import achunks, answer, answers, chunks
@@ -25,6 +28,7 @@ from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import Modality, SegmentStream
 from kvshare_mm.text_bound import TextBound
+from kvshare_mm.tools import CallReader, style_of
 
 if TYPE_CHECKING:
     from kvshare_mm.vllm.offline import VLLMParts
@@ -140,7 +144,8 @@ class KVShare:
         PIL image) or sound (``input_audio``: base64 and format; or ``audio``: a path, the file's
         bytes or samples with their rate), as far as the model takes it.
 
-        Args: as `generate`.
+        Args: as `generate`; also ``tools``, ``tool_choice`` and ``parallel_tool_calls``, as in
+            OpenAI's API (`kvshare_mm.tools`). The answer's calls are in its `tool_calls`.
 
         Raises:
             InvalidRequestError: messages or media that cannot be read; `field` names the part.
@@ -278,6 +283,25 @@ class KVShare:
         """Token ids of a prompt or a chat, as the model would get it."""
         return tuple(self.read(prompt).stream.token_ids.tolist())
 
+    def embed(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], int]:
+        """Embed texts with the embedder that finds donors by meaning.
+
+        Returns:
+            ``[len(texts), dim]`` float32, rows of unit length; and the tokens of all texts.
+
+        Raises:
+            ConfigError: the engine runs without ``embedder``.
+            InvalidRequestError: no texts, or more than the context holds.
+            ModelLoadError: the embedder cannot be loaded.
+        """
+        if self._parts.embedder is None:
+            raise ConfigError("embeddings need an embedder, e.g. --embedder all-MiniLM-L6-v2")
+        if isinstance(texts, str) or not texts or not all(isinstance(t, str) and t for t in texts):
+            raise InvalidRequestError("input must be text or a list of texts, none empty", "input")
+        self.text_bound.check(texts, "input")
+        embedder = self._parts.embedder()
+        return embedder.embed(texts), embedder.num_tokens(texts)
+
     def namespace(self, cache_salt: str | None = None) -> str:
         """The namespace of requests with this salt; None: the engine's."""
         salt = self.config.cache_salt if cache_salt is None else cache_salt
@@ -360,6 +384,8 @@ class KVShare:
 
     def _prompt(self, prompt: Prompt, asked: Asked) -> RequestSpec:
         parts = self._parts
+        if asked.tools is not None:
+            raise InvalidRequestError("tools are for chats: send messages", "tools")
         return self._spec(
             *prompt_stream(prompt, parts.loaded.tokenizer, parts.media, self.text_bound), asked
         )
@@ -372,6 +398,7 @@ class KVShare:
             self._parts.media,
             self.config.cache_salt if salt is None else salt,
             self.text_bound,
+            asked.tools,
         )
         spec = self._spec(stream, text, asked)
         if self._parts.seen is not None and spec.options.store:
@@ -379,7 +406,10 @@ class KVShare:
         return spec
 
     def _spec(self, stream: SegmentStream, text: str, asked: Asked) -> RequestSpec:
-        options, grammars = asked.options, self._parts.grammars
+        options, tools, grammars = asked.options, asked.tools, self._parts.grammars
+        style = style_of(self._parts.loaded.tokenizer.chat_template) or "hermes"
+        if grammars is None and tools is not None and tools.must_call:
+            raise InvalidRequestError("tool_choice: with vLLM, none and auto only", "tool_choice")
         asked.params.check(len(self._parts.loaded.tokenizer))
         salt = self.config.cache_salt if options.cache_salt is None else options.cache_salt
         spec = RequestSpec(
@@ -388,7 +418,8 @@ class KVShare:
             params=asked.params,
             namespace=namespace(self._parts.loaded.fingerprint, salt),
             options=replace(options, reuse=options.reuse or self.config.reuse, cache_salt=salt),
-            grammar=None if grammars is None else grammars.of(asked.params.schema),
+            grammar=None if grammars is None else grammars.of(asked.params.form, tools, style),
+            calls=None if tools is None else partial(CallReader, tools, style),
         )
         spec.check(self.max_model_len)
         return spec

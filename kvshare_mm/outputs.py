@@ -147,16 +147,31 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool.
+
+    Attributes:
+        name: of the function.
+        arguments: a JSON object.
+    """
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """A finished request.
 
     Attributes:
         request_id: unique id.
         prompt_token_ids: the prompt as tokens.
-        text: the answer; stop strings are cut off.
+        text: the answer as the model wrote it, calls of tools included; stop strings are cut off.
         token_ids: the answer's tokens, end-of-sequence included.
         finish_reason: "stop" (end token or stop string), "length" or "abort".
         logprobs: one entry per token if they were asked for.
+        tool_calls: of those offered, the calls that the answer makes.
+        content: the answer without its calls.
     """
 
     request_id: str
@@ -167,6 +182,8 @@ class RequestOutput:
     provenance: Provenance
     metrics: RequestMetrics
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)
+    tool_calls: tuple[ToolCall, ...] = ()
+    content: str = field(default="", repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form."""

@@ -19,9 +19,11 @@ from kvshare_mm.outputs import (
     RequestOutput,
     StreamChunk,
     TokenLogprob,
+    ToolCall,
 )
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import SegmentStream
+from kvshare_mm.tools import CallReader
 
 Sink = Callable[[StreamChunk | Exception], None]
 
@@ -37,6 +39,7 @@ class RequestSpec:
         namespace: which donors it may use and become.
         options: how it reuses.
         grammar: of the answer; None: any, or vLLM's matter.
+        calls: makes what reads calls of tools from the answer; None: it has none.
     """
 
     stream: SegmentStream
@@ -45,6 +48,7 @@ class RequestSpec:
     namespace: str
     options: RequestOptions = field(default_factory=RequestOptions)
     grammar: Grammar | None = None
+    calls: Callable[[], CallReader] | None = None
 
     def check(self, max_model_len: int) -> None:
         """Raises InvalidRequestError: empty prompt, or one longer than the context."""
@@ -79,6 +83,10 @@ class Request:
             seconds: of `RequestMetrics`, what only the engine knows.
         """
         times = self.times
+        told: list[str | ToolCall] = [text]
+        if self.spec.calls is not None:
+            reader = self.spec.calls()
+            told = [*reader.feed(text), *reader.end()]
         return RequestOutput(
             request_id=self.request_id,
             prompt_token_ids=tuple(self.spec.stream.token_ids.tolist()),
@@ -93,4 +101,6 @@ class Request:
                 **seconds,
             ),
             logprobs=tuple(self.logprobs) if self.spec.params.logprobs is not None else None,
+            tool_calls=tuple(each for each in told if isinstance(each, ToolCall)),
+            content="".join(each for each in told if isinstance(each, str)),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from kvshare_mm.errors import InvalidRequestError, ModelOutputError
+from kvshare_mm.forms import Form
 from kvshare_mm.grammar import Grammar
 from kvshare_mm.outputs import TokenLogprob
 
@@ -48,6 +50,8 @@ class SamplingParams:
         response_format: OpenAI's: ``{"type": "json_object"}`` or ``{"type": "json_schema",
             "json_schema": {"schema": ...}}``. The answer follows it unless it is cut by length or
             by a stop string; None, or the type "text": any answer.
+        structured_outputs: vLLM's: an object with one of ``regex``, ``grammar`` (Lark's, or GBNF),
+            ``choice`` (a list of answers) and ``json`` (a schema). The whole answer follows it.
 
     Raises:
         InvalidRequestError: a value outside its range, with the field's name.
@@ -67,6 +71,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     response_format: Mapping[str, Any] | None = field(default=None, hash=False)
+    structured_outputs: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         stop: object = () if self.stop is None else self.stop
@@ -116,16 +121,31 @@ class SamplingParams:
                 "response_format",
             )
 
+        if not _is_guide(self.structured_outputs):
+            raise InvalidRequestError(
+                "structured_outputs must have one of regex and grammar (text), choice (a list of "
+                "texts) and json (a schema, or a schema's text)",
+                "structured_outputs",
+            )
+        if self.structured_outputs is not None and _kind(self.response_format) != "text":
+            raise InvalidRequestError(
+                "either response_format or structured_outputs", "structured_outputs"
+            )
+
     @property
-    def schema(self) -> Mapping[str, Any] | None:
-        """The JSON schema that the answer follows, if any."""
-        kind = (self.response_format or {}).get("type")
-        if self.response_format is None or kind in (None, "text"):
+    def form(self) -> Form | None:
+        """What the answer must look like, if anything."""
+        if self.structured_outputs is not None:
+            [(kind, value)] = _guide(self.structured_outputs).items()
+            if kind == "json" and isinstance(value, str):
+                value = json.loads(value)
+            return Form(kind, value, "structured_outputs")  # type: ignore[arg-type]
+        if (kind := _kind(self.response_format)) == "text":
             return None
+        assert self.response_format is not None
         if kind == "json_object":
-            return _ANY_OBJECT
-        schema: Mapping[str, Any] = self.response_format["json_schema"]["schema"]
-        return schema
+            return Form("json", _ANY_OBJECT)
+        return Form("json", self.response_format["json_schema"]["schema"])
 
     def check(self, vocab_size: int) -> None:
         """Raises InvalidRequestError: token ids that the model does not have."""
@@ -135,6 +155,36 @@ class SamplingParams:
                 "model's vocabulary",
                 "logit_bias",
             )
+
+
+def _kind(response_format: Mapping[str, Any] | None) -> str:
+    return (response_format or {}).get("type") or "text"
+
+
+def _guide(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given for name, given in value.items() if given is not None}
+
+
+def _is_guide(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return value is None
+    guide = _guide(value)
+    if len(guide) != 1:
+        return False
+    [(kind, given)] = guide.items()
+    if kind == "choice":
+        texts = given if isinstance(given, list | tuple) else ()
+        return bool(texts) and all(isinstance(text, str) and text for text in texts)
+    if kind == "json" and isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            return False
+    return (
+        isinstance(given, Mapping)
+        if kind == "json"
+        else (kind in ("regex", "grammar") and isinstance(given, str) and bool(given))
+    )
 
 
 def _is_format(value: object) -> bool:

@@ -92,6 +92,12 @@ class TextEmbedder:
                 embedded[index] += size * vector
         return _unit(embedded)
 
+    def num_tokens(self, texts: Sequence[str]) -> int:
+        """Tokens of all texts, special ones aside."""
+        with self._lock:
+            ids = self._model.tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        return sum(map(len, ids["input_ids"]))
+
     def _encode(self, texts: list[str]) -> NDArray[np.float32]:
         with self._lock:
             vectors = self._model.encode(texts, convert_to_numpy=True, show_progress_bar=False)

@@ -19,9 +19,12 @@ from kvshare_mm.stream import MediaItem, Modality
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class Known:
+    """What a file turned out to hold: see `MediaItem`."""
+
     digest: str
-    grid: tuple[int, int]
+    length: int
+    grid: tuple[int, int] | None
     label: str
     notes: tuple[str, ...]
 
@@ -54,8 +57,7 @@ class ImageAdapter:
         self._max_pixels = max_pixels
         self._decoder = decoder or InProcess()
         self._settings = settings_digest(processor)
-        self._merge = int(processor.merge_size)
-        self._seen: Seen[_Known] = Seen()
+        self._seen: Seen[Known] = Seen()
 
     def read(self, part: Mapping[str, Any], where: str, tenant: str) -> MediaItem:
         source, field = self._source(part, where)
@@ -96,7 +98,8 @@ class ImageAdapter:
         """Decoded in this process: what was decoded before, or is open already."""
         return load_picture(source, field, self._max_pixels)
 
-    def _made(self, picture: Picture) -> tuple[tuple[torch.Tensor, tuple[int, int]], _Known]:
+    def _made(self, picture: Picture) -> tuple[Any, Known]:
+        """What `_inputs` needs of a picture, and what is known of it then."""
         width, height = picture.image.size
         # Not rescaled and not normalized: the pixels themselves, as uint8.
         made = self._processor(
@@ -104,11 +107,13 @@ class ImageAdapter:
         )
         patches: torch.Tensor = made["pixel_values"].to(torch.uint8)
         _, rows, columns = (int(n) for n in made["image_grid_thw"][0])
-        grid = rows // self._merge, columns // self._merge
+        merge = self._processor.merge_size
+        grid = rows // merge, columns // merge
         hashes = self.patch_hashes(patches)
         size = self._processor.patch_size
-        known = _Known(
+        known = Known(
             content_digest(hashes, *grid, self._settings),
+            grid[0] * grid[1],
             grid,
             f"{width}x{height}, seen as {columns * size}x{rows * size}",
             picture.notes,
@@ -128,16 +133,15 @@ class ImageAdapter:
         # A still picture is repeated as many times as the model takes frames: one is enough.
         frames = self._processor.temporal_patch_size
         once = patches.view(len(patches), 3, frames, -1)[:, :, 0]
-        return row_hashes(once.reshape(-1, self._merge**2, once[0].numel()).numpy())
+        return row_hashes(once.reshape(-1, self._processor.merge_size**2, once[0].numel()).numpy())
 
     def _item(
-        self, known: _Known, source: bytes | Image.Image, field: str, inputs: Any
+        self, known: Known, source: bytes | Image.Image, field: str, inputs: Any
     ) -> MediaItem:
-        rows, columns = known.grid
         return MediaItem(
             self.modality,
             known.digest,
-            rows * columns,
+            known.length,
             known.grid,
             known.label,
             inputs,
@@ -145,7 +149,7 @@ class ImageAdapter:
             lambda: self._here(source, field).image,
         )
 
-    def _inputs(self, loaded: tuple[torch.Tensor, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    def _inputs(self, loaded: Any) -> dict[str, torch.Tensor]:
         """What the processor would have made: normalizing works pixel by pixel."""
         patches, (rows, columns) = loaded
         processor = self._processor

@@ -10,6 +10,7 @@ from kvshare_mm.modalities.base import Adapters, ModalityAdapter
 from kvshare_mm.modalities.decoding import Decoder
 from kvshare_mm.modalities.image import ImageAdapter
 from kvshare_mm.modalities.sources import MediaSources
+from kvshare_mm.modalities.tiles import TiledImageAdapter
 from kvshare_mm.stream import Modality
 
 
@@ -32,6 +33,9 @@ def adapters_for(
     adapters: list[ModalityAdapter] = []
     for modality in modalities:
         if modality is Modality.IMAGE:
+            if hasattr(processor.image_processor, "crop_to_patches"):
+                adapters.append(TiledImageAdapter(processor, sources, max_pixels, decoder))
+                continue
             adapters.append(ImageAdapter(processor.image_processor, sources, max_pixels, decoder))
         elif modality is Modality.AUDIO:
             adapters.append(AudioAdapter(processor.feature_extractor, sources, decoder))

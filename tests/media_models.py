@@ -20,16 +20,29 @@ from transformers import (
     Qwen2VLProcessor,
     WhisperFeatureExtractor,
 )
+from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
+from transformers.models.internvl import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+)
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLVideoProcessor,
 )
+from transformers.models.qwen3_vl import (
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
 from transformers.utils import logging
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen2_audio")
-SEES = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "qwen2_5_omni_thinker", "qwen2_audio")
+SEES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "qwen2_5_omni_thinker")
 HEARS = ("qwen2_5_omni_thinker", "qwen2_audio")
 
 _SPECIAL = {
@@ -40,6 +53,9 @@ _SPECIAL = {
     "vision_eos_token": "<|vision_end|>",
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
+    "start_image_token": "<|vision_start|>",
+    "end_image_token": "<|vision_end|>",
+    "context_image_token": "<|image_pad|>",
 }
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -115,6 +131,15 @@ def _processor(family: str, tok: Any) -> Any:
         return Qwen2VLProcessor(images, tok, videos, chat_template=_TEMPLATE)
     if family == "qwen2_5_vl":
         return Qwen2_5_VLProcessor(images, tok, videos, chat_template=_TEMPLATE)
+    if family == "qwen3_vl":
+        images = Qwen2VLImageProcessor(min_pixels=64 * 64, max_pixels=32 * 32 * 24, patch_size=16)
+        return Qwen3VLProcessor(images, tok, Qwen3VLVideoProcessor(), chat_template=_TEMPLATE)
+    if family == "internvl":
+        tiles = GotOcr2ImageProcessor(size={"height": 28, "width": 28}, max_patches=6)
+        frames = InternVLVideoProcessor(size={"height": 28, "width": 28})
+        # Its processor writes the tokens around a picture itself.
+        template = _TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>")
+        return InternVLProcessor(tiles, tok, frames, image_seq_length=4, chat_template=template)
     if family == "qwen2_5_omni_thinker":
         return Qwen2_5OmniProcessor(images, videos, hears, tok, chat_template=_TEMPLATE)
     return Qwen2AudioProcessor(hears, tok, chat_template=_TEMPLATE)
@@ -158,6 +183,42 @@ def _qwen2_5_vl(text: dict[str, Any], ids: dict[str, int]) -> Any:
     )
 
 
+def _qwen3_vl(text: dict[str, Any], ids: dict[str, int]) -> Any:
+    vision = {**_VISION, "depth": 3, "deepstack_visual_indexes": [0, 1], "patch_size": 16}
+    return Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config={
+                **text,
+                "head_dim": 16,
+                "rope_parameters": {**_MROPE, "mrope_interleaved": True},
+            },
+            vision_config={**vision, "num_position_embeddings": 64},
+            image_token_id=ids["image"],
+            video_token_id=ids["video"],
+            vision_start_token_id=ids["vision_bos"],
+            vision_end_token_id=ids["vision_eos"],
+        )
+    )
+
+
+def _internvl(text: dict[str, Any], ids: dict[str, int]) -> Any:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": [28, 28],
+        "patch_size": [7, 7],
+    }
+    return InternVLForConditionalGeneration(
+        InternVLConfig(
+            text_config={**text, "model_type": "qwen2"},
+            vision_config=vision,
+            image_token_id=ids["image"],
+        )
+    )
+
+
 def _omni(text: dict[str, Any], ids: dict[str, int]) -> Any:
     return Qwen2_5OmniThinkerForConditionalGeneration(
         Qwen2_5OmniThinkerConfig(
@@ -189,6 +250,8 @@ def _qwen2_audio(text: dict[str, Any], ids: dict[str, int]) -> Any:
 _MODELS = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
     "qwen2_5_omni_thinker": _omni,
     "qwen2_audio": _qwen2_audio,
 }

@@ -58,5 +58,8 @@ def test_every_option_stands_on_its_page() -> None:
 
 def test_every_reason_is_explained() -> None:
     page = (ROOT / "docs" / "provenance.md").read_text("utf-8")
-    for reason in (*Decline, "evicted", "corrupt", "io_error", "wrong_namespace", "edit_error"):
+    for reason in (
+        *Decline,
+        *("evicted", "corrupt", "io_error", "wrong_namespace", "newer_format", "edit_error"),
+    ):
         assert f"\n| `{reason}` | " in page

@@ -124,7 +124,7 @@ def _server(
         return Remote(url, model, key)
     console.print(f"Loading [bold]{escape(model or 'smollm2')}[/] ...")
     # Replays that evict each other's donors would reuse, and change, less than one alone.
-    room: int = KVShareConfig.model_fields["host_bytes"].default
+    room = KVShareConfig.of().host_budget()
     room = max(room, min(room * replays, psutil.virtual_memory().available // 2))
     # A log may hold strangers' paths.
     llm = KVShare(model or "smollm2", embedder=None, local_media=False, host_bytes=room)

@@ -83,16 +83,16 @@ def value_deviation(
     cache = _DeviationCache(k, v, len(token_ids), layer)
     ids = torch.from_numpy(token_ids).to(loaded.device)
     index = torch.arange(start, len(token_ids), device=loaded.device)
-    cache.batch = RaggedQueries.in_slots([0], [index])
+    batch = RaggedQueries.in_slots([0], [index])
     deviation = np.zeros(len(token_ids), np.float32)
     try:
-        loaded.model(
-            **model_inputs(loaded.model, ids, index, media),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            kvshare_batch=cache.batch,
-        )
+        with cache.forward(batch):
+            loaded.model(
+                **model_inputs(loaded.model, ids, index, media),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
     except _Measured as measured:
         deviation[start:] = measured.deviation.float().cpu().numpy()
     return deviation

@@ -137,7 +137,7 @@ def _edit(
     token = torch.arange(n, device=device)
     token = token[token % _EDIT_STEP < _EDIT_RUN]
     inv_freq = 1e4 ** -(torch.arange(shape.head_dim // 2, device=device) / shape.head_dim * 2)
-    cos, sin = rotation_table(torch.ones(n // _EDIT_STEP + 1), inv_freq)
+    cos, sin = rotation_table(torch.ones(n // _EDIT_STEP + 1), inv_freq[None])
     edit = KVEdit(token, token + 1, (token // _EDIT_STEP).int(), cos, sin)
     calls: dict[str, Callable[[], object]] = {"copy": lambda: (source.clone(), source.clone())}
     for backend in _backends(device):

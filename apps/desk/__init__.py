@@ -1,1 +1,1 @@
-"""A small shop's customer-service desk that shows what is shared: `kvshare ui`."""
+"""A small shop's customer-service desk that shows what is shared: `kvshare desk`."""

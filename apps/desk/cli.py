@@ -1,9 +1,10 @@
-"""`kvshare ui`."""
+"""`kvshare desk`."""
 
 from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,16 +16,46 @@ from kvshare_mm.apps.openmp import wait_asleep
 from kvshare_mm.apps.terminal import plain_errors
 
 console = Console()
+_HERE = "a model in this process"
+_ELSEWHERE = "a model elsewhere"
 
 
-def ui(
+def desk(
     model: Annotated[
-        str, typer.Argument(help="hub name, folder, .gguf file, or an embedded model")
-    ] = "smollm2",
+        str | None,
+        typer.Argument(
+            help="hub name, folder, .gguf file, or an embedded model; default: smollm2; with "
+            "--url: its name there, default: the first"
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 7860,
     store_dir: Annotated[
-        Path | None, typer.Option(help="keep donors in this folder over a restart")
+        Path | None,
+        typer.Option(help="keep donors in this folder over a restart", rich_help_panel=_HERE),
+    ] = None,
+    media_embedder: Annotated[
+        str | None,
+        typer.Option(
+            help="CLIP model that finds pictures that look alike, for showing: tiny-clip, a folder "
+            "or ARCHITECTURE/WEIGHTS; default: none",
+            rich_help_panel=_HERE,
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="ask this running server: `kvshare serve`, or vLLM with KVShare",
+            rich_help_panel=_ELSEWHERE,
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="KVSHARE_API_KEY",
+            help="API key of that server; better in the variable, which `ps` does not show",
+            rich_help_panel=_ELSEWHERE,
+        ),
     ] = None,
 ) -> None:
     """Open the customer-service desk: two customers, one shop, shared KV cache."""
@@ -42,5 +73,13 @@ def ui(
         from kvshare_mm.apps.server import logs
 
         logs.configure(False, logging.getLogger().getEffectiveLevel())
-        console.print(f"Loading [bold]{escape(model)}[/] ...")
-        alone.run(model, host, port, store_dir)
+        if url is None:
+            model = model or "smollm2"
+            console.print(f"Loading [bold]{escape(model)}[/] ...")
+            load = partial(alone.local, model, store_dir, media_embedder)
+        elif store_dir or media_embedder:
+            raise ConfigError("--store-dir and --media-embedder are the server's own, not --url's")
+        else:
+            console.print("Asking the endpoint ...")
+            load = partial(alone.elsewhere, url, model, api_key)
+        alone.run(load, model or "endpoint", host, port)

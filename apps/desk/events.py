@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,20 @@ from typing import Any
 import gradio as gr
 
 from kvshare_mm.apps.desk import tree_svg, views
+from kvshare_mm.apps.desk.about import about
+from kvshare_mm.apps.desk.door import FILE
+from kvshare_mm.apps.desk.engine import Engine
 from kvshare_mm.apps.desk.limits import DeskLimits
 from kvshare_mm.apps.desk.parts import shown
 from kvshare_mm.apps.desk.session import MAX_TOKENS, Session, Terms, Turn
-from kvshare_mm.apps.desk.shop import CUSTOMERS, PHOTO_EXAMPLES, TEXT_EXAMPLES, Example, Letter
+from kvshare_mm.apps.desk.shop import (
+    CUSTOMERS,
+    PHOTO_EXAMPLES,
+    TEXT_EXAMPLES,
+    Asked,
+    Example,
+    Letter,
+)
 from kvshare_mm.apps.desk.uploads import Uploads
 from kvshare_mm.apps.desk.visitors import Visitor, Visitors
 from kvshare_mm.apps.server.errors import ApiError
@@ -23,14 +33,17 @@ from kvshare_mm.apps.server.limits import Bill
 from kvshare_mm.apps.server.service import Service
 from kvshare_mm.config import Reuse
 from kvshare_mm.errors import InvalidRequestError, KVShareError
-from kvshare_mm.llm import KVShare
 from kvshare_mm.outputs import RequestOutput
 from kvshare_mm.request import RequestSpec
 from kvshare_mm.stream import Modality
 
 PICTURES = Path(__file__).with_name("pictures")
 MODES: dict[str, Reuse] = {"off": "off", "exact prefix": "exact", "KVShare": "similar"}
+NO_TREE = (
+    '<p class="desk-quiet">The stored requests are the endpoint\'s, which keeps their tree.</p>'
+)
 _LOADING_POLL_S = 0.5
+_MOST_ALIKE = 3
 
 
 class Desk:
@@ -69,40 +82,58 @@ class Desk:
         voice: str | None,
         request: gr.Request,
     ) -> AsyncGenerator[tuple[Any, ...]]:
-        """Answer a letter."""
+        """Answer a letter. Yields its number too, once it has one, for `compare`."""
         name, order, question = ((text or "").strip() for text in (name, order, question))
         if not question and voice is None:
-            yield views.problem("Please write a question."), "", gr.skip(), gr.skip()
+            yield _problem("Please write a question.")
             return
-        yield views.answer(None, waiting=True), "", gr.skip(), gr.skip()
+        yield views.answer(None, waiting=True), "", gr.skip(), gr.skip(), "", None, _check(False)
+        asked = Asked(name or "Anna", order or "0", question, photo, voice)
         try:
-            visitor = self._visitors.of_page(request.session_hash)
-            if visitor.questions >= self._limits.questions:
-                raise InvalidRequestError("please wait for the answers to your other questions")
             llm = self._service.llm
-            letter = Letter(
-                name or "Anna",
-                order or "0",
-                question,
-                self._file(visitor, photo),
-                self._file(visitor, voice),
-            )
+            visitor = self._visitors.of_page(request.session_hash)
+            letter = self._letter(visitor, asked)
             with self._charged(visitor) as terms:
                 turns = session.ask(llm, letter, MODES[mode], terms)
                 async with aclosing(turns):
                     async for turn in turns:
                         self._visitors.of_page(request.session_hash)  # a key may end meanwhile
-                        yield _shown(turn, session, llm)
+                        session.letters[turn.number] = asked
+                        alike = await self._alike(visitor, session, turn, llm, terms)
+                        yield _shown(turn, session, llm, alike)
         except (KVShareError, ApiError) as error:
-            yield views.problem(str(error)), "", gr.skip(), gr.skip()
+            yield _problem(str(error))
+
+    async def compare(
+        self, session: Session, number: int | None, request: gr.Request
+    ) -> AsyncGenerator[tuple[Any, ...]]:
+        """Answer the letter of a request again, without reuse, and say whether that is the same."""
+        turn = next((t for t in session.turns if t.number == number), None)
+        if turn is None or turn.output is None:
+            yield views.problem("Please ask something first."), gr.skip()
+            return
+        yield views.check(None, waiting=True), _check(False)
+        try:
+            llm = self._service.llm
+            visitor = self._visitors.of_page(request.session_hash)
+            letter = self._letter(visitor, session.letters[turn.number])
+            if turn.alone is None:
+                with self._charged(visitor) as terms:
+                    await session.compare(llm, letter, turn, terms)
+            yield views.check(turn), _check(True)
+        except (KVShareError, ApiError) as error:
+            yield views.problem(str(error)), _check(True)
 
     @contextmanager
     def _charged(self, visitor: Visitor) -> Iterator[Terms]:
-        """Around a question, which counts as a request of its key.
+        """Around a question or a comparison, which counts as a request of its visitor's key.
 
         Raises:
             ApiError: 429, the key may use no more now.
+            InvalidRequestError: too many of the visitor's are being answered.
         """
+        if visitor.questions >= self._limits.questions:
+            raise InvalidRequestError("please wait for the answers to your other questions")
         service, caller = self._service, visitor.caller
         meter = service.meters.of(caller.key, caller.limits)
         read_tokens = answered = 0
@@ -138,6 +169,37 @@ class Desk:
             visitor.questions -= 1
             if meter is not None:
                 meter.end()
+
+    async def _alike(
+        self, visitor: Visitor, session: Session, turn: Turn, llm: Engine, terms: Terms
+    ) -> list[views.Alike]:
+        """Pictures of this session that look like a request's, once everything else is known."""
+        photo = session.letters[turn.number].photo
+        if not turn.measured or photo is None:
+            return []
+        try:
+            part = {"type": "image", "image": self._file(visitor, photo)}
+            line = self._service.lines.media
+            found = await line.run(
+                terms.tenant, llm.similar_media, part, _MOST_ALIKE + 1, session.salt
+            )
+        except (KVShareError, ApiError):
+            return []  # no embedder, or others wait: nothing depends on it
+        alike = []
+        for medium in found:
+            number = session.first_with(medium.content_hash)
+            token = session.letters[number].photo if number else None
+            if number is None or token is None or number == turn.number:
+                continue
+            here = self._uploads.get(visitor.name, token) is not None
+            url = f"{self._path}{FILE}{token}" if here else None
+            alike.append(views.Alike(number, medium.similarity, url))
+        return alike[:_MOST_ALIKE]
+
+    def _letter(self, visitor: Visitor, asked: Asked) -> Letter:
+        """Raises InvalidRequestError: it is too long, or its files are here no longer."""
+        files = (self._file(visitor, asked.photo), self._file(visitor, asked.voice))
+        return Letter(asked.name, asked.order, asked.question, *files)
 
     def _file(self, visitor: Visitor, token: str | None) -> bytes | None:
         if token is None:
@@ -176,33 +238,54 @@ class Desk:
                 break
         # One update a component: Gradio changes those it has sent.
         return [
-            update
-            for _ in CUSTOMERS
-            for update in (
-                gr.update(visible=Modality.IMAGE in llm.modalities),
-                gr.update(visible=Modality.AUDIO in llm.modalities),
-                *(gr.update(value=example.label, interactive=True) for example in _examples(llm)),
-            )
+            views.about(about(llm)),
+            *(
+                update
+                for _ in CUSTOMERS
+                for update in (
+                    gr.update(visible=Modality.IMAGE in llm.modalities),
+                    gr.update(visible=Modality.AUDIO in llm.modalities),
+                    *(
+                        gr.update(value=example.label, interactive=True)
+                        for example in _examples(llm)
+                    ),
+                )
+            ),
         ]
 
     def restarted(self, session: Session, request: gr.Request) -> tuple[Any, ...]:
         """A page as it was, with nothing stored."""
         self._visitors.of_page(request.session_hash)
         session.close(self._service.llm)
-        empty = views.answer(None)
-        return Session(), empty, "", empty, "", tree_svg.draw([]), ""
+        column = views.answer(None), "", "", None, _check(False)
+        return Session(), *column, *column, tree_svg.draw([]), ""
 
 
-def _shown(turn: Turn, session: Session, llm: KVShare) -> tuple[Any, ...]:
+def _problem(message: str) -> tuple[Any, ...]:
+    return views.problem(message), "", gr.skip(), gr.skip(), "", None, _check(False)
+
+
+def _check(possible: bool) -> dict[str, Any]:
+    """Whether the button that compares can be pressed."""
+    button: dict[str, Any] = gr.update(interactive=possible)
+    return button
+
+
+def _shown(
+    turn: Turn, session: Session, llm: Engine, alike: Sequence[views.Alike]
+) -> tuple[Any, ...]:
     if turn.output is None:
-        return views.answer(turn), gr.skip(), gr.skip(), gr.skip()
+        return views.answer(turn), *(gr.skip() for _ in range(6))
     return (
         views.answer(turn),
-        views.report(turn, llm.tokenizer),
-        tree_svg.draw(session.donors(llm)),
+        views.report(turn, llm.tokenizer, alike),
+        NO_TREE if llm.cache is None else tree_svg.draw(session.donors(llm)),
         views.log(session.turns),
+        gr.skip(),
+        turn.number,
+        _check(True),
     )
 
 
-def _examples(llm: KVShare) -> tuple[Example, ...]:
+def _examples(llm: Engine) -> tuple[Example, ...]:
     return PHOTO_EXAMPLES if Modality.IMAGE in llm.modalities else TEXT_EXAMPLES

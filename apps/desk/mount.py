@@ -28,9 +28,34 @@ _ICON = (
 
 
 def theme() -> gr.themes.Base:
-    """Fonts of the reader's own machine: nothing is fetched from elsewhere."""
+    """Fonts of the reader's own machine: nothing is fetched from elsewhere. Colours that can be
+    read: white on them, and they on white, have a contrast of at least 4.5."""
     fonts = ["system-ui", "Segoe UI", "Roboto", "sans-serif"]
-    return gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"])
+    colours = {
+        "block_title_background_fill": "transparent",
+        "block_label_background_fill": "transparent",
+        "block_title_text_color": "*neutral_600",
+        "block_label_text_color": "*neutral_600",
+        "button_primary_background_fill": "*primary_600",
+        "button_primary_background_fill_hover": "*primary_700",
+        "button_secondary_background_fill_hover": "*neutral_200",
+        "button_secondary_text_color_hover": "*neutral_900",
+        "checkbox_label_background_fill_selected": "*primary_600",
+        "checkbox_background_color_selected": "*primary_700",
+        "input_placeholder_color": "*neutral_500",
+    }
+    dark = {
+        "block_title_text_color": "*neutral_300",
+        "block_label_text_color": "*neutral_300",
+        "button_secondary_background_fill_hover": "*neutral_500",
+        "button_secondary_text_color_hover": "white",
+        "input_placeholder_color": "*neutral_400",
+    }
+    colours |= {f"{name}_dark": dark.get(name, colour) for name, colour in colours.items()}
+    base = gr.themes.Soft(
+        spacing_size=gr.themes.sizes.spacing_sm, font=fonts, font_mono=["ui-monospace", "monospace"]
+    )
+    return base.set(**colours)
 
 
 def as_launched(page: gr.Blocks) -> gr.Blocks:

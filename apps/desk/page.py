@@ -13,6 +13,8 @@ from kvshare_mm.apps.desk.parts import Photo, Voice
 from kvshare_mm.apps.desk.session import Session
 from kvshare_mm.apps.desk.shop import CUSTOMERS, MAX_NAME, MAX_ORDER, MAX_QUESTION, TEXT_EXAMPLES
 
+# What is known of a request besides its answer: whether it is the same without reuse.
+_TOLD = ("check", "number", "compare")
 STYLE = Path(__file__).with_name("style.css")
 _LOGOUT = '<form class="desk-logout" method="post" action="logout"><button>Log out</button></form>'
 
@@ -31,23 +33,25 @@ def build(desk: Desk, logout: bool = False) -> gr.Blocks:
             "customers write to the same shop. Let one ask, then the other: what their requests "
             f"have in common is computed once.</p>{_LOGOUT if logout else ''}</div>"
         )
-        with gr.Row(equal_height=False):
+        about = gr.HTML(views.about(("The model is loading ...",)), elem_id="desk-about")
+        with gr.Row(equal_height=False, elem_classes="desk-controls"):
             mode = gr.Radio(
                 list(MODES), value="KVShare", label="Reuse", scale=4, elem_id="desk-mode"
             )
             restart = gr.Button(
-                "Start over", scale=1, min_width=120, size="md", elem_id="desk-restart"
+                "Start over", scale=0, min_width=120, size="md", elem_id="desk-restart"
             )
         gr.HTML(views.legend())
         with gr.Row():
             columns = [_column(i, name, order) for i, (name, order) in enumerate(CUSTOMERS)]
-        with gr.Accordion("DELTA tree of the stored requests", open=True):
+        with gr.Accordion("DELTA tree of stored requests", open=False):
             tree = gr.HTML(tree_svg.draw([]), elem_id="desk-tree")
         with gr.Accordion("All requests", open=True):
             log = gr.HTML("", elem_id="desk-log")
 
         for column in columns:
-            outputs = [column["answer"], column["report"], tree, log]
+            told = [column[part] for part in _TOLD]
+            outputs = [column["answer"], column["report"], tree, log, *told]
             inputs = [
                 session,
                 mode,
@@ -58,6 +62,10 @@ def build(desk: Desk, logout: bool = False) -> gr.Blocks:
                     desk.ask, inputs, outputs, concurrency_limit=None, show_progress="hidden",
                     api_visibility="private",
                 )  # fmt: skip
+            column["compare"].click(
+                desk.compare, [session, column["number"]], [column["check"], column["compare"]],
+                concurrency_limit=None, show_progress="hidden", api_visibility="private",
+            )  # fmt: skip
             for number, button in enumerate(column["examples"]):
                 fill = button.click(
                     desk.filled(number),
@@ -70,16 +78,14 @@ def build(desk: Desk, logout: bool = False) -> gr.Blocks:
                     desk.ask, inputs, outputs, concurrency_limit=None, show_progress="hidden",
                     api_visibility="private",
                 )  # fmt: skip
-        fitted = [
-            part
-            for column in columns
-            for part in (column["photo"], column["voice"], *column["examples"])
-        ]
+        fitted = [about]
+        for column in columns:
+            fitted += [column["photo"], column["voice"], *column["examples"]]
         page.load(
             desk.fitted, None, fitted, concurrency_limit=None,
             show_progress="hidden", api_visibility="private",
         )  # fmt: skip
-        shown = [part for column in columns for part in (column["answer"], column["report"])]
+        shown = [column[part] for column in columns for part in ("answer", "report", *_TOLD)]
         restart.click(
             desk.restarted, session, [session, *shown, tree, log],
             show_progress="hidden", api_visibility="private",
@@ -96,8 +102,8 @@ def _column(index: int, name: str, order: str) -> dict[str, Any]:
                 order, label="Order number", min_width=100, max_length=MAX_ORDER
             )
         made["photo"] = Photo(
-            type="filepath", label="Product photo", height=210, visible=False,
-            sources=["upload", "clipboard"], elem_classes="desk-photo",
+            type="filepath", label="Product photo", height=150, visible=False,
+            sources=["upload"], elem_classes="desk-photo",
         )  # fmt: skip
         made["voice"] = Voice(
             type="filepath", label="Voice message", visible=False,
@@ -114,5 +120,12 @@ def _column(index: int, name: str, order: str) -> dict[str, Any]:
                 for example in TEXT_EXAMPLES
             ]
         made["answer"] = gr.HTML(views.answer(None))
+        with gr.Row(elem_classes="desk-compare"):
+            made["compare"] = gr.Button(
+                "Same without reuse?", size="sm", interactive=False, scale=0, min_width=170,
+                elem_classes="desk-check-button",
+            )  # fmt: skip
+            made["check"] = gr.HTML("", min_width=220)
+        made["number"] = gr.State()
         made["report"] = gr.HTML("")
     return made

@@ -1,6 +1,6 @@
 """The picture of the desk in the README.
 
-Run ``kvshare ui tiny-vl``, then ``python -m kvshare_mm.apps.desk.screenshot URL FILE.png``; needs
+Run ``kvshare desk``, then ``python -m kvshare_mm.apps.desk.screenshot URL FILE.png``; needs
 Chromium.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +33,9 @@ def take(
         for number, example in enumerate(examples, 1):
             customer = f"#desk-customer-{number}"
             page.locator(f"{customer} .desk-examples button").nth(example).click()
-            cost = page.locator(f"{customer} .desk-times span")
-            cost.filter(has_text=re.compile("was computed|everything: [0-9]")).wait_for()
+            page.locator(f"{customer} .desk-costs:not(.desk-pending)").wait_for()
+            page.locator(f"{customer} .desk-check-button").click()
+            page.locator(f"{customer} .desk-check b").wait_for()
         page.mouse.move(0, 0)
         page.wait_for_timeout(500)  # the tree and the log are drawn, and nothing blinks
         shown = page.screenshot(full_page=True)
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--dark", action="store_true")
     parser.add_argument(
-        "--examples", type=int, nargs=2, default=(1, 0), help="button of each customer, from 0"
+        "--examples", type=int, nargs=2, default=(1, 1), help="button of each customer, from 0"
     )
     parser.add_argument("--chromium", default=shutil.which("chromium") or "chromium")
     given = parser.parse_args()

@@ -10,18 +10,30 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvshare_mm.apps.desk.shop import Letter
+from kvshare_mm.apps.desk.engine import Engine
+from kvshare_mm.apps.desk.shop import Asked, Letter
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.config import RequestOptions, Reuse
-from kvshare_mm.errors import InvalidRequestError, QueueFullError
-from kvshare_mm.llm import KVShare
+from kvshare_mm.errors import EngineClosedError, InvalidRequestError, KVShareError
 from kvshare_mm.outputs import RequestOutput
 from kvshare_mm.reuse.admin import DonorInfo
 from kvshare_mm.sampling import SamplingParams
 
 MAX_TOKENS = 40
-_REFERENCES = 2  # measurements of full recompute
 _MAX_TURNS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a request took: prompt tokens that the model computed, seconds to the first token."""
+
+    computed: int
+    seconds: float
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> Cost:
+        """Without the wait for a slot, which another customer may have caused."""
+        return cls(output.provenance.recomputed, output.metrics.ttft - output.metrics.queue)
 
 
 @dataclass(slots=True)
@@ -31,20 +43,27 @@ class Turn:
     Attributes:
         number: 1 for the first.
         customer: who asked.
+        reuse: how it was answered.
         text: the answer so far.
         output: once it is complete.
         donor_id: the stored request it became, or None.
-        full_s: seconds to the first token without any reuse, measured right afterwards; None: not
-            measured yet, or nothing was reused.
+        prefix: what the letter takes with prefix caching alone; None: not measured.
+        full: what it takes without any reuse; None: not measured.
+        measured: whether nothing more will be.
+        alone: the answer without any reuse, if it was asked for.
         donors: (number or None, similarity to it in words, same media) of each donor used.
     """
 
     number: int
     customer: str
+    reuse: Reuse = "similar"
     text: str = ""
     output: RequestOutput | None = None
     donor_id: str | None = None
-    full_s: float | None = None
+    prefix: Cost | None = None
+    full: Cost | None = None
+    measured: bool = False
+    alone: str | None = None
     donors: list[tuple[int | None, str]] = field(default_factory=list)
 
 
@@ -68,14 +87,19 @@ class Session:
 
     def __init__(self) -> None:
         self.turns: list[Turn] = []
+        #: What was asked, by the number of its turn.
+        self.letters: dict[int, Asked] = {}
         # Requests of both customers may run at once; what they became is found out one by one.
         self._settling = asyncio.Lock()
-        self._salt = json.dumps(["desk", uuid.uuid4().hex])
+        name = uuid.uuid4().hex
+        self.salt = json.dumps(["desk", name])
+        # The same letters, each answered with prefix caching alone, share under this one.
+        self._prefix_salt = json.dumps(["desk", "prefix caching", name])
         self._numbers: dict[str, int] = {}
 
     async def ask(
         self,
-        llm: KVShare,
+        llm: Engine,
         letter: Letter,
         reuse: Reuse,
         terms: Terms = Terms(),
@@ -91,11 +115,11 @@ class Session:
         if len(self.turns) >= _MAX_TURNS:
             raise InvalidRequestError(f"{_MAX_TURNS} questions were asked; please start over")
         messages = letter.messages()
-        options = RequestOptions(cache_salt=self._salt, reuse=reuse, tenant=terms.tenant)
+        options = RequestOptions(cache_salt=self.salt, reuse=reuse, tenant=terms.tenant)
         params = SamplingParams(max_tokens=MAX_TOKENS)
         stream = llm.astream(await terms.read(llm.read, messages, params, options))
         # Only now: a letter that is refused gets no number.
-        turn = Turn(len(self.turns) + 1, letter.name)
+        turn = Turn(len(self.turns) + 1, letter.name, reuse)
         self.turns.append(turn)
         async with aclosing(stream):
             async for chunk in stream:
@@ -109,43 +133,74 @@ class Session:
             await asyncio.to_thread(llm.flush, 10)
             self._settle(llm, turn)
         yield turn
-        told = turn.output.provenance if turn.output is not None else None
-        if told is not None and not told.exact + told.reused:
-            return  # it was computed in full: that is what it cost
         try:
-            turn.full_s = await self._measured(llm, messages, terms)
-        except (ApiError, QueueFullError):
-            return  # others wait, or there is nothing left on the account
+            turn.prefix = await self._prefix_cached(llm, messages, terms)
+            yield turn
+            turn.full = await self._in_full(llm, messages, turn, terms)
+        except (ApiError, KVShareError):
+            pass  # others wait, or there is nothing left on the account: the answer is there
+        turn.measured = True
         yield turn
 
-    async def _measured(self, llm: KVShare, messages: list[dict[str, Any]], terms: Terms) -> float:
-        """Seconds to the first token of a letter without any reuse."""
-        alone = RequestOptions(cache_salt=self._salt, reuse="off", store=False, tenant=terms.tenant)
-        one = SamplingParams(max_tokens=1)
-        times = []
-        for _ in range(_REFERENCES):
-            async with aclosing(
-                llm.astream(await terms.read(llm.read, messages, one, alone))
-            ) as reference:
-                async for chunk in reference:
-                    if chunk.output is not None:
-                        terms.finished(chunk.output)
-                        times.append(chunk.output.metrics.ttft - chunk.output.metrics.queue)
-        return min(times)  # what else the machine did must not count for us
+    async def compare(self, llm: Engine, letter: Letter, turn: Turn, terms: Terms) -> None:
+        """Answer the letter of a turn again, without any reuse, for `Turn.alone`.
 
-    def donors(self, llm: KVShare) -> list[tuple[DonorInfo, int | None]]:
+        Raises: as `ask`.
+        """
+        turn.alone = (await self._alone(llm, letter.messages(), terms, MAX_TOKENS)).text
+
+    async def _prefix_cached(
+        self, llm: Engine, messages: list[dict[str, Any]], terms: Terms
+    ) -> Cost:
+        """What a letter takes with prefix caching alone. Once: now it is cached."""
+        options = RequestOptions(cache_salt=self._prefix_salt, reuse="exact", tenant=terms.tenant)
+        return Cost.of(await _answered(llm, messages, SamplingParams(max_tokens=1), options, terms))
+
+    async def _in_full(
+        self, llm: Engine, messages: list[dict[str, Any]], turn: Turn, terms: Terms
+    ) -> Cost:
+        """What the letter of a turn takes without any reuse."""
+        assert turn.output is not None
+        if turn.output.provenance.exact + turn.output.provenance.reused == 0:
+            return Cost.of(turn.output)
+        # Twice: what else the machine did must not count for us.
+        done = [await self._alone(llm, messages, terms, 1) for _ in range(2)]
+        return min(map(Cost.of, done), key=lambda cost: cost.seconds)
+
+    async def _alone(
+        self, llm: Engine, messages: list[dict[str, Any]], terms: Terms, max_tokens: int
+    ) -> RequestOutput:
+        # Under a salt that nobody else has: vLLM's own prefix caching knows no "off".
+        salt = json.dumps(["desk", "alone", uuid.uuid4().hex])
+        options = RequestOptions(cache_salt=salt, reuse="off", store=False, tenant=terms.tenant)
+        return await _answered(llm, messages, SamplingParams(max_tokens=max_tokens), options, terms)
+
+    def donors(self, llm: Engine) -> list[tuple[DonorInfo, int | None]]:
         """The stored requests of this session with their numbers, the oldest first."""
         if llm.cache is None:
             return []
-        found = reversed(llm.cache.list(llm.namespace(self._salt)))
+        found = reversed(llm.cache.list(llm.namespace(self.salt)))
         return [(info, self._numbers.get(info.donor_id)) for info in found]
 
-    def close(self, llm: KVShare) -> None:
+    def first_with(self, content_hash: str) -> int | None:
+        """The first request that brought a picture or clip."""
+        return next(
+            (
+                turn.number
+                for turn in self.turns
+                if turn.output is not None
+                and any(u.content_hash == content_hash for u in turn.output.provenance.media)
+            ),
+            None,
+        )
+
+    def close(self, llm: Engine) -> None:
         """Delete what this session stored."""
         if llm.cache is not None:
-            llm.cache.clear(llm.namespace(self._salt))
+            for salt in (self.salt, self._prefix_salt):
+                llm.cache.clear(llm.namespace(salt))
 
-    def _settle(self, llm: KVShare, turn: Turn) -> None:
+    def _settle(self, llm: Engine, turn: Turn) -> None:
         """Find out which stored request a turn became: a new one, as long as it was."""
         assert turn.output is not None
         length = len(turn.output.prompt_token_ids) + len(turn.output.token_ids) - 1
@@ -167,3 +222,21 @@ class Session:
                 about = "same picture or sound" if same else "another picture or sound"
             told.append((number, about))
         return told
+
+
+async def _answered(
+    llm: Engine,
+    messages: list[dict[str, Any]],
+    params: SamplingParams,
+    options: RequestOptions,
+    terms: Terms,
+) -> RequestOutput:
+    """A whole answer, which counts as all do."""
+    output = None
+    async with aclosing(llm.astream(await terms.read(llm.read, messages, params, options))) as all_:
+        async for chunk in all_:
+            output = chunk.output or output
+    if output is None:
+        raise EngineClosedError("the answer ended too early")
+    terms.finished(output)
+    return output

@@ -31,6 +31,17 @@ _POLICY = (
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """A letter as the page sends it: with tokens of uploads in the place of files."""
+
+    name: str
+    order: str
+    question: str
+    photo: str | None = None
+    voice: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Letter:
     """What one customer sends.
 
@@ -103,6 +114,6 @@ PHOTO_EXAMPLES = (
     Example("Is it damaged?", "Is this product damaged?", "kettle.png"),
     Example("Which colour?", "What colour is this product?", "kettle.png"),
     Example("Its warranty", "How long is the warranty for this product?", "kettle.png"),
-    Example("My order number", "What is my order number?", "kettle.png"),
+    Example("Another photo", "Is this product damaged?", "kettle-intact.png"),
 )
 CUSTOMERS = (("Anna", "48210"), ("Boris", "77345"))

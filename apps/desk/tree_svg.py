@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvshare_mm.apps.desk.views import scrolling
 from kvshare_mm.reuse.admin import DonorInfo
 
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y = 148, 44, 16, 30
@@ -39,12 +40,11 @@ def draw(donors: Donors) -> str:
     whole = sum(info.num_tokens for info, _ in donors)
     held = sum(info.num_owned for info, _ in donors)
     said = f"{len(donors)} stored requests hold {held} tokens; stored whole they would be {whole}"
-    return (
-        f'<p class="desk-quiet">{said}.</p>'
-        '<div class="desk-wide"><div class="desk-scroll">'
+    return f'<p class="desk-quiet">{said}.</p>' + scrolling(
+        "The tree",
         f'<svg class="desk-tree" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img" aria-label="{said}">'
-        f"{''.join(lines)}{''.join(boxes)}</svg></div></div>"
+        f"{''.join(lines)}{''.join(boxes)}</svg>",
     )
 
 

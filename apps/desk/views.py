@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from kvshare_mm.apps.desk.session import Turn
+from kvshare_mm.apps.desk.session import Cost, Turn
 from kvshare_mm.apps.token_view import token_view
+from kvshare_mm.config import Reuse
 from kvshare_mm.outputs import Provenance, RequestOutput
 
 _KINDS = {
@@ -14,6 +17,26 @@ _KINDS = {
     "reused": "from a similar request",
     "recomputed": "computed now",
 }
+METHODS: dict[Reuse, str] = {
+    "off": "full recompute",
+    "exact": "prefix caching",
+    "similar": "KVShare",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """A picture that was sent before and looks like the one of a letter.
+
+    Attributes:
+        number: of the request that brought it.
+        similarity: cosine, -1 to 1; 1: the same.
+        url: of the picture; None: it is no longer here.
+    """
+
+    number: int
+    similarity: float
+    url: str | None = None
 
 
 def answer(turn: Turn | None, waiting: bool = False) -> str:
@@ -32,15 +55,51 @@ def problem(message: str) -> str:
     return f'<div class="desk-answer desk-problem" role="alert">{escape(message)}</div>'
 
 
-def report(turn: Turn | None, tokenizer: Any) -> str:
-    """First-token time, the bar, donors and the coloured prompt of a request."""
+def about(paragraphs: Sequence[str]) -> str:
+    """Who answers, and what it cannot know."""
+    head, *more = (escape(text) for text in paragraphs)
+    rest = "".join(f"<p>{text}</p>" for text in more)
+    return f'<details class="desk-about"><summary>{head}</summary>{rest}</details>'
+
+
+def report(turn: Turn | None, tokenizer: Any, alike: Sequence[Alike] = ()) -> str:
+    """What a request and the other methods cost, donors, pictures alike and the coloured prompt.
+
+    Args:
+        tokenizer: of the model; None: it is not here, and the prompt is not shown.
+    """
     if turn is None or turn.output is None:
         return ""
     output = turn.output
     return (
-        f"{_times(turn, output)}{_bar(output.provenance)}{_origin(turn, output.provenance)}"
-        f'<details class="desk-prompt" open><summary>The prompt, {len(output.prompt_token_ids)} '
-        f"tokens</summary><p>{_tokens(output, tokenizer)}</p></details>"
+        f"{_times(turn)}{_costs(turn)}{_bar(output.provenance)}"
+        f"{_origin(turn, output.provenance)}{_alike(alike)}"
+        + ("" if tokenizer is None else _prompt(output, tokenizer))
+    )
+
+
+def check(turn: Turn | None, waiting: bool = False) -> str:
+    """Whether a request's answer is the one without any reuse."""
+    if waiting:
+        return '<p class="desk-check desk-quiet" role="status">computing it without reuse ...</p>'
+    if turn is None or turn.alone is None:
+        return ""
+    here, alone = turn.text.strip(), turn.alone.strip()
+    if here == alone:
+        return (
+            '<p class="desk-check" role="status"><b class="desk-same">✓ same answer as without '
+            f"reuse</b> #{turn.number}</p>"
+        )
+    shorter = min(len(here), len(alone))
+    same = next((i for i in range(shorter) if here[i] != alone[i]), shorter)
+    at = here.rfind(" ", 0, same) + 1  # where the word begins that differs
+    rows = "".join(
+        f"<br><b>{who}:</b> {escape(text[:at])}<mark>{escape(text[at:]) or '(it ends)'}</mark>"
+        for who, text in ((METHODS[turn.reuse], here), ("without reuse", alone))
+    )
+    return (
+        '<p class="desk-check" role="status"><b class="desk-other">≠ another answer than without '
+        f"reuse</b> #{turn.number}, from word {len(here[:at].split()) + 1} on{rows}</p>"
     )
 
 
@@ -49,18 +108,28 @@ def log(turns: list[Turn]) -> str:
     rows = "".join(
         f"<tr><td>#{t.number}</td><td>{escape(t.customer)}</td>"
         f"<td>{t.output.provenance.exact}</td><td>{t.output.provenance.reused}</td>"
-        f"<td>{t.output.provenance.recomputed}</td><td>{_ms(_first(t.output))}</td>"
-        f"<td>{_full(t)}</td></tr>"
+        f"<td>{t.output.provenance.recomputed}</td><td>{_ms(Cost.of(t.output))}</td>"
+        f"<td>{_ms(t.prefix)}</td><td>{_ms(t.full)}</td></tr>"
         for t in reversed(turns)
         if t.output is not None
     )
-    heads = ("request", "customer", "exact", "reused", "computed", "first token", "in full")
-    head = "".join(f"<th>{h}</th>" for h in heads)
+    if not rows:
+        return ""
+    counts = ("#", "customer", "exact", "reused", "computed", "here", "prefix", "in full")
+    head = "".join(f'<th scope="col">{name}</th>' for name in counts)
+    return scrolling(
+        "All requests",
+        '<table class="desk-log"><caption>Prompt tokens, and milliseconds to the first token here, '
+        f"with prefix caching and in full.</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{rows}</tbody></table>",
+    )
+
+
+def scrolling(name: str, html: str) -> str:
+    """What may be wider than the page: it scrolls, with the keyboard too."""
     return (
-        '<div class="desk-wide"><div class="desk-scroll"><table class="desk-log"><thead><tr>'
-        f"{head}</tr></thead><tbody>{rows}</tbody></table></div></div>"
-        if rows
-        else ""
+        '<div class="desk-wide"><div class="desk-scroll" role="region" tabindex="0" '
+        f'aria-label="{escape(name)}">{html}</div></div>'
     )
 
 
@@ -72,18 +141,56 @@ def legend() -> str:
     return f'<div class="desk-legend">{items}</div>'
 
 
-def _times(turn: Turn, output: RequestOutput) -> str:
-    first = _first(output)
-    if not output.provenance.exact + output.provenance.reused:
+def _times(turn: Turn) -> str:
+    assert turn.output is not None
+    own = Cost.of(turn.output)
+    if not turn.output.provenance.exact + turn.output.provenance.reused:
         beside = "everything was computed"
-    elif turn.full_s is None:
-        beside = "computing everything: being measured ..."
+    elif turn.full is None:
+        beside = "not measured in full" if turn.measured else "in full: being measured ..."
     else:
-        beside = f"computing everything: {_ms(turn.full_s)}"
-        if turn.full_s > 1.1 * first:
-            beside += f", {turn.full_s / first:.1f} times as long"
+        others = {"in full": turn.full, "with prefix caching": turn.prefix}
+        beside = ", ".join(
+            f"{_ms(cost)} ms {how}{_longer(cost, own)}"
+            for how, cost in others.items()
+            if cost is not None and METHODS[turn.reuse] not in how
+        )
     return (
-        f'<div class="desk-times"><b>{_ms(first)}</b> to the first token<span>{beside}</span></div>'
+        f'<div class="desk-times"><b>{_ms(own)} ms</b> to the first token<span>{beside}</span>'
+        "</div>"
+    )
+
+
+def _longer(cost: Cost, own: Cost) -> str:
+    times = cost.seconds / own.seconds
+    return f" ({times:.1f} times as long)" if times > 1.1 else ""
+
+
+def _costs(turn: Turn) -> str:
+    """Every method with the tokens that it computes and its first token's time."""
+    assert turn.output is not None
+    own = Cost.of(turn.output)
+    costs: dict[str, Cost | None] = {METHODS["off"]: turn.full, METHODS["exact"]: turn.prefix}
+    costs[METHODS[turn.reuse]] = own
+    whole = len(turn.output.prompt_token_ids)
+    rows = "".join(
+        f'<tr><th scope="row">{name}</th>{_cost(cost, whole, turn.measured)}</tr>'
+        for name, cost in costs.items()
+    )
+    state = "" if turn.measured else " desk-pending"
+    return (
+        f'<table class="desk-costs{state}"><thead><tr><td></td><th scope="col" colspan="2">tokens '
+        f'computed</th><th scope="col">first token</th></tr></thead><tbody>{rows}</tbody></table>'
+    )
+
+
+def _cost(cost: Cost | None, whole: int, measured: bool) -> str:
+    if cost is None:
+        return f'<td colspan="3">{"not measured" if measured else "being measured ..."}</td>'
+    share = 100 * cost.computed / max(1, whole)
+    return (
+        f'<td aria-hidden="true"><i style="width:{share:.1f}%"></i></td><td>{cost.computed}</td>'
+        f"<td>{_ms(cost)} ms</td>"
     )
 
 
@@ -104,6 +211,8 @@ def _origin(turn: Turn, p: Provenance) -> str:
         return (
             f"<p>Reuse was given up ({escape(p.fallback.replace('_', ' '))}); computed in full.</p>"
         )
+    if not turn.donors and p.exact + p.reused:
+        return "<p>Reused from earlier requests; the endpoint does not tell which.</p>"
     if not turn.donors:
         reason = (p.declined or "nothing to reuse").replace("_", " ")
         return f"<p>Nothing was reused: {escape(reason)}.</p>"
@@ -114,6 +223,33 @@ def _origin(turn: Turn, p: Provenance) -> str:
     return (
         f"<p>Reused from {escape(' and '.join(names))}; {p.similarity:.0%} of the prompt was found "
         "there.</p>"
+    )
+
+
+def _alike(alike: Sequence[Alike]) -> str:
+    if not alike:
+        return ""
+    shown = "".join(
+        "<li>"
+        + (f'<img src="{escape(one.url)}" alt="">' if one.url else "")
+        + f"#{one.number}: {_how_alike(one.similarity)}</li>"
+        for one in alike
+    )
+    return (
+        '<div class="desk-alike"><p>Pictures most like this one, by CLIP; reuse needs exactly the '
+        f"same.</p><ul>{shown}</ul></div>"
+    )
+
+
+def _how_alike(similarity: float) -> str:
+    return "the same" if similarity > 1 - 1e-4 else f"cosine {similarity:.2f}"
+
+
+def _prompt(output: RequestOutput, tokenizer: Any) -> str:
+    return (
+        '<details class="desk-prompt"><summary>The prompt, '
+        f'{len(output.prompt_token_ids)} tokens</summary><p tabindex="0" role="region" '
+        f'aria-label="The prompt">{_tokens(output, tokenizer)}</p></details>'
     )
 
 
@@ -133,18 +269,5 @@ def _style_names() -> dict[str, str]:
     return {style: kind for kind, style in STYLES.items()}
 
 
-def _full(turn: Turn) -> str:
-    if turn.full_s is not None:
-        return _ms(turn.full_s)
-    assert turn.output is not None
-    p = turn.output.provenance
-    return "..." if p.exact + p.reused else _ms(_first(turn.output))
-
-
-def _first(output: RequestOutput) -> float:
-    """Without the wait for a slot, which another customer may have caused."""
-    return output.metrics.ttft - output.metrics.queue
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.0f} ms"
+def _ms(cost: Cost | None) -> str:
+    return "..." if cost is None else f"{1000 * cost.seconds:.0f}"

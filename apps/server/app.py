@@ -13,7 +13,7 @@ from fastapi.responses import RedirectResponse
 from starlette.middleware.cors import CORSMiddleware
 
 import kvshare_mm
-from kvshare_mm.apps.server import cache_admin, chat, completions, errors, info
+from kvshare_mm.apps.server import cache_admin, chat, completions, embeddings, errors, info
 from kvshare_mm.apps.server.gate import Gate
 from kvshare_mm.apps.server.service import Service
 
@@ -66,7 +66,7 @@ def create_app(
         openapi_url="/openapi.json" if api else None,
     )
     errors.install(app)
-    for module in (chat, completions, info, cache_admin) if api else ():
+    for module in (chat, completions, embeddings, info, cache_admin) if api else ():
         app.include_router(module.router(service))
     if not api:
         app.add_api_route("/", lambda: RedirectResponse(f"{ui_path}/"), include_in_schema=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,11 @@ from starlette.responses import Response
 
 from kvshare_mm.apps.server.generation import Generation, num_choices, request_options
 from kvshare_mm.apps.server.json_bodies import json_route
-from kvshare_mm.apps.server.replies import chat_logprobs
+from kvshare_mm.apps.server.replies import chat_logprobs, finish_reason, tool_call
 from kvshare_mm.apps.server.schema import ChatBody, ErrorBody
 from kvshare_mm.apps.server.service import Service
-from kvshare_mm.outputs import RequestOutput, TokenLogprob
+from kvshare_mm.outputs import RequestOutput, TokenLogprob, ToolCall
+from kvshare_mm.tools import CallReader
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "what is wrong with the request"},
@@ -49,17 +51,29 @@ def router(service: Service) -> APIRouter:
             "model": service.options.model_name,
         }
         runs = [(messages, each) for each in params]
-        generation = Generation(service, request, runs, options, head, body.kvshare.spans)
+        generation = Generation(
+            service, request, runs, options, head, body.kvshare.spans, body.offered
+        )
+        readers: dict[int, CallReader] = {}
+        num_calls: Counter[int] = Counter()
 
         def logged(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
             return chat_logprobs(logprobs, llm.tokenizer) if logprobs else None
 
         def whole(index: int, output: RequestOutput) -> dict[str, Any]:
+            calls = [tool_call(call) for call in output.tool_calls]
+            message: dict[str, Any] = {
+                "role": "assistant",
+                "content": output.content,
+                "refusal": None,
+            }
+            if calls:
+                message |= {"content": output.content or None, "tool_calls": calls}
             return {
                 "index": index,
-                "message": {"role": "assistant", "content": output.text, "refusal": None},
+                "message": message,
                 "logprobs": logged(output.logprobs or ()),
-                "finish_reason": output.finish_reason,
+                "finish_reason": finish_reason(output.finish_reason, bool(calls)),
             }
 
         def first(index: int) -> dict[str, Any]:
@@ -69,11 +83,25 @@ def router(service: Service) -> APIRouter:
         def piece(
             index: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None
         ) -> dict[str, Any]:
+            told: list[str | ToolCall] = [text] if text else []
+            if (make := generation.specs[index].calls) is not None:
+                reader = readers.setdefault(index, make())
+                told = [*reader.feed(text), *(reader.end() if reason else ())]
+            delta: dict[str, Any] = {}
+            if words := "".join(each for each in told if isinstance(each, str)):
+                delta["content"] = words
+            # A call is sent when it is complete, and known to be one.
+            if calls := [each for each in told if isinstance(each, ToolCall)]:
+                delta["tool_calls"] = [
+                    {"index": num_calls[index] + i, **tool_call(each)}
+                    for i, each in enumerate(calls)
+                ]
+            num_calls[index] += len(calls)
             return {
                 "index": index,
-                "delta": {"content": text} if text or reason is None else {},
+                "delta": delta,
                 "logprobs": logged(logprobs),
-                "finish_reason": reason,
+                "finish_reason": finish_reason(reason, bool(num_calls[index])),
             }
 
         if body.stream:

@@ -26,6 +26,35 @@ _LIMITS: dict[str, dict[str, Any]] = {
         "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}},
         "required": ["type"],
     },
+    "structured_outputs": {
+        "properties": {
+            "regex": {"type": "string", "minLength": 1},
+            "grammar": {"type": "string", "minLength": 1},
+            "choice": {"type": "array", "minItems": 1, "items": {"type": "string"}},
+            "json": {"type": ["object", "string"]},
+        },
+        "minProperties": 1,
+        "maxProperties": 1,
+        "additionalProperties": False,
+    },
+    "tools": {
+        "items": {
+            "type": "object",
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "properties": {
+                        "name": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
+                        "description": {"type": "string"},
+                        "parameters": {"type": "object"},
+                    },
+                    "required": ["name"],
+                },
+            },
+            "required": ["type", "function"],
+        },
+    },
     "seed": {"minimum": -(2**63), "maximum": 2**64 - 1},
     "stop": {"items": {"minLength": 1}},
     "n": {"minimum": 1},
@@ -67,8 +96,10 @@ def kinds_of_parts(schema: dict[str, Any]) -> None:
 
 
 def content_is_needed(schema: dict[str, Any]) -> None:
-    """Say of a message's JSON schema that its content must be there."""
-    schema["required"] = [*schema.get("required", ()), "content"]
-    content = schema["properties"]["content"]
-    content["anyOf"] = [kind for kind in content["anyOf"] if kind != {"type": "null"}]
-    content.pop("default", None)
+    """Say of a message's JSON schema that its content must be there, unless it has calls."""
+    kinds = [k for k in schema["properties"]["content"]["anyOf"] if k != {"type": "null"}]
+    calls = {"type": "array", "minItems": 1}
+    schema["anyOf"] = [
+        {"required": ["content"], "properties": {"content": {"anyOf": kinds}}},
+        {"required": ["tool_calls"], "properties": {"tool_calls": calls}},
+    ]

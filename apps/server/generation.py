@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -55,6 +56,10 @@ class Generation:
         options: how they may reuse.
         head: fields that every reply has: id, model, created.
         spans: whether provenance lists its spans.
+        tools: what the answers may call, as `KVShare.read` takes it.
+
+    Attributes:
+        specs: the requests, once they are read.
     """
 
     def __init__(
@@ -65,7 +70,11 @@ class Generation:
         options: RequestOptions,
         head: dict[str, Any],
         spans: bool,
+        tools: Mapping[str, Any] | None = None,
     ) -> None:
+        self.specs: list[RequestSpec] = []
+        self._read = partial(service.llm.read, **(tools or {}))
+        self._tools_size = len(json.dumps(tools)) // _CHARACTERS_PER_TOKEN if tools else 0
         self._service = service
         self._request = request
         self._runs = runs
@@ -181,8 +190,9 @@ class Generation:
                     self._take(index, chunk)
                     output = chunk.output
                     if output is None:
-                        if chunk.text or logprobs:
-                            yield event(piece(index, chunk.text, logprobs, None))
+                        told = piece(index, chunk.text, logprobs, None)
+                        if told["logprobs"] or told.get("text") or told.get("delta"):
+                            yield event(told)
                         continue
                     last = piece(index, chunk.text, logprobs, output.finish_reason)
                     done = len(outputs) == len(self._runs)
@@ -201,14 +211,14 @@ class Generation:
         caller = self._request.state.caller
         if (meter := service.meters.of(caller.key, caller.limits)) is not None:
             prompts = {id(prompt): prompt for prompt, _ in self._runs}  # one may have many answers
-            size = sum(map(_size, prompts.values()))
+            size = sum(_size(prompt) + self._tools_size for prompt in prompts.values())
             self._bill = meter.reserve(size, sum(p.max_tokens or 0 for _, p in self._runs))
         # One after the other: what is wrong with a prompt is known before any is submitted.
-        specs: list[RequestSpec] = []
+        specs = self.specs
         sizes: dict[int, int] = {}
         for prompt, params in self._runs:
             line = service.lines.of(prompt)
-            specs.append(await line.run(caller.tenant, llm.read, prompt, params, self._options))
+            specs.append(await line.run(caller.tenant, self._read, prompt, params, self._options))
             sizes[id(prompt)] = len(specs[-1].stream)
             self._bill.read(sum(sizes.values()))
         return [llm.astream(spec) for spec in specs]
@@ -250,7 +260,8 @@ def _size(prompt: Prompt) -> int:
         return len(prompt)
     contents = (message["content"] for message in prompt)
     parts = (part for c in contents for part in ([{"text": c}] if isinstance(c, str) else c))
-    return sum(len(part.get("text", "")) for part in parts) // _CHARACTERS_PER_TOKEN
+    calls = sum(len(str(message.get("tool_calls", ""))) for message in prompt)
+    return (calls + sum(len(part.get("text", "")) for part in parts)) // _CHARACTERS_PER_TOKEN
 
 
 def _new_logprobs(chunk: StreamChunk, sent: int) -> Sequence[TokenLogprob]:

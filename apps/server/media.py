@@ -14,6 +14,7 @@ from kvshare_mm.apps.server.json_bodies import LARGE
 from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.modalities.fetch import MediaFetcher
 
+_PASSED = ("tool_call_id", "tool_calls")
 _SOUND = ("wav", "mp3", "flac")
 
 
@@ -41,13 +42,16 @@ async def resolved(
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         role = "system" if message["role"] == "developer" else message["role"]
-        if message.get("tool_calls") or message.get("function_call"):
-            raise InvalidRequestError("calls of tools are not supported", f"{where}.tool_calls")
-        content = message.get("content")
+        if message.get("function_call"):
+            raise InvalidRequestError("send tool_calls instead", f"{where}.function_call")
+        content, told = message.get("content"), {"role": role}
+        told |= {name: message[name] for name in _PASSED if message.get(name)}
+        if not content and message.get("tool_calls"):
+            content = ""
         if content is None:
             raise InvalidRequestError(f"{where} has no content", f"{where}.content")
         if isinstance(content, str):
-            made.append({"role": role, "content": content})
+            made.append({**told, "content": content})
             continue
         parts: list[dict[str, Any]] = []
         for j, part in enumerate(content):
@@ -69,7 +73,7 @@ async def resolved(
                 raise InvalidRequestError(
                     f"{place} is of type {kind!r}; text, image_url and input_audio are taken", place
                 )
-        made.append({"role": role, "content": parts})
+        made.append({**told, "content": parts})
     contents = await asyncio.gather(*(_fetched(fetcher, url, at, aside) for _, url, at in fetches))
     for (picture, _, _), content in zip(fetches, contents, strict=True):
         picture["image_url"] = content

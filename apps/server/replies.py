@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from kvshare_mm.apps.server.errors import clean
-from kvshare_mm.outputs import RequestOutput, TokenLogprob
+from kvshare_mm.outputs import RequestOutput, TokenLogprob, ToolCall
 
 # What became of a request's prompt, in its scope's state.
 PROMPT_TOKENS = "prompt_tokens"
@@ -58,6 +59,20 @@ def _one(output: RequestOutput, spans: bool) -> dict[str, Any]:
         "total": m.total,
     }
     return told
+
+
+def tool_call(call: ToolCall) -> dict[str, Any]:
+    """A call of a tool, with a new id."""
+    return {
+        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def finish_reason(reason: str | None, calls: bool) -> str | None:
+    """Why an answer ended; that it made calls, unless it was cut."""
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob], tokenizer: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ nothing (`length_penalty: 1`). Fields nobody knows are ignored, as vLLM does.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticUseDefault
@@ -27,7 +27,6 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -145,6 +144,9 @@ class _Generation(_Body):
     response_format: dict[str, Any] | None = Field(
         None, description="text, json_object, or json_schema; the answer always follows the schema"
     )
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="vLLM's: one of regex, grammar, choice, json"
+    )
     seed: _Whole | None = None
     stop: str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: _Flag = False
@@ -172,6 +174,7 @@ class _Generation(_Body):
             repetition_penalty=_or(self.repetition_penalty, 1.0),
             logit_bias=_by_token(self.logit_bias or {}),
             response_format=self.response_format,
+            structured_outputs=self.structured_outputs,
         )
 
 
@@ -186,6 +189,7 @@ class ChatMessage(BaseModel):
 
     role: str
     content: str | list[ContentPart] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=1_024)] | None = None
 
 
 def _few(messages: Any) -> Any:
@@ -211,6 +215,16 @@ class ChatBody(_Generation):
     max_completion_tokens: _Whole | None = None
     logprobs: bool | None = None
     top_logprobs: _Whole | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description="none, auto, required, or the function that must be called"
+    )
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def offered(self) -> dict[str, Any]:
+        """What may be called, as `KVShare.read` takes it."""
+        return self.model_dump(include={"tools", "tool_choice", "parallel_tool_calls"})
 
     @property
     def limit(self) -> int | None:
@@ -254,6 +268,12 @@ class TokenizeBody(_Body):
 
 class DetokenizeBody(_Body):
     tokens: Annotated[TokenIds, _WHOLE]
+
+
+class EmbeddingsBody(_Body):
+    input: str | Annotated[list[str], Field(min_length=1, max_length=2_048, fail_fast=True)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: _Whole | None = None
 
 
 class LookupBody(_Body):

@@ -10,6 +10,18 @@ import torch
 from kvshare_mm.models.decoder import Decoder
 from kvshare_mm.stream import Modality
 
+# Model types whose pictures or sound are taken.
+MEDIA: dict[str, tuple[Modality, ...]] = {
+    "qwen2_vl": (Modality.IMAGE,),
+    "qwen2_5_vl": (Modality.IMAGE,),
+    "qwen3_vl": (Modality.IMAGE,),
+    "qwen3_vl_moe": (Modality.IMAGE,),
+    "internvl": (Modality.IMAGE,),
+    "qwen2_5_omni": (Modality.IMAGE, Modality.AUDIO),
+    "qwen2_5_omni_thinker": (Modality.IMAGE, Modality.AUDIO),
+    "qwen2_audio": (Modality.AUDIO,),
+}
+
 
 class Family(Protocol):
     """One loaded multimodal model."""
@@ -33,7 +45,9 @@ class Family(Protocol):
             inputs: what the modality's adapter makes, on the model's device.
 
         Returns:
-            ``[length, hidden_size]``: what stands at the medium's positions.
+            ``[length, hidden_size]``: what stands at the medium's positions. More channels, a
+            multiple of these: what the first layers add to their outputs there (DeepStack, arXiv
+            2406.04334), layer by layer.
         """
 
 
@@ -43,13 +57,11 @@ def load_family(model_type: str, source: str, **options: Any) -> tuple[Any, Fami
     Returns:
         None if `model_type` is of no multimodal family that is known here.
     """
-    if model_type in ("qwen2_vl", "qwen2_5_vl"):
+    if model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl"):
         from transformers import AutoModelForImageTextToText
 
-        from kvshare_mm.models.qwen2_vl import Qwen2VL
-
         model, report = AutoModelForImageTextToText.from_pretrained(source, **options)
-        return model, Qwen2VL(model), report
+        return model, _seeing(model_type, model), report
     if model_type in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
         from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
@@ -67,3 +79,36 @@ def load_family(model_type: str, source: str, **options: Any) -> tuple[Any, Fami
         model, report = Qwen2AudioForConditionalGeneration.from_pretrained(source, **options)
         return model, Qwen2Audio(model), report
     return None
+
+
+def load_text_part(config: Any, source: str, **options: Any) -> tuple[Any, Decoder, Any] | None:
+    """Load a multimodal model of no family that is known here, to serve text with it.
+
+    Returns:
+        The model, its language part and transformers' loading report; None if it is a model of text
+        alone, or transformers has the language part as a model of its own.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind, alone = type(config), AutoModelForCausalLM._model_mapping
+    seeing = AutoModelForImageTextToText._model_mapping
+    if kind not in seeing or (kind in alone and alone[kind] is not seeing[kind]):
+        return None
+    model, report = AutoModelForImageTextToText.from_pretrained(source, **options)
+    inner = model.model
+    text = inner.language_model if hasattr(inner, "language_model") else inner.text_model
+    return model, Decoder(text, model.lm_head, model.generation_config), report
+
+
+def _seeing(model_type: str, model: Any) -> Family:
+    if model_type == "internvl":
+        from kvshare_mm.models.internvl import InternVL
+
+        return InternVL(model)
+    if model_type.startswith("qwen3"):
+        from kvshare_mm.models.qwen3_vl import Qwen3VL
+
+        return Qwen3VL(model)
+    from kvshare_mm.models.qwen2_vl import Qwen2VL
+
+    return Qwen2VL(model)

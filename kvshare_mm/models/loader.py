@@ -24,7 +24,7 @@ from kvshare_mm import assets
 from kvshare_mm.attention import attention_name
 from kvshare_mm.errors import ConfigError, ModelLoadError, nearest
 from kvshare_mm.kernels.backend import BackendError, resolve
-from kvshare_mm.models.family import Family, load_family
+from kvshare_mm.models.family import Family, load_family, load_text_part
 from kvshare_mm.models.gguf import EMBEDDED, converted, embedded_gguf
 from kvshare_mm.models.support import KVShape, check_support
 from kvshare_mm.reuse.rotary import RotarySpec
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 # Trained for this project; see assets/README.md.
 SHIPPED = ("tiny-vl", "tiny-audio")
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,8 @@ def load_model(
         ModelLoadError: there is no such model, or it cannot be loaded.
         ConfigError: dtype, device or attention_backend are not known or cannot be used here.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
     target = _device(device)
     try:
         backend = resolve(attention_backend, target)
@@ -116,13 +116,20 @@ def load_model(
         }
         processor: Any = None
         family: Family | None = None
+        language: Any
         if (loaded := load_family(config.model_type, source, **options)) is not None:
             model, family, report = loaded
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
             tokenizer = processor.tokenizer
             tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+            language = family.decoder
         else:
-            model, report = AutoModelForCausalLM.from_pretrained(source, **options)
+            if (part := load_text_part(config, source, **options)) is not None:
+                model, language, report = part
+                logger.warning("%s is served with text alone: no media are known of it", name)
+            else:
+                model, report = AutoModelForCausalLM.from_pretrained(source, **options)
+                language = model
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # of transformers, safetensors, the hub, or code from the hub
         hint = "" if Path(source).exists() else " It is neither a folder nor an embedded model."
@@ -133,7 +140,6 @@ def load_model(
         missing = sorted(report["missing_keys"])
         raise ModelLoadError(f"The model {name!r} lacks {len(missing)} weights, e.g. {missing[0]}")
     model = model.to(target).eval().requires_grad_(False)
-    language = model if family is None else family.decoder
     support = check_support(language, attention_name(backend))
     if support.reason:
         logger.warning("%s is served without KV reuse: %s", name, support.reason)
@@ -234,7 +240,7 @@ def _device(device: str) -> torch.device:
 
 def _dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
     if dtype != "auto":
-        return _DTYPES[dtype]
+        return DTYPES[dtype]
     text = config.get_text_config()  # a multimodal model's widths and dtype may stand only there
     own = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
     if device.type != "cpu" or own == torch.float32:

@@ -7,9 +7,10 @@ position, re-rotated, is the key computed at the other.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from kvshare_mm.reuse.rotary import SUPPORTED_ROPE_TYPES, RotarySpec, rerotate
 
 _PROBE_TOKENS = 12
 _PROBE_SHIFT = 37
+_PROBE_WINDOW = 5
+_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+# K and V of a layer at one position, and at another: ``[1, num_kv_heads, n, head_dim]`` each.
+_Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +85,7 @@ def check_support(model: Any, attention: str = ATTENTION_NAME) -> Support:
     reason = declared_obstacle(model.config)
     if reason:
         return Support(reason)
-    inv_freq = _inv_freq(model)
-    if inv_freq is None:
+    if not _rotations(model):
         return Support("no rotary position embedding was found in it")
     before = model.config._attn_implementation
     device = model.device
@@ -88,12 +93,12 @@ def check_support(model: Any, attention: str = ATTENTION_NAME) -> Support:
         vocab = int(model.config.vocab_size)
         ids = torch.arange(3, 3 + _PROBE_TOKENS, device=device).remainder(vocab)[None]
         positions = _rotary_positions(model.config, device)
-        with torch.inference_mode():
+        with torch.inference_mode(), _small_windows(model):
             expected = model(
                 input_ids=ids, position_ids=_position_ids(positions), use_cache=False
             ).logits[0, -1]
             model.set_attn_implementation(attention)
-            support = _prove(model, ids, positions, expected, RotarySpec(inv_freq))
+            support = _prove(model, ids, positions, expected)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         support = Support(f"it does not run under PartialAttention ({error})")
     if support.reason:
@@ -104,27 +109,52 @@ def check_support(model: Any, attention: str = ATTENTION_NAME) -> Support:
 def declared_obstacle(config: Any) -> str | None:
     """The reason that the configuration itself gives against reuse, if any."""
     rope = getattr(config, "rope_parameters", None) or {}
-    if any(isinstance(v, dict) for v in rope.values()):
-        return "its layers use different rotary embeddings"
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        return f"rotary type {rope_type!r} depends on the sequence length"
+    for kind in [v for v in rope.values() if isinstance(v, dict)] or [rope]:
+        rope_type = kind.get("rope_type", "default")
+        if rope_type not in SUPPORTED_ROPE_TYPES:
+            return f"rotary type {rope_type!r} depends on the sequence length"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds - _ATTENTION_KINDS:
+        return "it has recurrent layers"
+    return None
+
+
+def windows(config: Any) -> bool:
+    """Whether some layer of a model does not see all that is before."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
     limit = getattr(config, "max_position_embeddings", None) or 0
-    if kinds - {"full_attention"} or (window and window < limit):
-        return "it has sliding-window or recurrent layers"
-    if getattr(config, "kv_lora_rank", None):
-        return "its KV is compressed (multi-head latent attention)"
-    return None
+    return bool(kinds - {"full_attention"} or (window and window < limit))
 
 
-def _inv_freq(model: Any) -> torch.Tensor | None:
+@contextmanager
+def _small_windows(model: Any) -> Iterator[None]:
+    """The model's windows and chunks are shorter than the probe, which would not see them else."""
+    before = []
+    for owner in (model.config, *model.modules()):
+        for name in ("sliding_window", "attention_chunk_size"):
+            value = vars(owner).get(name)
+            if isinstance(value, int) and value > _PROBE_WINDOW:
+                before.append((owner, name, value))
+                setattr(owner, name, _PROBE_WINDOW)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _rotations(model: Any) -> list[torch.Tensor]:
+    """The different ``[rotary_dim / 2]`` angles per position that a model has."""
+    found: list[torch.Tensor] = []
     for module in model.modules():
-        inv_freq = getattr(module, "inv_freq", None)
-        if isinstance(inv_freq, torch.Tensor) and inv_freq.ndim == 1:
-            return inv_freq.detach().float()
-    return None
+        for name, value in {**vars(module), **module._buffers}.items():
+            if not (name.endswith("inv_freq") and isinstance(value, torch.Tensor)):
+                continue
+            angles = value.detach().float()
+            if angles.ndim == 1 and not any(torch.equal(angles, other) for other in found):
+                found.append(angles)
+    return found
 
 
 def _rotary_positions(config: Any, device: torch.device) -> torch.Tensor:
@@ -141,7 +171,7 @@ def _position_ids(positions: torch.Tensor) -> torch.Tensor:
 
 
 def _prove(
-    model: Any, ids: torch.Tensor, positions: torch.Tensor, expected: torch.Tensor, spec: RotarySpec
+    model: Any, ids: torch.Tensor, positions: torch.Tensor, expected: torch.Tensor
 ) -> Support:
     n = ids.shape[1]
     index = torch.arange(n, device=ids.device)
@@ -154,30 +184,26 @@ def _prove(
         value_dim=first.v.shape[3],
     )
     tolerance = 1e-3 if first.k.dtype == torch.float32 else 5e-2
-    scale = first.k.float().abs().max().clamp(min=1e-6)
-    shift = torch.full((n,), _PROBE_SHIFT)
-    for candidate in (spec, replace(spec, interleaved=True)):
-        error = (rerotate(first.k, shift, candidate) - moved.k).float().abs().max()
-        if error <= tolerance * scale:
-            spec = candidate
-            break
-    else:
-        return Support("its keys do not follow its rotary embedding")
     heads, layers = shape.num_kv_heads, shape.num_layers
     # Two slots: an attention that ignores the layout sees both and fails.
     cache = SlotCache(
         first.k.new_zeros(layers, 2, heads, n, shape.key_dim),
         first.v.new_zeros(layers, 2, heads, n, shape.value_dim),
+        packed=getattr(model.config, "kv_lora_rank", None) is not None,
     )
     # Every layer: some models rotate only in most of theirs. With the same inputs in both forwards,
     # or the rounding of the layers below would drown the difference.
     with _same_inputs(model):
         _fill(model, ids, cache, 0, index, positions)
         _fill(model, ids, cache, 1, index, positions + _PROBE_SHIFT)
-    for layer, (base, target) in enumerate(zip(cache.k[:, 0], cache.k[:, 1], strict=True)):
-        error = (rerotate(base, shift, spec) - target).float().abs().max()
-        if not error <= tolerance * target.float().abs().max():
-            return Support(f"the keys of its layer {layer} do not follow its rotary embedding")
+    # The first layer once more, with the inputs that it got: positions may be in the embeddings.
+    pairs = [(first.k, first.v, moved.k, moved.v)]
+    pairs += [(k[:1], v[:1], k[1:], v[1:]) for k, v in zip(cache.k, cache.v, strict=True)]
+    spec, known = _rotary_spec(_rotations(model), pairs, tolerance)
+    if spec is None:
+        return Support(
+            f"the keys of its layer {max(0, known - 1)} do not follow its rotary embedding"
+        )
     # The last position is computed by itself, so that the keys it needs come from the slot.
     _fill(model, ids, cache, 0, index[:-1], positions)
     logits = _fill(model, ids, cache, 0, index[-1:], positions)
@@ -185,6 +211,58 @@ def _prove(
     if not error <= 2 * tolerance * expected.float().abs().max():
         return Support("PartialAttention does not reproduce its logits")
     return Support(None, spec, shape)
+
+
+def _rotary_spec(
+    rotations: list[torch.Tensor], pairs: list[_Pair], tolerance: float
+) -> tuple[RotarySpec | None, int]:
+    """How keys move, from pairs of the same layer's KV at two positions; or None, and how many
+    pairs the best guess explains.
+
+    Args:
+        pairs: the first layer's, then every layer's.
+    """
+    shift = torch.full((_PROBE_TOKENS,), _PROBE_SHIFT)
+    best = 0
+    for dim in {len(angles): None for angles in rotations}:
+        table = [angles for angles in rotations if len(angles) == dim]
+        table += [-angles for angles in table]  # some turn the other way
+        table.append(torch.zeros_like(table[0]))  # a layer without rotation
+        for of_values, interleaved in itertools.product((False, True), repeat=2):
+            rows: list[int] = []
+            for pair in pairs:
+                specs = (RotarySpec(t[None], interleaved, None, of_values) for t in table)
+                fits = (_moves(pair, shift, spec, tolerance) for spec in specs)
+                row = next((row for row, fit in enumerate(fits) if fit), None)
+                if row is None:
+                    break
+                rows.append(row)
+            best = max(best, len(rows))
+            if len(rows) < len(pairs) or set(rows) == {len(table) - 1}:
+                continue
+            layers = rows[1:]
+            used = sorted(set(layers))
+            which = None if len(used) == 1 else tuple(used.index(row) for row in layers)
+            angles = torch.stack([table[row] for row in used])
+            return RotarySpec(angles, interleaved, which, of_values), len(pairs)
+    return None, best
+
+
+def _moves(pair: _Pair, shift: torch.Tensor, spec: RotarySpec, tolerance: float) -> bool:
+    """Whether KV at one position, moved, is that of the other."""
+    k, v, moved_k, moved_v = pair
+    rotated, target, still, same = (
+        (v, moved_v, k, moved_k) if spec.of_values else (k, moved_k, v, moved_v)
+    )
+    if spec.rotary_dim > rotated.shape[-1]:
+        return False
+    return _close(rerotate(rotated, shift, spec), target, tolerance) and _close(
+        still, same, tolerance
+    )
+
+
+def _close(x: torch.Tensor, y: torch.Tensor, tolerance: float) -> bool:
+    return bool((x - y).float().abs().max() <= tolerance * y.float().abs().max().clamp(min=1e-6))
 
 
 @contextmanager
@@ -221,27 +299,30 @@ def _fill(
     positions: torch.Tensor,
 ) -> Any:
     """Compute tokens `index` of `ids` into a slot, turned as `positions` say; the last logits."""
-    cache.batch = RaggedQueries.in_slots([slot], [index])
-    return model(
-        input_ids=ids[:, index],
-        position_ids=_position_ids(positions[:, index]),
-        past_key_values=cache,
-        use_cache=True,
-        kvshare_batch=cache.batch,
-    ).logits[0, -1]
+    return _forward(model, ids, cache, slot, index, positions).logits[0, -1]
 
 
 def _first_layer(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> _FirstLayer:
     cache = _FirstLayer()
-    cache.batch = RaggedQueries.in_slots([0], [torch.arange(ids.shape[1])])
     try:
-        model(
-            input_ids=ids,
-            position_ids=_position_ids(positions),
-            past_key_values=cache,
-            use_cache=True,
-            kvshare_batch=cache.batch,
-        )
+        _forward(model, ids, cache, 0, torch.arange(ids.shape[1], device=ids.device), positions)
     except _FirstLayerDone:
         return cache
     raise ValueError("its layers do not use transformers' cache")
+
+
+def _forward(
+    model: Any,
+    ids: torch.Tensor,
+    cache: SlotCache,
+    slot: int,
+    index: torch.Tensor,
+    positions: torch.Tensor,
+) -> Any:
+    with cache.forward(RaggedQueries.in_slots([slot], [index])):
+        return model(
+            input_ids=ids[:, index],
+            position_ids=_position_ids(positions[:, index]),
+            past_key_values=cache,
+            use_cache=True,
+        )

@@ -15,7 +15,8 @@ class MediaInputs:
 
     Attributes:
         positions: ``[3, N]`` int64 rotary positions; None: the index.
-        features: (first position, ``[length, hidden_size]``) of media that are to be computed.
+        features: (first position, ``[length, hidden_size]``) of media that are to be computed; with
+            more channels, what the first layers add there too, see `models.family.Family.encode`.
     """
 
     positions: np.ndarray | None = None
@@ -24,7 +25,7 @@ class MediaInputs:
 
 def model_inputs(
     model: Any, ids: torch.Tensor, index: torch.Tensor, media: MediaInputs | None
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """Keywords of a forward over some positions of a prompt.
 
     Args:
@@ -45,9 +46,18 @@ def model_inputs(
     if not here:
         return {"input_ids": tokens, "position_ids": positions}
     embeddings = model.get_input_embeddings()(tokens)
+    width = embeddings.shape[-1]
     for rows, features in here:
-        embeddings[0, rows] = features.to(embeddings)
-    return {"inputs_embeds": embeddings, "position_ids": positions}
+        embeddings[0, rows] = features[:, :width].to(embeddings)
+    inputs = {"inputs_embeds": embeddings, "position_ids": positions}
+    # A model has them for all of its media or for none.
+    _, *deep = torch.cat([features for _, features in here]).split(width, dim=-1)
+    if not deep:
+        return inputs
+    visual = torch.zeros_like(tokens, dtype=torch.bool)
+    for rows, _ in here:
+        visual[0, rows] = True
+    return {**inputs, "visual_pos_masks": visual, "deepstack_visual_embeds": deep}
 
 
 def decode_positions(index: torch.Tensor, rope_deltas: torch.Tensor) -> torch.Tensor:

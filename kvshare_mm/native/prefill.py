@@ -27,7 +27,7 @@ from kvshare_mm.stream import SegmentStream
 logger = logging.getLogger(__name__)
 
 # Why a donor's KV cannot be had any more.
-_LOST = ("corrupt", "evicted")
+_LOST = ("corrupt", "evicted", "newer_format")
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,16 +108,16 @@ class SlotRunner:
         self._device = loaded.device
         self.chunk = chunk
         self.can_draft = drafts
-        self._cache = SlotCache(
-            *(
-                torch.empty(
-                    (shape.num_layers, num_slots, shape.num_kv_heads, max_len, dim),
-                    dtype=loaded.dtype,
-                    device=loaded.device,
-                )
-                for dim in (shape.key_dim, shape.value_dim)
+        k, v = (
+            torch.empty(
+                (shape.num_layers, num_slots, shape.num_kv_heads, max_len, dim),
+                dtype=loaded.dtype,
+                device=loaded.device,
             )
+            for dim in (shape.key_dim, shape.value_dim)
         )
+        latent = loaded.rotary is not None and loaded.rotary.of_values
+        self._cache = SlotCache(k, v, packed=latent)
 
     @property
     def max_bytes(self) -> int:
@@ -193,14 +193,13 @@ class SlotRunner:
         batch = RaggedQueries.in_slots(
             [slot for slot, _ in rows], index.split([count for _, count in rows])
         )
-        self._cache.batch = batch
-        logits: torch.Tensor = self._model(
-            input_ids=torch.tensor([token_ids], device=self._device),
-            position_ids=decode_positions(index, ahead),
-            past_key_values=self._cache,
-            use_cache=True,
-            kvshare_batch=batch,
-        ).logits
+        with self._cache.forward(batch):
+            logits: torch.Tensor = self._model(
+                input_ids=torch.tensor([token_ids], device=self._device),
+                position_ids=decode_positions(index, ahead),
+                past_key_values=self._cache,
+                use_cache=True,
+            ).logits
         return logits[0]
 
     def release(self, slot: int) -> None:
@@ -217,15 +216,13 @@ class SlotRunner:
         keep: int = 1,
     ) -> Any:
         batch = RaggedQueries.in_slots([slot], [index])
-        cache.batch = batch
-        return self._model(
-            **model_inputs(self._model, ids, index, media),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            kvshare_batch=batch,
-            kvshare_tail=tail,
-        )
+        with cache.forward(batch, tail):
+            return self._model(
+                **model_inputs(self._model, ids, index, media),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
 
 
 class PlainRunner:
@@ -283,7 +280,7 @@ class PlainRunner:
     def release(self, slot: int) -> None:
         self._caches.pop(slot, None)
 
-    def _step(self, slot: int, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _step(self, slot: int, inputs: dict[str, Any]) -> torch.Tensor:
         if not self._takes_positions:
             inputs.pop("position_ids")
         logits: torch.Tensor = self._model(

@@ -18,6 +18,7 @@ one request now and then that is audited for certain: without those it could nev
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -28,7 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+import xxhash
+from pydantic import BaseModel
 
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.reuse.forecast import Forecast
@@ -36,6 +38,8 @@ from kvshare_mm.reuse.forecast import Forecast
 logger = logging.getLogger(__name__)
 
 MISS_SHARE = 0.05
+# Behind the name of a file that is being written; that was found unreadable.
+TEMP_SUFFIX, ASIDE_SUFFIX = ".tmp", ".unreadable"
 
 # Divergence below this is rounding; scores beyond that say no more.
 _FLOOR, _MOST_SCORE = 1e-6, 8.0
@@ -79,8 +83,31 @@ class _Namespace(BaseModel):
 
 
 class _State(BaseModel):
-    version: Literal[1]
+    """Its file. Version 1 had no checksum."""
+
+    version: Literal[1, 2]
     namespaces: dict[str, _Namespace] = {}
+    xxh3_128: str | None = None
+
+    @property
+    def checksum(self) -> str | None:
+        if self.version == 1:
+            return None
+        text = json.dumps({n: s.model_dump() for n, s in self.namespaces.items()}, sort_keys=True)
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def read_state(path: Path) -> dict[str, _Namespace]:
+    """What a file says was learned, by namespace.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, of a later version, or no such file at all.
+    """
+    state = _State.model_validate_json(path.read_bytes())
+    if state.xxh3_128 != state.checksum:
+        raise ValueError("its checksum does not match")
+    return state.namespaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,10 +278,10 @@ class Calibration:
             ConfigError: the file cannot be read, or is of another model.
         """
         try:
-            state = _State.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
+            spaces = read_state(path)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"calibration: {path} cannot be used: {error}") from error
-        known = [s for ns, s in state.namespaces.items() if ns.startswith(f"{fingerprint}-")]
+        known = [s for ns, s in spaces.items() if ns.startswith(f"{fingerprint}-")]
         if not known:
             raise ConfigError(f"calibration: {path} was made with another model")
         families = {name: f for space in known for name, f in space.families.items()}
@@ -263,12 +290,15 @@ class Calibration:
 
     def _restore(self, path: Path) -> None:
         try:
-            self._spaces = _State.model_validate_json(path.read_bytes()).namespaces
+            self._spaces = read_state(path)
         except FileNotFoundError:
             return
-        except (OSError, ValidationError) as error:
+        except (OSError, ValueError) as error:
             self._counters["calibration_unreadable"] += 1
             logger.warning("the calibration in %s is not used: %s", path, error)
+            if isinstance(error, ValueError):
+                with suppress(OSError):  # what comes next shall not be written over it
+                    path.replace(path.with_name(path.name + ASIDE_SUFFIX))
 
     def save(self, path: Path | None = None) -> None:
         """Write its state, whole or not at all. Raises OSError: to a path that was given."""
@@ -276,8 +306,10 @@ class Calibration:
         if into is None:
             return
         with self._lock:
-            text = _State(version=1, namespaces=self._spaces).model_dump_json()
-        temporary = into.with_name(f"{into.name}.{os.getpid()}.tmp")
+            state = _State(version=2, namespaces=self._spaces)
+            state.xxh3_128 = state.checksum
+            text = state.model_dump_json()
+        temporary = into.with_name(f"{into.name}.{os.getpid()}{TEMP_SUFFIX}")
         try:
             into.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(text, encoding="utf-8")

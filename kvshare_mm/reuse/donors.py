@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.stream import Segment
+
+_Record = tuple[Node, np.ndarray | None]
 
 
 class DonorPool:
@@ -59,6 +61,8 @@ class DonorPool:
         self.tree = self.reuse.catalogue.tree
         if disk is not None and disk.num_corrupt:
             self.counters["damaged_at_start"] = disk.num_corrupt
+        for reason, count in disk.left_alone.items() if disk is not None else ():
+            self.counters[f"{reason}_at_start"] = count
         known = self._restore(fingerprint)
         if open_dense is not None:
             self.reuse.semantic = SemanticIndex(
@@ -209,8 +213,8 @@ class DonorPool:
         """Take up what an earlier process left in the store; returns what has a vector."""
         embedded = []
         report = Report()
-        # Parents before their children: a family is told by its oldest.
-        for node, embedding in sorted(self.store.records(), key=lambda r: r[0].created_s):
+        # A family is told by its oldest.
+        for node, embedding in _parents_first(self.store.records()):
             if node.namespace.startswith(f"{fingerprint}-"):
                 report.restored.append(node)
                 if embedding is not None:
@@ -220,3 +224,19 @@ class DonorPool:
         self.reuse.reported(report)
         self._carry_out()
         return [record for record in embedded if record.node_id in self.tree]
+
+
+def _parents_first(found: Iterable[_Record]) -> list[_Record]:
+    """Stored nodes in the order they were made, also where the clock went backwards meanwhile."""
+    records = {node.node_id: (node, embedding) for node, embedding in found}
+    done: set[str] = set()
+    ordered: list[_Record] = []
+    for node, _ in sorted(records.values(), key=lambda record: record[0].created_s):
+        line: list[_Record] = []
+        node_id: str | None = node.node_id
+        while node_id in records and node_id not in done:
+            done.add(node_id)
+            line.append(records[node_id])
+            node_id = records[node_id][0].parent
+        ordered += reversed(line)
+    return ordered

@@ -93,7 +93,11 @@ class KVEditor:
             part_v = stored.kv.v[:, :, row : row + piece.length].to(v.device, v.dtype)
             if part.shift:
                 assert self._spec is not None
-                part_k = rerotate(part_k, torch.full((piece.length,), part.shift), self._spec)
+                shift = torch.full((piece.length,), part.shift)
+                if self._spec.of_values:
+                    part_v = rerotate(part_v, shift, self._spec)
+                else:
+                    part_k = rerotate(part_k, shift, self._spec)
             k[:, :, piece.start : piece.end] = part_k
             v[:, :, piece.start : piece.end] = part_v
 
@@ -111,8 +115,8 @@ class KVEditor:
         rows = [p.row - first for p in placed]
         last = max(p.row + p.piece.length for p in placed)
         shift = torch.tensor([p.shift for p in placed])
-        inv_freq = torch.empty(0) if self._spec is None else self._spec.inv_freq.cpu()
-        cos, sin = rotation_table(shift, inv_freq)
+        spec = self._spec or RotarySpec(torch.empty(1, 0))
+        cos, sin = rotation_table(shift, spec.inv_freq.cpu())
         lengths = torch.tensor([piece.length for piece in pieces])
         edit = KVEdit(
             torch.cat(
@@ -122,12 +126,16 @@ class KVEditor:
             torch.arange(len(placed), dtype=torch.int32).repeat_interleave(lengths).to(device),
             cos.to(device),
             sin.to(device),
-            self._spec is not None and self._spec.interleaved,
+            spec.interleaved,
+            None if spec.layers is None else torch.tensor(spec.layers).int().to(device),
         )
         source_k, source_v = (
             x[:, :, first:last].to(device)[:, None] for x in (stored.kv.k, stored.kv.v)
         )
-        edit_kv(source_k, source_v, k[:, None], v[:, None], edit, "triton")
+        if spec.of_values:
+            edit_kv(source_v, source_k, v[:, None], k[:, None], edit, "triton")
+        else:
+            edit_kv(source_k, source_v, k[:, None], v[:, None], edit, "triton")
 
 
 def _place(piece: Piece, owner: Node, positions: np.ndarray | None) -> _Placed:

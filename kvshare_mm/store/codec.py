@@ -93,7 +93,8 @@ def read_record(path: Path) -> tuple[Node, np.ndarray | None, int]:
         The node, its embedding (``[dim]`` float32, or None) and the bytes of its K and V.
 
     Raises:
-        KVUnavailableError: "evicted" (no such file), "corrupt" or "io_error".
+        KVUnavailableError: "evicted" (no such file), "corrupt", "io_error", or "newer_format": a
+            later version of this program wrote it.
     """
     with _reading(path) as file:
         record = _read_record(file)
@@ -214,7 +215,7 @@ def _private(path: str, flags: int) -> int:
 def _reading(path: Path) -> Iterator[BufferedReader]:
     """Open `path`, turning everything that can be wrong with it into KVUnavailableError."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             yield file
     except FileNotFoundError as error:
         raise KVUnavailableError("evicted", f"{path} is gone") from error
@@ -234,7 +235,10 @@ def _read_record(file: BufferedReader) -> _Record:
     metadata = tensors.pop("__metadata__")
     found = metadata["format"], metadata["version"]
     if found != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"format and version are {found}, expected {(FORMAT, FORMAT_VERSION)}")
+        message = f"format and version are {found}, expected {(FORMAT, FORMAT_VERSION)}"
+        if found[0] == FORMAT and int(found[1]) > int(FORMAT_VERSION):
+            raise KVUnavailableError("newer_format", f"{file.name}: {message}")
+        raise ValueError(message)
     offsets = [entry["data_offsets"] for entry in tensors.values()]
     if not all(0 <= start <= end for start, end in offsets):
         raise ValueError("a tensor lies outside the file")

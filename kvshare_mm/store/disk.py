@@ -8,6 +8,7 @@ import os
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from kvshare_mm.node import Node
 from kvshare_mm.store.base import NodeKV, StoredNode, check_finite
 from kvshare_mm.store.codec import TEMP_SUFFIX, read_node, read_record, write_node
 from kvshare_mm.store.eviction import EvictionLedger
+from kvshare_mm.store.lock import FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +29,23 @@ NODE_SUFFIX = ".kvnode"
 _TEMP_PATTERN = f"*{NODE_SUFFIX}.*{TEMP_SUFFIX}"
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is what a write was about to put in place."""
+    return path.match(_TEMP_PATTERN)
+
+
+def node_file(node_id: str) -> str:
+    """The name of a node's file: ids may hold what file names may not."""
+    digest = hashlib.blake2b(node_id.encode("utf-8", "surrogatepass"), digest_size=16)
+    return f"{digest.hexdigest()}{NODE_SUFFIX}"
+
+
 class DiskTier:
     """Keeps nodes in files within a budget of bytes; full, it evicts by size-aware LRU.
 
-    Opening reads the record of every node in the folder, not its K and V; damaged files are deleted
-    and counted, temporary files of a killed writer are removed. Thread-safe.
+    Opening reads the record of every node in the folder, not its K and V; damaged files, and those
+    of an older format, are deleted and counted, temporary files of a killed writer are removed.
+    Those of a newer format stay, and their bytes leave less of the budget. Thread-safe.
 
     Processes may share a folder: files appear whole or not at all, and one that another process
     removed reads as "evicted". Each process counts, and evicts, what it found at its opening and
@@ -47,10 +61,12 @@ class DiskTier:
 
     Attributes:
         num_corrupt: damaged files deleted since the opening.
+        left_alone: files that were there at the opening and are not used, by reason:
+            "newer_format", "io_error".
         num_recreated: times that the folder was removed by others and made again.
 
     Raises:
-        StoreError: the folder cannot be created, read or written.
+        StoreError: the folder cannot be created, read or written, or is being repaired.
         ValueError: `max_bytes` is negative.
     """
 
@@ -66,16 +82,22 @@ class DiskTier:
         self.folder = Path(folder)
         self.num_corrupt = 0
         self.num_recreated = 0
+        self.left_alone: Counter[str] = Counter()
         self._durable = durable
         self._ledger = EvictionLedger(max_bytes, clock)
-        # Two locks, so that nobody waits for a write to learn what is here. `_changing` is held
-        # while the folder changes, `_lock` while the ledger is used; taken in this order.
+        # Two locks, so that nobody waits for a write to learn what is here, or to delete it.
+        # `_changing` is held while the folder changes, `_lock` while ledger and `_doomed` are used;
+        # taken in this order.
         self._changing = threading.Lock()
         self._lock = threading.Lock()
+        self._doomed: set[str] = set()  # deleted, but for their files
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._used = FolderLock(self.folder)
             self._check_writable()
             self._scan()
+        except BlockingIOError as error:
+            raise StoreError(f"{self.folder} is being repaired; start again when it is") from error
         except OSError as error:
             raise StoreError(
                 f"cannot keep KV in {self.folder}: {error}. Give a folder that this process may"
@@ -96,20 +118,24 @@ class DiskTier:
         """
         node_id = stored.node.node_id
         lost: list[str] = []
-        with self._changing:
-            with self._lock:
-                fits = self._ledger.can_fit(node_id, stored.kv.num_bytes)
-                if not fits:
-                    # Known before it is written: gigabytes may be at stake.
-                    self._ledger.discard(node_id)
-                    evicted = [node_id]
-            if fits:
-                lost = [each for each in self._recreate() if each != node_id]
-                num_bytes = write_node(self._path(node_id), stored, durable=self._durable)
+        try:
+            with self._changing:
                 with self._lock:
-                    evicted = self._ledger.admit(node_id, num_bytes)
-            for evicted_id in evicted:
-                self._unlink(self._path(evicted_id))
+                    fits = self._ledger.can_fit(node_id, stored.kv.num_bytes)
+                    if not fits:
+                        # Known before it is written: gigabytes may be at stake.
+                        self._ledger.discard(node_id)
+                        evicted = [node_id]
+                if fits:
+                    lost = [each for each in self._recreate() if each != node_id]
+                    num_bytes = write_node(self._path(node_id), stored, durable=self._durable)
+                    with self._lock:
+                        self._doomed.discard(node_id)
+                        evicted = self._ledger.admit(node_id, num_bytes)
+                for evicted_id in evicted:
+                    self._unlink(self._path(evicted_id))
+        finally:
+            self._unlink_doomed()
         return [*lost, *evicted]
 
     def get(self, node_id: str) -> StoredNode:
@@ -141,11 +167,14 @@ class DiskTier:
             self._ledger.touch(node_id)
 
     def delete(self, node_id: str) -> None:
-        """Delete a node, pinned or not; an unknown id is not an error."""
-        with self._changing:
-            with self._lock:
-                self._ledger.discard(node_id)
-            self._unlink(self._path(node_id))
+        """Delete a node, pinned or not; an unknown id is not an error.
+
+        Its file goes at once, or when what is written now is.
+        """
+        with self._lock:
+            self._ledger.discard(node_id)
+            self._doomed.add(node_id)
+        self._unlink_doomed()
 
     def records(self) -> Iterator[tuple[Node, np.ndarray | None]]:
         """Yield node and embedding (``[dim]`` float32, or None) of all nodes held now.
@@ -170,6 +199,10 @@ class DiskTier:
         """Undo one `pin`; a node that is not pinned is not an error."""
         with self._lock:
             self._ledger.unpin(node_id)
+
+    def close(self) -> None:
+        """Others may repair the folder from now on."""
+        self._used.close()
 
     def __contains__(self, node_id: object) -> bool:
         with self._lock:
@@ -196,9 +229,7 @@ class DiskTier:
         return self._ledger.max_bytes
 
     def _path(self, node_id: str) -> Path:
-        # Node ids may hold what file names may not, and must not lead out of the folder.
-        digest = hashlib.blake2b(node_id.encode("utf-8", "surrogatepass"), digest_size=16)
-        return self.folder / f"{digest.hexdigest()}{NODE_SUFFIX}"
+        return self.folder / node_file(node_id)
 
     def _recreate(self) -> list[str]:
         """Make the folder again if it was removed; return the ids of what went with it."""
@@ -208,6 +239,8 @@ class DiskTier:
             self.folder.mkdir(mode=0o700, parents=True)
         except OSError as error:
             raise KVUnavailableError("io_error", f"cannot make {self.folder}: {error}") from error
+        with suppress(OSError):
+            self._used = FolderLock(self.folder)
         self.num_recreated += 1
         logger.warning("%s was removed; it is made again, empty", self.folder)
         with self._lock:
@@ -227,19 +260,40 @@ class DiskTier:
         """Fill the ledger from the folder, in the order the nodes were last used."""
         found: list[tuple[int, int, Path]] = []
         for path in self.folder.iterdir():
-            if path.match(_TEMP_PATTERN):
-                path.unlink(missing_ok=True)
+            if is_temporary(path):
+                self._unlink(path)
             elif path.name.endswith(NODE_SUFFIX):
-                with suppress(FileNotFoundError):  # another process evicts while we look
+                try:
                     stat = path.stat()
-                    found.append((stat.st_mtime_ns, stat.st_size, path))
+                except FileNotFoundError:  # another process evicts while we look
+                    continue
+                except OSError as error:
+                    self.left_alone["io_error"] += 1
+                    logger.warning("cannot read %s: %s", path, error)
+                    continue
+                found.append((stat.st_mtime_ns, stat.st_size, path))
+        newer_bytes = 0
         for _, num_bytes, path in sorted(found):
             try:
                 node, _ = self._record(path)
             except KVUnavailableError as error:
-                self._delete_damaged(path, error)
+                self._note(error)
+                if error.reason == "corrupt":
+                    self._unlink(path)
+                elif error.reason != "evicted":
+                    self.left_alone[error.reason] += 1
+                newer_bytes += num_bytes if error.reason == "newer_format" else 0
                 continue
             for evicted_id in self._ledger.admit(node.node_id, num_bytes):
+                self._unlink(self._path(evicted_id))
+        if newer_bytes:
+            logger.warning(
+                "%s holds %d nodes of a newer format, which stay there unused, %d bytes",
+                self.folder,
+                self.left_alone["newer_format"],
+                newer_bytes,
+            )
+            for evicted_id in self._ledger.reserve(newer_bytes):
                 self._unlink(self._path(evicted_id))
         logger.info(
             "disk store %s: %d nodes, %d bytes, %d damaged files deleted",
@@ -267,20 +321,32 @@ class DiskTier:
 
     def _drop_unreadable(self, node_id: str, error: KVUnavailableError) -> None:
         """Forget a node that is gone or damaged; one that could not be read may be next time."""
-        path = self._path(node_id)
-        with self._changing:
-            self._delete_damaged(path, error)
-            if error.reason != "io_error":
-                with self._lock:
-                    self._ledger.discard(node_id)
-                # Also when it is gone: it may have been written again since it was looked for.
-                self._unlink(path)
+        self._note(error)
+        if error.reason == "newer_format":  # another process, of a later version, wrote it
+            with self._lock:
+                self._ledger.discard(node_id)
+        elif error.reason != "io_error":
+            # Also when it is gone: it may have been written again since it was looked for.
+            self.delete(node_id)
 
-    def _delete_damaged(self, path: Path, error: KVUnavailableError) -> None:
+    def _unlink_doomed(self) -> None:
+        """Remove the files of deleted nodes, unless one is being written: its writer does it then.
+
+        Looked at again once the lock is free, as whoever dooms a node meanwhile does not get it.
+        """
+        while self._doomed and self._changing.acquire(blocking=False):
+            try:
+                with self._lock:
+                    doomed, self._doomed = self._doomed, set()
+                for node_id in doomed:
+                    self._unlink(self._path(node_id))
+            finally:
+                self._changing.release()
+
+    def _note(self, error: KVUnavailableError) -> None:
         if error.reason == "corrupt":
             self.num_corrupt += 1
             logger.warning("deleting it: %s", error)
-            self._unlink(path)
         elif error.reason == "io_error":
             logger.warning("%s", error)
 

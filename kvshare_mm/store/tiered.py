@@ -55,8 +55,8 @@ class TieredStore:
         self._disk = disk
         self._on_gone = on_gone
         self._max_queued_bytes = max_queued_bytes
-        # Taken before the locks of the tiers, and not held while a node is read or written; only
-        # `delete` may wait for a write with it.
+        # Taken before the locks of the tiers, and not held while a node is read or written: a slow
+        # disk must not hold up what RAM can answer.
         self._changed = threading.Condition()
         self._queue: OrderedDict[str, StoredNode] = OrderedDict()
         self._failures_told = 0
@@ -226,6 +226,8 @@ class TieredStore:
             self._writer.join(timeout_s)
             if self._writer.is_alive():
                 logger.warning("closed with %d nodes not on disk yet", len(self._queue))
+            elif self._disk is not None:
+                self._disk.close()
 
     def _check(self, node: Node, embedding: np.ndarray | None, kv: NodeKV | None = None) -> None:
         """Lock not held: reading gigabytes takes a while."""
@@ -283,7 +285,7 @@ class TieredStore:
             num_bytes = sum(map(ram_bytes, queued_only))
             if len(queued_only) > 1 and num_bytes > self._max_queued_bytes:
                 del self._queue[node_id]
-                if self._disk is not None:
+                if self._disk is not None and node_id in self._disk:
                     self._disk.delete(node_id)  # an older version
                 self._write_failed("queue_full", f"no room to hold node {node_id} until written")
         return self._forget(evicted)

@@ -89,7 +89,7 @@ def build_runner(
         name = f"vllm-{compat.fingerprint(vllm_config)[:16]}-{parallel.rank}of{ranks}"
         disk = DiskTier(options.core.store_dir / name, options.core.disk_bytes // ranks)
     gone: deque[str] = deque()
-    store = TieredStore(HostTier(options.core.host_bytes // ranks), disk, gone.append)
+    store = TieredStore(HostTier(options.core.host_budget() // ranks), disk, gone.append)
     return WorkerSide(
         layers,
         PageLayout(next(iter(layers.values()))),

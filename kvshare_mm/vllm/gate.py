@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvshare_mm.models.support import declared_obstacle
+from kvshare_mm.models.support import declared_obstacle, windows
 
 # Models whose pictures' places are known.
 _SEEING = frozenset({"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"})
@@ -29,6 +29,10 @@ def deployment_obstacle(vllm_config: Any, kv_cache_config: Any) -> str | None:
         return "only decoders that generate text are supported"
     if (reason := declared_obstacle(model.hf_text_config)) is not None:
         return reason
+    if windows(model.hf_text_config):
+        return "it has sliding-window or recurrent layers"
+    if not all(getattr(model.hf_text_config, "no_rope_layers", None) or [1]):
+        return "some of its layers do not rotate their keys"
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         return "its layers have different kinds of KV cache (sliding window, hybrid)"

@@ -57,6 +57,7 @@ class VLLMParts:
     donors: None = None
     grammars: None = None
     seen: None = None
+    embedder: None = None
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start.
@@ -337,7 +338,7 @@ def _sampling_params(spec: RequestSpec) -> Any:
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     asked = spec.params
-    schema = asked.schema
+    form = asked.form
     return SamplingParams(
         max_tokens=asked.max_tokens,
         temperature=asked.temperature,
@@ -352,7 +353,9 @@ def _sampling_params(spec: RequestSpec) -> Any:
         frequency_penalty=asked.frequency_penalty,
         repetition_penalty=asked.repetition_penalty,
         logit_bias=dict(asked.logit_bias) or None,
-        structured_outputs=None if schema is None else StructuredOutputsParams(json=dict(schema)),
+        structured_outputs=None
+        if form is None
+        else StructuredOutputsParams(**{form.kind: form.value}),
         output_kind=RequestOutputKind.DELTA,
         extra_args={"kv_transfer_params": {"kvshare": _as_asked(spec.options)}},
     )

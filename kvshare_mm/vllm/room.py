@@ -25,7 +25,7 @@ def fitted(arguments: dict[str, Any], config: KVShareConfig) -> dict[str, Any]:
     if _CHOSEN & arguments.keys() or (memory := cpu_memory()) is None:
         return arguments
     total, free = memory
-    donors = 0 if config.reuse == "off" else config.host_bytes
+    donors = 0 if config.reuse == "off" else config.host_budget()
     share = share_of_memory(total, free, donors, int(arguments.get("tensor_parallel_size", 1)))
     logger.info(
         "vLLM may take %.1f%% of %.1f GiB memory; %.1f GiB are free",

@@ -24,7 +24,7 @@ def rotary_spec(model: Any) -> RotarySpec:
     rotary = next(iter(found.values()))
     # Row 1 holds cosine and sine of each pair's angle per position; a factor on both cancels.
     cos, sin = rotary._compute_cos_sin_cache()[1].double().chunk(2)
-    spec = RotarySpec(torch.atan2(sin, cos).float(), not rotary.is_neox_style)
+    spec = RotarySpec(torch.atan2(sin, cos).float()[None], not rotary.is_neox_style)
     _prove(rotary, spec)
     return spec
 

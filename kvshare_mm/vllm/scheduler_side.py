@@ -95,7 +95,7 @@ class SchedulerSide:
         merge: int | None = None,
     ) -> None:
         core = options.core
-        self.reuse = ReuseScheduler(core.host_bytes, core.max_candidates, num_ranks)
+        self.reuse = ReuseScheduler(core.host_budget(), core.max_candidates, num_ranks)
         self.counters = self.reuse.counters
         self.times: dict[str, list[float]] = {}
         self.obstacle: str | None = None

@@ -61,7 +61,8 @@ def test_fields_are_given_by_name(llm: KVShare) -> None:
 
 def test_every_field_has_its_name() -> None:
     known = [f.name for kind in (SamplingParams, RequestOptions) for f in fields(kind)]
-    assert list(Given.__annotations__) == known
+    tools = ["tools", "tool_choice", "parallel_tool_calls"]
+    assert list(Given.__annotations__) == [*known, *tools]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvshare_mm import ConfigError, KVShare, ModelLoadError, StoreError
+from kvshare_mm.config import KVShareConfig
 
 
 @pytest.mark.parametrize(
@@ -86,3 +88,19 @@ def test_a_failed_start_leaves_no_threads(tiny_folder: Path, tmp_path: Path) -> 
     with pytest.raises(ModelLoadError):
         KVShare(str(tmp_path / "nowhere"), store_dir=tmp_path)
     assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "per_token", "budget"),
+    [
+        (None, 0, 2 << 30),
+        (None, 46_080, 65_536 * 46_080),
+        (None, 1 << 30, -1),
+        (5 << 20, 46_080, 5 << 20),
+    ],
+)
+def test_ram_for_donors_follows_the_model(given: int | None, per_token: int, budget: int) -> None:
+    """A token of KV may take 12 KB or 500."""
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    want = max(2 << 30, ram // 4 if budget < 0 else min(budget, ram // 4))
+    assert KVShareConfig.of(host_bytes=given).host_budget(per_token) == (given or want)

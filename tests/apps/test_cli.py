@@ -219,9 +219,28 @@ def test_inspect_draws_the_tree(run: Run, store: Path) -> None:
 
 
 def test_inspect_changes_nothing(run: Run, store: Path) -> None:
+    (store / "kv" / "damaged.kvnode").write_bytes(b"no node")
+    (store / "kv" / "x.kvnode.0f.tmp").write_bytes(b"what a server writes now")
     before = {p.name: p.read_bytes() for p in (store / "kv").iterdir()}
-    run("inspect", store)
+    assert "1 files cannot be read" in run("inspect", store).output
     assert {p.name: p.read_bytes() for p in (store / "kv").iterdir()} == before
+
+
+def test_store_verify_and_repair(run: Run, store: Path) -> None:
+    whole = run("store", "verify", store)
+    assert (whole.exit_code, "Nothing is wrong" in whole.output) == (0, True), whole.output
+    (store / "kv" / "damaged.kvnode").write_bytes(b"no node")
+    wrong = run("store", "verify", store, "--json")
+    report = json.loads(wrong.output)
+    assert (wrong.exit_code, report["ok"], report["donors"]) == (1, False, 2)
+    assert [p["kind"] for p in report["problems"]] == ["damaged"]
+    assert "store repair" in run("store", "verify", store).output
+    mended = run("store", "repair", store, "--quarantine", store / "aside")
+    assert mended.exit_code == 0, mended.output
+    assert "1 files moved" in mended.output
+    assert (store / "aside" / "kv" / "damaged.kvnode").exists()
+    assert run("store", "verify", store).exit_code == 0
+    assert "not a store folder" in run("store", "repair", store / "kv").output
 
 
 def test_inspect_an_empty_store(run: Run, tmp_path: Path) -> None:

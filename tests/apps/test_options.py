@@ -23,7 +23,7 @@ def test_an_option_says_what_its_field_says(command: str) -> None:
         assert option.help.partition("; in ")[0] == described(field)
         default = _STRICTER.get(field, KVShareConfig.model_fields[field].default)
         assert config_values({option.name: option.default}) == {field: default}
-    assert len(options) == {"demo": 0, "generate": 3, "chat": 3, "serve": 20}[command]
+    assert len(options) == {"demo": 0, "generate": 3, "chat": 3, "serve": 21}[command]
 
 
 def _called(*words: str) -> Values:
@@ -40,7 +40,7 @@ def _called(*words: str) -> Values:
 
 
 def test_a_command_gets_the_fields_that_its_options_are() -> None:
-    plain = {"max_queue": 7, "host_bytes": 2 << 30, "reuse": "similar", "other": 1}
+    plain = {"max_queue": 7, "host_bytes": None, "reuse": "similar", "other": 1}
     assert _called() == plain
     assert _called("--host-gib", "0.5", "--reuse", "exact", "--other", "2") == {
         **plain, "host_bytes": 1 << 29, "reuse": "exact", "other": 2

@@ -33,6 +33,7 @@ def _edit(
     sizes: tuple[int, int],
     inv_freq: torch.Tensor,
     interleaved: bool = False,
+    rotation: list[int] | None = None,
 ) -> KVEdit:
     """An edit of runs ``(source start, target start, length)``."""
     source, target, run = [], [], []
@@ -41,7 +42,7 @@ def _edit(
         target.append(torch.arange(to, to + length))
         run.append(torch.full((length,), i, dtype=torch.int32))
     shift = torch.tensor([to - start for start, to, _ in runs])
-    cos, sin = rotation_table(shift, inv_freq)
+    cos, sin = rotation_table(shift, inv_freq if inv_freq.ndim == 2 else inv_freq[None])
     return KVEdit(
         _slots(torch.cat(source), torch.tensor(source_table), sizes[0]).to(DEVICE),
         _slots(torch.cat(target), torch.tensor(target_table), sizes[1]).to(DEVICE),
@@ -49,6 +50,7 @@ def _edit(
         cos.to(DEVICE),
         sin.to(DEVICE),
         interleaved,
+        None if rotation is None else torch.tensor(rotation, dtype=torch.int32, device=DEVICE),
     )
 
 
@@ -87,6 +89,7 @@ def _check(
                 for x in (edit.source_slots, edit.target_slots, edit.run, edit.cos, edit.sin)
             ),
             edit.interleaved,
+            None if edit.rotation is None else edit.rotation.cpu(),
         ),
     )
     edit_kv(*source, *target, edit, backend)
@@ -127,6 +130,14 @@ def test_partial_rotary_dims(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rotation", [[1, 0], [2, 1], [2, 2]], ids=str)
+def test_layers_turn_by_their_own_rotation(backend: str, rotation: list[int]) -> None:
+    inv_freq = torch.stack((torch.ones(8), 1e4 ** -(torch.arange(8) / 8), torch.zeros(8)))
+    edit = _edit(RUNS, [0], [0], (50, 50), inv_freq, rotation=rotation)
+    _check(edit, ((1, 50), (1, 50)), (24, 16), (torch.float32,) * 2, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", [(16, 16), (50, 16), (16, 50), (32, 128)])
 def test_pages_and_slots(backend: str, sizes: tuple[int, int]) -> None:
     tables = [[5, 0, 3, 2][: -(-50 // s)] for s in sizes]
@@ -159,7 +170,7 @@ def test_an_unshifted_run_is_copied_bit_by_bit(backend: str) -> None:
 def test_nothing_to_move(backend: str) -> None:
     kv = torch.zeros(1, 1, 2, 4, 16, device=DEVICE)
     nothing = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    table = torch.ones(0, 8, device=DEVICE)
+    table = torch.ones(1, 0, 8, device=DEVICE)
     edit_kv(kv, kv, kv, kv, KVEdit(nothing, nothing, nothing.int(), table, table), backend)
 
 
@@ -200,11 +211,11 @@ def test_same_as_rerotate(backend: str, shift: int) -> None:
     inv_freq = 10000.0 ** -(torch.arange(16) / 16)
     k = _random(1, 1, 2, 20, 32, dtype=torch.float32, seed=3)
     moved, _ = torch.zeros_like(k), None
-    cos, sin = rotation_table(torch.tensor([shift]), inv_freq)
+    cos, sin = rotation_table(torch.tensor([shift]), inv_freq[None])
     slots = torch.arange(20, device=DEVICE)
     edit = KVEdit(slots, slots, torch.zeros_like(slots).int(), cos.to(DEVICE), sin.to(DEVICE))
     edit_kv(k, k, moved, torch.zeros_like(k), edit, backend)
-    want = rerotate(k.cpu(), torch.full((20,), shift), RotarySpec(inv_freq))
+    want = rerotate(k.cpu(), torch.full((20,), shift), RotarySpec(inv_freq[None]))
     torch.testing.assert_close(moved.cpu(), want, atol=1e-6, rtol=0)
 
 
@@ -231,7 +242,7 @@ def test_mrope_and_yarn(backend: str) -> None:
     run = torch.tensor([0] * 5 + [1] * 7)
     old = _rotated(x, position[:, axis] * inv_freq, factor)
     new = _rotated(x, (position + shift[run, None])[:, axis] * inv_freq, factor)
-    cos, sin = rotation_table(shift, inv_freq)
+    cos, sin = rotation_table(shift, inv_freq[None])
     slots = torch.arange(12, device=DEVICE)
     source = old[None, None, None].to(DEVICE)
     target = torch.zeros_like(source)
@@ -244,7 +255,7 @@ def test_mrope_and_yarn(backend: str) -> None:
 
 
 def test_an_edit_that_does_not_fit_is_refused() -> None:
-    slots, table = torch.arange(3), torch.ones(1, 4)
+    slots, table = torch.arange(3), torch.ones(1, 1, 4)
     good: dict[str, Any] = {
         "source_slots": slots,
         "target_slots": slots,
@@ -257,8 +268,9 @@ def test_an_edit_that_does_not_fit_is_refused() -> None:
         ("one entry per token", "target_slots", torch.arange(2)),
         ("int64", "source_slots", slots.int()),
         ("run is int32", "run", slots),
-        ("num_runs", "sin", torch.ones(2, 4)),
+        ("num_runs", "sin", torch.ones(1, 2, 4)),
         ("float32", "cos", table.double()),
+        ("rotation is int32", "rotation", torch.zeros(2)),
     ):
         with pytest.raises(ValueError, match=match):
             KVEdit(**{**good, name: value})
@@ -266,7 +278,7 @@ def test_an_edit_that_does_not_fit_is_refused() -> None:
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
     kv = torch.zeros(1, 2, 2, 4, 16)
-    slots, table = torch.arange(3), torch.ones(1, 4)
+    slots, table = torch.arange(3), torch.ones(1, 1, 4)
     edit = KVEdit(slots, slots, torch.zeros(3, dtype=torch.int32), table, table)
     for match, tensors in (
         ("are \\[layers", (kv[0], kv, kv, kv)),
@@ -276,6 +288,9 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             edit_kv(*tensors, edit)
-    wide = KVEdit(slots, slots, edit.run, torch.ones(1, 9), torch.ones(1, 9))
+    layers = KVEdit(slots, slots, edit.run, table, table, rotation=torch.zeros(3).int())
+    with pytest.raises(ValueError, match="3 layers' rotations"):
+        edit_kv(kv, kv, kv, kv, layers)
+    wide = KVEdit(slots, slots, edit.run, torch.ones(1, 1, 9), torch.ones(1, 1, 9))
     with pytest.raises(ValueError, match="18 rotary dims"):
         edit_kv(kv, kv, kv, kv, wide)

@@ -14,16 +14,17 @@ from kvshare_mm.kernels import dispatch
 from kvshare_mm.kernels.partial_attention import partial_attention_triton
 from kvshare_mm.kernels.ragged import CHUNK, RaggedQueries
 from kvshare_mm.kernels.reference import gather_pages_reference, partial_attention_reference
+from kvshare_mm.kernels.scoring import PLAIN, Scoring
 from kvshare_mm.kernels.tiles import Tile
 
-from .conftest import Case, make_case
+from .conftest import DEVICE, Case, make_case
 
 SMALL = Tile(16, 16, 4, 1)
 WIDE = Tile(32, 64, 4, 1)
 ATOL = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 
-def want(case: Case) -> torch.Tensor:
+def want(case: Case, scoring: Scoring = PLAIN) -> torch.Tensor:
     """What the reference says, request by request."""
     out = []
     for r, (index, query) in enumerate(zip(case.indices, case.split(case.query), strict=True)):
@@ -31,35 +32,41 @@ def want(case: Case) -> torch.Tensor:
             gather_pages_reference(x.cpu(), case.table[r].cpu()) for x in (case.key, case.value)
         )
         rows = partial_attention_reference(
-            query.cpu().transpose(0, 1).float(), key, value, index, case.scale
+            query.cpu().transpose(0, 1).float(), key, value, index, case.scale, scoring
         )
         out.append(rows.transpose(0, 1))
     return torch.cat(out)
 
 
-def check(case: Case, got: torch.Tensor) -> None:
+def check(case: Case, got: torch.Tensor, scoring: Scoring = PLAIN) -> None:
     assert got.dtype == case.query.dtype
     assert not got.isnan().any(), "a key that must not be seen was seen"
     torch.testing.assert_close(
-        got.cpu().float(), want(case), atol=ATOL[case.query.dtype], rtol=0, check_dtype=False
+        got.cpu().float(),
+        want(case, scoring),
+        atol=ATOL[case.query.dtype],
+        rtol=0,
+        check_dtype=False,
     )
 
 
-def on_triton(case: Case, tile: Tile = SMALL, splits: int = 1) -> torch.Tensor:
+def on_triton(
+    case: Case, tile: Tile = SMALL, splits: int = 1, scoring: Scoring = PLAIN
+) -> torch.Tensor:
     return partial_attention_triton(
-        case.query, case.key, case.value, case.batch, case.scale, tile, splits
+        case.query, case.key, case.value, case.batch, case.scale, tile, splits, scoring
     )
 
 
-def on(backend: str, case: Case) -> torch.Tensor:
+def on(backend: str, case: Case, scoring: Scoring = PLAIN) -> torch.Tensor:
     return dispatch.partial_attention(
-        case.query, case.key, case.value, case.batch, case.scale, backend
+        case.query, case.key, case.value, case.batch, case.scale, backend, scoring
     )
 
 
-def check_both(case: Case, tile: Tile = SMALL, splits: int = 1) -> None:
-    check(case, on_triton(case, tile, splits))
-    check(case, on("torch", case))
+def check_both(case: Case, tile: Tile = SMALL, splits: int = 1, scoring: Scoring = PLAIN) -> None:
+    check(case, on_triton(case, tile, splits, scoring), scoring)
+    check(case, on("torch", case, scoring), scoring)
 
 
 RAGGED = [[0, 3, 4, 5, 17, 40], [], [11], list(range(21)), [29, 30, 31, 32]]
@@ -118,8 +125,73 @@ def test_splits_in_half_precision(dtype: torch.dtype) -> None:
     check(case, on_triton(case, SMALL, 4))
 
 
+def _sinks(heads: int) -> torch.Tensor:
+    return torch.linspace(-3, 3, heads, device=DEVICE)
+
+
+SCORINGS = {
+    "window of itself": Scoring(window=1),
+    "window": Scoring(window=7),
+    "window beyond all": Scoring(window=500),
+    "chunks": Scoring(chunk=8),
+    "chunks that no tile's end meets": Scoring(chunk=13),
+    "capped": Scoring(softcap=0.5),
+    "sinks": Scoring(sinks=_sinks(4)),
+    "all of them": Scoring(window=19, softcap=2.0, sinks=_sinks(4)),
+}
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("scoring", SCORINGS.values(), ids=SCORINGS)
+def test_every_scoring(scoring: Scoring, page_size: int | None, splits: int) -> None:
+    check_both(make_case(RAGGED, page_size=page_size), SMALL, splits, scoring)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scorings_in_half_precision(dtype: torch.dtype) -> None:
+    case = make_case(RAGGED, page_size=16, dtype=dtype)
+    check_both(case, WIDE, 2, SCORINGS["all of them"])
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_keys_out_of_the_window_are_not_even_read(backend: str) -> None:
+    """A layer with a window may lack what is before it."""
+    case = make_case([[40], list(range(30, 44))])
+    scoring = Scoring(window=6)
+    for request, first in enumerate((35, 25)):
+        page = case.table[request, 0]
+        # What a tile of keys has beside the first that is seen is read, and weighs nothing.
+        case.key[page, :, : first // 16 * 16] = float("nan")
+        case.value[page, :, : first // 16 * 16] = float("nan")
+    got = on_triton(case, SMALL, 1, scoring) if backend == "triton" else on("torch", case, scoring)
+    assert not got.isnan().any()
+
+
+def test_what_is_no_scoring_is_refused() -> None:
+    for match, arguments in (
+        ("window is 0", {"window": 0}),
+        ("chunk is -1", {"chunk": -1}),
+        ("softcap is 0", {"softcap": 0.0}),
+        ("not both", {"window": 4, "chunk": 4}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Scoring(**arguments)
+    _refused("sinks are \\[4 heads\\]", scoring=Scoring(sinks=_sinks(3)))
+
+
 @st.composite
-def _cases(draw: st.DrawFn) -> tuple[Case, Tile, int]:
+def _scorings(draw: st.DrawFn, heads: int) -> Scoring:
+    span = draw(st.sampled_from(["window", "chunk", None]))
+    return Scoring(
+        **({span: draw(st.integers(1, 90))} if span else {}),
+        softcap=draw(st.sampled_from([None, 0.7, 30.0])),
+        sinks=_sinks(heads) if draw(st.booleans()) else None,
+    )
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> tuple[Case, Tile, int, Scoring]:
     requests = []
     for _ in range(draw(st.integers(1, 3))):
         chosen = draw(st.sets(st.integers(0, 70), max_size=12))
@@ -137,12 +209,13 @@ def _cases(draw: st.DrawFn) -> tuple[Case, Tile, int]:
         dtype=draw(st.sampled_from(list(ATOL))),
         seed=draw(st.integers(0, 1000)),
     )
-    return case, draw(st.sampled_from([SMALL, WIDE])), draw(st.integers(1, 3))
+    scoring = draw(_scorings(case.query.shape[1]))
+    return case, draw(st.sampled_from([SMALL, WIDE])), draw(st.integers(1, 3)), scoring
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=_cases())
-def test_any_shape(drawn: tuple[Case, Tile, int]) -> None:
+def test_any_shape(drawn: tuple[Case, Tile, int, Scoring]) -> None:
     check_both(*drawn)
 
 
@@ -238,9 +311,16 @@ def test_the_torch_path_makes_no_mask_over_all_queries_and_keys() -> None:
     assert sum(m.numel() for m in masks) < 0.55 * len(index) * 2000
 
 
+def test_a_window_makes_no_mask_beyond_it() -> None:
+    index = torch.arange(2000)
+    batch = RaggedQueries([index], torch.zeros(1, 1, dtype=torch.int32))
+    masks = [m for m in batch.masks(torch.float32, Scoring(window=64)) if m is not None]
+    assert max(m.shape[1] for m in masks) < 64 + CHUNK
+
+
 def test_a_whole_prompt_and_single_queries_need_no_mask() -> None:
     indices = [torch.arange(200), torch.tensor([77]), torch.tensor([0])]
     batch = RaggedQueries(indices, torch.arange(3, dtype=torch.int32)[:, None])
     assert batch.masks(torch.float32) == (None, None, None)
-    assert [chunk.kv_len for chunk in batch.chunks] == [200, 78, 1]
+    assert [chunk.kv_len for chunk in batch.chunks()] == [200, 78, 1]
     assert batch.kv_lens == (200, 78, 1)

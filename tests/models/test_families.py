@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Qwen2_5OmniConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5OmniConfig
 
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.models.loader import load_model
@@ -20,11 +20,12 @@ from kvshare_mm.native.inputs import MediaInputs
 from kvshare_mm.native.slots import PlainRunner, SlotRunner
 from kvshare_mm.stream import Modality, SegmentStream
 
-from ..media_models import FAMILIES, HEARS, SEES
+from ..media_models import FAMILIES, HEARS, SEES, tokenizer
 from ..media_oracle import Oracle
 from ..modalities.media import RATE, picture, tone
 
 ATOL = 1e-4
+FLAT = ("qwen2_audio", "internvl")  # positions have one axis
 MAX_LEN = 400
 
 
@@ -100,7 +101,7 @@ def test_ids_are_the_processors(oracles: Callable[[str], Oracle], family: str, n
     assert stream.token_ids.tolist() == inputs["input_ids"][0].tolist()
 
 
-@pytest.mark.parametrize(("family", "name"), [c for c in CASES if c[0] != "qwen2_audio"])
+@pytest.mark.parametrize(("family", "name"), [c for c in CASES if c[0] not in FLAT])
 def test_positions_are_the_models(oracles: Callable[[str], Oracle], family: str, name: str) -> None:
     oracle = oracles(family)
     stream, inputs = oracle.stream(MESSAGES[name]), oracle.inputs(MESSAGES[name])
@@ -190,7 +191,7 @@ def test_every_family_is_served_with_reuse(oracles: Callable[[str], Oracle], fam
         for modality, families in ((Modality.IMAGE, SEES), (Modality.AUDIO, HEARS))
         if family in families
     }
-    assert loaded.family.mrope == (family != "qwen2_audio")
+    assert loaded.family.mrope == (family not in FLAT)
 
 
 def test_decoding_in_a_batch_with_other_positions(oracles: Callable[[str], Oracle]) -> None:
@@ -236,6 +237,49 @@ def test_the_thinker_is_taken_out_of_a_whole_omni(
     assert one.family.placeholders == other.family.placeholders
     for name, weight in other.model.state_dict().items():
         assert torch.equal(one.model.state_dict()[name], weight), name
+
+
+_SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+_EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 56}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "vision"),
+    [
+        ("gemma3", {"model_type": "gemma3_text", "sliding_window": 8}, {}),
+        ("mistral3", {"model_type": "mistral"}, {"model_type": "pixtral"}),
+        ("llava_onevision", {"model_type": "qwen2"}, {"model_type": "siglip_vision_model"}),
+        ("smolvlm", {"model_type": "llama"}, {}),
+    ],
+)
+def test_of_other_multimodal_models_text_is_served(
+    kind: str, text: dict[str, Any], vision: dict[str, Any], tmp_path: Path
+) -> None:
+    tok = tokenizer()
+    config = AutoConfig.for_model(
+        kind,
+        text_config={**_SMALL, "vocab_size": len(tok), **text},
+        vision_config={**_EYES, "num_attention_heads": 2, "patch_size": 14, **vision},
+    )
+    reference = AutoModelForImageTextToText.from_config(config).eval()
+    for saved in (reference, tok):
+        saved.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), dtype="float32")
+    assert (loaded.unsupported, loaded.family, loaded.processor) == (None, None, None)
+    ids = np.random.default_rng(0).integers(3, 200, 40)
+    with torch.inference_mode():
+        want = reference(input_ids=torch.from_numpy(ids)[None]).logits[0, -1]
+    got = SlotRunner(loaded, 1, MAX_LEN, 16).prefill(0, ids, np.arange(40))
+    assert torch.allclose(got, want, atol=ATOL)
 
 
 def test_a_multimodal_model_without_its_processor(

@@ -47,6 +47,13 @@ MLA = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 4,
 }
+WINDOW = {"sliding_window": 8}
+MOE = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 
 # name: model type, options, and for supported ones whether pairs of channels are neighbours.
 SUPPORTED: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -79,15 +86,90 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any], bool]] = {
     "glm (neighbours, part)": ("glm", {"head_dim": 16}, True),
     "gemma": ("gemma", {"head_dim": 16}, False),
     "mixtral": ("mixtral", {"num_local_experts": 4}, False),
+    # Windows: of every layer, of some, with a rotation of their own, or without any.
+    "mistral": ("mistral", {"sliding_window": 8}, False),
+    "ministral": ("ministral", {"sliding_window": 8, "head_dim": 16}, False),
+    "phi-3": ("phi3", {"sliding_window": 8}, False),
+    "starcoder-2": ("starcoder2", {"sliding_window": 8}, False),
+    "qwen2, windows": (
+        "qwen2",
+        {"use_sliding_window": True, "max_window_layers": 2, **WINDOW},
+        False,
+    ),
+    "olmo-3": ("olmo3", WINDOW, False),
+    "gemma-2 (capped scores)": ("gemma2", {"head_dim": 16, **WINDOW}, False),
+    "vault-gemma": ("vaultgemma", {"head_dim": 16, **WINDOW}, False),
+    "gemma-3 (two rotations)": (
+        "gemma3_text",
+        {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, **WINDOW},
+        False,
+    ),
+    "cohere-2 (no rotation in full layers)": ("cohere2", {"head_dim": 16, **WINDOW}, True),
+    "exaone-4": ("exaone4", {"sliding_window_pattern": 4, **WINDOW}, False),
+    "afmoe": ("afmoe", {"head_dim": 16, **WINDOW}, False),
+    "cwm": ("cwm", {"head_dim": 16, **WINDOW}, False),
+    "gpt-oss (sinks)": (
+        "gpt_oss",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOW},
+        False,
+    ),
+    # Full layers scale a query by its token index, beyond 8 here.
+    "llama-4 (chunks)": (
+        "llama4_text",
+        {
+            "head_dim": 16,
+            "attention_chunk_size": 8,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 96,
+            "floor_scale": 8,
+            "attn_scale": 0.5,
+            "no_rope_layers": [1, 1, 1, 0],
+        },
+        True,
+    ),
+    "ministral-3": ("ministral3", {"head_dim": 16}, False),
+    "smollm-3 (no rotation in every fourth layer)": ("smollm3", {}, False),
+    # What is cached is the latent, and one rotated key for all heads.
+    "deepseek-v2": ("deepseek_v2", MLA, True),
+    "deepseek-v3": ("deepseek_v3", MLA, False),
+    "glm-4 moe lite": ("glm4_moe_lite", MLA, False),
+    "minicpm-3": ("minicpm3", MLA, False),
+    "youtu": ("youtu", MLA, False),
+    # Their layers pass no keywords on to their attention.
+    "stablelm": ("stablelm", {}, False),
+    "nemotron": ("nemotron", {}, False),
+    "qwen2 moe": ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 32}, False),
+    "qwen3 moe": ("qwen3_moe", {"head_dim": 16, **MOE}, False),
+    "olmo": ("olmo", {}, False),
+    "olmo-2": ("olmo2", {}, False),
+    "olmoe": ("olmoe", MOE, False),
+    "flex-olmo": ("flex_olmo", MOE, False),
+    "phi moe": ("phimoe", {"num_local_experts": 4}, False),
+    "glm-4": ("glm4", {"head_dim": 16}, True),
+    "glm-4 moe": (
+        "glm4_moe",
+        {"head_dim": 16, "n_routed_experts": 4, "first_k_dense_replace": 1, **MOE},
+        False,
+    ),
+    "granite": ("granite", {}, False),
+    "granite moe": ("granitemoe", {"num_local_experts": 4}, False),
+    "ernie-4.5": ("ernie4_5", {"head_dim": 16}, True),
+    "ernie-4.5 moe": ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2}, True),
+    "seed-oss": ("seed_oss", {"head_dim": 16}, False),
+    "minimax m2": ("minimax_m2", {"head_dim": 16, **MOE}, False),
+    "helium": ("helium", {"head_dim": 16}, True),
+    "apertus": ("apertus", {}, False),
+    "arcee": ("arcee", {}, False),
+    "bitnet": ("bitnet", {}, False),
+    "nanochat (turns the other way)": ("nanochat", {}, False),
 }
 UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt-2 (learned positions)": ("gpt2", {}, "rotary"),
     "bloom (ALiBi)": ("bloom", {}, "rotary"),
     "mpt (ALiBi)": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 4}, "rotary"),
-    "falcon with ALiBi": ("falcon", {"alibi": True}, "rotary"),
+    "falcon with ALiBi": ("falcon", {"alibi": True}, "PartialAttention"),
     "falcon": ("falcon", {"alibi": False, "num_kv_heads": 2}, "PartialAttention"),
     "gpt-j": ("gptj", {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8}, "rotary"),
-    "mistral with a window": ("mistral", {"sliding_window": 64}, "sliding-window"),
     "llama, dynamic NTK": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -107,8 +189,6 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "longrope",
     ),
-    "deepseek-v2 (MLA)": ("deepseek_v2", MLA, "latent"),
-    "deepseek-v3 (MLA)": ("deepseek_v3", MLA, "latent"),
     "mamba": ("mamba", {"state_size": 8}, "recurrent"),
     "mamba-2": (
         "mamba2",
@@ -121,18 +201,9 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
         "recurrent",
     ),
     "recurrent gemma": ("recurrent_gemma", {}, "rotary"),
-    "gemma-2 (every other layer with a window)": ("gemma2", {"head_dim": 16}, "sliding-window"),
-    "gemma-3 (two rotations)": (
-        "gemma3_text",
-        {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
-        "different rotary",
-    ),
-    "smollm-3 (no rotation in every fourth layer)": ("smollm3", {}, "layer 3"),
-    "gemma-2 without windows (soft-capped scores)": (
-        "gemma2",
-        {"head_dim": 16, "sliding_window": 512, "layer_types": ["full_attention"] * 4},
-        "softcap",
-    ),
+    "qwen3-next": ("qwen3_next", {"head_dim": 16}, "recurrent"),
+    "hunyuan (normalises rotated keys)": ("hunyuan_v1_dense", {"head_dim": 16}, "rotary"),
+    "doge (dynamic mask)": ("doge", {}, "logits"),
 }
 
 
@@ -236,17 +307,16 @@ def test_supported_models_are_run_right(name: str) -> None:
     elsewhere = SlotRunner(_loaded(model, support), 1, MAX_LEN, chunk=MAX_LEN)
     index = torch.arange(n)
     batch = RaggedQueries.in_slots([0], [index])
-    elsewhere._cache.batch = batch
-    with torch.inference_mode():
+    with torch.inference_mode(), elsewhere._cache.forward(batch):
         model(
             input_ids=torch.from_numpy(ids)[None],
             position_ids=index[None] + 17,
             past_key_values=elsewhere._cache,
             use_cache=True,
-            kvshare_batch=batch,
         )
-    moved = rerotate(exact[0], torch.full((n,), 17), support.rotary)
-    assert torch.allclose(moved, elsewhere.slot_kv(0)[0][:, :, :n], atol=ATOL)
+    rotated = int(support.rotary.of_values)
+    moved = rerotate(exact[rotated], torch.full((n,), 17), support.rotary)
+    assert torch.allclose(moved, elsewhere.slot_kv(0)[rotated][:, :, :n], atol=ATOL)
     assert _answer(runner, 2, ids[:9], 8) == _generate(reference, ids[:9], 8)
 
 
@@ -298,8 +368,31 @@ def test_half_precision_is_no_reason(name: str, dtype: torch.dtype) -> None:
     assert support.rotary is not None and support.rotary.interleaved is interleaved
     assert support.rotary.inv_freq.dtype == torch.float32
     # And hides none: a layer without rotation is seen.
-    reason = check_support(_build("smollm3", {}, dtype)).reason
-    assert reason is not None and "layer 3" in reason
+    layers = check_support(_build("smollm3", {}, dtype)).rotary
+    assert layers is not None and layers.layers == (0, 0, 0, 1)
+    assert not layers.inv_freq[1].any()
+
+
+def test_windows_are_those_of_the_config_again() -> None:
+    """The proof makes them shorter, to see them."""
+    model = _build("gemma3_text", SUPPORTED["gemma-3 (two rotations)"][1] | {"sliding_window": 9})
+    before = [getattr(m, "sliding_window", None) for m in model.modules()]
+    rotary = check_support(model).rotary
+    assert model.config.sliding_window == 9
+    assert [getattr(m, "sliding_window", None) for m in model.modules()] == before
+    assert rotary is not None and rotary.layers == (1, 0, 1, 0)
+
+
+def test_a_window_that_attention_is_not_told_of_is_noticed() -> None:
+    class Blind:
+        def __getattr__(self, name: str) -> Any:
+            return None if name == "sliding_window" else getattr(model.config, name)
+
+    model = _build("mistral", {"sliding_window": 256})
+    for layer in model.model.layers:
+        layer.self_attn.config = Blind()
+    reason = check_support(model).reason
+    assert reason is not None and "logits" in reason
 
 
 def test_weights_decide_and_not_the_architecture() -> None:

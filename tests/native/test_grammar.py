@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kvshare_mm import InvalidRequestError, KVShare, RequestOptions, SamplingParams
+from kvshare_mm.forms import Form
 from kvshare_mm.grammar import Grammars
 
 from .asking import _PROMPTS, Inbox
@@ -112,7 +113,9 @@ def test_logprobs_leave_out_what_is_forbidden(llm: KVShare) -> None:
     form = json_schema({"const": [True]})
     output = llm.generate(_PROMPTS[0], max_tokens=30, response_format=form, logprobs=1)
     assert output.logprobs is not None and json.loads(output.text) == [True]
-    grammar = Grammars(llm.tokenizer, frozenset({llm.tokenizer.eos_token_id})).of({"const": [True]})
+    grammar = Grammars(llm.tokenizer, frozenset({llm.tokenizer.eos_token_id})).of(
+        Form("json", {"const": [True]})
+    )
     assert grammar is not None
     for entry in output.logprobs:
         if int(grammar.allowed(len(llm.tokenizer)).sum()) == 1:
@@ -204,7 +207,7 @@ def test_what_one_answer_takes_is_not_counted_to_the_next(llm: KVShare) -> None:
     schema = {"type": "string", "pattern": "^(.*[a-m].{40}|.*[n-z0-9].{39})$"}
     rng = np.random.default_rng(0)
     for _ in range(2):
-        one = grammars.of(schema)
+        one = grammars.of(Form("json", schema))
         assert one is not None and one.allowed(len(llm.tokenizer)).any()
         with pytest.raises(InvalidRequestError, match="cannot be followed"):
             for _ in range(20_000):
@@ -256,13 +259,13 @@ def test_a_tokenizer_that_cannot_be_looked_through_is_said() -> None:
             return 10
 
     with pytest.raises(InvalidRequestError, match="tokenizer") as raised:
-        Grammars(Slow(), frozenset({1})).of({"type": "object"})  # type: ignore[arg-type]
+        Grammars(Slow(), frozenset({1})).of(Form("json", {"type": "object"}))  # type: ignore[arg-type]
     assert raised.value.field == "response_format"
 
 
 def test_rows_without_a_token_are_never_allowed(llm: KVShare) -> None:
     """Models have more rows than their tokenizers have tokens."""
-    grammar = Grammars(llm.tokenizer, frozenset()).of(an_object())
+    grammar = Grammars(llm.tokenizer, frozenset()).of(Form("json", an_object()))
     assert grammar is not None
     size = len(llm.tokenizer)
     longer, shorter = grammar.allowed(size + 64), grammar.allowed(size - 5)

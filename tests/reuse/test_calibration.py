@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,6 +162,29 @@ def test_what_was_learned_is_there_after_a_restart(tmp_path: Path) -> None:
     again = calibration(path)
     assert again.report() == known.report()
     assert again.verdict(NS, "f") == known.verdict(NS, "f")
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({"version": 1, "namespaces": state["namespaces"]}))
+    assert calibration(path).report() == known.report(), "version 1 had no checksum"
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_no_flipped_bit_is_learned_from(tmp_path_factory: Any, data: st.DataObject) -> None:
+    path = tmp_path_factory.mktemp("flipped") / "calibration.json"
+    known = calibration(path)
+    teach(known, 3, 0.01)
+    known.save()
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    counters: Counter[str] = Counter()
+    again = Calibration(counters, path)
+    assert again.empty == (counters == {"calibration_unreadable": 1})
+    if again.empty:
+        [aside] = path.parent.iterdir()
+        assert aside.read_bytes() == content, "what was learned is not written over"
+    else:
+        assert again.report() == known.report()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 0, "namespaces": {}}', "\x00"])

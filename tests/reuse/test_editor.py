@@ -139,7 +139,7 @@ def test_same_as_position_by_position(
     before_k, before_v = keys.clone(), values.clone()
     stored_before = {name: (n.kv.k.clone(), n.kv.v.clone()) for name, n in nodes.items()}
 
-    written = KVEditor(RotarySpec(INV_FREQ, interleaved)).edit(
+    written = KVEditor(RotarySpec(INV_FREQ[None], interleaved)).edit(
         pieces, _reading(nodes), keys, values
     )
 
@@ -160,14 +160,14 @@ def test_a_read_error_leaves_the_slot_as_it_was() -> None:
     before = [tensor.clone() for tensor in slot]
     pieces = [Piece("a", 0, 2, 8), Piece("lost", 3, 10, 5), Piece("a", 10, 20, 4)]
     with pytest.raises(KVUnavailableError, match="lost"):
-        KVEditor(RotarySpec(INV_FREQ)).edit(pieces, _reading(nodes), *slot)
+        KVEditor(RotarySpec(INV_FREQ[None])).edit(pieces, _reading(nodes), *slot)
     assert all(torch.equal(*pair) for pair in zip(slot, before, strict=True))
 
 
 def test_every_owner_is_read_once() -> None:
     read = Mock(wraps=_reading({x: _stored(x, ((0, 30),), torch.float32) for x in "ab"}))
     pieces = [Piece("a", 0, 0, 4), Piece("b", 3, 4, 4), Piece("a", 9, 8, 4), Piece("b", 0, 20, 2)]
-    KVEditor(RotarySpec(INV_FREQ)).edit(pieces, read, *_slot(torch.float32))
+    KVEditor(RotarySpec(INV_FREQ[None])).edit(pieces, read, *_slot(torch.float32))
     assert sorted(call.args[0] for call in read.call_args_list) == ["a", "b"]
 
 
@@ -175,7 +175,7 @@ def test_what_an_owner_does_not_own_is_refused() -> None:
     nodes = {"a": _stored("a", ((0, 10), (14, 20)), torch.float32)}
     for first, length in ((8, 4), (10, 2), (9, 6), (19, 2)):
         with pytest.raises(ValueError, match="does not own"):
-            KVEditor(RotarySpec(INV_FREQ)).edit(
+            KVEditor(RotarySpec(INV_FREQ[None])).edit(
                 [Piece("a", first, 0, length)], _reading(nodes), *_slot(torch.float32)
             )
 
@@ -216,7 +216,7 @@ def test_pieces_turn_by_their_positions_and_not_by_their_index(backend: str) -> 
     target = np.tile(np.arange(20), (3, 1))
     pieces = [Piece("a", 8, 10, 3), Piece("a", 1, 2, 2)]
     k, v = _slot(torch.float32)
-    editor = KVEditor(RotarySpec(INV_FREQ), backend)
+    editor = KVEditor(RotarySpec(INV_FREQ[None]), backend)
     editor.edit(pieces, lambda _: stored, k, v, target)
     for piece, turn in zip(pieces, (6, 1), strict=True):
         _assert_moved(k, v, piece, stored, turn)
@@ -246,7 +246,7 @@ def test_a_piece_whose_axes_part_is_refused_before_anything_is_written() -> None
     k, v = _slot(torch.float32)
     before = k.clone(), v.clone()
     with pytest.raises(ValueError, match="do not move as one"):
-        KVEditor(RotarySpec(INV_FREQ)).edit(
+        KVEditor(RotarySpec(INV_FREQ[None])).edit(
             [Piece("a", 0, 0, 2), Piece("a", 4, 3, 4)], lambda _: stored, k, v, target
         )
     assert torch.equal(k, before[0])

@@ -83,7 +83,7 @@ def _model(name: str) -> tuple[Any, Callable[..., Any], RotarySpec]:
         module, rotation, interleaved = llama, llama.LlamaRotaryEmbedding, False
         config = LlamaConfig(**COMMON, rope_parameters=ROPE[name])
     rotary = rotation(config)
-    return rotary, module.apply_rotary_pos_emb, RotarySpec(rotary.inv_freq, interleaved)
+    return rotary, module.apply_rotary_pos_emb, RotarySpec(rotary.inv_freq[None], interleaved)
 
 
 def _rotated(rotary: Any, apply: Callable[..., Any], k: torch.Tensor, at: torch.Tensor) -> Any:

@@ -42,7 +42,7 @@ def worker_of(host_bytes: int, folder: Path | None = None) -> tuple[ReuseWorker,
     gone: list[str] = []
     disk = DiskTier(folder, BUDGET) if folder else None
     store = TieredStore(HostTier(host_bytes), disk, gone.append)
-    return ReuseWorker(store, KVEditor(RotarySpec(torch.ones(2)))), gone
+    return ReuseWorker(store, KVEditor(RotarySpec(torch.ones(1, 2)))), gone
 
 
 def test_what_is_exact_may_stay_borrowed(make_stored: MakeStored) -> None:

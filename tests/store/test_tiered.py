@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import threading
-from pathlib import Path
 
 import pytest
 
 from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.store import codec
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier, ram_bytes
 from kvshare_mm.store.tiered import TieredStore
@@ -142,11 +142,11 @@ def test_nodes_wider_than_a_tier(open_store, make_stored, gone, assert_same):
 def test_a_read_error_is_a_miss_and_the_node_stays(reopened, gone, monkeypatch):
     store = reopened("a")
 
-    def fail(self: Path, *_: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", fail)
+        patch.setattr(codec, "open", fail, raising=False)
         assert reason_of(store, "a") == "io_error"
     assert gone == []
     assert store.get("a", "ns").node.node_id == "a"

@@ -14,6 +14,7 @@ import pytest
 
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.store.base import StoredNode
+from kvshare_mm.store.codec import write_node
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import ram_bytes
 
@@ -55,6 +56,53 @@ def test_what_the_queue_has_no_room_for_is_gone(open_store, make_stored, gone, c
     assert store.flush(PATIENCE_S)
     assert sorted(store._disk) == ["a", "b", "f"]
     assert gone == ["c", "d", "e"]
+
+
+def test_a_disk_that_hangs_in_a_write_holds_up_nothing_that_ram_answers(
+    open_store, make_stored, monkeypatch
+):
+    """Deleting, evicting with a full queue, and finding damage wait for no write."""
+    size = ram_bytes(make_stored("a"))
+    store = open_store(2 * size, queued_bytes=size)
+    for name in ("old", "bad", "doomed"):
+        store.put(make_stored(name))
+        assert store.flush(PATIENCE_S)
+    path = store._disk._path("bad")
+    path.write_bytes(b"damaged")
+    gate, started = threading.Event(), threading.Event()
+
+    def hang(*args: object, **options: object) -> int:
+        started.set()
+        assert gate.wait(PATIENCE_S)
+        return write_node(*args, **options)
+
+    monkeypatch.setattr("kvshare_mm.store.disk.write_node", hang)
+
+    def work() -> None:
+        store.put(make_stored("a"))
+        assert started.wait(PATIENCE_S)
+        for name in ("old", "b", "c", "old", "d", "e", "f"):  # the queue has no room for all
+            store.put(make_stored(name, exact_len=1))
+        store.delete("doomed")
+        if store.resident("bad") == "disk":
+            with pytest.raises(KVUnavailableError):
+                store.get("bad", "ns")
+        assert store.get("f", "ns").node.node_id == "f"
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(PATIENCE_S / 2)
+    waited = worker.is_alive()
+    gate.set()
+    worker.join(PATIENCE_S)
+    assert not waited
+    store.flush(PATIENCE_S)
+    assert store.counters["write_queue_full"]
+    assert not store._disk._path("doomed").exists()
+    assert not path.exists()
+    on_disk = sorted(p.name for p in store._disk.folder.iterdir())
+    assert on_disk == sorted(store._disk._path(n).name for n in store._disk)
+    assert store._disk.num_bytes == sum(p.stat().st_size for p in store._disk.folder.iterdir())
 
 
 def test_what_is_being_written_is_not_dropped_for_room(open_store, make_stored, gone):

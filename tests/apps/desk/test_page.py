@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -27,6 +28,8 @@ from kvshare_mm.apps.server.keys import add_key
 pytestmark = [pytest.mark.e2e, pytest.mark.ui]
 
 _TIMEOUT_MS = 120_000
+_WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+_WINDOWS = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
 
 
 def chromium() -> str:
@@ -105,17 +108,28 @@ class Desk:
 
     def done(self, number: int) -> None:
         """Wait until a customer's answer is complete and its cost is known."""
-        times = self.customer(number).locator(".desk-times")
-        expect(times).to_contain_text(
-            re.compile("was computed|everything: [0-9]"), timeout=_TIMEOUT_MS
-        )
+        costs = self.customer(number).locator(".desk-costs:not(.desk-pending)")
+        expect(costs).to_be_visible(timeout=_TIMEOUT_MS)
 
     def counts(self, number: int) -> dict[str, int]:
         said = self.customer(number).locator(".desk-bar").get_attribute("aria-label") or ""
         return {kind: int(n) for n, kind in re.findall(r"(\d+) (exact|reused|recomputed)", said)}
 
     def fits(self) -> bool:
-        return bool(self.page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
+        """Nothing is wider than the page, no column's head is cut off, and who can, reads it."""
+        parts = ["document.documentElement", "...document.querySelectorAll('.desk-scroll, th')"]
+        wide = f"[{', '.join(parts)}].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+        # What is fading in is not yet as it will be read.
+        fading = "document.getAnimations().some(a => a instanceof CSSTransition)"
+        self.page.wait_for_function(f"() => !{fading}")
+        found = Axe().run(self.page, options={"runOnly": _WCAG})
+        assert found.violations_count == 0, found.generate_report()
+        return int(self.page.evaluate(wide)) == 0
+
+    def beside(self) -> bool:
+        """Whether the customers stand beside each other."""
+        first, second = (self.customer(number).bounding_box() for number in (1, 2))
+        return bool(first["y"] == second["y"] and first["x"] < second["x"])
 
     def close(self) -> None:
         self._context.close()
@@ -153,7 +167,7 @@ def _wait_until_loaded(url: str) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), _WINDOWS)
 def test_the_second_customer_is_answered_sooner(
     opened: Callable[..., Desk], text_site: str, width: int, scheme: str
 ) -> None:
@@ -169,8 +183,17 @@ def test_the_second_customer_is_answered_sooner(
     # Each customer's own number: nothing of the first letter is in the second answer.
     expect(desk.customer(1).locator(".desk-answer")).to_contain_text("48210")
     expect(desk.customer(2).locator(".desk-answer")).to_contain_text("77345")
-    expect(desk.page.locator("#desk-tree .desk-node")).to_have_count(2)
     expect(desk.page.locator("#desk-log tbody tr")).to_have_count(2)
+    desk.customer(2).get_by_role("button", name="Same without reuse?").click()
+    expect(desk.customer(2).locator(".desk-check")).to_contain_text("same answer as without reuse")
+    assert desk.fits() and desk.beside() == (width == 1280)
+    # What few need is folded; unfolded it can be read as well.
+    expect(desk.customer(1).locator(".desk-prompt p")).not_to_be_visible()
+    assert desk.page.evaluate("document.documentElement.scrollHeight") < 2600
+    desk.page.get_by_role("button", name="DELTA tree").click()
+    expect(desk.page.locator("#desk-tree .desk-node")).to_have_count(2)
+    for folded in desk.page.locator("summary").all():
+        folded.click()
     assert desk.fits()
     dark = desk.page.evaluate("getComputedStyle(document.body).backgroundColor")
     light = sum(map(int, re.findall(r"\d+", dark)[:3])) > 380
@@ -179,12 +202,12 @@ def test_the_second_customer_is_answered_sooner(
 
 @pytest.fixture(scope="module")
 def photo_site(site: Callable[..., str]) -> str:
-    url = site("tiny-vl")
+    url = site("tiny-vl", "--media-embedder", "tiny-clip")
     _wait_until_loaded(url)
     return url
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), _WINDOWS)
 def test_two_customers_ask_about_one_photo(
     opened: Callable[..., Desk], photo_site: str, width: int, scheme: str
 ) -> None:
@@ -197,7 +220,7 @@ def test_two_customers_ask_about_one_photo(
     for number, label in ((1, "Which colour?"), (2, "Is it damaged?")):
         desk.customer(number).get_by_role("button", name=label).click()
         desk.done(number)
-        expect(desk.customer(number).locator("img").first).to_be_visible()
+        expect(desk.customer(number).locator(".desk-photo img").first).to_be_visible()
     expect(desk.customer(1).locator(".desk-answer")).to_have_text("#1It is red.")
     expect(desk.customer(2).locator(".desk-answer")).to_have_text("#2Yes, it is cracked.")
     assert desk.counts(1)["recomputed"] > 100 and desk.counts(1)["reused"] == 0
@@ -205,7 +228,10 @@ def test_two_customers_ask_about_one_photo(
     assert second["reused"] > 0 and second["exact"] + second["reused"] > second["recomputed"]
     expect(desk.customer(2)).to_contain_text("request #1 (same picture or sound)")
     expect(desk.customer(2).locator(".desk-prompt")).to_contain_text("[image:")
-    assert desk.fits()
+    expect(desk.customer(2).locator(".desk-alike")).to_contain_text("#1: the same")
+    expect(desk.customer(2).locator(".desk-alike img")).to_have_js_property("naturalWidth", 112)
+    assert desk.fits() and desk.beside() == (width == 1280)
+    assert desk.page.evaluate("document.documentElement.scrollHeight") < 2800
 
 
 def test_the_toggle_and_starting_over(opened: Callable[..., Desk], text_site: str) -> None:
@@ -218,6 +244,8 @@ def test_the_toggle_and_starting_over(opened: Callable[..., Desk], text_site: st
     assert desk.counts(2)["exact"] + desk.counts(2)["reused"] == 0
     expect(desk.customer(2)).to_contain_text("reuse off")
     desk.page.get_by_role("button", name="Start over").click()
+    desk.page.get_by_role("button", name="DELTA tree").click()
+    expect(desk.page.locator("#desk-tree")).to_contain_text("grows with the first answer")
     expect(desk.page.locator("#desk-tree .desk-node")).to_have_count(0)
     expect(desk.customer(1).locator(".desk-answer")).to_have_text("Ask something.")
 

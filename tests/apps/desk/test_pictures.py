@@ -14,7 +14,7 @@ from kvshare_mm.apps.desk.shop import CUSTOMERS, PHOTO_EXAMPLES, Letter
 
 pytestmark = pytest.mark.e2e
 
-_RIGHT = ("Yes, it is cracked.", "It is red.", "18 months", "{order}")
+_RIGHT = ("Yes, it is cracked.", "It is red.", "18 months", "No, it is intact.")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_both_customers_get_the_right_answer(llm: KVShare, number: int) -> None:
 
     for name, order in CUSTOMERS:
         turn = asyncio.run(ask(Letter(name, order, example.question, photo)))
-        assert _RIGHT[number].format(order=order) in turn.text
+        assert _RIGHT[number] in turn.text
     assert turn.output is not None
     assert turn.donors == [(1, "same picture or sound")]
     assert turn.output.provenance.exact + turn.output.provenance.reused > 100

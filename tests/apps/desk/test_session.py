@@ -17,7 +17,7 @@ from kvshare_mm.apps.desk import events as desk_events
 from kvshare_mm.apps.desk.events import Desk
 from kvshare_mm.apps.desk.limits import DeskLimits
 from kvshare_mm.apps.desk.page import build
-from kvshare_mm.apps.desk.session import MAX_TOKENS, Session, Turn
+from kvshare_mm.apps.desk.session import MAX_TOKENS, Cost, Session, Turn
 from kvshare_mm.apps.desk.shop import PHOTO_EXAMPLES, TEXT_EXAMPLES, Letter
 from kvshare_mm.apps.desk.uploads import Uploads
 from kvshare_mm.apps.desk.visitors import Visitors
@@ -72,6 +72,13 @@ class Page:
 
         return asyncio.run(collect())
 
+    def compare(self, session: Session, number: int | None) -> list[tuple[Any, ...]]:
+        async def collect() -> list[tuple[Any, ...]]:
+            request: Any = self
+            return [event async for event in self.desk.compare(session, number, request)]
+
+        return asyncio.run(collect())
+
 
 def ask(session: Session, llm: KVShare, letter: Letter, reuse: Any = "similar") -> list[Turn]:
     async def collect() -> list[Turn]:
@@ -92,10 +99,15 @@ def test_the_second_customer_is_answered_from_the_first(llm: KVShare) -> None:
     second = ask(session, llm, _BORIS)[-1]
     assert [t.number for t in session.turns] == [1, 2]
     assert first.output is not None and second.output is not None
-    assert first.output.provenance.reused == 0 and first.full_s is None
+    assert first.output.provenance.reused == 0 and first.full == Cost.of(first.output)
     assert second.output.provenance.reused > 0
     assert second.donors == [(1, "")]
-    assert second.full_s is not None and second.full_s > 0
+    whole = len(second.output.prompt_token_ids)
+    assert second.full is not None and second.full.computed == whole
+    # Prefix caching ends at the name, and never learns from what KVShare stored.
+    assert second.prefix is not None and first.prefix is not None
+    assert first.prefix.computed == len(first.output.prompt_token_ids)
+    assert Cost.of(second.output).computed < second.prefix.computed < whole
     donors = session.donors(llm)
     assert [number for _, number in donors] == [1, 2]
     assert donors[1][0].parent == donors[0][0].donor_id
@@ -135,6 +147,38 @@ def test_both_customers_may_ask_at_once(llm: KVShare) -> None:
     assert {number for _, number in session.donors(llm)} == {1, 2}
 
 
+def test_an_answer_is_compared_with_the_one_without_reuse(llm: KVShare) -> None:
+    """On demand, once, on the account of who asks, and only for requests of the own page."""
+    limits = Limits(requests_per_minute=3)
+    page = Page(lambda: llm, Caller("shop", key="hash", limits=limits))
+    session = Session()
+    *_, (_, _, _, _, badge, number, button) = page.ask(
+        session, "KVShare", "Anna", "1", "Hi?", None, None
+    )
+    assert number == 1 and button["interactive"]
+    stored = [info.donor_id for info, _ in session.donors(llm)]
+    told = len(page.service.told)
+    *_, (badge, _) = page.compare(session, number)
+    assert "same answer as without reuse" in badge
+    assert len(page.service.told) == told + 1
+    assert page.service.told[-1].provenance.reused == 0
+    assert [info.donor_id for info, _ in session.donors(llm)] == stored
+    session.turns[0].text = session.turns[0].text[:-1] + "~ <b>"
+    *_, (badge, _) = page.compare(session, number)  # known by now: it costs nothing
+    assert "another answer" in badge and "&lt;b&gt;" in badge
+    assert len(page.service.told) == told + 1
+    for other in (None, 2):
+        [(badge, _)] = page.compare(session, other)
+        assert "ask something first" in badge
+    for problem in (None, "3 requests a minute"):
+        session.turns[0].alone = None
+        *_, (badge, _) = page.compare(session, number)
+        assert problem is None or problem in badge
+    assert page.visitor is not None
+    page.visitor.questions = DeskLimits().questions
+    assert "please wait" in page.compare(session, number)[-1][0]
+
+
 def test_starting_over_forgets(llm: KVShare) -> None:
     session = Session()
     ask(session, llm, _ANNA)
@@ -156,6 +200,25 @@ def test_pictures_are_told_apart(media_folder: Callable[[str], Path]) -> None:
                 assert all(about == "another picture or sound" for _, about in turn.donors)
             elif turn.number == 2:
                 assert turn.donors == [(1, "same picture or sound")]
+
+
+def test_pictures_that_look_alike_are_shown(
+    media_folder: Callable[[str], Path], clip_folder: Path
+) -> None:
+    session = Session()
+    model = str(media_folder("qwen2_5_vl"))
+    with KVShare(model, embedder=None, media_embedder=str(clip_folder)) as llm:
+        page = Page(lambda: llm)
+        assert page.visitor is not None
+        last: list[tuple[Any, ...]] = []
+        tokens = []
+        for colour in ("red", "blue", "red"):
+            photo = encoded(Image.new("RGB", (56, 56), colour))
+            tokens.append(page.uploads.keep(page.visitor.name, photo, "image/png"))
+            last = page.ask(session, "KVShare", "Anna", "1", "Hi?", tokens[-1], None)
+        report = last[-1][1]
+        assert "#1: the same" in report and "#2: cosine" in report
+        assert all(f'src="/ui/gradio_api/file={token}"' in report for token in tokens)
 
 
 def test_a_model_of_text_refuses_a_photo(llm: KVShare) -> None:
@@ -180,7 +243,7 @@ def test_the_page_says_what_is_wrong(llm: KVShare) -> None:
     assert "more than 1000 characters" in long[-1][0]
     assert page.service.told == [] and session.turns == []
     good = page.ask(session, "KVShare", "", "", "Hi?", None, None)
-    assert len(page.service.told) == 1
+    assert len(page.service.told) == 2  # once with prefix caching alone, to measure it
     assert "desk-bar" in good[-1][1] and "<svg" in good[-1][2] and "desk-log" in good[-1][3]
 
 
@@ -241,16 +304,16 @@ def test_the_page_fits_the_model(
     build(waiting.desk)  # a page can be made before there is a model
     assert len(TEXT_EXAMPLES) == len(PHOTO_EXAMPLES)
     updates = asyncio.run(waiting.desk.fitted())
-    assert len(asked) == 4 and len(updates) == 2 * (2 + len(TEXT_EXAMPLES))
-    assert not updates[0]["visible"] and not updates[1]["visible"]
-    assert [u["value"] for u in updates[2:6]] == [e.label for e in TEXT_EXAMPLES]
-    assert all(u["interactive"] for u in updates[2:6])
+    assert len(asked) == 4 and len(updates) == 1 + 2 * (2 + len(TEXT_EXAMPLES))
+    assert not updates[1]["visible"] and not updates[2]["visible"]
+    assert [u["value"] for u in updates[3:7]] == [e.label for e in TEXT_EXAMPLES]
+    assert all(u["interactive"] for u in updates[3:7])
     request: Any = waiting
     assert waiting.desk.filled(0)(request) == (TEXT_EXAMPLES[0].question, None, None)
     with KVShare(str(media_folder("qwen2_5_vl")), embedder=None) as seeing:
         updates = asyncio.run(Page(lambda: seeing).desk.fitted())
-        assert updates[0]["visible"]
-        assert [u["value"] for u in updates[2:6]] == [e.label for e in PHOTO_EXAMPLES]
+        assert "--media-embedder" in updates[0] and updates[1]["visible"]
+        assert [u["value"] for u in updates[3:7]] == [e.label for e in PHOTO_EXAMPLES]
         page: Any = Page(lambda: seeing)
         question, photo, _ = page.desk.filled(0)(page)
         assert question == PHOTO_EXAMPLES[0].question

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvshare_mm import KVShare, SamplingParams
 from kvshare_mm.apps.desk import tree_svg, views
-from kvshare_mm.apps.desk.session import Turn
+from kvshare_mm.apps.desk.session import Cost, Turn
 from kvshare_mm.reuse.admin import DonorInfo
 
 _EVIL = "<script>alert('x')</script>"
@@ -74,7 +75,16 @@ def turn(open_llm: Callable[..., Any]) -> tuple[KVShare, Turn]:
     for name in ("Anna", _EVIL):
         output = llm.generate(f"{name} asks. {rows} What?", SamplingParams(max_tokens=3))
         llm.flush()
-    return llm, Turn(2, _EVIL, f"{_EVIL} 5", output, None, 10.0, [(1, "same picture or sound")])
+    return llm, Turn(
+        2,
+        _EVIL,
+        text=f"{_EVIL} 5",
+        output=output,
+        prefix=Cost(7, 5.0),
+        full=Cost(99, 10.0),
+        measured=True,
+        donors=[(1, "same picture or sound")],
+    )
 
 
 def test_the_report_says_where_the_prompt_came_from(turn: tuple[KVShare, Turn]) -> None:
@@ -87,7 +97,9 @@ def test_the_report_says_where_the_prompt_came_from(turn: tuple[KVShare, Turn]) 
         assert (f'style="flex-grow:{count}" title="{count} {kind}"' in html) == (count > 0)
     assert "request #1 (same picture or sound)" in html
     assert f"{p.similarity:.0%} of the prompt" in html
-    assert "computing everything: 10000 ms" in html
+    assert "10000 ms in full (" in html and "5000 ms with prefix caching (" in html
+    for name, cost in (("full recompute", "99"), ("prefix caching", "7"), ("KVShare", "")):
+        assert f'<th scope="row">{name}</th>' in html and f"<td>{cost}" in html
     marks = html.count("<mark")
     assert marks >= len(p.spans)
 
@@ -99,15 +111,33 @@ def test_nothing_that_was_written_is_markup(turn: tuple[KVShare, Turn]) -> None:
         views.answer(shown),
         views.log([shown]),
         views.problem(_EVIL),
+        views.about([_EVIL, _EVIL]),
+        views.check(replace(shown, alone=f"{_EVIL} 6")),
     ):
         assert "<script" not in html
     assert "&lt;script&gt;" in views.answer(shown)
 
 
+@pytest.mark.parametrize(
+    ("alone", "said"),
+    [
+        ("It is red. \n", "same answer"),
+        ("It is blue.", "It is <mark>blue.</mark>"),
+        ("It is", "It <mark>is</mark>"),
+        ("Red", "from word 1 on"),
+    ],
+)
+def test_the_badge_says_where_answers_differ(alone: str, said: str) -> None:
+    assert said in views.check(Turn(1, "Anna", text="It is red.", alone=alone))
+    assert views.check(Turn(1, "Anna", text="It is red.")) == ""
+
+
 def test_what_is_not_known_yet_is_said(turn: tuple[KVShare, Turn]) -> None:
     llm, shown = turn
-    shown.full_s = None
+    shown.full, shown.measured = None, False
     assert "being measured" in views.report(shown, llm.tokenizer)
     assert "..." in views.log([shown])
+    shown.measured = True
+    assert "not measured" in views.report(shown, llm.tokenizer)
     assert views.report(None, llm.tokenizer) == ""
-    assert "desk-caret" in views.answer(Turn(1, "Anna", "It"))
+    assert "desk-caret" in views.answer(Turn(1, "Anna", text="It"))

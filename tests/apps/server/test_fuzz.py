@@ -33,7 +33,7 @@ _SETTINGS = settings(
 # context holds, or no word of the vocabulary. `_UNSAID` is what such an error is about.
 _CONFIG = {"checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", "400", "404"]}}}
 _UNSAID = re.compile(
-    r"prompt|tokens|messages|messages\[\d+\](\.content.*)?|n|top_logprobs|repair|namespace|logit_bias|response_format"
+    r"prompt|tokens|messages|messages\[\d+\](\.content.*)?|n|top_logprobs|repair|namespace|logit_bias|response_format|tools.*|tool_choice|model|input|dimensions|structured_outputs"
 )
 
 

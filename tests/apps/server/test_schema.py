@@ -15,6 +15,7 @@ _NEEDED: dict[type[BaseModel], dict[str, Any]] = {
     schema.ChatBody: {"messages": [{"role": "user", "content": "x"}]},
     schema.CompletionBody: {"prompt": "x"},
     schema.TokenizeBody: {},
+    schema.EmbeddingsBody: {"input": "x"},
     schema.LookupBody: {},
     schema.ClearBody: {},
     schema.StreamOptions: {},

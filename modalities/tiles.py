@@ -1,0 +1,67 @@
+"""Pictures for models that cut them into tiles of one size (InternVL)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvshare_mm.modalities.decoding import Decoder
+from kvshare_mm.modalities.hashing import content_digest, row_hashes
+from kvshare_mm.modalities.image import ImageAdapter, Known
+from kvshare_mm.modalities.picture_file import Picture
+from kvshare_mm.modalities.sources import MediaSources
+
+
+class TiledImageAdapter(ImageAdapter):
+    """Parts of type ``image_url`` and ``image`` for models with InternVL's image processor.
+
+    Two pictures are the same if all their tiles have the same pixels.
+
+    Args:
+        processor: transformers' processor of the model.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        sources: MediaSources,
+        max_pixels: int = 50_000_000,
+        decoder: Decoder | None = None,
+    ) -> None:
+        super().__init__(processor.image_processor, sources, max_pixels, decoder)
+        self._tile_tokens = int(processor.image_seq_length)
+
+    def _made(self, picture: Picture) -> tuple[Any, Known]:
+        width, height = picture.image.size
+        # Not rescaled and not normalized: the pixels themselves, as uint8.
+        made = self._processor(
+            images=[picture.image],
+            crop_to_patches=True,
+            do_rescale=False,
+            do_normalize=False,
+            return_tensors="pt",
+        )
+        tiles: torch.Tensor = made["pixel_values"].to(torch.uint8)
+        rows = tiles.reshape(len(tiles), 1, -1).numpy()
+        known = Known(
+            content_digest(row_hashes(rows), len(tiles), 1, self._settings),
+            len(tiles) * self._tile_tokens,
+            None,
+            f"{width}x{height}, seen as {len(tiles)} tiles",
+            picture.notes,
+        )
+        return tiles, known
+
+    def _inputs(self, loaded: Any) -> dict[str, torch.Tensor]:
+        """What the processor would have made: normalizing works pixel by pixel."""
+        processor = self._processor
+        pixels = processor.rescale_and_normalize(
+            loaded,
+            processor.do_rescale,
+            processor.rescale_factor,
+            processor.do_normalize,
+            processor.image_mean,
+            processor.image_std,
+        )
+        return {"pixel_values": pixels.float()}

@@ -1,0 +1,89 @@
+"""What a model's configuration says before its weights are here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from kvshare_mm.apps.models import models
+from kvshare_mm.errors import ModelLoadError
+from kvshare_mm.models.check import check_config, check_model
+from kvshare_mm.models.support import KVShape
+from kvshare_mm.stream import Modality
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "dtype": "bfloat16",
+}
+
+
+def test_a_folder_with_a_config_and_no_weights(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", **LLAMA_8B).save_pretrained(tmp_path)
+    checked = check_model(str(tmp_path))
+    assert checked.reason is None and not checked.windows and not checked.media
+    assert checked.shape == KVShape(32, 8, 128, 128)
+    assert (checked.dtype, checked.bytes_per_token) == (torch.bfloat16, 131072)
+    assert checked.context_len == 131072
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "size", "windows"),
+    [
+        # gpt-oss 20B, Gemma 3 4B, DeepSeek V3: as their config.json have them.
+        ("gpt_oss", {"num_hidden_layers": 24}, 49152, True),
+        ("gemma3_text", {"num_hidden_layers": 34}, 139264, True),
+        ("deepseek_v3", {}, 70272, False),
+    ],
+)
+def test_layers_of_several_kinds(
+    kind: str, options: dict[str, int], size: int, windows: bool
+) -> None:
+    checked = check_config(AutoConfig.for_model(kind, dtype="bfloat16", **options))
+    assert (checked.reason, checked.windows) == (None, windows)
+    assert checked.bytes_per_token == size
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("gpt2", "rotary"), ("mamba", "recurrent"), ("clip", "clip are not known")],
+)
+def test_others_are_declined_in_words(kind: str, words: str) -> None:
+    checked = check_config(AutoConfig.for_model(kind))
+    assert checked.reason is not None and words in checked.reason
+    assert checked.shape is None and checked.bytes_per_token is None
+
+
+def test_of_other_multimodal_models_the_text_is_checked() -> None:
+    checked = check_config(AutoConfig.for_model("gemma3"))
+    assert (checked.model_type, checked.reason, checked.media) == ("gemma3_text", None, ())
+
+
+def test_pictures() -> None:
+    checked = check_model("tiny-vl")
+    assert checked.media == (Modality.IMAGE,) and checked.shape == KVShape(4, 2, 32, 32)
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="Could not read"):
+        check_model(str(tmp_path))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", **LLAMA_8B).save_pretrained(tmp_path)
+    out = tmp_path / "report.json"
+    done = CliRunner().invoke(models, ["check", str(tmp_path), "--json", str(out)])
+    assert done.exit_code == 0 and "131,072 bytes" in done.output
+    assert json.loads(out.read_text())["bytes_per_token"] == 131072
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
+    declined = CliRunner().invoke(models, ["check", str(tmp_path)])
+    assert declined.exit_code == 1 and "no rotary position embedding" in declined.output

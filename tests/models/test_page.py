@@ -1,0 +1,47 @@
+"""`docs/models.md` says what the tests ran."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from kvshare_mm.models.support import windows
+
+from .test_support import MLA, SHAPE, SUPPORTED, UNSUPPORTED
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+
+# CI also runs the tests against the installed wheel, from a copy without the pages.
+pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="no source tree beside the tests")
+
+
+def types() -> str:
+    """The table of every type of model that the tests run."""
+    rows: dict[str, str] = {}
+    for name, (kind, options, _) in SUPPORTED.items():
+        config = AutoConfig.for_model(kind, **{**SHAPE, **options})
+        # As `vllm.gate` says: it is declined there for each of these.
+        special = windows(config) or options is MLA or 0 in getattr(config, "no_rope_layers", [1])
+        words = name.partition(" (")[2].rstrip(")")
+        rows.setdefault(kind, f"| {words} | similar | {'declined' if special else 'similar'} |")
+    for name, (kind, _, _) in UNSUPPORTED.items():
+        words = name.partition(" (")[2].rstrip(")")
+        rows.setdefault(kind, f"| {words} | declined | declined |")
+    head = ["| model type | what is special | natively | inside vLLM |", "|---|---|---|---|"]
+    return "\n".join([*head, *(f"| `{kind}` {row}" for kind, row in sorted(rows.items()))])
+
+
+def test_every_type_of_model_stands_there() -> None:
+    assert types() in PAGE.read_text("utf-8")
+
+
+def test_bytes_of_kv_are_those_of_their_shapes() -> None:
+    row = r"\| (\d+) x (\d+) x (\d+) \| ([\d,]+) \| ([\d,]+) \|"
+    rows = re.findall(row, PAGE.read_text("utf-8"))
+    assert len(rows) > 20
+    for layers, heads, channels, size, tokens in rows:
+        want = 2 * int(layers) * int(heads) * int(channels)
+        assert (size, tokens) == (f"{want:,}", f"{(1 << 30) // want:,}")
