@@ -20,6 +20,7 @@ from kvshare_mm.apps.desk.cli import desk
 from kvshare_mm.apps.kernels import kernels
 from kvshare_mm.apps.models import models
 from kvshare_mm.apps.options import Values, config_options, described
+from kvshare_mm.apps.router.cli import route
 from kvshare_mm.apps.server.cache_cli import cache
 from kvshare_mm.apps.server.cli import keys, serve
 from kvshare_mm.apps.size import size
@@ -40,6 +41,7 @@ app.add_typer(keys, name="keys")
 app.add_typer(cache, name="cache")
 app.add_typer(store, name="store")
 app.command()(serve)
+app.command()(route)
 app.command()(desk)
 app.command("ui", hidden=True)(desk)  # as it was called
 app.command()(audit)

@@ -50,7 +50,7 @@ class _Request(Request):
         if len(body) <= LARGE or "json" not in self.headers.get("content-type", "json"):
             return
         try:
-            self._json = await line.run(self.state.caller.tenant, _parsed, body)
+            self._json = await line.run(self.state.caller.tenant, parsed, body)
         except ValueError as error:
             self._wrong = json.JSONDecodeError(str(error), "", 0)
 
@@ -60,8 +60,8 @@ class _Request(Request):
         return await super().json()
 
 
-def _parsed(body: bytes) -> Any:
-    """Raises ValueError: it is no JSON; ApiError 413: it holds too much."""
+def parsed(body: bytes) -> Any:
+    """A body's JSON. Raises ValueError: it is no JSON; ApiError 413: it holds too much."""
     content = np.frombuffer(body, np.uint8)
     for name, marks, most in _MOST:
         found = 0

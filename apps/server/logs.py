@@ -69,7 +69,7 @@ def configure(as_json: bool, level: int) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for told in ("kvshare_mm.apps.server", "kvshare_mm.assemble"):
+    for told in ("kvshare_mm.apps.server", "kvshare_mm.apps.router", "kvshare_mm.assemble"):
         logging.getLogger(told).setLevel(min(level, logging.INFO))
     for chatty in ("uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "httpcore2"):
         logging.getLogger(chatty).setLevel(max(level, logging.WARNING))

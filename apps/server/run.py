@@ -14,21 +14,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
-from kvshare_mm.apps.server.app import create_app
 from kvshare_mm.apps.server.connections import Connections, Listener, quiet_about_files, room_for
 from kvshare_mm.apps.server.gate import STOPPING
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.protocol import farewell, protocol
 from kvshare_mm.apps.server.scope import in_words
-from kvshare_mm.apps.server.service import Service
-from kvshare_mm.apps.server.tracing import Tracer
 from kvshare_mm.errors import ConfigError
-from kvshare_mm.llm import KVShare
+
+if TYPE_CHECKING:
+    from kvshare_mm.llm import KVShare
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,13 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
+def address(listening: socket.socket, options: ServerOptions) -> str:
+    """The URL of a server."""
+    host, port = listening.getsockname()[:2]
+    scheme = "http" if options.ssl_certfile is None else "https"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
 def check_certificate(certfile: Path | None, keyfile: Path | None) -> None:
     """See that HTTPS will work before a model is loaded.
 
@@ -158,6 +165,14 @@ def check_certificate(certfile: Path | None, keyfile: Path | None) -> None:
     except OSError as error:  # ssl.SSLError is one
         named = certfile if keyfile is None else f"{certfile} and {keyfile}"
         raise ConfigError(f"HTTPS cannot be served with {named}: {error}") from error
+
+
+def until_stopped(server: Server, listening: socket.socket) -> None:
+    """Run a server until SIGINT or SIGTERM."""
+    # uvicorn sends itself the signal again once it has ended, which would leave no time to tidy up.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
 
 
 def serve(
@@ -185,6 +200,11 @@ def serve(
         ConfigError: keys or traces cannot be used.
         Exception: what `load` raised.
     """
+    # With them comes torch, which who needs a `Server` alone does not wait for.
+    from kvshare_mm.apps.server.app import create_app
+    from kvshare_mm.apps.server.service import Service
+    from kvshare_mm.apps.server.tracing import Tracer
+
     service = Service(load, options, Tracer(traces, options.model_name))
     holder: list[Server] = []
 
@@ -202,20 +222,15 @@ def serve(
         service.ends()
         let_go()
 
-    host, port = listening.getsockname()[:2]
-    scheme = "http" if options.ssl_certfile is None else "https"
-    shown = f"{scheme}://[{host}]" if ":" in host else f"{scheme}://{host}"
-    logger.info("listening on %s:%d", shown, port)
+    shown = address(listening, options)
+    logger.info("listening on %s", shown)
     if api:
         logger.info("%s", in_words(options.scope))
     if ui:
-        logger.info("desk on %s:%d%s", shown, port, UI_PATH)
+        logger.info("desk on %s%s", shown, UI_PATH)
     holder.append(Server(app, options, service.metrics.registry, stop))
     # The engine's thread computes without a pause; a token should not wait 5 ms for its turn.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    # uvicorn sends itself the signal again once it has ended, which would leave no time to tidy up.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    with suppress(KeyboardInterrupt):
-        holder[0].run(sockets=[listening])
+    until_stopped(holder[0], listening)
     if service.failure is not None:
         raise service.failure

@@ -179,3 +179,22 @@ class LexicalIndex(PostingsIndex[_Sample]):
         with self._lock:
             postings = self._namespaces.get(namespace)
             return _search(postings, query, rate, limit, self._budget) if postings else []
+
+    def shares(
+        self, namespace: str, keys: NDArray[np.uint64], node_ids: Sequence[str]
+    ) -> dict[str, float]:
+        """Of the distinct n-grams of `keys`, how many each of these records has, 0 to 1.
+
+        Of longer prompts than are kept in full it is an estimate. Unknown ids are left out.
+        """
+        query, rate = smallest_ngrams(keys, self._max_query_ngrams, self.n)
+        with self._lock:
+            postings = self._namespaces.get(namespace)
+            samples = {} if postings is None else postings.values_of(node_ids)
+        found = {}
+        for node_id, sample in samples.items():
+            # Up to here both samples have all hashes.
+            ends = [s[-1] for s, r in ((query, rate), (sample.ngrams, sample.rate)) if r < 1]
+            both = query[query <= min(ends)] if ends else query
+            found[node_id] = float(np.isin(both, sample.ngrams).mean()) if len(both) else 0.0
+        return found

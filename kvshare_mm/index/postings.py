@@ -167,6 +167,11 @@ class Postings(Generic[T]):
     def __len__(self) -> int:
         return len(self._slots)
 
+    def values_of(self, node_ids: Iterable[str]) -> dict[str, T]:
+        """The values of those of these records that are here."""
+        slots = {node_id: self._slots.get(node_id) for node_id in node_ids}
+        return {node_id: self.values[slot] for node_id, slot in slots.items() if slot is not None}
+
     def num_bytes(self, posting_bytes: int) -> int:
         """Bytes held; removed records count until they are left out."""
         count = sum(len(run.slots) for run in self.runs)

@@ -1,0 +1,78 @@
+"""What was sent to whom: hashes of n-grams, by tenant and replica."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import xxhash
+
+from kvshare_mm.apps.router.prompt import Prompt
+from kvshare_mm.index.base import IndexRecord
+from kvshare_mm.index.lexical import LexicalIndex
+
+NGRAMS = 128
+"""Most n-grams kept of one request: shares are off by 4% at most in two of three cases."""
+
+_CANDIDATES = 2
+# Of a request's name, here and in the index.
+_BYTES = 400
+
+
+class Memory:
+    """Requests by what they are alike to; those used longest ago are forgotten first.
+
+    A request takes about 2.6 KB where templates repeat; at most ``28 * NGRAMS`` bytes (see
+    `LexicalIndex`) and 0.7 KB, and 1 KB more if it is the only one of its tenant.
+
+    Args:
+        max_requests: most requests known.
+    """
+
+    def __init__(self, max_requests: int = 100_000) -> None:
+        self._max_requests = max_requests
+        self._index = LexicalIndex(max_ngrams=NGRAMS, max_query_ngrams=NGRAMS, budget=8192)
+        self._known: OrderedDict[str, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes, about."""
+        return self._index.num_bytes + _BYTES * len(self._known)
+
+    def shares(self, prompt: Prompt, replicas: Iterable[int]) -> dict[int, float]:
+        """Of the prompt's n-grams, the share that the best earlier request of each replica has."""
+        found = {}
+        for replica in replicas:
+            namespace = _namespace(prompt, replica)
+            alike = self._index.search(namespace, prompt.words, _CANDIDATES)
+            shared = self._index.shares(namespace, prompt.words, [c.node_id for c in alike])
+            found[replica] = max(shared.values(), default=0.0)
+            if shared:
+                self._known.move_to_end(max(shared, key=shared.__getitem__))
+        return found
+
+    def add(self, prompt: Prompt, replica: int) -> str | None:
+        """A replica was sent a prompt; None: it was known that it has it."""
+        namespace = _namespace(prompt, replica)
+        request = f"{namespace}-{xxhash.xxh3_128_hexdigest(prompt.words.tobytes())}"
+        if request in self._known:
+            self._known.move_to_end(request)
+            return None
+        self._known[request] = None
+        self._index.add([IndexRecord(request, namespace, prompt.words)])
+        while len(self._known) > self._max_requests:
+            self._index.remove([self._known.popitem(last=False)[0]])
+        return request
+
+    def forget(self, request: str) -> None:
+        """It was not answered there."""
+        if request in self._known:
+            del self._known[request]
+            self._index.remove([request])
+
+
+def _namespace(prompt: Prompt, replica: int) -> str:
+    return f"{prompt.namespace}-{replica}"

@@ -1,0 +1,189 @@
+"""One request at one replica: its answer is passed on as it comes, byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+import httpcore2
+from starlette.types import Send
+
+from kvshare_mm.apps.router.bodies import Body
+from kvshare_mm.apps.router.headers import Headers, to_client
+from kvshare_mm.apps.router.replicas import Flight, Replica
+from kvshare_mm.apps.server.errors import ApiError
+
+CONNECT_S = 2.0
+_WRITE_S = 30.0
+# A client waits so long for the head of an answer that has none of its body; then a replica that
+# is lost is lost to it too.
+_HEAD_AFTER_S = 5.0
+_MOST_HELD = 64 << 10
+
+
+class LostError(Exception):
+    """A replica went away.
+
+    Attributes:
+        reached: whether it had the request.
+        begun: whether some of its answer was passed on.
+    """
+
+    def __init__(self, why: Exception, reached: bool, begun: bool) -> None:
+        super().__init__(str(why) or type(why).__name__)
+        self.reached = reached
+        self.begun = begun
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as a replica gets it; `target` is its path and query."""
+
+    method: str
+    target: str
+    headers: Headers
+    body: Body
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """An answer that was read to its end."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+    @property
+    def is_final(self) -> bool:
+        """Whether no other replica should be asked: a key that used up what it may is refused,
+        others would answer only because they do not know it."""
+        if self.status == 429:
+            try:
+                return bool(json.loads(self.body)["error"]["code"] == "rate_limit_exceeded")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return False
+        return not any(name == b"retry-after" for name, _ in self.headers)
+
+    async def send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
+async def read_whole(
+    pool: httpcore2.AsyncConnectionPool, replica: Replica, asked: Asked, most: int, timeout_s: float
+) -> Whole:
+    """A replica's answer of at most so many bytes. Raises LostError, ApiError."""
+    try:
+        async with _asked(pool, replica, asked, timeout_s) as reply:
+            return await _whole(reply, replica, most)
+    except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException) as error:
+        raise _lost(error, False) from error
+
+
+async def pass_on(
+    pool: httpcore2.AsyncConnectionPool,
+    replica: Replica,
+    asked: Asked,
+    flight: Flight,
+    send: Send,
+    timeout_s: float,
+) -> Whole | None:
+    """Ask a replica and pass its answer on.
+
+    Args:
+        flight: told when the answer begins.
+        send: to the client.
+        timeout_s: between two pieces of the answer, and until the first.
+
+    Returns:
+        Of a replica that has no room, what it said, and nothing was passed on; else None.
+
+    Raises:
+        LostError: the replica went away.
+        ApiError: it took too long, or the request cannot be sent.
+    """
+    begun = False
+    start = time.perf_counter()
+    try:
+        async with _asked(pool, replica, asked, timeout_s) as reply:
+            if reply.status in {429, 503}:
+                return await _whole(reply, replica, _MOST_HELD)
+            chunks = reply.aiter_stream().__aiter__()
+            first = asyncio.ensure_future(_next(chunks))
+            try:
+                await asyncio.wait({first}, timeout=_HEAD_AFTER_S)
+                if first.done():
+                    first.result()  # while another replica can still be asked
+                begun = True
+                asked.body.release()
+                headers = to_client(reply.headers, replica.number)
+                await send(
+                    {"type": "http.response.start", "status": reply.status, "headers": headers}
+                )
+                chunk = await first
+            finally:
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
+            if reply.status == 200:
+                flight.first(time.perf_counter() - start, not _is_stream(reply))
+            while chunk:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                chunk = await _next(chunks)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return None
+    except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException) as error:
+        raise _lost(error, begun) from error
+
+
+def _asked(
+    pool: httpcore2.AsyncConnectionPool, replica: Replica, asked: Asked, timeout_s: float
+) -> AbstractAsyncContextManager[httpcore2.Response]:
+    timeouts = {"connect": CONNECT_S, "write": _WRITE_S, "read": timeout_s}
+    ours = (
+        (b"host", replica.netloc.encode()),
+        (b"content-length", str(len(asked.body.content)).encode()),
+    )
+    return pool.stream(
+        asked.method,
+        replica.url(asked.target),
+        headers=[*ours, *asked.headers],
+        content=asked.body.pieces(),
+        extensions={"timeout": timeouts},
+    )
+
+
+async def _whole(reply: httpcore2.Response, replica: Replica, most: int) -> Whole:
+    body = b""
+    async for chunk in reply.aiter_stream():
+        body += chunk
+        if len(body) > most:
+            raise ApiError(502, f"an answer of a replica is longer than {most} bytes")
+    return Whole(reply.status, to_client(reply.headers, replica.number), body)
+
+
+async def _next(chunks: AsyncIterator[bytes]) -> bytes:
+    """The next piece that has something in it; nothing: that was all."""
+    async for chunk in chunks:
+        if chunk:
+            return chunk
+    return b""
+
+
+def _is_stream(reply: httpcore2.Response) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+        for name, value in reply.headers
+    )
+
+
+def _lost(error: Exception, begun: bool) -> Exception:
+    if isinstance(error, httpcore2.LocalProtocolError):
+        return ApiError(400, f"the request cannot be passed on: {error}")
+    if isinstance(error, httpcore2.ReadTimeout | httpcore2.WriteTimeout) and not begun:
+        return ApiError(504, "the replica took longer than this router waits", code="timeout")
+    reached = not isinstance(error, httpcore2.ConnectError | httpcore2.ConnectTimeout)
+    return LostError(error, reached, begun)

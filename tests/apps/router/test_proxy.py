@@ -1,0 +1,381 @@
+"""What a client sees of a router, and what replicas see of a client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+import pytest
+
+from kvshare_mm.apps.router.headers import is_passed_on, to_client, to_replica
+from kvshare_mm.apps.server.hosts import allowed_hosts
+
+from ...helpers import in_threads, until
+from .conftest import Route, Upstream, Upstreams, refusing
+
+_REPORT = "Patient 48210, haemoglobin 148 g/L, sodium 141 mmol/L, seen on the second floor, {}."
+_FULL = json.dumps({"error": {"code": "queue_full"}}).encode()
+_LIMIT = json.dumps({"error": {"code": "rate_limit_exceeded"}}).encode()
+
+
+def sent_to(upstreams: list[Upstream]) -> list[int]:
+    return [len(u.asked) for u in upstreams]
+
+
+# -- where requests go -------------------------------------------------------------------------
+
+
+def test_alike_requests_go_where_the_first_went(upstreams: Upstreams, route: Route) -> None:
+    behind = upstreams(4)
+    routed = route([u.url for u in behind])
+    went = [routed.chat(_REPORT.format(i)).headers["x-kvshare-replica"] for i in range(6)]
+    assert len(set(went)) == 1 and sorted(sent_to(behind)) == [0, 0, 0, 6]
+    label = f'kvshare_router_requests_total{{reason="donor",replica="{went[0]}"}}'
+    assert routed.metric(label) == 5
+    assert routed.metric("kvshare_router_decision_seconds_count") == 6
+    assert routed.metric(f'kvshare_router_in_flight{{replica="{went[0]}"}}') == 0
+    assert routed.metric("kvshare_router_requests_known ") == 6
+
+
+def test_tenants_do_not_lead_each_other(upstreams: Upstreams, route: Route) -> None:
+    behind = upstreams(8)
+    routed = route([u.url for u in behind])
+    went = {routed.chat("the same " * 20, key=f"key-{i}").headers["x-kvshare-replica"]
+            for i in range(24)}  # fmt: skip
+    assert len(went) > 1
+
+
+def test_large_bodies_are_read_too(upstreams: Upstreams, route: Route) -> None:
+    behind = upstreams(4)
+    routed = route([u.url for u in behind])
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 200_000}}
+    for question in ("What is it?", "Is it damaged?", "How old is it?"):
+        part = {"type": "text", "text": question}
+        body = {"messages": [{"role": "user", "content": [image, part]}]}
+        assert routed.ask("POST", "/v1/chat/completions", json=body).status_code == 200
+    assert sorted(sent_to(behind)) == [0, 0, 0, 3]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"messages": 3}', b"[" * 70_000])
+def test_what_cannot_be_read_is_passed_on(
+    upstreams: Upstreams, route: Route, content: bytes
+) -> None:
+    [one] = upstreams(1)
+    reply = route([one.url]).ask("POST", "/v1/chat/completions", content=content)
+    assert reply.status_code == 200 and one.asked[0]["body"] == content
+
+
+# -- what is passed on -------------------------------------------------------------------------
+
+
+def test_all_of_it_is_passed_on_unchanged(upstreams: Upstreams, route: Route) -> None:
+    [one] = upstreams(1)
+    one.headers = [(b"x-more", b"1"), (b"x-more", b"2"), (b"content-type", b"text/x"),
+                   (b"content-length", b"13"), (b"connection", b"x-h"), (b"x-h", b"1")]  # fmt: skip
+    routed = route([one.url])
+    body = b'{ "messages" : [ {"role":"user","content":"hi"} ] }'
+    reply = routed.ask(
+        "POST", "/v1/chat/completions?a=%2F&b", content=body,
+        headers={"Authorization": "Bearer k", "X-Request-Id": "mine", "Cookie": "c=1",
+                 "X-Forwarded-For": "1.2.3.4", "TE": "trailers", "Connection": "x-a", "X-A": "1"},
+    )  # fmt: skip
+    [seen] = one.asked
+    assert (seen["path"], seen["query_string"], seen["body"]) == (
+        "/v1/chat/completions", b"a=%2F&b", body,
+    )  # fmt: skip
+    got = dict(seen["headers"])
+    assert got[b"authorization"] == b"Bearer k" and got[b"cookie"] == b"c=1"
+    assert got[b"x-request-id"] == b"mine" == reply.headers["x-request-id"].encode()
+    assert got[b"host"] == urlsplit(one.url).netloc.encode()
+    assert not {b"x-forwarded-for", b"te", b"x-a", b"transfer-encoding"} & set(got)
+    assert reply.headers.get_list("x-more") == ["1", "2"] and "x-h" not in reply.headers
+    assert reply.content == b'{"answer": 1}' and reply.headers["x-kvshare-replica"] == "1"
+    assert len(reply.headers.get_list("date")) == 1
+
+
+def test_a_stream_comes_byte_for_byte_as_it_is_made(upstreams: Upstreams, route: Route) -> None:
+    [one] = upstreams(1)
+    pieces = [b"data: {}\r\n\r\n", b": a comment\n\nda", b"ta: \xff\n\n", b"data: [DONE]\n\n"]
+    go = threading.Semaphore(1)
+
+    async def answer(upstream: Any, scope: Any, send: Any, receive: Any) -> None:
+        head = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        for piece in pieces:
+            await asyncio.to_thread(go.acquire)
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    one.answer = answer
+    routed = route([one.url])
+    with httpx2.stream("POST", f"{routed.url}/v1/chat/completions", json={}, timeout=30) as reply:
+        got = []
+        for chunk in reply.iter_raw():  # each piece is there before the next one is made
+            got.append(chunk)
+            go.release()
+    assert b"".join(got) == b"".join(pieces) and len(got) == len(pieces)
+
+
+@pytest.mark.parametrize(
+    ("path", "passed"),
+    [
+        ("/v1/completions", True), ("/v1/models/org/name:1", True), ("/tokenize", True),
+        ("/v1/cache", False), ("/v1/cache/donors", False), ("/v1/load_lora_adapter", False),
+        ("/v1/../v1/cache", False), ("/v1/x/..", False), ("/v1//cache", False), ("/v1/", False),
+        ("/v1/a b", False), ("/v1/a\r\nx: y", False), ("/v1/a?b", False), ("/metrics/x", False),
+        ("//v1/x", False), ("/v1", False), ("/v1/ä", False), ("http://x/v1/y", False),
+    ],
+)  # fmt: skip
+def test_paths(path: str, passed: bool) -> None:
+    assert is_passed_on(path) == passed
+
+
+def test_no_other_path_reaches_a_replica(upstreams: Upstreams, route: Route) -> None:
+    [one] = upstreams(1)
+    routed = route([one.url])
+    for path, status in (
+        ("/v1/cache", 403), ("/v1/%63ache/donors", 403), ("/v1/x/%2e%2e/cache", 404),
+        ("/v1/a%0d%0ab", 404), ("/v1/a%3fb", 404), ("/docs", 404), ("/", 404),
+    ):  # fmt: skip
+        reply = routed.ask("GET", path, headers={"Authorization": "Bearer any"})
+        assert (path, reply.status_code) == (path, status)
+        assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+    assert routed.ask("PUT", "/v1/files").status_code == 405
+    assert one.asked == []
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "seen"),
+    [
+        (b"Content-Length: 4\r\nTransfer-Encoding: chunked", b"2\r\nhi\r\n0\r\n\r\n", b"hi"),
+        (b"Content-Length: 2\r\nContent-Length: 3", b"hi!", None),
+        (b"Transfer-Encoding: gzip, chunked", b"2\r\nhi\r\n0\r\n\r\n", None),
+        (b"Content-Length : 2", b"hi", None),
+        (b"Content-Length: 2\r\nX: a\rTransfer-Encoding: chunked", b"hi", None),
+        (b"Content-Length: 2\r\nX: a\x00b", b"hi", None),
+        (b"Content-Length: 2", b"hiGET /v1/cache HTTP/1.1\r\nHost: a\r\n\r\n", b"hi"),
+    ],
+)
+def test_nothing_is_smuggled(
+    upstreams: Upstreams, route: Route, head: bytes, body: bytes, seen: bytes | None
+) -> None:
+    [one] = upstreams(1)
+    address = urlsplit(route([one.url]).url)
+    with socket.create_connection((str(address.hostname), address.port or 0), 10) as client:
+        client.sendall(b"POST /v1/files HTTP/1.1\r\nHost: a\r\n" + head + b"\r\n\r\n" + body)
+        status = client.recv(1 << 16).split()[1]
+    assert status == (b"400" if seen is None else b"200")
+    assert [each["body"] for each in one.asked] == ([] if seen is None else [seen])
+    for each in one.asked:
+        lengths = [v for n, v in each["headers"] if n in {b"content-length", b"transfer-encoding"}]
+        assert lengths == [str(len(each["body"])).encode()]
+
+
+def test_heads() -> None:
+    given = [(b"Connection", b"close, X-One"), (b"X-One", b"1"), (b"Host", b"h"), (b"A", b"b")]
+    assert to_replica(given, "id") == [(b"a", b"b"), (b"x-request-id", b"id")]
+    assert to_client([*given, (b"Date", b"d")], 3)[-1] == (b"x-kvshare-replica", b"3")
+
+
+# -- what goes wrong ---------------------------------------------------------------------------
+
+
+def dropping() -> tuple[str, list[int], Callable[[], None]]:
+    """A server that is healthy, and closes every other connection once it has read something."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    dropped: list[int] = []
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection:
+                read = connection.recv(65536)
+                if read.startswith(b"GET /health"):
+                    head = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+                    connection.sendall(head)
+                else:
+                    dropped.append(len(read))
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listening.getsockname()[1]}", dropped, listening.close
+
+
+def test_a_replica_that_drops_requests_costs_none(upstreams: Upstreams, route: Route) -> None:
+    [one] = upstreams(1)
+    url, dropped, end = dropping()
+    routed = route([url, one.url])
+    replies = [routed.chat(f"{i} " * 9) for i in range(20)]  # nothing alike
+    assert {r.status_code for r in replies} == {200} and len(one.asked) == 20
+    assert dropped
+    assert routed.metric('kvshare_router_requests_total{reason="retry",replica="2"}') == len(
+        dropped
+    )
+    # It has none of them: what was lost there does not lead anybody.
+    for i in range(4):
+        routed.chat(f"{i} " * 9)
+    assert routed.metric('kvshare_router_requests_total{reason="donor",replica="1"}') == 0
+    end()
+
+
+def test_a_request_that_replicas_do_not_survive_is_not_given_to_all(route: Route) -> None:
+    made = [dropping() for _ in range(4)]
+    routed = route([url for url, _, _ in made])
+    reply = routed.chat("poison")
+    assert reply.status_code == 502 and reply.json()["error"]["code"] == "lost"
+    assert sorted(len(dropped) for _, dropped, _ in made) == [0, 0, 1, 1]
+    for _, _, end in made:
+        end()
+
+
+@pytest.mark.parametrize(
+    ("first", "others", "status", "asked"),
+    [
+        (refusing(429, _FULL, (b"retry-after", b"3")), None, 200, 2),
+        (refusing(503, b"", (b"retry-after", b"3")), None, 200, 2),
+        (refusing(503, b""), None, 503, 1),
+        (refusing(429, _LIMIT, (b"retry-after", b"9")), None, 429, 1),
+        (refusing(500, b""), None, 500, 1),
+        (refusing(400, b""), None, 400, 1),
+        (refusing(429, _FULL), refusing(503, b"", (b"retry-after", b"3")), 429, 3),
+        (refusing(503, b"", (b"retry-after", b"3")), refusing(429, _FULL), 429, 3),
+    ],
+)  # fmt: skip
+def test_who_has_no_room_is_not_the_last_to_be_asked(
+    upstreams: Upstreams, route: Route, first: Any, others: Any, status: int, asked: int
+) -> None:
+    behind = upstreams(3)
+    routed = route([u.url for u in behind])
+    number = int(routed.chat(_REPORT.format(1)).headers["x-kvshare-replica"]) - 1
+    behind[number].answer = first
+    for i, other in enumerate(behind):
+        if i != number and others is not None:
+            other.answer = others
+    reply = routed.chat(_REPORT.format(2))
+    assert (reply.status_code, sum(sent_to(behind))) == (status, 1 + asked)
+
+
+def test_a_replica_comes_and_goes_and_keeps_its_requests(
+    upstreams: Upstreams, route: Route
+) -> None:
+    behind = upstreams(2)
+    routed = route([u.url for u in behind])
+    number = int(routed.chat(_REPORT.format(1)).headers["x-kvshare-replica"]) - 1
+    behind[number].health = 503
+    until(lambda: not routed.replicas[number].healthy)
+    assert routed.metric(f'kvshare_router_up{{replica="{number + 1}"}}') == 0
+    assert routed.chat("something else entirely").headers["x-kvshare-replica"] != str(number + 1)
+    assert routed.ask("GET", "/health").json()["answering"] == 1
+    behind[number].health = 200
+    until(lambda: routed.replicas[number].healthy)
+    assert routed.chat(_REPORT.format(2)).headers["x-kvshare-replica"] == str(number + 1)
+
+
+def test_without_replicas_nothing_is_answered(route: Route) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as unused:
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    routed = route([url])
+    for path in ("/health", "/v1/models", "/v1/files"):
+        reply = routed.ask("GET", path)
+        assert reply.status_code == 503 and reply.headers["retry-after"]
+        assert reply.json()["error"]["code"] == "no_replica"
+
+
+def test_an_answer_that_breaks_off_is_not_repeated(upstreams: Upstreams, route: Route) -> None:
+    behind = upstreams(2)
+
+    async def breaking(upstream: Any, scope: Any, send: Any, receive: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        # Without its end: uvicorn closes the connection.
+
+    for upstream in behind:
+        upstream.answer = breaking
+    routed = route([u.url for u in behind])
+    with pytest.raises(httpx2.RemoteProtocolError):
+        routed.chat("hi")
+    assert sum(sent_to(behind)) == 1
+    assert all(r.in_flight == 0 for r in routed.replicas)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_client_that_goes_ends_its_request(
+    upstreams: Upstreams, route: Route, begun: bool
+) -> None:
+    [one] = upstreams(1)
+    gone = threading.Event()
+
+    async def answer(upstream: Any, scope: Any, send: Any, receive: Any) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    one.answer = answer
+    routed = route([one.url])
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(f"{routed.url}/v1/chat/completions", json={}, timeout=0.5)
+    until(gone.is_set)
+    until(lambda: routed.replicas[0].in_flight == 0)
+    gone_ones = 'kvshare:http_requests_total{route="/v1/chat/completions",status="499"'
+    until(lambda: routed.metric(gone_ones) == 1)
+
+
+# -- models, bounds, names ---------------------------------------------------------------------
+
+
+def test_models_of_all(upstreams: Upstreams, route: Route) -> None:
+    behind = upstreams(3)
+    for upstream, names in zip(behind, (["a"], ["a", "b"], []), strict=True):
+        listed = json.dumps({"object": "list", "data": [{"id": name} for name in names]})
+        upstream.answer = refusing(200, listed.encode())
+    behind[2].answer = refusing(401, b'{"error": {}}', (b"www-authenticate", b"Bearer"))
+    routed = route([u.url for u in behind])
+    reply = routed.ask("GET", "/v1/models", headers={"Authorization": "Bearer k"})
+    assert [model["id"] for model in reply.json()["data"]] in (["a", "b"], ["b", "a"])
+    assert all(dict(u.asked[0]["headers"])[b"authorization"] == b"Bearer k" for u in behind)
+    for upstream in behind:
+        upstream.answer = behind[2].answer
+    reply = routed.ask("GET", "/v1/models")
+    assert reply.status_code == 401 and reply.headers["www-authenticate"] == "Bearer"
+
+
+def test_bodies_are_bounded_one_by_one_and_in_all(upstreams: Upstreams, route: Route) -> None:
+    [one] = upstreams(1)
+    routed = route([one.url], max_body_bytes=3000, max_held_bytes=4000)
+    assert routed.ask("POST", "/v1/files", content=b"x" * 3001).status_code == 413
+    assert routed.ask("POST", "/v1/files", content=iter([b"x" * 2000] * 2)).status_code == 413
+    go = threading.Event()
+
+    async def waiting(upstream: Any, scope: Any, send: Any, receive: Any) -> None:
+        await asyncio.to_thread(go.wait, 30)
+        await refusing(200, b"")(upstream, scope, send, receive)
+
+    one.answer = waiting
+    statuses: list[int] = []
+
+    def ask(_: int) -> None:
+        statuses.append(routed.ask("POST", "/v1/files", content=b"x" * 2500).status_code)
+        go.set()  # the one that was refused is the first to come back
+
+    in_threads(ask, [0, 1])
+    assert sorted(statuses) == [200, 503]
+    assert routed.ask("POST", "/v1/files", content=b"x" * 2500).status_code == 200
+
+
+def test_only_the_routers_own_names_are_answered(upstreams: Upstreams, route: Route) -> None:
+    [one] = upstreams(1)
+    routed = route([one.url], allowed_hosts=allowed_hosts((), "127.0.0.1", False))
+    assert routed.ask("GET", "/v1/models", headers={"Host": "evil.example"}).status_code == 421
+    assert routed.ask("GET", "/v1/files").status_code == 200

@@ -1,0 +1,72 @@
+"""What is in flight at a replica, how fast it is, and which URLs name one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvshare_mm.apps.router.plan import ANSWER, Choice
+from kvshare_mm.apps.router.replicas import Replica, replicas_of, typical_seconds
+from kvshare_mm.errors import ConfigError
+
+from ...helpers import Clock
+
+_STEPS = st.lists(
+    st.tuples(st.sampled_from(["begin", "first", "end"]), st.integers(0, 9)), max_size=60
+)
+
+
+@given(_STEPS, st.floats(0, 1e5))
+def test_work_is_that_of_what_is_in_flight(steps: list[tuple[str, int]], computed: float) -> None:
+    replica = Replica(1, "http://a")
+    flights = []
+    for step, which in steps:
+        if step == "begin":
+            flights.append([replica.begin(Choice(1, "load", computed)), computed + ANSWER])
+        elif flights:
+            flight = flights[which % len(flights)]
+            if step == "first":
+                if not flight[0].answered:  # type: ignore[attr-defined]
+                    flight[0].first(1.0, False)  # type: ignore[attr-defined]
+                flight[1] = float(ANSWER)
+            else:
+                flight[0].end()  # type: ignore[attr-defined]
+                flights.remove(flight)
+        assert replica.in_flight == len(flights)
+        assert replica.standing().work == pytest.approx(sum(left for _, left in flights), abs=1e-3)
+
+
+def test_speed_is_measured_by_what_was_ahead_and_soon_forgotten() -> None:
+    clock = Clock()
+    replica = Replica(1, "http://a", clock)
+    assert replica.standing(typical_s=0.5).seconds == 0.5
+    first, second = replica.begin(Choice(1, "load", 100)), replica.begin(Choice(1, "load", 50))
+    first.first(10.0, False)
+    assert replica.standing(typical_s=0.5).seconds == pytest.approx(0.1)
+    second.first(0.1 * (100 + 50), False)  # it waited for the first one
+    assert replica.standing(typical_s=0.5).seconds == pytest.approx(0.1)
+    replica.begin(Choice(1, "load", 0)).first(1e6, True)  # says nothing of prompts
+    assert typical_seconds([replica, Replica(2, "http://b")]) == pytest.approx(0.1)
+    clock.now += 60
+    assert replica.standing(typical_s=0.5).seconds == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "urls",
+    ["", ",", "10.0.0.1:8000", "ftp://a", "http://", "http://a/x", "http://u:p@a", "http://a?b",
+     "http://a#b", "http://a:b", "http://a:99999", "http://a,http://a", "http://a b",
+     "http://a\r\nx: y", "http://[::1"],
+)  # fmt: skip
+def test_what_is_no_replica_is_refused_at_the_start(urls: str) -> None:
+    with pytest.raises(ConfigError, match="--replicas"):
+        replicas_of(urls)
+
+
+def test_replicas_keep_their_order_and_their_ports() -> None:
+    found = replicas_of("http://a:1/v1, https://[::1]:2/ ,http://c")
+    assert [(r.number, r.origin) for r in found] == [
+        (1, "http://a:1"), (2, "https://[::1]:2"), (3, "http://c"),
+    ]  # fmt: skip
+    url = Replica(1, "https://[::1]:2").url("/v1/x?y")
+    assert (url.scheme, url.host, url.port, url.target) == (b"https", b"::1", 2, b"/v1/x?y")
