@@ -19,6 +19,7 @@ from PIL import Image
 
 from kvshare_mm import assets
 from kvshare_mm.errors import ModelLoadError
+from kvshare_mm.modalities.loading import loading
 
 logger = logging.getLogger(__name__)
 
@@ -220,29 +221,27 @@ def _load(name: str, device: str | None, trust_remote_code: bool) -> Any:
             f"dense search needs sentence-transformers, which cannot be imported ({error}): "
             "pip install sentence-transformers, or turn the embedder off"
         ) from error
-    from transformers.utils import logging as hf_logging
-
     options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    hf_logging.disable_progress_bar()  # it would stand between the lines of a server's log
     try:
         if folder.is_dir():
-            return SentenceTransformer(str(folder), local_files_only=True, **options)
+            with loading():
+                return SentenceTransformer(str(folder), local_files_only=True, **options)
         # The same shorthand as sentence-transformers itself has.
         name = name if "/" in name else f"sentence-transformers/{name}"
         try:
-            return SentenceTransformer(name, local_files_only=True, **options)
+            with loading():
+                return SentenceTransformer(name, local_files_only=True, **options)
         except OSError as error:
             logger.info("embedder %s is not in the local cache: %s", name, error)
         _check_hub(name)
-        return SentenceTransformer(name, **options)
+        with loading():
+            return SentenceTransformer(name, **options)
     except ModelLoadError:
         raise
     # Whatever the files hold: ValueError, ImportError, safetensors' and torch's own errors.
     except Exception as error:
         hint = "" if trust_remote_code else "; a model with code of its own needs trust_remote_code"
         raise ModelLoadError(f"cannot load the embedder {name!r}: {error}{hint}") from error
-    finally:
-        hf_logging.enable_progress_bar()
 
 
 def _packaged() -> Path:

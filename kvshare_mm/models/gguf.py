@@ -16,6 +16,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from kvshare_mm.errors import ModelLoadError
+from kvshare_mm.modalities.loading import loading
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,10 @@ def _convert(gguf: Path, folder: Path) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(**source)
             bar.update()
-            model, report = AutoModelForCausalLM.from_pretrained(
-                **source, dtype=torch.float32, output_loading_info=True
-            )
+            with loading():
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    **source, dtype=torch.float32, output_loading_info=True
+                )
             bar.update()
         except Exception as error:  # a damaged file fails anywhere
             raise ModelLoadError(f"transformers cannot read {gguf}: {error}") from error

@@ -18,12 +18,12 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as hf_logging
 
 from kvshare_mm import assets
 from kvshare_mm.attention import attention_name
 from kvshare_mm.errors import ConfigError, ModelLoadError, nearest
 from kvshare_mm.kernels.backend import BackendError, resolve
+from kvshare_mm.modalities.loading import loading
 from kvshare_mm.models.family import Family, load_family, load_text_part
 from kvshare_mm.models.gguf import EMBEDDED, converted, embedded_gguf
 from kvshare_mm.models.support import KVShape, check_support
@@ -105,37 +105,36 @@ def load_model(
     except BackendError as error:
         raise ConfigError(str(error)) from error
     source = locate(name)
-    hf_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        chosen = _dtype(dtype, config, target)
-        options = {
-            "dtype": chosen,
-            "trust_remote_code": trust_remote_code,
-            "output_loading_info": True,
-        }
-        processor: Any = None
-        family: Family | None = None
-        language: Any
-        if (loaded := load_family(config.model_type, source, **options)) is not None:
-            model, family, report = loaded
-            processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-            tokenizer = processor.tokenizer
-            tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
-            language = family.decoder
-        else:
-            if (part := load_text_part(config, source, **options)) is not None:
-                model, language, report = part
-                logger.warning("%s is served with text alone: no media are known of it", name)
+        with loading():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            chosen = _dtype(dtype, config, target)
+            trusted = {"trust_remote_code": trust_remote_code}
+            options = {"dtype": chosen, "output_loading_info": True, **trusted}
+            processor: Any = None
+            family: Family | None = None
+            language: Any
+            if (loaded := load_family(config.model_type, source, **options)) is not None:
+                model, family, report = loaded
+                processor = AutoProcessor.from_pretrained(
+                    source, trust_remote_code=trust_remote_code
+                )
+                tokenizer = processor.tokenizer
+                tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+                language = family.decoder
             else:
-                model, report = AutoModelForCausalLM.from_pretrained(source, **options)
-                language = model
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+                if (part := load_text_part(config, source, **options)) is not None:
+                    model, language, report = part
+                    logger.warning("%s is served with text alone: no media are known of it", name)
+                else:
+                    model, report = AutoModelForCausalLM.from_pretrained(source, **options)
+                    language = model
+                tokenizer = AutoTokenizer.from_pretrained(
+                    source, trust_remote_code=trust_remote_code
+                )
     except Exception as error:  # of transformers, safetensors, the hub, or code from the hub
         hint = "" if Path(source).exists() else " It is neither a folder nor an embedded model."
         raise ModelLoadError(f"Could not load the model {name!r}.{hint} {error}") from error
-    finally:
-        hf_logging.enable_progress_bar()
     if report["missing_keys"]:  # transformers fills them with random numbers
         missing = sorted(report["missing_keys"])
         raise ModelLoadError(f"The model {name!r} lacks {len(missing)} weights, e.g. {missing[0]}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
 )
@@ -383,3 +386,26 @@ def test_a_cache_folder_that_cannot_be_made(tmp_path: Path) -> None:
     path.write_bytes(b"content")
     with pytest.raises(ModelLoadError, match="convert"):
         gguf.converted(path, path)  # a file, not a folder
+
+
+def test_one_model_is_loaded_at_a_time(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two loads at once would leave transformers without tied weights for good."""
+    inside, most = 0, 0
+    load = AutoModelForCausalLM.from_pretrained
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.02)
+        try:
+            return load(*arguments, **options)
+        finally:
+            inside -= 1
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+    tie = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(load_model, [str(tiny_folder)] * 4))
+    assert len(loaded) == 4 and most == 1
+    assert PreTrainedModel.tie_weights is tie
