@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kvshare_mm.apps.bench import rows
+from kvshare_mm.apps.bench.rows import Report, Row
 from kvshare_mm.apps.bench.theme import LABELS, label, model_label
 
-Report = dict[str, Any]
-Row = Mapping[str, Any]
 Rows = list[list[str]]
 # By heading, what a row's cell says.
 Columns = dict[str, str]
@@ -61,98 +61,6 @@ class Kind:
         return [[_say(heading, (), report) for heading in columns], *rows]
 
 
-def _methods(report: Report) -> list[Row]:
-    return [{**report, "name": name, **found} for name, found in report["methods"].items()]
-
-
-def _workloads(report: Report) -> list[Row]:
-    """A row for each kind; prefix caching's figures beside the others'."""
-    rows: list[Row] = []
-    for kind, found in report["kinds"].items():
-        prefix = found["methods"]["prefix"]["computed_share"]
-        for name, method in found["methods"].items():
-            if name not in ("full", "prefix"):
-                rows.append({"what": kind, "prefix": prefix, "name": name, **method})
-    return rows
-
-
-def _derived(report: Report) -> list[Row]:
-    return [
-        {
-            "distance": distance if int(distance) else "adjacent",
-            "able": sum(found["able"].values()),
-            "stale_old": found["stale_old"],
-            "name": name,
-            **method,
-        }
-        for distance, found in report["distances"].items()
-        for name, method in found["methods"].items()
-    ]
-
-
-def _points(report: Report) -> list[Row]:
-    return [
-        {"name": name, **point} for name, points in report["methods"].items() for point in points
-    ]
-
-
-def _stories(report: Report) -> list[Row]:
-    stories = report["stories"] + report.get("pictures", {}).get("stories", [])
-    return [
-        {
-            **story,
-            "sooner": story["methods"]["prefix"]["ttft_s"] / story["methods"]["kvshare"]["ttft_s"],
-        }
-        for story in stories
-    ]
-
-
-def _layouts(report: Report) -> list[Row]:
-    return [
-        {"layout": layout, "tokens": found["tokens"], "name": name, **method}
-        for layout, found in report["layouts"].items()
-        for name, method in found["methods"].items()
-    ]
-
-
-def _pictures(report: Report) -> list[Row]:
-    return [{**row, "leak": report["leaks"][row["name"]]} for row in _methods(report)]
-
-
-def _sides(report: Report) -> list[Row]:
-    more = report["difference_s"]
-    same = f"{report['same_answers']} of {report['repeats']}"
-    paired: dict[str, Row] = {"api": {"more": None, "p90": None, "same": None}}
-    paired["server"] = {"more": more["median"], "p90": more["p90"], "same": same}
-    return [
-        {
-            "name": name,
-            "tokens": report["tokens"],
-            "ttft": report["ttft_s"][side],
-            "outside": report["outside_engine_s"][side],
-            **paired[side],
-        }
-        for side, name in (("api", "Python API"), ("server", "server"))
-    ]
-
-
-def _hits(report: Report) -> list[Row]:
-    return [{"size": size, **found} for size, found in report["pool_sizes"].items()]
-
-
-def _found_by(report: Report) -> list[Row]:
-    names = {
-        "lexical": "3-grams, inverted list",
-        "milvus_sparse": "3-grams, Milvus",
-        "milvus_dense": "embedding, Milvus",
-        "hybrid": "both, Milvus",
-    }
-    return [
-        {**found, "by": names[name], "recall": list(found["recall"].values())}
-        for name, found in report["methods"].items()
-    ]
-
-
 def _lookup(report: Report) -> Columns:
     depths = report["methods"]["lexical"]["recall"]
     return {
@@ -190,11 +98,6 @@ def _quality(report: Report) -> Columns:
     }
 
 
-def _declined(report: Report) -> list[Row]:
-    why = ", ".join(f"{reason} ({n})" for reason, n in report["declined"].items())
-    return [{**report, "why": why or None}]
-
-
 TABLES: dict[str, Kind] = {
     "reuse": Kind(
         "Reuse on {pairs} pairs, {model:model}",
@@ -209,7 +112,7 @@ TABLES: dict[str, Kind] = {
             "first token same": "{first_token_agreement:.0%}",
             "greedy same": "{greedy_agreement:.0%}",
         },
-        _methods,
+        rows.methods,
     ),
     "workloads": Kind(
         "Prompts of {tokens} tokens, {number} of each kind, {model:model}: what is computed, and "
@@ -225,7 +128,7 @@ TABLES: dict[str, Kind] = {
             "worst": "{kl_worst:.2f}",
             "same answer": "{action_same:.0%}",
         },
-        _workloads,
+        rows.workloads,
     ),
     "derived": Kind(
         "Facts that follow from an edited value, {able} of {cases} that the model can do, "
@@ -241,9 +144,9 @@ TABLES: dict[str, Kind] = {
             "declined": "{declined}",
             "extra tokens": "{extra_tokens:.0f}",
         },
-        _derived,
+        rows.derived,
     ),
-    "quality": Kind("Answers: {task}, {items} items, {model:model}", _quality, _methods),
+    "quality": Kind("Answers: {task}, {items} items, {model:model}", _quality, rows.methods),
     "frontier": Kind(
         "Divergence against work, {pairs} pairs, {model:model}",
         {
@@ -255,7 +158,7 @@ TABLES: dict[str, Kind] = {
             "KL p90": "{kl_first_token[p90]:.4f}",
             "first token same": "{first_token_agreement:.0%}",
         },
-        _points,
+        rows.points,
     ),
     "hitrate": Kind(
         "Hit rate: {stream}, {measured} of {prompts} prompts",
@@ -269,7 +172,7 @@ TABLES: dict[str, Kind] = {
             "planner p50": "{methods[kvshare][planner_ms][p50]:.1f} ms",
             "planner p99": "{methods[kvshare][planner_ms][p99]:.1f} ms",
         },
-        _hits,
+        rows.hits,
     ),
     "reliability": Kind(
         "Pairs that nothing was fitted to, {model:model}; bound in force {bound[scale]:.3g} "
@@ -298,7 +201,7 @@ TABLES: dict[str, Kind] = {
             "computed": "{methods[kvshare][computed_tokens]}",
             "answer": "{answer}",
         },
-        _stories,
+        rows.stories,
     ),
     "template": Kind(
         "A report with other numbers, {model:model}",
@@ -313,7 +216,7 @@ TABLES: dict[str, Kind] = {
             "an identical prompt again": "{repeat_times_sooner:.0f} times sooner",
         },
     ),
-    "lookup": Kind("{pairs} donors among {records} prompts, {model:model}", _lookup, _found_by),
+    "lookup": Kind("{pairs} donors among {records} prompts, {model:model}", _lookup, rows.found_by),
     "overhead": Kind(
         "What a miss costs, {model:model}",
         {
@@ -366,10 +269,10 @@ TABLES: dict[str, Kind] = {
             "computed": "{computed_tokens} of {tokens}",
             "tower runs": "{tower_runs}",
         },
-        _layouts,
+        rows.layouts,
     ),
     "pictures": Kind(
-        "{pairs} similar requests about pictures, {model:model}", _accuracy, _pictures
+        "{pairs} similar requests about pictures, {model:model}", _accuracy, rows.pictures
     ),
     "serve": Kind(
         "What was reused under load, {model:model}",
@@ -384,7 +287,7 @@ TABLES: dict[str, Kind] = {
             "first token, p50": "{ttft_s[p50]:ms}",
             "of it in the engine": "{engine_ttft_s[p50]:ms}",
         },
-        _declined,
+        rows.declined,
     ),
     "server-overhead": Kind(
         "The server beside the Python API, {model:model}",
@@ -397,7 +300,7 @@ TABLES: dict[str, Kind] = {
             "of the pairs, p90": "{p90:ms1}",
             "same answer": "{same}",
         },
-        _sides,
+        rows.sides,
     ),
     "kernels": Kind(
         "Attention and KV edit of one layer, {dtype}",
