@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from pydantic import BeforeValidator
 
 from kvshare_mm.apps.server.chat import ERRORS
 from kvshare_mm.apps.server.errors import ApiError, clean
@@ -17,6 +19,16 @@ from kvshare_mm.apps.server.schema import ClearBody, LookupBody, PinBody
 from kvshare_mm.apps.server.scope import scope
 from kvshare_mm.apps.server.service import Service
 from kvshare_mm.reuse.admin import DonorInfo
+
+
+def _digits(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(r"-?[0-9]{1,20}", value):
+        raise ValueError("digits alone")
+    return value
+
+
+# Blanks and the like around a number are none of it.
+_DIGITS = BeforeValidator(_digits)
 
 
 def router(service: Service) -> APIRouter:
@@ -40,8 +52,8 @@ def router(service: Service) -> APIRouter:
     @routes.get("/donors")
     async def donors(
         namespace: str | None = None,
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
+        limit: Annotated[int, _DIGITS, Query(ge=1, le=1000)] = 100,
+        offset: Annotated[int, _DIGITS, Query(ge=0, le=2**31)] = 0,
     ) -> dict[str, Any]:
         """Stored requests, the newest first; never what they say."""
         found = await service.prepared(service.cache.list, namespace)

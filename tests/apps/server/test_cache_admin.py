@@ -132,6 +132,8 @@ def test_lookup_tells_what_the_request_then_does(running: Running) -> None:
         ("POST", "/lookup", {}),
         ("GET", "/donors?limit=0", None),
         ("GET", "/donors?offset=-1", None),
+        ("GET", "/donors?offset=6%0C", None),
+        ("GET", "/donors?limit=%202", None),
     ],
 )
 def test_bad_requests(running: Running, method: str, path: str, body: Any) -> None:
