@@ -28,6 +28,7 @@ from kvshare_mm.apps.server.keys import add_key
 pytestmark = [pytest.mark.e2e, pytest.mark.ui]
 
 _TIMEOUT_MS = 120_000
+_LOOKS, _BETWEEN_LOOKS_MS = 20, 250
 _WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
 _WINDOWS = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
 
@@ -119,10 +120,12 @@ class Desk:
         """Nothing is wider than the page, no column's head is cut off, and who can, reads it."""
         parts = ["document.documentElement", "...document.querySelectorAll('.desk-scroll, th')"]
         wide = f"[{', '.join(parts)}].filter(e => e.scrollWidth > e.clientWidth + 1).length"
-        # What is fading in is not yet as it will be read.
-        fading = "document.getAnimations().some(a => a instanceof CSSTransition)"
-        self.page.wait_for_function(f"() => !{fading}")
-        found = Axe().run(self.page, options={"runOnly": _WCAG})
+        # What fades in, or waits for the server, is not yet as it will be read.
+        for _ in range(_LOOKS):
+            found = Axe().run(self.page, options={"runOnly": _WCAG})
+            if not found.violations_count:
+                break
+            self.page.wait_for_timeout(_BETWEEN_LOOKS_MS)
         assert found.violations_count == 0, found.generate_report()
         return int(self.page.evaluate(wide)) == 0
 
@@ -178,7 +181,7 @@ def test_the_second_customer_is_answered_sooner(
         desk.done(number)
     assert desk.counts(1)["recomputed"] > 150
     assert desk.counts(2)["reused"] > 100 and desk.counts(2)["recomputed"] < 60
-    expect(desk.customer(2).locator(".desk-times")).to_contain_text("times as long")
+    expect(desk.customer(2).locator(".desk-times")).to_contain_text("ms with prefix caching")
     expect(desk.customer(2)).to_contain_text("Reused from request #1")
     # Each customer's own number: nothing of the first letter is in the second answer.
     expect(desk.customer(1).locator(".desk-answer")).to_contain_text("48210")
