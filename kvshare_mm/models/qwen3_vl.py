@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
-from kvshare_mm.models.decoder import Decoder
+from kvshare_mm.models.qwen2_vl import Qwen2VL
 from kvshare_mm.stream import Modality
 
 
-class Qwen3VL:
+class Qwen3VL(Qwen2VL):
     """A loaded ``Qwen3VLForConditionalGeneration`` or ``Qwen3VLMoeForConditionalGeneration``."""
-
-    mrope = True
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.decoder = Decoder(model.model.language_model, model.lm_head, model.generation_config)
-        self.placeholders = {Modality.IMAGE: int(model.config.image_token_id)}
 
     def encode(self, modality: Modality, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What stands at the positions, and behind it what each of the first layers adds there."""

@@ -196,8 +196,8 @@ def _prove(
     # Every layer: some models rotate only in most of theirs. With the same inputs in both forwards,
     # or the rounding of the layers below would drown the difference.
     with _same_inputs(model):
-        _fill(model, ids, cache, 0, index, positions)
-        _fill(model, ids, cache, 1, index, positions + _PROBE_SHIFT)
+        _forward(model, ids, cache, 0, index, positions)
+        _forward(model, ids, cache, 1, index, positions + _PROBE_SHIFT)
     # The first layer once more, with the inputs that it got: positions may be in the embeddings.
     pairs = [(first.k, first.v, moved.k, moved.v)]
     pairs += [(k[:1], v[:1], k[1:], v[1:]) for k, v in zip(cache.k, cache.v, strict=True)]
@@ -207,9 +207,9 @@ def _prove(
             f"the keys of its layer {max(0, known - 1)} do not follow its rotary embedding"
         )
     # The last position is computed by itself, so that the keys it needs come from the slot.
-    _fill(model, ids, cache, 0, index[:-1], positions)
-    logits = _fill(model, ids, cache, 0, index[-1:], positions)
-    error = (logits - expected).float().abs().max()
+    _forward(model, ids, cache, 0, index[:-1], positions)
+    last = _forward(model, ids, cache, 0, index[-1:], positions)
+    error = (last.logits[0, -1] - expected).float().abs().max()
     if not error <= 2 * tolerance * expected.float().abs().max():
         return Support("PartialAttention does not reproduce its logits")
     return Support(None, spec, shape)
@@ -292,18 +292,6 @@ def _same_inputs(model: Any) -> Iterator[None]:
             hook.remove()
 
 
-def _fill(
-    model: Any,
-    ids: torch.Tensor,
-    cache: SlotCache,
-    slot: int,
-    index: torch.Tensor,
-    positions: torch.Tensor,
-) -> Any:
-    """Compute tokens `index` of `ids` into a slot, turned as `positions` say; the last logits."""
-    return _forward(model, ids, cache, slot, index, positions).logits[0, -1]
-
-
 def _first_layer(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> _FirstLayer:
     cache = _FirstLayer()
     try:
@@ -321,6 +309,7 @@ def _forward(
     index: torch.Tensor,
     positions: torch.Tensor,
 ) -> Any:
+    """Compute tokens `index` of `ids` into a slot, turned as `positions` say."""
     with cache.forward(RaggedQueries.in_slots([slot], [index])):
         return model(
             input_ids=ids[:, index],
