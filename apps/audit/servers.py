@@ -13,7 +13,7 @@ import httpx2
 from pydantic import ValidationError
 
 from kvshare_mm.apps.audit.log import Asked
-from kvshare_mm.apps.bench.serve import api_of
+from kvshare_mm.apps.elsewhere import api_of, reusing, tells_of_reuse
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Remote:
             raise
         except _BROKEN as error:
             raise ConfigError(f"{url} does not answer as a server: {error}") from error
-        if not (said.get("kvshare") or (said.get("kv_transfer_params") or {}).get("kvshare")):
+        if not tells_of_reuse(said):
             raise ConfigError(f"{url} says nothing of reuse: there is no KVShare in it")
 
     def ask(self, asked: Asked, how: How, salt: str) -> Reply:
@@ -176,9 +176,7 @@ class Remote:
         raise ConfigError(f"the server is too busy; {_GOES_ON}")
 
     def _body(self, body: Mapping[str, Any], how: How, salt: str) -> dict[str, Any]:
-        # KVShare's server reads the first word, vLLM's the second; each leaves the other alone.
-        ours = {"kvshare": dict(how), "kv_transfer_params": {"kvshare": dict(how)}}
-        return {**body, **ours, "cache_salt": salt, "model": self.name, "temperature": 0}
+        return {**body, **reusing(how), "cache_salt": salt, "model": self.name, "temperature": 0}
 
     def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         reply = self._client.request(method, path, **options)

@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from kvshare_mm.apps.bench.divergence import spread
 from kvshare_mm.apps.bench.jsonl import read_jsonl
+from kvshare_mm.apps.elsewhere import api_of
 from kvshare_mm.errors import ConfigError
 
 _ORIGINS = ("exact", "reused", "recomputed")
@@ -53,14 +54,6 @@ def read_requests(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
         else:
             raise ConfigError(f"request {i} of {path} has neither text nor messages")
     return bodies
-
-
-def api_of(url: str, key: str | None) -> dict[str, Any]:
-    """A client's options for a server's API; see `client_of`."""
-    return {
-        "base_url": url.rstrip("/").removesuffix("/v1") + "/v1",
-        "headers": {"Authorization": f"Bearer {key}"} if key else {},
-    }
 
 
 def client_of(url: str, key: str | None = None, timeout_s: float = 600.0) -> httpx2.AsyncClient:

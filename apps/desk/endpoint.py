@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 from PIL import Image
 
+from kvshare_mm.apps.elsewhere import api_of, reusing, tells_of_reuse
 from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import ConfigError, InvalidRequestError, KVShareError, QueueFullError
 from kvshare_mm.modalities.seen import SeenMedium
@@ -64,11 +65,7 @@ class Endpoint:
         try:
             if httpx2.URL(url).userinfo:
                 raise ConfigError("--url has a password in it; a key is given by --api-key")
-            options: dict[str, Any] = {
-                "base_url": url.rstrip("/").removesuffix("/v1") + "/v1",
-                "headers": {"Authorization": f"Bearer {key}"} if key else {},
-                "timeout": _TIMEOUT_S,
-            }
+            options = {**api_of(url, key), "timeout": _TIMEOUT_S}
             with httpx2.Client(**options) as client:
                 served = [str(each["id"]) for each in _json(client.get("models"))["data"]]
                 self.name = model or served[0]
@@ -80,7 +77,7 @@ class Endpoint:
             raise
         except _BROKEN as error:
             raise ConfigError(f"{url} does not answer as a server: {error}") from error
-        if not (said.get("kvshare") or (said.get("kv_transfer_params") or {}).get("kvshare")):
+        if not tells_of_reuse(said):
             raise ConfigError(f"{url} says nothing of reuse: there is no KVShare in it")
         self._client = httpx2.AsyncClient(**options)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -176,15 +173,13 @@ class Endpoint:
     def _body(
         self, messages: Sequence[Any], how: Mapping[str, Any], salt: str, max_tokens: int
     ) -> dict[str, Any]:
-        # KVShare's server reads the first word, vLLM's the second; each leaves the other alone.
-        ours = {"kvshare": dict(how), "kv_transfer_params": {"kvshare": dict(how)}}
         return {
             "model": self.name,
             "messages": list(messages),
             "max_tokens": max_tokens,
             "temperature": 0,
             "cache_salt": salt,
-            **ours,
+            **reusing(how),
         }
 
     def _hello(self, client: httpx2.Client, content: Any) -> httpx2.Response:
