@@ -10,10 +10,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from kvshare_mm.apps.server.errors import ErrorBody
 from kvshare_mm.apps.server.generation import Generation, num_choices, request_options
 from kvshare_mm.apps.server.json_bodies import json_route
 from kvshare_mm.apps.server.replies import chat_logprobs, finish_reason, tool_call
-from kvshare_mm.apps.server.schema import ChatBody, ErrorBody
+from kvshare_mm.apps.server.schema import ChatBody
 from kvshare_mm.apps.server.service import Service
 from kvshare_mm.calls import CallReader
 from kvshare_mm.outputs import RequestOutput, TokenLogprob, ToolCall

@@ -247,11 +247,9 @@ TokenIds = Annotated[list[int], Field(max_length=_MAX_TOKENS, fail_fast=True)]
 _Prompts = Field(max_length=1_024, fail_fast=True)
 
 
-class ChatBody(_Generation):
-    messages: Annotated[Messages, Field(min_length=1)]
-    max_completion_tokens: _Whole | None = None
-    logprobs: bool | None = None
-    top_logprobs: _Whole | None = None
+class _Tools(BaseModel):
+    """What may be called."""
+
     tools: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: str | dict[str, Any] | None = Field(
         None, description="none, auto, required, or the function that must be called"
@@ -260,8 +258,15 @@ class ChatBody(_Generation):
 
     @property
     def offered(self) -> dict[str, Any]:
-        """What may be called, as `KVShare.read` takes it."""
+        """These fields as `KVShare.read` takes them."""
         return self.model_dump(include={"tools", "tool_choice", "parallel_tool_calls"})
+
+
+class ChatBody(_Tools, _Generation):
+    messages: Annotated[Messages, Field(min_length=1)]
+    max_completion_tokens: _Whole | None = None
+    logprobs: bool | None = None
+    top_logprobs: _Whole | None = None
 
     @property
     def limit(self) -> int | None:
@@ -287,7 +292,7 @@ class TextField(BaseModel):
     verbosity: Literal["medium"] | None = None
 
 
-class ResponsesBody(Sampling):
+class ResponsesBody(_Tools, Sampling):
     model_config = ConfigDict(json_schema_extra=response_limits)
     nothing = _NOTHING_OF_RESPONSES
 
@@ -295,11 +300,6 @@ class ResponsesBody(Sampling):
     instructions: str | None = Field(None, description="stand before the input, as its system")
     max_output_tokens: _Whole | None = None
     text: TextField | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: str | dict[str, Any] | None = Field(
-        None, description="none, auto, required, or the function that must be called"
-    )
-    parallel_tool_calls: bool | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(
         None, description="comes back with the answer"
     )
@@ -375,19 +375,6 @@ class ClearBody(BaseModel):
     tenant: str | None = None
     cache_salt: str | None = None
     all: _Flag = False
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorBody(BaseModel):
-    """What every error looks like."""
-
-    error: ErrorDetail
 
 
 def _by_token(bias: dict[str, float]) -> dict[int, float]:
