@@ -41,8 +41,7 @@ from kvshare_mm.reuse.donors import DonorPool
 
 logger = logging.getLogger(__name__)
 
-# So many requests have to fail one after the other, the model too when it is tried alone, before
-# the engine calls itself unhealthy.
+# So many requests fail in a row, and the model alone too, before the engine is called unhealthy.
 _MAX_FAILURES = 3
 # Drafted tokens in a decode step, all requests together: few rows cost little more than one.
 _MOST_DRAFTED = 16
@@ -124,8 +123,7 @@ class NativeEngine:
     def cancel(self, request_id: str) -> None:
         """End a request at its next token; an unknown or finished one is not an error."""
         with self._changed:
-            request = self._known.get(request_id)
-            if request is not None:
+            if request := self._known.get(request_id):
                 request.cancelled = True
                 self._changed.notify_all()
 
@@ -202,9 +200,7 @@ class NativeEngine:
                 self._changed.wait(self._waiting.MAX_HOLD_S if held else audit_s)
             if self._closing:
                 return False
-            gone = self._waiting.gone
-            for dropped in gone:
-                self._waiting.remove(dropped.spec.options.tenant, dropped)
+            gone = self._waiting.drop_gone()
             request = self._next()
             if request is not None:
                 self._waiting.remove(request.spec.options.tenant, request)
@@ -249,7 +245,7 @@ class NativeEngine:
             self._auditor.taken(slot)
         self._active.append(request)
         try:
-            request.begin(slot, self._loaded.tokenizer, self._loaded.device)
+            request.begin(slot, self._loaded.tokenizer, self._loaded.device, self.max_model_len)
             request.computing = self._prefiller.begin(
                 slot,
                 spec.stream,
@@ -290,15 +286,14 @@ class NativeEngine:
         if request in self._active and self._runner.can_draft:
             request.drafter = Drafter(request.spec.stream.token_ids, request.prefill.likely)
             request.drafter.add(request.token_ids)
-        if request in self._active and self._is_donor(request):
+        if request in self._active and self._donors is not None and request.becomes_donor:
             self._save_prompt(request)
 
     def _save_prompt(self, request: SlotRequest) -> None:
         """Its prompt is a donor while its answer is made: requests that are alike come together."""
         ns = request.spec.namespace
         with self._changed:
-            save = partial(save_request, self._prefiller, self.counters, request, over=False)
-            self._saver.order(save, ns)
+            self._saver.order(partial(save_request, self._prefiller, self.counters, request), ns)
             number = self._saver.last[ns]
             waiting = list(self._waiting)
         # Nobody who submits waits while prompts are compared.
@@ -307,11 +302,6 @@ class NativeEngine:
             for other in alike:
                 self._waiting.hold(other, number)
 
-    def _is_donor(self, request: SlotRequest) -> bool:
-        asked = request.spec.options
-        wanted = asked.store and asked.reuse != "off" and request.prefill is not None
-        return wanted and self._donors is not None
-
     def _decode(self) -> None:
         for request in [r for r in self._active if r.cancelled]:
             self._finish(request, "abort")
@@ -319,16 +309,12 @@ class NativeEngine:
         if not batch:
             return
         for request in batch:
-            request.propose(_MOST_DRAFTED // len(batch), self._room(request))
+            request.propose(_MOST_DRAFTED // len(batch))
         for request, rows in zip(batch, decode_step(self._runner, batch), strict=True):
             if isinstance(rows, Exception):
                 self._fail(request, rows)
             else:
                 self._take(request, rows)
-
-    def _room(self, request: SlotRequest) -> int:
-        """Tokens of the longest answer that the context allows."""
-        return self.max_model_len - len(request.spec.stream)
 
     def _take(self, request: SlotRequest, rows: torch.Tensor) -> None:
         """The answer goes on: with what of the draft is right, and a token behind that."""
@@ -350,7 +336,7 @@ class NativeEngine:
     def _accept(self, request: SlotRequest, logits: torch.Tensor) -> None:
         self._charge(request, ANSWER_TOKEN)
         try:
-            reason = request.accept(logits, self._loaded.eos_token_ids, self._room(request))
+            reason = request.accept(logits, self._loaded.eos_token_ids)
         except Exception as failure:  # logits that are no numbers: there is nothing to draw from
             self._fail(request, failure)
             return
@@ -384,25 +370,17 @@ class NativeEngine:
         self.counters["generation_tokens"] += len(request.token_ids)
         if self._auditor is not None and request.audit is not None and reason != "abort":
             self._auditor.add(request.audit)
-        if self._is_donor(request):
+        if self._donors is not None and request.becomes_donor:
+            save = partial(save_request, self._prefiller, self.counters, request, self._release)
             with self._changed:
-                # Before the caller hears of the end: a flush must wait for it, and what the caller
-                # asks next.
-                self._saver.order(partial(self._save, request), request.spec.namespace)
-            self._tell(request, reason)
+                # Before the caller hears of the end: a flush waits for it, and what it asks next.
+                self._saver.order(save, request.spec.namespace)
+            request.finish(reason)
             with self._changed:
                 self._known.pop(request.request_id, None)
             return
-        self._tell(request, reason)
+        request.finish(reason)
         self._release(request)
-
-    def _tell(self, request: SlotRequest, reason: FinishReason) -> None:
-        """Hand a request its output, or what became of it: it must not wait for ever."""
-        try:
-            request.finish(reason)
-        except Exception as failure:
-            logger.exception("the output of %s could not be made", request.request_id)
-            request.emit(failure)
 
     def _release(self, request: SlotRequest) -> None:
         if request.slot >= 0:
@@ -414,12 +392,6 @@ class NativeEngine:
             self._changed.notify_all()
 
     # -- the save thread -----------------------------------------------------------------
-
-    def _save(self, request: SlotRequest) -> None:
-        try:
-            save_request(self._prefiller, self.counters, request)
-        finally:
-            self._release(request)
 
     def _heal(self, audit: Audit) -> None:
         assert self._auditor is not None and self._donors is not None

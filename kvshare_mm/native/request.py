@@ -15,7 +15,7 @@ from kvshare_mm.native.audit import Audit
 from kvshare_mm.native.detokenizer import Detokenizer
 from kvshare_mm.native.drafts import Drafter
 from kvshare_mm.native.prefill import Prefill, PrefillResult, provenance
-from kvshare_mm.outputs import FinishReason, Provenance, RequestOutput, StreamChunk
+from kvshare_mm.outputs import FinishReason, Provenance, StreamChunk
 from kvshare_mm.request import Request
 from kvshare_mm.sampling import Sampler
 
@@ -35,6 +35,7 @@ class SlotRequest(Request):
         held: `time.perf_counter` from when it waits for that.
         sketch: of its prompt, once it was compared with another's.
         node_id: what its prompt was stored as while it is answered; None: it was not, or not yet.
+        longest: tokens that its answer may have.
         computing: its prompt while it is prefilled; then that is `prefill`.
         audit: of a request that is to be audited.
         drafter: of its answer, where the runner takes drafts.
@@ -48,6 +49,7 @@ class SlotRequest(Request):
     similar: tuple[str, ...] = ()
     cancelled: bool = False
     slot: int = -1
+    longest: int = 0
     admitted: float = 0.0
     computing: Prefill | None = None
     prefill: PrefillResult | None = None
@@ -75,10 +77,19 @@ class SlotRequest(Request):
             self.sketch = smallest_ngrams(self.spec.stream.align_keys, _SKETCH)[0]
         return self.sketch
 
-    def begin(self, slot: int, tokenizer: Any, device: torch.device) -> None:
+    @property
+    def becomes_donor(self) -> bool:
+        """Whether its KV is there and may be stored."""
+        asked = self.spec.options
+        return asked.store and asked.reuse != "off" and self.prefill is not None
+
+    def begin(self, slot: int, tokenizer: Any, device: torch.device, room: int) -> None:
+        """Start in a slot that has `room` positions."""
         self.slot = slot
         self.admitted = time.perf_counter()
         spec = self.spec
+        room -= len(spec.stream)
+        self.longest = min(spec.params.max_tokens or room, room)
         self.sampler = Sampler(spec.params, device, spec.stream.token_ids, spec.grammar)
         self.detokenizer = Detokenizer(tokenizer, spec.params.stop)
 
@@ -93,50 +104,47 @@ class SlotRequest(Request):
             logger.exception("the sink of %s failed", self.request_id)
             self.cancelled = True
 
-    def accept(
-        self, logits: torch.Tensor, eos: frozenset[int], max_tokens: int
-    ) -> FinishReason | None:
+    def accept(self, logits: torch.Tensor, eos: frozenset[int]) -> FinishReason | None:
         """Take the next token; says why the request is over, if it is.
 
         Args:
             logits: ``[vocab_size]``.
             eos: tokens that end an answer.
-            max_tokens: longest answer that the context allows.
         """
         assert self.sampler is not None and self.detokenizer is not None
-        params = self.spec.params
         token, logprob = self.sampler.sample(logits)
         self.token_ids.append(token)
         self.times.append(time.perf_counter())
         logprobs = () if logprob is None else (logprob,)
         self.logprobs.extend(logprobs)
-        if token in eos and not params.ignore_eos:
+        if token in eos and not self.spec.params.ignore_eos:
             return "stop"
         text = self.detokenizer.add(token)
+        reason: FinishReason | None = None
         if self.detokenizer.stopped or self.sampler.complete:
-            if text:
-                self.emit(StreamChunk(text, (token,), logprobs=logprobs))
-            return "stop"
-        if len(self.token_ids) >= min(params.max_tokens or max_tokens, max_tokens):
-            if text:
-                self.emit(StreamChunk(text, (token,), logprobs=logprobs))
-            return "length"
-        self.emit(StreamChunk(text, (token,), logprobs=logprobs))
-        return None
+            reason = "stop"
+        elif len(self.token_ids) >= self.longest:
+            reason = "length"
+        if text or reason is None:
+            self.emit(StreamChunk(text, (token,), logprobs=logprobs))
+        return reason
 
-    def propose(self, most: int, max_tokens: int) -> None:
-        """Make the draft of the next decode step.
-
-        Args:
-            most: tokens that it may have.
-            max_tokens: longest answer that the context allows.
-        """
+    def propose(self, most: int) -> None:
+        """Make the draft of the next decode step, of so many tokens at most."""
         if self.drafter is not None:
-            left = min(self.spec.params.max_tokens or max_tokens, max_tokens) - len(self.token_ids)
+            left = self.longest - len(self.token_ids)
             self.draft = self.drafter.draft(max(0, min(most, left - 1)))
 
-    def finish(self, reason: FinishReason) -> RequestOutput:
-        """The output; also sent to the sink as the last chunk."""
+    def finish(self, reason: FinishReason) -> None:
+        """Send the output as the last chunk, or what became of it: nobody must wait for ever."""
+        try:
+            last: StreamChunk | Exception = self._last(reason)
+        except Exception as failure:
+            logger.exception("the output of %s could not be made", self.request_id)
+            last = failure
+        self.emit(last)
+
+    def _last(self, reason: FinishReason) -> StreamChunk:
         rest = self.detokenizer.finish() if self.detokenizer else ""
         result = self.prefill
         seconds = {"queue": (self.admitted or time.perf_counter()) - self.submitted}
@@ -154,5 +162,4 @@ class SlotRequest(Request):
             provenance(result) if result else Provenance(),
             **seconds,
         )
-        self.emit(StreamChunk(rest, output=output))
-        return output
+        return StreamChunk(rest, output=output)

@@ -69,14 +69,19 @@ class Saver:
 
 
 def save_request(
-    prefiller: Prefiller, counters: Counter[str], request: SlotRequest, over: bool = True
+    prefiller: Prefiller,
+    counters: Counter[str],
+    request: SlotRequest,
+    release: Callable[[SlotRequest], None] | None = None,
 ) -> None:
     """Make a request in its slot a donor; raises nothing.
 
     Args:
         counters: events by name are counted here.
-        over: it is answered; else its prompt is stored.
+        release: is told when the slot of an answered request was read; None: it is still being
+            answered, and its prompt is stored.
     """
+    over = release is not None
     start = time.perf_counter()
     try:
         assert request.prefill is not None
@@ -98,3 +103,5 @@ def save_request(
         logger.exception("could not take up %s as a donor", request.request_id)
     finally:
         counters["save_us"] += int(1e6 * (time.perf_counter() - start))
+        if release is not None:
+            release(request)

@@ -36,6 +36,13 @@ class WaitingRequests(FairQueue[SlotRequest]):
         """Those that nobody waits for any more."""
         return [r for r in self if r.cancelled]
 
+    def drop_gone(self) -> list[SlotRequest]:
+        """Take them out."""
+        gone = self.gone
+        for request in gone:
+            self.remove(request.spec.options.tenant, request)
+        return gone
+
     def first(self, active: Sequence[SlotRequest]) -> SlotRequest | None:
         """The request that starts next beside those in slots, if one can."""
         latest = time.perf_counter() - self.MAX_HOLD_S
