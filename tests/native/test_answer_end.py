@@ -9,13 +9,6 @@ from kvshare_mm import KVShare, RequestOutput, SamplingParams
 from .asking import _PROMPTS, OpenLLM, inside, params
 
 
-@pytest.mark.parametrize("n", [1, 2, 7])
-def test_max_tokens(llm: KVShare, alone: list[RequestOutput], n: int) -> None:
-    output = llm.generate(_PROMPTS[0], params(n))
-    assert output.token_ids == alone[0].token_ids[:n]
-    assert output.finish_reason == "length"
-
-
 @pytest.mark.parametrize("wanted", [None, 1000])
 def test_the_context_ends_an_answer(open_llm: OpenLLM, wanted: int | None) -> None:
     llm = open_llm(max_model_len=40)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -13,27 +12,14 @@ from kvshare_mm import KVShare, RequestOutput
 from .asking import _PROMPTS, Gate, Inbox, OpenLLM, idle, inside, outcomes, params
 
 
-def test_leaving_a_stream_frees_its_slot(open_llm: OpenLLM, alone: list[RequestOutput]) -> None:
-    llm = open_llm(max_num_seqs=1)
-    gate = Gate(inside(llm).runner, "decode")
+def _leave(llm: KVShare, gate: Gate) -> None:
     stream = llm.stream(_PROMPTS[0], params(400))
     next(stream)
     gate.wait()
     stream.close()  # type: ignore[attr-defined]
-    gate.open()
-    assert idle(llm)
-    assert outcomes(llm)["finished_abort"] == 1
-    assert outcomes(llm)["generation_tokens"] <= 2
-    assert llm.generate(_PROMPTS[1], params()).token_ids == alone[1].token_ids
 
 
-def _break(llm: KVShare) -> None:
-    for chunk in llm.stream(_PROMPTS[0], params(400)):
-        assert chunk.output is None
-        break
-
-
-def _leave_async(llm: KVShare) -> None:
+def _leave_async(llm: KVShare, gate: Gate) -> None:
     async def leave() -> None:
         stream = llm.astream(_PROMPTS[0], params(400))
         await anext(stream)
@@ -42,24 +28,10 @@ def _leave_async(llm: KVShare) -> None:
     asyncio.run(leave())
 
 
-@pytest.mark.parametrize("leave", [_break, _leave_async])
-def test_leaving_early_cancels(open_llm: OpenLLM, leave: Callable[[KVShare], None]) -> None:
-    llm = open_llm(max_num_seqs=1)
-    gate = Gate(inside(llm).runner, "decode")
-    leave(llm)
-    gate.open()
-    assert idle(llm)
-    assert outcomes(llm)["finished_abort"] == 1
-
-
-@pytest.mark.parametrize("call", ["agenerate", "achat"])
-def test_cancelling_a_task_cancels_its_request(open_llm: OpenLLM, call: str) -> None:
-    llm = open_llm(max_num_seqs=1)
-    gate = Gate(inside(llm).runner, "decode")
-    prompt: Any = _PROMPTS[0] if call == "agenerate" else [{"role": "user", "content": "Hello"}]
-
+def _cancel_a_task(llm: KVShare, gate: Gate) -> None:
     async def cancelled() -> None:
-        task = asyncio.create_task(getattr(llm, call)(prompt, params(400)))
+        messages = [{"role": "user", "content": "Hello"}]
+        task = asyncio.create_task(llm.achat(messages, params(400)))
         while not gate.entered.is_set():
             await asyncio.sleep(0.002)
         task.cancel()
@@ -67,11 +39,20 @@ def test_cancelling_a_task_cancels_its_request(open_llm: OpenLLM, call: str) -> 
             await task
 
     asyncio.run(cancelled())
+
+
+@pytest.mark.parametrize("leave", [_leave, _leave_async, _cancel_a_task])
+def test_who_leaves_frees_the_slot(
+    open_llm: OpenLLM, alone: list[RequestOutput], leave: Callable[[KVShare, Gate], None]
+) -> None:
+    llm = open_llm(max_num_seqs=1)
+    gate = Gate(inside(llm).runner, "decode")
+    leave(llm, gate)
     gate.open()
     assert idle(llm)
     assert outcomes(llm)["finished_abort"] == 1
     assert outcomes(llm)["generation_tokens"] <= 2
-    assert len(llm.generate(_PROMPTS[1], params(3)).token_ids) == 3
+    assert llm.generate(_PROMPTS[1], params()).token_ids == alone[1].token_ids
 
 
 def test_a_request_cancelled_while_it_waits_is_never_computed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -18,17 +19,18 @@ def test_close_ends_what_is_in_flight_and_refuses_what_comes_later(open_llm: Ope
     running = Inbox(llm, _PROMPTS[0], params(400))
     gate.wait()
     waiting = Inbox(llm, _PROMPTS[1], params())
-    closing = threading.Thread(target=llm.close)
-    closing.start()
-    assert eventually(lambda: inside(llm).engine._closing)
-    with pytest.raises(EngineClosedError):
-        llm.generate(_PROMPTS[2])
-    gate.open()
-    for inbox in (running, waiting):
-        with pytest.raises(EngineClosedError, match="closed"):
-            inbox.result()
-    closing.join(PATIENCE_S)
-    assert not closing.is_alive()
+    with ThreadPoolExecutor(2) as threads:
+        called = threads.submit(llm.generate, _PROMPTS[3], params(400))
+        assert eventually(lambda: llm.stats()["queue"]["waiting"] == 2)
+        closing = threads.submit(llm.close)
+        assert eventually(lambda: inside(llm).engine._closing)
+        with pytest.raises(EngineClosedError):
+            llm.generate(_PROMPTS[2])
+        gate.open()
+        for ended in (running.result, waiting.result, lambda: called.result(PATIENCE_S)):
+            with pytest.raises(EngineClosedError, match="closed"):
+                ended()
+        closing.result(PATIENCE_S)
     with pytest.raises(EngineClosedError):
         llm.generate(_PROMPTS[2])
     with pytest.raises(EngineClosedError):
@@ -36,29 +38,6 @@ def test_close_ends_what_is_in_flight_and_refuses_what_comes_later(open_llm: Ope
     with pytest.raises(EngineClosedError):
         asyncio.run(llm.achat([{"role": "user", "content": "Hello"}]))
     llm.close()
-
-
-def test_close_reaches_the_callers(open_llm: OpenLLM) -> None:
-    llm = open_llm(max_num_seqs=1)
-    gate = Gate(inside(llm).runner, "decode")
-    errors: list[Exception] = []
-
-    def ask() -> None:
-        try:
-            llm.generate(_PROMPTS[0], params(400))
-        except EngineClosedError as error:
-            errors.append(error)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    gate.wait()
-    closing = threading.Thread(target=llm.close)
-    closing.start()
-    assert eventually(lambda: inside(llm).engine._closing)
-    gate.open()
-    asking.join(PATIENCE_S)
-    closing.join(PATIENCE_S)
-    assert len(errors) == 1
 
 
 def test_close_saves_what_is_finished(open_llm: OpenLLM) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from kvshare_mm.native.slots import PlainRunner, SlotRunner
 from kvshare_mm.reuse.plan import Decline, Tolerance
 from kvshare_mm.reuse.repair import make_policy
 from kvshare_mm.reuse.scheduler import namespace
-from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.stream import text_stream
 
 from ..collisions import twin_texts
@@ -153,41 +151,6 @@ def test_a_donor_dropped_after_it_was_planned(
     result = server.prefill(_edited(ids, 30))
     assert result.fallback == "evicted"
     server.assert_full(_edited(ids, 30), result)
-
-
-def test_a_new_node_that_pushes_its_own_owner_out(tiny_llama: Any) -> None:
-    a = _ids(60, 0)
-    probe = Server(tiny_llama)
-    probe.serve(a)
-    size = probe.pool.store.bytes_by_tier()["host"]
-    server = Server(tiny_llama, host_bytes=int(size * 1.2))
-    server.serve(a)
-    b = np.concatenate((a[:30], _ids(40, 5)))
-    _, node_b = server.serve(b)
-    assert [node.node_id for node in server.pool.tree] == [node_b]
-    # Where A was there is a hole; behind it B has what it computed itself.
-    result = server.prefill(b)
-    assert (result.plan.num_exact, result.plan.num_reused) == (0, 39)
-    server.assert_full(b, server.prefill(b, reuse="exact"))
-
-
-def test_a_request_too_large_for_the_store_is_counted(tiny_llama: Any) -> None:
-    server = Server(tiny_llama, host_bytes=1000)
-    ids = _ids(60, 0)
-    assert server.save(ids, server.prefill(ids)) is None
-    assert server.pool.counters["save_too_large"] == 1
-    assert server.prefill(ids).plan.declined == Decline.NO_DONOR
-
-
-def test_nodes_of_another_model_are_left_alone(tiny_llama: Any, tmp_path: Path) -> None:
-    first = Server(tiny_llama, DiskTier(tmp_path, 1 << 30))
-    for ns in (namespace("another model", ""), NS):
-        first.serve(_ids(60, 0), ns)
-    first.pool.close()
-    second = Server(tiny_llama, DiskTier(tmp_path, 1 << 30))
-    assert len(second.pool.tree) == second.pool.counters["restored"] == 1
-    assert len(list(tmp_path.glob("*.kvnode"))) == 2
-    second.pool.close()
 
 
 def test_namespaces_differ_by_model_and_salt() -> None:
