@@ -39,10 +39,16 @@ def test_a_seed_repeats_an_answer_in_any_company(llm: KVShare, fields: dict[str,
 
 
 def test_logprobs(llm: KVShare, alone: list[RequestOutput], tiny_folder: Path) -> None:
-    output = llm.generate(_PROMPTS[0], params(logprobs=5), RequestOptions(reuse="off"))
+    chunks = list(llm.stream(_PROMPTS[0], params(logprobs=5), RequestOptions(reuse="off")))
+    output = chunks[-1].output
+    assert output is not None
+    told = tuple(x for chunk in chunks for x in chunk.logprobs)
+    assert [len(chunk.logprobs) for chunk in chunks] == [len(chunk.token_ids) for chunk in chunks]
     assert output.token_ids == alone[0].token_ids
     assert alone[0].logprobs is None
     assert output.logprobs is not None
+    # A last token that adds no text comes with the output only.
+    assert told and told == output.logprobs[: len(told)]
     assert [entry.token_id for entry in output.logprobs] == list(output.token_ids)
     for entry in output.logprobs:
         assert len(entry.top) == 5

@@ -62,18 +62,6 @@ def test_it_is_what_the_sets_of_tokens_say(pair):
     assert changed_context(plan) == pytest.approx(slow(plan))
 
 
-def test_a_block_that_moved_behind_others_has_not_changed_what_stands_behind_all():
-    moved = (
-        KeptRun("d", 0, 0, 100, True),
-        KeptRun("d", 200, 100, 100, False),
-        KeptRun("d", 100, 200, 100, False),
-        KeptRun("d", 300, 300, 50, False),
-    )
-    found = changed_context(ReusePlan(360, moved))
-    assert found[100] > 0.8 and found[200] > 0.8
-    assert not found[300:350].any()
-
-
 def test_edits_far_away_are_counted_as_if_they_were_spread_evenly():
     r = random.Random(1)
     runs, end = [KeptRun("d", 0, 0, 20, True)], 20

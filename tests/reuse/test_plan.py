@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -54,14 +52,6 @@ def test_every_position_is_exact_reused_or_computed(plan, wanted):
 
 
 @given(plans())
-def test_repair_replaces_an_earlier_repair(plan):
-    everything = plan.with_repair(np.arange(plan.num_tokens))
-    assert everything.num_reused == 0
-    assert everything.with_repair(np.empty(0, np.int64)).num_reused == plan.num_reused
-    assert np.array_equal(plan.with_repair(everything.repair).repair, everything.repair)
-
-
-@given(plans())
 def test_donors_come_in_the_order_of_what_they_give(plan):
     given_by = [sum(r.length for r in plan.runs if r.donor == d) for d in plan.donors]
     assert given_by == sorted(given_by, reverse=True)
@@ -87,13 +77,3 @@ def test_donors_come_in_the_order_of_what_they_give(plan):
 def test_a_plan_that_cannot_be_is_refused(num_tokens, runs, says):
     with pytest.raises(ValueError, match=says):
         ReusePlan(num_tokens, runs)
-
-
-def test_exact_runs_of_two_donors_may_follow_each_other():
-    plan = ReusePlan(9, (KeptRun("a", 0, 0, 2, True), KeptRun("b", 2, 2, 3, True)))
-    assert plan.num_exact == 5
-
-
-def test_a_plan_is_a_frozen_value():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        ReusePlan(3).num_tokens = 4

@@ -11,14 +11,6 @@ from kvshare_mm.reuse.planner import make_plan
 from .plans import blocks, describe, donor_of, to_keys
 
 
-def test_a_changed_number_in_the_middle():
-    donor = donor_of(blocks(*"ABC"))
-    target = to_keys([*blocks("A"), 1, 2, *blocks("C")])
-    plan = make_plan(target, [donor], PlannerOptions())
-    assert describe(plan) == [("d", 0, 0, 20, True), ("d", 40, 22, 19, False)]
-    assert plan.compute.tolist() == [20, 21, 41]
-
-
 def test_what_follows_the_exact_prefix_must_be_worth_it():
     donor = donor_of(blocks(*"ABC"))
     target = to_keys([*blocks("A"), *blocks("X", length=60), *blocks("C"), 0])
@@ -31,29 +23,6 @@ def test_what_follows_the_exact_prefix_must_be_worth_it():
     assert make_plan(target, [donor], few).declined is Decline.BELOW_MIN_GAIN
 
 
-def test_a_moved_block_fills_the_gap_that_the_main_alignment_leaves():
-    donor = donor_of(blocks(*"PABQ"))
-    plan = make_plan(to_keys([*blocks(*"PBAQ"), 0]), [donor], PlannerOptions())
-    assert describe(plan) == [
-        ("d", 0, 0, 20, True),
-        ("d", 40, 20, 20, False),
-        ("d", 20, 40, 20, False),
-        ("d", 60, 60, 20, False),
-    ]
-
-
-def test_a_second_donor_fills_what_the_first_lacks():
-    first, second = donor_of(blocks(*"XABY"), "first"), donor_of(blocks(*"UCV"), "second")
-    target = to_keys([0, *blocks(*"ACB"), 0])
-    plan = make_plan(target, [second, first], PlannerOptions())
-    assert describe(plan) == [
-        ("first", 20, 1, 20, False),
-        ("second", 20, 21, 20, False),
-        ("first", 40, 41, 20, False),
-    ]
-    assert plan.donors == ("first", "second")
-
-
 def test_the_same_media_is_reused_and_other_media_is_not():
     from kvshare_mm.stream import media_keys
 
@@ -63,19 +32,6 @@ def test_the_same_media_is_reused_and_other_media_is_not():
     other = np.concatenate((to_keys([99]), media_keys("2a" * 32, 30), to_keys([0])))
     assert make_plan(same, [donor], PlannerOptions()).num_reused == 30
     assert make_plan(other, [donor], PlannerOptions()).declined is Decline.BELOW_MIN_GAIN
-
-
-def test_an_approximate_request_repeated_is_reused_whole():
-    donor = donor_of(blocks(*"ABC"), exact_len=20)
-    plan = make_plan(to_keys(blocks(*"ABC")), [donor], PlannerOptions())
-    assert describe(plan) == [("d", 0, 0, 20, True), ("d", 20, 20, 39, False)]
-
-
-def test_the_approximate_prefix_continues_another_donors_exact_one():
-    sure = donor_of(blocks(*"ABX"), "sure")
-    long = donor_of(blocks(*"ABC"), "long", exact_len=10)
-    plan = make_plan(to_keys([*blocks(*"ABC"), 0]), [long, sure], PlannerOptions())
-    assert describe(plan) == [("sure", 0, 0, 40, True), ("long", 40, 40, 20, False)]
 
 
 def test_one_approximate_position_more_does_not_spoil_an_exact_prefix():

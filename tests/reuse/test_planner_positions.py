@@ -5,34 +5,34 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 
 from kvshare_mm.reuse.plan import uniform_shift
 from kvshare_mm.reuse.planner import make_plan
 
 from .plans import EAGER, donor_of, to_keys
 
-
-def axes(*columns) -> np.ndarray:
-    return np.array(columns, dtype=np.int64).T
-
-
-def test_without_positions_a_run_turns_by_its_shift():
-    assert uniform_shift(None, 7, None, 3, 5) == 4
+_PICTURE = np.array([(5, 5, 5), (5, 5, 6), (5, 6, 5), (5, 6, 6), (7, 7, 7)]).T
+_LINE = np.array([(5, 5, 5), (5, 5, 6), (5, 5, 7), (5, 5, 8)]).T
 
 
-def test_a_run_turns_by_what_all_its_positions_move():
-    picture = axes((5, 5, 5), (5, 5, 6), (5, 6, 5), (5, 6, 6), (7, 7, 7))
-    assert uniform_shift(picture + 3, 0, picture, 0, 5) == 3
-    assert uniform_shift(picture, 4, None, 6, 1) == 1
-    assert uniform_shift(None, 2, picture, 4, 1) == -5
-
-
-def test_a_run_whose_axes_part_has_no_turn():
-    picture = axes((5, 5, 5), (5, 5, 6), (5, 6, 5), (5, 6, 6))
-    line = axes((5, 5, 5), (5, 5, 6), (5, 5, 7), (5, 5, 8))
-    assert uniform_shift(picture, 0, line, 0, 4) is None
-    assert uniform_shift(picture, 0, line, 0, 2) == 0
-    assert uniform_shift(picture, 0, None, 0, 4) is None
+@pytest.mark.parametrize(
+    ("target", "start", "donor", "donor_start", "length", "turn"),
+    [
+        (None, 7, None, 3, 5, 4),
+        (_PICTURE + 3, 0, _PICTURE, 0, 5, 3),
+        (_PICTURE, 4, None, 6, 1, 1),
+        (None, 2, _PICTURE, 4, 1, -5),
+        (_PICTURE, 0, _LINE, 0, 2, 0),
+        # Whose axes part have no turn.
+        (_PICTURE, 0, _LINE, 0, 4, None),
+        (_PICTURE, 0, None, 0, 4, None),
+    ],
+)
+def test_a_run_turns_by_what_all_its_positions_move(
+    target, start, donor, donor_start, length, turn
+):
+    assert uniform_shift(target, start, donor, donor_start, length) == turn
 
 
 def test_runs_that_do_not_move_as_one_are_dropped():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.reuse.ranks import consecutive, rank_windows, widened
+from kvshare_mm.reuse.ranks import rank_windows, widened
 from kvshare_mm.stream import media_keys
 
 SYMBOLS = np.array(
@@ -45,8 +45,3 @@ def test_windows_of_many_keys(alphabet):
     """Where numbers of windows and their indexes fill 64 bits, too."""
     keys = [np.random.default_rng(i).integers(0, alphabet, 3000).astype(np.uint64) for i in (0, 1)]
     check(rank_windows(keys, 4), keys, 4)
-
-
-def test_consecutive_numbers():
-    first, count = np.array([5, 0, 9]), np.array([2, 0, 3])
-    assert consecutive(first, count).tolist() == [5, 6, 9, 10, 11]
