@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvshare_mm import KVShare, SamplingParams, assets
+from kvshare_mm import KVShare, SamplingParams
 from kvshare_mm.apps.bench import pictures
 from kvshare_mm.apps.bench.methods import METHODS
 from kvshare_mm.apps.bench.rig import Rig
@@ -19,6 +19,8 @@ from kvshare_mm.apps.showcase import tell
 from kvshare_mm.apps.stories import picture_stories
 from kvshare_mm.config import KVShareConfig
 
+from .helpers import samples
+
 pytestmark = pytest.mark.e2e
 
 
@@ -26,21 +28,6 @@ pytestmark = pytest.mark.e2e
 def llm() -> Iterator[KVShare]:
     with KVShare("tiny-vl", embedder=None, media_embedder="tiny-clip") as llm:
         yield llm
-
-
-def samples(model: str) -> list[tuple[list[dict[str, Any]], str]]:
-    """Messages, their media as paths, and the right answers."""
-    folder = assets.folder(model) / "samples"
-    found = []
-    for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines():
-        sample = json.loads(line)
-        for message in sample["messages"]:
-            for part in message["content"]:
-                kind = part["type"]
-                if kind != "text":
-                    part[kind] = str(Path(folder) / part[kind])
-        found.append((sample["messages"], sample["answer"]))
-    return found
 
 
 def share_right(llm: KVShare, found: list[tuple[list[dict[str, Any]], str]]) -> float:

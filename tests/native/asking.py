@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams, StreamChunk
+
+from ..helpers import until
 
 OpenLLM = Callable[..., KVShare]
 
@@ -35,17 +36,9 @@ def params(max_tokens: int | None = 12, **changes: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **changes)
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True
-
-
-def idle(llm: KVShare) -> bool:
-    return eventually(lambda: llm.stats()["queue"] == {"waiting": 0, "running": 0})
+def idle(llm: KVShare) -> None:
+    """Wait until nothing waits or runs."""
+    until(lambda: llm.stats()["queue"] == {"waiting": 0, "running": 0}, PATIENCE_S)
 
 
 def outcomes(llm: KVShare) -> dict[str, int]:

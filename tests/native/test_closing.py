@@ -10,7 +10,8 @@ import pytest
 
 from kvshare_mm import EngineClosedError
 
-from .asking import _DONOR, _PROMPTS, PATIENCE_S, Gate, Inbox, OpenLLM, eventually, inside, params
+from ..helpers import until
+from .asking import _DONOR, _PROMPTS, PATIENCE_S, Gate, Inbox, OpenLLM, inside, params
 
 
 def test_close_ends_what_is_in_flight_and_refuses_what_comes_later(open_llm: OpenLLM) -> None:
@@ -21,9 +22,9 @@ def test_close_ends_what_is_in_flight_and_refuses_what_comes_later(open_llm: Ope
     waiting = Inbox(llm, _PROMPTS[1], params())
     with ThreadPoolExecutor(2) as threads:
         called = threads.submit(llm.generate, _PROMPTS[3], params(400))
-        assert eventually(lambda: llm.stats()["queue"]["waiting"] == 2)
+        until(lambda: llm.stats()["queue"]["waiting"] == 2)
         closing = threads.submit(llm.close)
-        assert eventually(lambda: inside(llm).engine._closing)
+        until(lambda: inside(llm).engine._closing)
         with pytest.raises(EngineClosedError):
             llm.generate(_PROMPTS[2])
         gate.open()

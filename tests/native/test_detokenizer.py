@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from kvshare_mm.native.detokenizer import Detokenizer
+
+from ..helpers import byte_tokenizer
 
 EOS = "<|end|>"
 CORPUS = [
@@ -34,17 +36,7 @@ TEXT = st.text(
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """Byte-level BPE of 256 bytes and some 150 merges: most CJK and emoji are several tokens."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=[EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(CORPUS * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS)
+    return byte_tokenizer(CORPUS * 3, 420, [EOS], eos_token=EOS)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
