@@ -52,16 +52,23 @@ def inside(llm: KVShare) -> Any:
 
 
 class Gate:
-    """Holds up one method of a part of a server; lets everything through once opened."""
+    """Holds up one method of a part of a server; lets everything through once opened.
 
-    def __init__(self, part: Any, name: str) -> None:
+    Args:
+        when: which calls, by their arguments.
+    """
+
+    def __init__(
+        self, part: Any, name: str, when: Callable[..., bool] = lambda *_, **__: True
+    ) -> None:
         self.entered = threading.Event()
         self._open = threading.Event()
         real = getattr(part, name)
 
         def held(*args: Any, **kwargs: Any) -> Any:
-            self.entered.set()
-            assert self._open.wait(PATIENCE_S)
+            if when(*args, **kwargs):
+                self.entered.set()
+                assert self._open.wait(PATIENCE_S)
             return real(*args, **kwargs)
 
         setattr(part, name, held)

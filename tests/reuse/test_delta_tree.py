@@ -64,3 +64,8 @@ def test_a_node_of_many_pieces_reads_as_position_by_position():
 def test_a_node_that_cannot_be_is_refused(fields, says):
     with pytest.raises(ValueError, match=says):
         Node("a", "ns", np.zeros(10, np.uint64), **fields)
+
+
+def test_at_least_one_owner():
+    with pytest.raises(ValueError, match="max_owners"):
+        DeltaTree(0)

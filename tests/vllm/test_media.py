@@ -21,14 +21,13 @@ from vllm.multimodal.inputs import PlaceholderRange
 
 from kvshare_mm.assets.shop.dialogues import Request, random_customer
 from kvshare_mm.assets.shop.similar import random_request, similar
-from kvshare_mm.chat import chat_stream
-from kvshare_mm.config import KVShareConfig
-from kvshare_mm.models.loader import load_tokenizer, locate
+from kvshare_mm.models.loader import locate
 from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.media import request_stream
-from kvshare_mm.vllm.pictures import picture_support, prompt_of
+from kvshare_mm.vllm.pictures import prompt_of
 
+from . import engines
 from .engines import (
     Shared,
     shared_engine,
@@ -86,9 +85,7 @@ def fresh(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def stream_of(request: Request) -> SegmentStream:
-    tokenizer = load_tokenizer("tiny-vl")
-    support = picture_support(KVShareConfig(model="tiny-vl"), locate("tiny-vl"), tokenizer)
-    return chat_stream(request.messages(), tokenizer, support)[0]
+    return engines.stream_of("tiny-vl", request.messages())
 
 
 def serve(engine: Shared, stream: SegmentStream, **knobs: Any) -> Any:
