@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.models.support import check_support
 
+from .. import references
 from .asking import _PROMPTS, params
 from .donor_server import Server
 
@@ -33,44 +34,17 @@ _CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 
 
 @dataclass(frozen=True, slots=True)
-class Full:
-    """What a full prefill gives: ``logits [n, vocab]``, K and V ``[layers, heads, n, dim]``."""
-
-    logits: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Tiny:
     """A model as we serve it, and its twin that runs transformers' own attention."""
 
     loaded: LoadedModel
     reference: Any
 
-    @torch.inference_mode()
-    def full(self, token_ids: np.ndarray) -> Full:
-        cache = DynamicCache(config=self.reference.config)
-        ids = torch.from_numpy(token_ids)[None]
-        logits = self.reference(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
-        k, v = (
-            torch.cat([getattr(layer, n) for layer in cache.layers]) for n in ("keys", "values")
-        )
-        return Full(logits, k, v)
+    def full(self, token_ids: np.ndarray) -> references.Full:
+        return references.full(self.reference, references.text(token_ids))
 
-    @torch.inference_mode()
     def greedy(self, token_ids: np.ndarray, num_tokens: int) -> list[int]:
-        ids = torch.from_numpy(token_ids)[None]
-        out = self.reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        answer: list[int] = out[0, len(token_ids) :].tolist()
-        return answer
+        return references.greedy(self.reference, references.text(token_ids), num_tokens)
 
 
 def _build(name: str, **options: Any) -> Tiny:

@@ -16,13 +16,13 @@ from kvshare_mm import (
 )
 from kvshare_mm.native.detokenizer import Detokenizer
 
+from ..helpers import until
 from .asking import (
     _DONOR,
     _PROMPTS,
     Gate,
     Inbox,
     OpenLLM,
-    eventually,
     idle,
     inside,
     outcomes,
@@ -81,7 +81,7 @@ def test_a_sink_that_raises_ends_its_request_only(
     broken = Mock(side_effect=ConnectionError("the client is gone"))
     inside(llm).engine.submit(llm.read(_PROMPTS[0], params(400), None), broken)
     assert llm.generate(_PROMPTS[1], params()).token_ids == alone[1].token_ids
-    assert idle(llm)
+    idle(llm)
     assert outcomes(llm)["finished_abort"] == 1
 
 
@@ -119,7 +119,7 @@ def test_who_makes_decoding_fail_fails_alone(open_llm: OpenLLM, alone: list[Requ
     engine = inside(llm).engine
     gate = Gate(inside(llm).runner, "decode")
     inboxes = [Inbox(llm, p, params()) for p in _PROMPTS[:3]]
-    assert eventually(lambda: len(engine._active) == 1)
+    until(lambda: len(engine._active) == 1)
     gate.wait()
     culprit = engine._active[0]
     Broken(inside(llm).runner, "decode", times=2, slots={culprit.slot})
@@ -202,7 +202,8 @@ def test_an_output_that_cannot_be_made_is_an_error_of_its_request_alone(
             with pytest.raises(ValueError, match="a bug"):
                 llm.generate(_PROMPTS[0], params(), options)
     assert len(llm.generate(_PROMPTS[0], params()).token_ids) == 12
-    assert llm.healthy and idle(llm)
+    assert llm.healthy
+    idle(llm)
 
 
 def test_what_fails_behind_its_first_token_leaves_no_donor(open_llm: OpenLLM) -> None:

@@ -111,16 +111,6 @@ def test_a_prompt_of_tools_is_a_donor_like_any(llm: KVShare) -> None:
     assert len(fewer.prompt_token_ids) < len(first.prompt_token_ids)
 
 
-def test_drafts_do_not_change_calls(llm: KVShare) -> None:
-    """The second is drafted from the first one's answer, the third from nobody's."""
-    asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 300}
-    texts = [
-        llm.chat(_MESSAGES, options=RequestOptions(cache_salt=salt, reuse="exact"), **asked).text
-        for salt in ("drafts", "drafts", "none")
-    ]
-    assert len(set(texts)) == 1
-
-
 def test_calls_and_results_are_part_of_the_prompt(llm: KVShare) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "a", "arguments": '{"n": [1]}'}}
     messages = [
@@ -189,16 +179,14 @@ def test_without_a_call_nothing_is_lost(pieces: list[str], style: Style) -> None
     assert "".join(map(str, told)) == "".join(pieces)
 
 
-def test_one_call_at_most_unless_several_may_come() -> None:
-    tools = Tools.of([tool("a")], None, False)
+@pytest.mark.parametrize(("choice", "told"), [(None, _A), ("none", _CALL)])
+def test_one_call_at_most_unless_several_may_come_or_none(
+    choice: str | None, told: ToolCall | str
+) -> None:
+    tools = Tools.of([tool("a")], choice, False)
     assert tools is not None
-    assert CallReader(tools, "hermes").feed(_CALL + _CALL) == [_A]
-
-
-def test_none_may_be_called() -> None:
-    tools = Tools.of([tool("a")], "none")
-    assert tools is not None
-    assert CallReader(tools, "hermes").feed(_CALL) == [_CALL]
+    repeated = _CALL if choice else _CALL + _CALL
+    assert CallReader(tools, "hermes").feed(repeated) == [told]
 
 
 def test_templates_say_how_calls_are_written() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvshare_mm import KVShare, SamplingParams, assets
+from kvshare_mm import KVShare, assets
 from kvshare_mm.models.loader import load_tokenizer, locate
 
-from .engines import Shared, assert_as_native, first_token, shared_engine, tokens
+from .engines import Shared, as_native, shared_engine
 
 pytestmark = pytest.mark.vllm
 
@@ -41,13 +41,12 @@ def _real_pairs(model: str) -> Pairs:
     return pairs  # type: ignore[return-value]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "tiny-vl", "smollm2"])
+@pytest.fixture(scope="module", params=["llama", "smollm2"])
 def case(
     request: pytest.FixtureRequest, random_model: Callable[[str], Path]
 ) -> Iterator[tuple[Shared, KVShare, Pairs]]:
     real = request.param == "smollm2"
-    made = request.param in ("llama", "qwen2")
-    folder = str(random_model(request.param)) if made else locate(request.param)
+    folder = locate("smollm2") if real else str(random_model("llama"))
     pairs = _real_pairs(folder) if real else _random_pairs()
     options = {"lookup_deadline_s": 30, "min_load_tokens": 1}
     with (
@@ -59,16 +58,5 @@ def case(
 
 def test_the_same_reuse_and_the_same_first_token(case: tuple[Shared, KVShare, Pairs]) -> None:
     shared, native, pairs = case
-    greedy = {"temperature": 0, "ignore_eos": True}
-    reused = 0
-    for donor, target in pairs:
-        shared.forget()
-        assert native.cache is not None
-        native.cache.clear()
-        first = native.generate(donor, SamplingParams(max_tokens=4, **greedy))
-        assert tokens(shared.serve(donor)) == list(first.token_ids)
-        native.flush()
-        expected = native.generate(target, SamplingParams(max_tokens=1, logprobs=10, **greedy))
-        assert_as_native(first_token(shared, target), expected)
-        reused += expected.provenance.reused
-    assert reused
+    outputs = [as_native(shared, native, donor, target) for donor, target in pairs]
+    assert any(output.provenance.reused for output in outputs)
