@@ -61,11 +61,9 @@ def test_files_that_are_damaged_at_the_start(
     if damage == "header":
         content[200] ^= 0x40
     path.write_bytes(
-        {
-            "truncated": bytes(content[:-100]),
-            "empty": b"",
-            "another format": b"{}" * 500,
-        }.get(damage, bytes(content))
+        {"truncated": bytes(content[:-100]), "empty": b"", "another format": b"{}" * 500}.get(
+            damage, bytes(content)
+        )
     )
     llm = open_llm(store_dir=store)
     assert events(llm) == {"damaged_at_start": 1}

@@ -19,7 +19,6 @@ import kvshare_mm
 from kvshare_mm import KVShare, ModelLoadError, SamplingParams
 from kvshare_mm.apps import chat as chat_app
 from kvshare_mm.apps import showcase
-from kvshare_mm.apps.bench.theme import LABELS
 from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.stories import STORIES, Story, picture_stories
 
@@ -257,86 +256,16 @@ def test_inspect_what_is_no_store(run: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# -- bench reuse --------------------------------------------------------------------------------
-
 _MACHINE = {"cpu", "cores", "memory_gib", "gpu", "threads", "torch", "transformers", "python"}
 
 
-def strict_json(path: Path) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
-    path = tmp_path / "pairs.jsonl"
-    rows = [
-        {"id": "a", "donor": _DONOR, "target": _TARGET, "reference": "the value is 20"},
-        {"id": "b", "donor": _TARGET, "target": _DONOR},
-        {"id": "c", "donor": "The quick brown fox.", "target": "number " * 20},
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
-
-
-def test_bench_reuse(run: Run, tiny_folder: Path, pairs: Path, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "report.json"
-    result = run("bench", "reuse", "--pairs", pairs, "--model", tiny_folder, "--repeats", "1",
-                 "--max-new-tokens", "4", "--json", out)  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "3 pairs" in result.output
-    report = strict_json(out)
-    assert {"machine", "model", "pairs", "methods", "per_pair"} <= set(report)
-    assert set(report["machine"]) == _MACHINE
-    assert report["model"] == str(tiny_folder)
-    assert report["pairs"] == len(report["per_pair"]) == 3
-    assert list(report["methods"]) == [
-        "full", "prefix", "placeholders", "cacheblend", "epic", "kvshare"
-    ]  # fmt: skip
-    for name, method in report["methods"].items():
-        assert LABELS[name] in result.output
-        assert set(method) >= {
-            "ttft_s",
-            "speedup_vs_full",
-            "computed_share",
-            "kl_first_token",
-            "first_token_agreement",
-            "greedy_agreement",
-            "rouge_l",
-            "bleu",
-        }
-        assert set(method["ttft_s"]) == {"median", "p90"}
-        assert set(method["kl_first_token"]) == {"mean", "p50", "p90"}
-        for share in ("computed_share", "first_token_agreement", "greedy_agreement", "rouge_l"):
-            assert 0 <= method[share] <= 1
-        assert 0 <= method["bleu"] <= 100
-    for pair in report["per_pair"]:
-        assert set(pair) == {"id", "tokens", "methods"}
-        assert set(pair["methods"]) == set(report["methods"])
-    assert report["methods"]["kvshare"]["computed_share"] < 1
-
-
-def test_bench_reuse_says_what_is_wrong(
-    run: Run, tiny_folder: Path, pairs: Path, tmp_path: Path
-) -> None:
-    wrong = tmp_path / "wrong[bold].jsonl"
-    wrong.write_text('{"donor": "a", "target": "b"}\n{"donor": "a"}\n')
-    call = ("bench", "reuse", "--model", tiny_folder)
-    check_refused(run(*call, "--pairs", wrong), "wrong[bold].jsonl:2", "target")
-    check_refused(run(*call, "--pairs", tmp_path / "nowhere.jsonl"), "nowhere.jsonl")
-    check_refused(run(*call, "--pairs", tmp_path), str(tmp_path))
-    check_refused(run(*call, "--pairs", pairs, "--methods", "full,magic"), "'magic'", "kvshare")
-    check_refused(run(*call, "--pairs", pairs, "--methods", "repair=magic"), "'magic'")
-    check_refused(run("bench", "reuse", "--pairs", pairs, "--model", "/nowhere"), "/nowhere")
-
-
 def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(
-    run: Run, pairs: Path
+    run: Run, tmp_path: Path
 ) -> None:
-    for command in (("bench", "reuse", "--pairs", pairs), ("demo",)):
-        result = run(*command, "--model", "/nowhere", "--json", pairs / "report.json")
+    file = tmp_path / "file"
+    file.write_text("{}")
+    for command in (("bench", "reuse", "--pairs", file), ("demo",)):
+        result = run(*command, "--model", "/nowhere", "--json", file / "report.json")
         assert result.exit_code == 2
         assert "cannot write" in result.output
         assert "/nowhere" not in result.output
@@ -366,7 +295,7 @@ def test_demo(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.M
     for text in ("report", "fox", "prefix caching", "KVShare"):
         assert text in result.output
     assert "number [/red]" not in result.output
-    report = strict_json(out)
+    report = json.loads(out.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert set(report) == {"command", "kind", "machine", "model", "stories"}
     assert set(report["machine"]) == _MACHINE
     assert report["model"] == str(tiny_folder)

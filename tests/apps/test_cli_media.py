@@ -77,11 +77,7 @@ def test_sound_and_pictures_together(
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
-    run: Run,
-    media_folder: Callable[[str], Path],
-    family: str,
-    options: tuple[str, ...],
-    says: str,
+    run: Run, media_folder: Callable[[str], Path], family: str, options: tuple[str, ...], says: str
 ) -> None:
     done = run("generate", "What?", "--model", media_folder(family), *options)
     assert done.exit_code == 1

@@ -144,9 +144,7 @@ def test_what_was_added_survives_closing(open_index: Open) -> None:
     assert sparse(second, 2)[0] == dense(second, 2)[0] == "node-2"
 
 
-def test_two_users_of_one_file_in_a_process_do_not_close_it_on_each_other(
-    open_index: Open,
-) -> None:
+def test_two_users_of_one_file_in_a_process_do_not_close_it_on_each_other(open_index: Open) -> None:
     one, two = open_index(), open_index()
     one.add([record(1)])
     assert two.ids() == {"node-1"}

@@ -463,9 +463,3 @@ def test_one_layer() -> None:
     model = _build("llama", {"num_hidden_layers": 1})
     support = check_support(model)
     assert support.kv_shape == KVShape(1, 2, 16, 16)
-
-
-def test_bytes_per_token() -> None:
-    shape = KVShape(num_layers=3, num_kv_heads=2, key_dim=16, value_dim=8)
-    assert shape.bytes_per_token(torch.bfloat16) == 3 * 2 * 24 * 2
-    assert shape.bytes_per_token(torch.float32) == 3 * 2 * 24 * 4

@@ -12,12 +12,7 @@ import pytest
 from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench import reuse
 from kvshare_mm.apps.bench.methods import METHODS
-from kvshare_mm.apps.bench.prompts import (
-    is_fitted_to,
-    read_pairs,
-    read_prompts,
-    with_media_paths,
-)
+from kvshare_mm.apps.bench.prompts import is_fitted_to, read_pairs, read_prompts, with_media_paths
 from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.config import KVShareConfig
 

@@ -68,8 +68,10 @@ def test_by_command(tmp_path: Path) -> None:
     page.write_text(PAGE)
     out = tmp_path / "r.html"
     args = ["report", "--in", str(tmp_path), "--out", str(out), "--readme", str(page)]
+    args += ["--figures", str(tmp_path / "figures")]
     told = CliRunner().invoke(bench, args)
     assert told.exit_code == 0, told.output
     assert "not measured: a, b" in told.output
     assert "| 100 | 197 MiB |" in page.read_text() and "old" in page.read_text()
     assert "197 MiB" in out.read_text()
+    assert (tmp_path / "figures").is_dir()

@@ -181,9 +181,7 @@ def test_a_deleted_line_ends_a_key(ring: Ring, keyed: Keyed) -> None:
     assert running.ask("GET", "/v1/models", keys["b"]).status_code == 401
 
 
-def test_a_key_ends_whatever_the_file_looks_like_from_outside(
-    ring: Ring,
-) -> None:
+def test_a_key_ends_whatever_the_file_looks_like_from_outside(ring: Ring) -> None:
     """As copying with preserved times leaves it: as old and as large as before."""
     file, keys = ring
     known = KeyRing(file)
@@ -196,9 +194,7 @@ def test_a_key_ends_whatever_the_file_looks_like_from_outside(
 
 
 def test_a_file_that_could_not_be_read_for_a_moment_is_read_later(
-    ring: Ring,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    ring: Ring, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As when all file descriptors are in use: nothing about the file changes afterwards."""
     file, keys = ring
