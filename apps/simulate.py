@@ -94,7 +94,8 @@ def simulate(
     if as_json:
         print(json.dumps({"requests_per_s": rate, "policies": found}, indent=2))
     else:
-        title = f"{len(made.at):,} requests, {rate:,.4g} a second, over {replicas:,} replicas"
+        over = f"{rate:,.4g} a second, over {replicas:,} replicas"
+        title = f"First token of {len(made.at):,} requests, {over}"
         console.print(_table(title, found))
 
 
@@ -171,19 +172,13 @@ def timed(requests: Requests, rate: float) -> Requests:
 def _table(title: str, found: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("routing")
-    for name in (
-        "first token, median",
-        "99 of 100",
-        "computed",
-        "busiest replica",
-        "simulated a second",
-    ):
+    for name in ("median", "99 of 100", "computed", "busiest", "simulated"):
         table.add_column(name, justify="right")
     for policy, row in found.items():
         table.add_row(
             policy, _seconds(row["ttft_p50_s"]), _seconds(row["ttft_p99_s"]),
             f"{row['computed']:.1%}", f"{row['busiest']:.2f} x mean",
-            f"{row['simulated_per_s']:,.0f}",
+            f"{row['simulated_per_s']:,.0f}/s",
         )  # fmt: skip
     return table
 
