@@ -60,7 +60,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat_template=_CHAT_TEMPLATE,
     )
     tokenizer.save_pretrained(folder)
-    _save_random("llama", folder, hidden_size=64)
+    _build_random("llama", folder, hidden_size=64)
     return folder
 
 
@@ -74,17 +74,15 @@ def random_model(
         made = tmp_path_factory.getbasetemp() / f"vllm-{architecture}"
         if not made.exists():
             shutil.copytree(tiny_folder, made, ignore=shutil.ignore_patterns("*.safetensors"))
-            _save_random(architecture, made, hidden_size=128)
+            _build_random(architecture, made)
         return made
 
     return folder
 
 
-def _save_random(architecture: str, folder: Path, hidden_size: int) -> None:
-    """A model for the tokenizer in a folder."""
+def _build_random(architecture: str, folder: Path, hidden_size: int = 128) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
-    from transformers.utils import logging
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[architecture](
@@ -106,9 +104,7 @@ def _save_random(architecture: str, folder: Path, hidden_size: int) -> None:
             # Fresh weights attend almost evenly, and answer one token over and over.
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.15)
-    logging.disable_progress_bar()
     model.save_pretrained(folder)
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

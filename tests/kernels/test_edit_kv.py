@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -76,22 +77,12 @@ def _check(
     unread = torch.ones(from_pages * from_size, dtype=torch.bool)
     unread[edit.source_slots.cpu()] = False
     for x in source:
-        x.transpose(2, 3).flatten(1, 2)  # [layers, slots, heads, dim]
         for slot in unread.nonzero()[:, 0].tolist():
             x[:, slot // from_size, :, slot % from_size] = float("nan")
     expected = [x.cpu().clone() for x in target]
-    edit_kv_reference(
-        *[x.cpu() for x in source],
-        *expected,
-        KVEdit(
-            *(
-                x.cpu()
-                for x in (edit.source_slots, edit.target_slots, edit.run, edit.cos, edit.sin)
-            ),
-            edit.interleaved,
-            None if edit.rotation is None else edit.rotation.cpu(),
-        ),
-    )
+    values = (getattr(edit, each.name) for each in fields(edit))
+    on_cpu = KVEdit(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in values))
+    edit_kv_reference(*[x.cpu() for x in source], *expected, on_cpu)
     edit_kv(*source, *target, edit, backend)
     for got, want in zip(target, expected, strict=True):
         torch.testing.assert_close(got.cpu(), want, atol=ATOL[dtypes[1]], rtol=0)

@@ -154,25 +154,6 @@ def test_a_request_cancelled_between_chunks_frees_its_slot(
     assert [a.result().token_ids for a in answers] == [a.token_ids for a in alone[:3]]
 
 
-def test_nothing_more_is_computed_for_a_cancelled_prompt(
-    chunked: KVShare, long: tuple[int, ...]
-) -> None:
-    steps, inboxes, seen = Steps(chunked), [_first_step(chunked, _PROMPTS[1])], []
-    decode = inside(chunked).runner.decode
-
-    def cancelling(*args: Any) -> Any:
-        if not seen and len(inboxes) == 2 and steps.chunks(long):
-            seen.append(len(steps.chunks(long)))
-            chunked.cancel(inboxes[1].request_id)
-        return decode(*args)
-
-    inside(chunked).runner.decode = cancelling
-    inboxes.append(Inbox(chunked, _DONOR, params()))
-    assert inboxes[1].result().finish_reason == "abort"
-    assert [len(steps.chunks(long))] == seen
-    chunked.cancel(inboxes[0].request_id)
-
-
 def test_an_error_in_a_chunk_fails_its_request_alone(
     chunked: KVShare, long: tuple[int, ...], alone: list[RequestOutput]
 ) -> None:

@@ -15,7 +15,7 @@ from kvshare_mm.reuse import runs
 from kvshare_mm.reuse.align import MAX_MATCHES, Match, align, common_prefix
 from kvshare_mm.stream import media_keys
 
-from .plans import maximal_matches
+from .plans import edited, maximal_matches
 
 # Text, the ends of the range, and media keys, which only fit an unsigned type.
 EDGES = np.array([0, 1, 7, 2**63 - 1, 2**63, 2**64 - 1], dtype=np.uint64)
@@ -32,29 +32,6 @@ def sequences(draw, max_size=32):
     """Few different keys, so that there are many matches."""
     alphabet = draw(st.sampled_from([1, 2, 3, 8, 32]))
     return draw(st.lists(st.integers(0, alphabet - 1), max_size=max_size))
-
-
-@st.composite
-def edited(draw, symbols):
-    """`symbols` after a few edits: cut, insert, overwrite, move, repeat."""
-    result = list(symbols)
-    for _ in range(draw(st.integers(0, 4))):
-        a, b = sorted(draw(st.tuples(*[st.integers(0, len(result))] * 2)))
-        new = draw(st.lists(st.integers(0, 31), max_size=3))
-        block, rest = result[a:b], result[:a] + result[b:]
-        at = draw(st.integers(0, len(rest)))
-        result = draw(
-            st.sampled_from(
-                [
-                    rest,
-                    result[:a] + new + result[a:],
-                    result[:a] + new + result[b:],
-                    rest[:at] + block + rest[at:],
-                    result[:a] + block + result[a:],
-                ]
-            )
-        )[:60]
-    return result
 
 
 @st.composite

@@ -12,25 +12,9 @@ from hypothesis import strategies as st
 from kvshare_mm.reuse.plan import Decline, KeptRun, PlannerOptions, ReusePlan, uniform_shift
 from kvshare_mm.reuse.planner import make_plan
 
-from .plans import EAGER, blocks, describe, donor_of, to_keys
+from .plans import EAGER, blocks, describe, donor_of, plans, to_keys
 
 # -- reuse plans as values: every position is exact, reused or computed ----------------------------
-
-
-@st.composite
-def plans(draw):
-    """Any valid plan: some exact prefix, then approximate runs with and without gaps."""
-    runs, end = [], draw(st.integers(0, 6))
-    if end:
-        runs.append(KeptRun("a", 0, 0, end, exact=True))
-    for _ in range(draw(st.integers(0, 4))):
-        start = end + draw(st.integers(0, 4))
-        end = start + draw(st.integers(1, 8))
-        shift = draw(st.integers(-20, start))
-        runs.append(
-            KeptRun(draw(st.sampled_from("abc")), start - shift, start, end - start, exact=False)
-        )
-    return ReusePlan(end + draw(st.integers(1, 5)), tuple(runs))
 
 
 @given(plans(), st.lists(st.integers(0, 100)))

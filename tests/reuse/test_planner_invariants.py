@@ -12,21 +12,7 @@ from kvshare_mm.reuse.align import common_prefix
 from kvshare_mm.reuse.plan import Decline, Donor, PlannerOptions
 from kvshare_mm.reuse.planner import make_plan
 
-from .plans import EAGER, donor_of, maximal_matches, to_keys
-
-
-@st.composite
-def edited(draw, symbols):
-    result = list(symbols)
-    for _ in range(draw(st.integers(0, 3))):
-        a, b = sorted(draw(st.tuples(*[st.integers(0, len(result))] * 2)))
-        block, rest = result[a:b], result[:a] + result[b:]
-        at = draw(st.integers(0, len(rest)))
-        new = draw(st.lists(st.integers(0, 40), max_size=4))
-        result = draw(
-            st.sampled_from([rest, result[:a] + new + result[b:], rest[:at] + block + rest[at:]])
-        )
-    return result
+from .plans import EAGER, donor_of, edited, maximal_matches, to_keys
 
 
 @st.composite

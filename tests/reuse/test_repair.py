@@ -31,22 +31,8 @@ from kvshare_mm.reuse.repair import (
     repaired_plan,
 )
 
+from .plans import plans
 
-@st.composite
-def plans(draw, max_runs=4):
-    runs, end = [], draw(st.integers(0, 6))
-    if end:
-        runs.append(KeptRun("a", 0, 0, end, exact=True))
-    for _ in range(draw(st.integers(0, max_runs))):
-        start = end + draw(st.integers(0, 6))
-        end = start + draw(st.integers(1, 30))
-        runs.append(KeptRun("b", start + 5, start, end - start, exact=False))
-    return ReusePlan(end + draw(st.integers(1, 8)), tuple(runs))
-
-
-PLAN = ReusePlan(
-    40, (KeptRun("a", 0, 0, 4, True), KeptRun("a", 9, 8, 12, False), KeptRun("b", 0, 24, 10, False))
-)
 POLICIES = [
     NoRepair(),
     BoundaryWindow(3),
