@@ -127,8 +127,8 @@ def test_lookup_tells_what_the_request_then_does(running: Running) -> None:
         ("GET", "/donors?limit=%202", None),
     ],
 )
-def test_bad_requests(running: Running, method: str, path: str, body: Any) -> None:
-    reply = running.ask(method, f"/v1/cache{path}", ADMIN, json=body)
+def test_bad_requests(shared: Running, method: str, path: str, body: Any) -> None:
+    reply = shared.ask(method, f"/v1/cache{path}", ADMIN, json=body)
     assert reply.status_code == 400, reply.text
 
 
