@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import click
 import pytest
@@ -174,15 +175,8 @@ def test_a_refused_question_does_not_end_a_chat(
     open_llm: Callable[..., KVShare], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    asked = iter(["a b " * 300, "What is the value?"])
-
-    def next_question(*_: object) -> str:
-        try:
-            return next(asked)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr(console, "input", next_question)
+    asked = ["a b " * 300, "What is the value?", EOFError]
+    monkeypatch.setattr(console, "input", Mock(side_effect=asked))
     chat_app.talk(open_llm(), console, SamplingParams(max_tokens=3), None)
     text = console.export_text()
     assert "Error: the prompt has" in text
@@ -256,9 +250,6 @@ def test_inspect_what_is_no_store(run: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-_MACHINE = {"cpu", "cores", "memory_gib", "gpu", "threads", "torch", "transformers", "python"}
-
-
 def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(
     run: Run, tmp_path: Path
 ) -> None:
@@ -277,13 +268,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(
 def test_demo(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stories = (
         Story("report", "the same with other numbers", _DONOR, _TARGET, right=""),
-        Story(
-            "fox",
-            "nothing alike",
-            "The quick brown fox jumps. " * 8,
-            "number [/red] " * 20,
-            right="no random model says this",
-        ),
+        Story("fox", "nothing alike", "A fox jumps. " * 12, "number [/red] " * 20, right="unsaid"),
     )
     monkeypatch.setattr("kvshare_mm.apps.showcase.STORIES", stories)
     # The stories with pictures have tests of their own.
@@ -296,16 +281,10 @@ def test_demo(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.M
         assert text in result.output
     assert "number [/red]" not in result.output
     report = json.loads(out.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
-    assert set(report) == {"command", "kind", "machine", "model", "stories"}
-    assert set(report["machine"]) == _MACHINE
-    assert report["model"] == str(tiny_folder)
+    assert report["model"] == str(tiny_folder) and report["machine"]["cores"] >= 1
     assert [story["name"] for story in report["stories"]] == ["report", "fox"]
     for story in report["stories"]:
-        assert set(story) == {"name", "tokens", "same_answer", "answer", "methods"}
-        assert list(story["methods"]) == ["full", "prefix", "kvshare"]
-        for method in story["methods"].values():
-            assert set(method) == {"ttft_s", "computed_tokens", "answer"}
-            assert method["ttft_s"] > 0
+        assert all(method["ttft_s"] > 0 for method in story["methods"].values())
         full, prefix, kvshare = story["methods"].values()
         assert full["computed_tokens"] == story["tokens"]
         assert full["answer"] == prefix["answer"]

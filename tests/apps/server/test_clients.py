@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kvshare_mm import KVShare
 
-from .conftest import Running, start
+from .conftest import Running, serving
 
 pytestmark = pytest.mark.e2e
 
@@ -61,10 +61,8 @@ _SMALL: dict[str, Any] = {"temperature": 0, "max_tokens": 200}
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Running]:
-    running = start(lambda: KVShare("smollm2"), model_name="smollm2")
-    running.wait_ready()
-    yield running
-    running.stop()
+    with serving(lambda: KVShare("smollm2"), model_name="smollm2") as running:
+        yield running
 
 
 def test_openai_parses_models_of_pydantic(served: Running) -> None:
@@ -94,14 +92,13 @@ def test_openai_goes_round_with_results(served: Running, stream: bool) -> None:
         "tools": [openai.pydantic_function_tool(GetWeather)],
         **_SMALL,
     }
-    with (
-        client.chat.completions.stream(
-            messages=messages, tool_choice="required", parallel_tool_calls=False, **asked
-        )
-        if stream
-        else _whole(client, messages, asked) as answer
-    ):
-        message = answer.get_final_completion().choices[0].message
+    one: Any = {**asked, "tool_choice": "required", "parallel_tool_calls": False}
+    if stream:
+        with client.chat.completions.stream(messages=messages, **one) as events:
+            answer: Any = events.get_final_completion()
+    else:
+        answer = client.chat.completions.create(messages=messages, **one)
+    message = answer.choices[0].message
     [call] = message.tool_calls
     GetWeather.model_validate_json(call.function.arguments)
     told = message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"})
@@ -109,23 +106,6 @@ def test_openai_goes_round_with_results(served: Running, stream: bool) -> None:
     reply = client.chat.completions.create(messages=[*messages, told, result], **asked)
     assert reply.choices[0].message.content or reply.choices[0].message.tool_calls
     assert reply.usage.prompt_tokens_details.cached_tokens > 100  # tools, question and the call
-
-
-class _whole:
-    """A whole answer with the face of a stream."""
-
-    def __init__(self, client: Any, messages: Any, asked: Any) -> None:
-        self._asked = {"messages": messages, "tool_choice": "required", **asked}
-        self._client = client
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def get_final_completion(self) -> Any:
-        return self._client.chat.completions.create(**self._asked, parallel_tool_calls=False)
 
 
 @pytest.mark.parametrize("stream", [False, True])
