@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kvshare_mm import KVShare
+from kvshare_mm import InvalidRequestError, KVShare
 from kvshare_mm.apps.desk import events as desk_events
 from kvshare_mm.apps.desk.events import Desk
 from kvshare_mm.apps.desk.limits import DeskLimits
@@ -219,6 +219,11 @@ def test_pictures_that_look_alike_are_shown(
         report = last[-1][1]
         assert "#1: the same" in report and "#2: cosine" in report
         assert all(f'src="/ui/gradio_api/file={token}"' in report for token in tokens)
+
+
+def test_a_model_of_text_refuses_a_photo(llm: KVShare) -> None:
+    with pytest.raises(InvalidRequestError):
+        ask(Session(), llm, Letter("Anna", "1", "?", b"no picture"))
 
 
 def test_the_page_says_what_is_wrong(llm: KVShare) -> None:
