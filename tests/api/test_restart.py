@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
+from kvshare_mm import KVShare, RequestOptions, RequestOutput
 
 from .prompts import _DONOR, _PARAMS, _TARGET, OpenLLM, events
 
@@ -30,20 +30,6 @@ def test_a_reopened_store_serves_reuse(
     assert events(third)["restored"] == 2  # the second was edited from the first
     repeated = third.generate(_TARGET, _PARAMS)
     assert repeated.provenance.recomputed < full.provenance.recomputed
-
-
-def test_reuse_from_disk_is_reuse_from_memory(open_llm: OpenLLM, tmp_path: Path) -> None:
-    first = open_llm(store_dir=tmp_path)
-    first.generate(_DONOR, _PARAMS)
-    first.flush()
-    options = RequestOptions(store=False)
-    memory = first.generate(_TARGET, SamplingParams(max_tokens=6, logprobs=3), options)
-    first.close()
-    second = open_llm(store_dir=tmp_path)
-    disk = second.generate(_TARGET, SamplingParams(max_tokens=6, logprobs=3), options)
-    assert disk.provenance == memory.provenance
-    assert disk.token_ids == memory.token_ids
-    assert disk.logprobs == memory.logprobs
 
 
 def test_salts_hold_over_a_restart(open_llm: OpenLLM, tmp_path: Path) -> None:

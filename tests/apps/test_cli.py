@@ -76,12 +76,6 @@ def test_every_command_explains_itself(run: Run, path: tuple[str, ...]) -> None:
             assert getattr(parameter, "help", ""), f"{path}: {parameter.name} has no help"
 
 
-def test_the_commands() -> None:
-    names = {path[0] for path in commands(typer.main.get_command(app)) if path}
-    assert {"demo", "generate", "chat", "inspect", "bench"} <= names
-    assert ("bench", "reuse") in commands(typer.main.get_command(app))
-
-
 def test_an_unknown_command_or_option(run: Run, tiny_folder: Path) -> None:
     for arguments in (["serve-me"], ["generate"], ["generate", "Hi", "--warp", "9"],
                       ["generate", "Hi", "--max-tokens", "0"], ["bench", "reuse"]):  # fmt: skip

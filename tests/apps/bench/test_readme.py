@@ -13,6 +13,8 @@ from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.bench.readme import filled
 
+from .test_report import RESULTS
+
 
 def template(tokens: int) -> dict[str, Any]:
     return {
@@ -64,6 +66,7 @@ def test_tables_that_do_not_fit_and_pages_without_a_place() -> None:
 
 def test_by_command(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps(MEMORY))
+    (tmp_path / "frontier.json").write_text(json.dumps(RESULTS["frontier-a"]))
     page = tmp_path / "README.md"
     page.write_text(PAGE)
     out = tmp_path / "r.html"
@@ -74,4 +77,4 @@ def test_by_command(tmp_path: Path) -> None:
     assert "not measured: a, b" in told.output
     assert "| 100 | 197 MiB |" in page.read_text() and "old" in page.read_text()
     assert "197 MiB" in out.read_text()
-    assert (tmp_path / "figures").is_dir()
+    assert len(list((tmp_path / "figures").iterdir())) == 2

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
-from kvshare_mm.apps.router.headers import is_passed_on
+from kvshare_mm.apps.router.headers import is_passed_on, to_client, to_replica
 from kvshare_mm.apps.server.hosts import allowed_hosts
 
 from ...helpers import in_threads, until
@@ -176,6 +176,12 @@ def test_nothing_is_smuggled(
     for each in one.asked:
         lengths = [v for n, v in each["headers"] if n in {b"content-length", b"transfer-encoding"}]
         assert lengths == [str(len(each["body"])).encode()]
+
+
+def test_heads() -> None:
+    given = [(b"Connection", b"close, X-One"), (b"X-One", b"1"), (b"Host", b"h"), (b"A", b"b")]
+    assert to_replica(given, "id") == [(b"a", b"b"), (b"x-request-id", b"id")]
+    assert to_client([*given, (b"Date", b"d")], 3)[-1] == (b"x-kvshare-replica", b"3")
 
 
 # -- what goes wrong ---------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvshare_mm.apps.server.keys import Caller, KeyRing, add_key, digest
-from kvshare_mm.apps.server.scope import scope
+from kvshare_mm.apps.server.scope import in_words, scope
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 
 from ...helpers import until
@@ -136,6 +136,10 @@ def test_scopes_of_all_modes_are_different() -> None:
     scopes += [scope("global", Caller(), s).cache_salt for s in salts]
     assert len(set(scopes)) == len(scopes)
     assert scope("salt", Caller("a"), "x") == scope("salt", Caller("b"), "x")
+
+
+def test_the_words_of_the_start_line() -> None:
+    assert "ALL" in in_words("global") and "tenant" in in_words("tenant")
 
 
 def test_wrong_keys_are_401(keyed: Keyed) -> None:
