@@ -132,16 +132,14 @@ def as_api_error(error: Exception, retry_after: float = 1.0) -> ApiError:
 def _place(error: Any, body: Any) -> list[str | int]:
     """Where in the request it is; names of types that pydantic tried in vain are no fields."""
     # The first part is "body", "query" or "path".
-    origin: str | int
-    parts: list[str | int]
-    origin, *parts = error["loc"]
+    location: tuple[Any, ...] = error["loc"]
+    origin, *parts = location
     if origin != "body":
         return parts
     place: list[str | int] = []
     for i, part in enumerate(parts):
-        if (isinstance(body, dict) and part in body) or (
-            isinstance(body, list) and isinstance(part, int) and part < len(body)
-        ):
+        inside = isinstance(part, int) and part < len(body) if isinstance(body, list) else None
+        if inside or (isinstance(body, dict) and part in body):
             body = body[part]
         elif not (error["type"] == "missing" and i == len(parts) - 1):
             continue
