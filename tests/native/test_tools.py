@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvshare_mm import InvalidRequestError, KVShare, RequestOptions
 from kvshare_mm.calls import CallReader
 from kvshare_mm.outputs import ToolCall
-from kvshare_mm.tools import Style, Tools, spelled, style_of
+from kvshare_mm.tools import Style, Tools, closed, spelled, style_of
 
 from .schemas import SCHEMAS, an_object
 
@@ -85,7 +85,7 @@ def test_arguments_that_no_tool_names_are_not_made() -> None:
     """Unless its schema speaks of them, here or where it is combined with another."""
     open_, named = {"type": "object", "properties": {"a": {}}}, {"additionalProperties": False}
     free, shared = {**open_, "additionalProperties": True}, {**open_, "anyOf": [open_]}
-    for schema, closed in [
+    for schema, expected in [
         (open_, {**open_, **named}),
         (free, free),
         (shared, shared),
@@ -95,8 +95,8 @@ def test_arguments_that_no_tool_names_are_not_made() -> None:
         ({"type": "object", "properties": {"type": {"const": open_}}},
          {"type": "object", "properties": {"type": {"const": open_}}, **named}),
     ]:  # fmt: skip
-        tools = Tools.of([tool("a", schema)])
-        assert tools is not None and tools.callable == {"a": closed}
+        assert closed(schema) == expected
+    assert closed({"not": open_, "type": "object"})["not"] == open_
 
 
 def test_a_prompt_of_tools_is_a_donor_like_any(llm: KVShare) -> None:

@@ -201,3 +201,39 @@ def test_llm(served: Running, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) ->
     for stream in (False, True):
         chain = model.chain("Say hello.", tools=[now], stream=stream, options=_SMALL)
         assert chain.text()
+
+
+def test_litellm(served: Running) -> None:
+    """Its way to servers of OpenAI's kind."""
+    import litellm
+
+    asked: dict[str, Any] = {
+        "model": "hosted_vllm/smollm2", "api_base": f"{served.url}/v1", "api_key": "none", **_SMALL,
+    }  # fmt: skip
+    hello = [{"role": "user", "content": "Say hello."}]
+    said = litellm.completion(messages=hello, **asked).choices[0].message.content
+    chunks = litellm.completion(messages=hello, stream=True, **asked)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said != ""
+    made = litellm.completion(
+        messages=[{"role": "user", "content": "A shop."}], response_format=Shop, **asked
+    )
+    Shop.model_validate_json(made.choices[0].message.content)
+    called = litellm.completion(
+        messages=[{"role": "user", "content": _QUESTION}], tool_choice="required",
+        tools=[openai.pydantic_function_tool(GetWeather)], parallel_tool_calls=False, **asked,
+    )  # fmt: skip
+    [call] = called.choices[0].message.tool_calls
+    GetWeather.model_validate_json(call.function.arguments)
+
+
+@pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON_SCHEMA"])
+def test_instructor(served: Running, mode: str) -> None:
+    """Not its modes JSON and MD_JSON: those ask for an object and hope; no schema is sent."""
+    import instructor
+
+    client = instructor.from_openai(served.client(), mode=instructor.Mode[mode])
+    made = client.chat.completions.create(
+        model="smollm2", messages=[{"role": "user", "content": "A day."}], response_model=Day,
+        max_retries=0, **_SMALL,
+    )  # fmt: skip
+    assert isinstance(made, Day)

@@ -61,7 +61,7 @@ def test_what_cannot_be_embedded(
 ) -> None:
     reply = embedding.ask("POST", "/v1/embeddings", json=body)
     assert reply.status_code == status, reply.text
-    assert str(reply.json()["error"]["param"]).startswith(param)
+    assert reply.json()["error"]["param"] == param
 
 
 def test_without_an_embedder_it_is_said(shared: Running) -> None:
