@@ -20,7 +20,8 @@ from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.models.decoder import Decoder
 from kvshare_mm.models.family import MEDIA
 from kvshare_mm.models.loader import locate
-from kvshare_mm.models.support import KVShape, check_support, declared_obstacle, windows
+from kvshare_mm.models.shape import KVShape
+from kvshare_mm.models.support import check_support, declared_obstacle, windows
 from kvshare_mm.stream import Modality
 
 _LAYERS = 8  # every pattern of layers is there by then, in the models there are

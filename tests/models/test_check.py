@@ -15,7 +15,7 @@ from kvshare_mm.apps.models import models
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.models import check
 from kvshare_mm.models.check import check_config, check_model
-from kvshare_mm.models.support import KVShape
+from kvshare_mm.models.shape import KVShape
 from kvshare_mm.stream import Modality
 
 LLAMA_8B = {
