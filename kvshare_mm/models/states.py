@@ -176,6 +176,12 @@ def prove_states(model: Any) -> StateLayout | str:
     return layout
 
 
+def state_bytes(layer: Any) -> int:
+    """Bytes of what a layer of a cache holds for all tokens together."""
+    held = (t for name in _STATES for t in getattr(layer, name, {}).values() if t is not None)
+    return sum(t.nbytes for t in held)
+
+
 def _keys(layer: Any) -> Any:
     keys = getattr(layer, "keys", None)
     return keys if isinstance(keys, torch.Tensor) and keys.numel() else None

@@ -25,6 +25,7 @@ from kvshare_mm.reuse.rotary import SUPPORTED_ROPE_TYPES, RotarySpec, rerotate
 _PROBE_TOKENS = 12
 _PROBE_SHIFT = 37
 _PROBE_WINDOW = 5
+RECURRENT = "it has recurrent layers"
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # K and V of a layer at one position, and at another: ``[1, num_kv_heads, n, head_dim]`` each.
@@ -115,7 +116,7 @@ def declared_obstacle(config: Any) -> str | None:
     if reason := _of_length(config):
         return reason
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return "it has recurrent layers" if kinds - _ATTENTION_KINDS else None
+    return RECURRENT if kinds - _ATTENTION_KINDS else None
 
 
 def _of_length(config: Any) -> str | None:
