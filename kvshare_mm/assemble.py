@@ -28,9 +28,11 @@ from kvshare_mm.native.encoder import MediaEncoder
 from kvshare_mm.native.engine import NativeEngine
 from kvshare_mm.native.prefill import Prefiller
 from kvshare_mm.native.slots import ModelRunner, PlainRunner, SlotRunner
+from kvshare_mm.native.states import StateRunner
 from kvshare_mm.reuse.calibration import Calibration
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.editor import KVEditor
+from kvshare_mm.reuse.plan import Decline
 from kvshare_mm.reuse.words import joining_tokens
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
@@ -144,19 +146,18 @@ def assemble(config: KVShareConfig) -> Parts:
         )
     donors: DonorPool | None = None
     runner: ModelRunner
-    if loaded.unsupported:
+    chunk = _CPU_CHUNK if loaded.device.type == "cpu" else _GPU_CHUNK
+    chunk = config.prefill_chunk or chunk
+    if loaded.states is not None:
+        runner = StateRunner(loaded, config.max_num_seqs, chunk)
+    elif loaded.unsupported:
         runner = PlainRunner(loaded, config.max_num_seqs)
     else:
-        chunk = _CPU_CHUNK if loaded.device.type == "cpu" else _GPU_CHUNK
-        runner = SlotRunner(
-            loaded,
-            config.max_num_seqs,
-            max_len,
-            config.prefill_chunk or chunk,
-            drafts=config.drafts,
-        )
-        if config.reuse != "off":
-            donors = _donors(config, loaded, disk, embedder)
+        runner = SlotRunner(loaded, config.max_num_seqs, max_len, chunk, drafts=config.drafts)
+    if config.reuse != "off" and not isinstance(runner, PlainRunner):
+        donors = _donors(config, loaded, disk, embedder)
+    elif config.reuse != "off" and isinstance(runner, StateRunner):
+        donors = _donors(config, loaded, disk, None)  # by meaning, nothing is found that helps
     encoder = None
     if loaded.family is not None:
         encoder = MediaEncoder(loaded, donors.store if donors else None)
@@ -245,7 +246,11 @@ def _donors(
     disk: DiskTier | None,
     embedder: Callable[[], TextEmbedder] | None,
 ) -> DonorPool:
-    per_token = loaded.kv_shape.bytes_per_token(loaded.dtype) if loaded.kv_shape else 0
+    shape, only_exact = loaded.kv_shape, None
+    if loaded.states is not None:
+        shape, stateful = loaded.states.kv_shape, bool(loaded.states.states)
+        only_exact = Decline.RECURRENT_LAYERS if stateful else Decline.UNSUPPORTED_MODEL
+    per_token = shape.bytes_per_token(loaded.dtype) if shape else 0
     budget = config.host_budget(per_token)
     if per_token:
         logger.info(
@@ -259,6 +264,7 @@ def _donors(
         open_dense(config, loaded.fingerprint, embedder) if embedder else None,
         config.max_candidates,
         joining_tokens(loaded.tokenizer),
+        only_exact,
     )
 
 

@@ -18,6 +18,7 @@ from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.native.encoder import MediaEncoder
 from kvshare_mm.native.inputs import MediaInputs
 from kvshare_mm.native.slots import ModelRunner, SlotRunner
+from kvshare_mm.native.states import StateRunner
 from kvshare_mm.outputs import MediaUse, Provenance, Span
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.plan import Decline, PlannerOptions, ReusePlan
@@ -118,7 +119,7 @@ class Prefiller:
     """Fills slots.
 
     Args:
-        runner: runs the model; reuse needs a `SlotRunner`.
+        runner: runs the model; reuse needs a `SlotRunner`, of identical beginnings a `StateRunner`.
         donors: where reuse comes from, or None.
         options: when reuse is worth it.
         policy: which kept positions are recomputed.
@@ -174,7 +175,7 @@ class Prefiller:
             if not plan.runs:
                 break
             try:
-                self._edit(plan, slot, ns, stream.positions)
+                self._edit(plan, slot, ns, stream)
                 fallback = None
                 break
             except KVUnavailableError as error:
@@ -192,6 +193,10 @@ class Prefiller:
         edit = time.perf_counter() - start
         # Only donors need it; without a pool there will be none.
         tail = TailAttention() if self._donors is not None else None
+        if isinstance(self._runner, StateRunner):
+            tail = None
+            if self._donors is not None and store and reuse != "off":
+                self._runner.begin(slot, stream.token_ids, plan.num_exact, plan.parted)
         likely = np.empty(0, np.int64)
         if self._donors is not None and plan.edited_from is not None:
             likely = self._donors.likely_answer(plan, stream.align_keys)
@@ -208,7 +213,7 @@ class Prefiller:
         policy: RepairPolicy,
     ) -> tuple[ReusePlan, str | None, float, float]:
         n = len(stream)
-        if not isinstance(self._runner, SlotRunner):
+        if not isinstance(self._runner, SlotRunner | StateRunner):
             return ReusePlan(n, declined=Decline.UNSUPPORTED_MODEL), None, 0.0, 0.0
         if self._donors is None or reuse == "off":
             return ReusePlan(n, declined=Decline.REUSE_OFF), None, 0.0, 0.0
@@ -242,8 +247,11 @@ class Prefiller:
         Returns:
             The node's id, or None if it is not stored.
         """
-        assert self._donors is not None and isinstance(self._runner, SlotRunner)
+        assert self._donors is not None and isinstance(self._runner, SlotRunner | StateRunner)
         keys = np.concatenate((stream.align_keys, np.array(answer, np.uint64)))
+        if isinstance(self._runner, StateRunner):
+            for length, state in self._runner.states(slot, over):
+                self._donors.states.put(ns, keys[:length], state)
         if node_id is not None:
             kv, positions = self._runner.slot_kv(slot), stream.positions_to(len(keys))
             if self._donors.extend(node_id, keys, *kv, positions):
@@ -260,9 +268,17 @@ class Prefiller:
             over,
         )
 
-    def _edit(self, plan: ReusePlan, slot: int, ns: str, positions: np.ndarray | None) -> None:
-        assert self._donors is not None and isinstance(self._runner, SlotRunner)
-        self._donors.load(plan, ns, *self._runner.slot_kv(slot), positions)
+    def _edit(self, plan: ReusePlan, slot: int, ns: str, stream: SegmentStream) -> None:
+        assert self._donors is not None and isinstance(self._runner, SlotRunner | StateRunner)
+        if isinstance(self._runner, SlotRunner):
+            self._donors.load(plan, ns, *self._runner.slot_kv(slot), stream.positions)
+            return
+        k, v = self._runner.empty_kv(plan.num_exact)
+        self._donors.load(plan, ns, k, v, stream.positions)
+        state = None
+        if self._runner.layout.states:
+            state = self._donors.states.get(ns, stream.align_keys[: plan.num_exact])
+        self._runner.resume(slot, k, v, state)
 
 
 class PromptMedia:

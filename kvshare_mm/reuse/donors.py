@@ -15,12 +15,13 @@ from kvshare_mm.node import Node
 from kvshare_mm.reuse.answers import likely_answer
 from kvshare_mm.reuse.editor import KVEditor
 from kvshare_mm.reuse.orders import Report
-from kvshare_mm.reuse.plan import ReusePlan
+from kvshare_mm.reuse.plan import Decline, ReusePlan
 from kvshare_mm.reuse.scheduler import ReuseScheduler
 from kvshare_mm.reuse.tree import extended, healed
 from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
+from kvshare_mm.store.states import StateStore
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.stream import Segment
 
@@ -38,9 +39,11 @@ class DonorPool:
         open_dense: opens the index of meaning and its embedder, or None: none is used.
         max_candidates: donors aligned with a target.
         joining: tokens that go on with the word before them (see `words`); None: unknown.
+        only_exact: see `ReuseScheduler`.
 
     Attributes:
         reuse: finds them and plans with them.
+        states: of the model's recurrent layers.
     """
 
     def __init__(
@@ -52,11 +55,16 @@ class DonorPool:
         open_dense: Callable[[], Opened] | None = None,
         max_candidates: int = 4,
         joining: np.ndarray | None = None,
+        only_exact: Decline | None = None,
     ) -> None:
         self.store = TieredStore(host, disk, self.forget)
+        self.states = StateStore(self.store)
         self.worker = ReuseWorker(self.store, editor)
         self.reuse = ReuseScheduler(self.store.host_bytes, max_candidates)
         self.reuse.catalogue.joining = joining
+        self.reuse.only_exact = only_exact
+        if only_exact is Decline.RECURRENT_LAYERS:
+            self.reuse.states = self.states
         self.counters = self.reuse.counters
         self.tree = self.reuse.catalogue.tree
         if disk is not None and disk.num_corrupt:
@@ -186,7 +194,9 @@ class DonorPool:
         self.reuse.forget(node_id)
 
     def delete(self, node_id: str) -> None:
-        """Delete a donor everywhere."""
+        """Delete a donor everywhere, and the states that hold its tokens."""
+        if (node := self.tree.get(node_id)) is not None:
+            self.states.forget(node.namespace, node.wide_keys)
         self.store.delete(node_id)
         self.forget(node_id)
 

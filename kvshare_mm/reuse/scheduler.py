@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +33,9 @@ from kvshare_mm.reuse.repair import (
     with_factor,
 )
 from kvshare_mm.stream import Segment, SegmentStream
+
+if TYPE_CHECKING:
+    from kvshare_mm.store.states import StateStore
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,8 @@ class ReuseScheduler:
         calibration: what audits taught; None: the bound's constants hold as they are.
         default: the policy of requests that ask for none. Families are given up for it, and for
             those that bound divergence, whoever asks for them.
+        only_exact: why nothing similar can be reused with this model; None: it can.
+        states: of its recurrent layers; None: it can go on from anywhere.
     """
 
     def __init__(self, host_bytes: int, max_candidates: int = 4, num_holders: int = 1) -> None:
@@ -70,6 +76,8 @@ class ReuseScheduler:
         self.semantic: SemanticIndex | None = None
         self.calibration: Calibration | None = None
         self.default: RepairPolicy = MaxDivergence()
+        self.only_exact: Decline | None = None
+        self.states: StateStore | None = None
         self._max_bytes = max(_LEAST_KNOWN_BYTES, host_bytes // 2)
         self._num_holders = num_holders
         # Nodes whose KV is on its way, with their words; and by how many holders nodes were
@@ -102,6 +110,8 @@ class ReuseScheduler:
             look_only: the plan will not be carried out.
         """
         try:
+            if self.only_exact is not None:
+                return self._resumed(stream, ns, options, policy, self.only_exact)
             start = self._verdict(ns, policy)
             found = self._found(stream, ns, options, with_factor(policy, start.factor), similar)
             family = self.catalogue.family(found.plan.edited_from)
@@ -121,6 +131,22 @@ class ReuseScheduler:
             self.counters["lookup_error"] += 1
             logger.exception("donor lookup failed; computing in full")
             return Found(ReusePlan(len(stream), declined=Decline.LOOKUP_ERROR), 0.0, 0.0)
+
+    def _resumed(
+        self,
+        stream: SegmentStream,
+        ns: str,
+        options: PlannerOptions,
+        policy: RepairPolicy,
+        why: Decline,
+    ) -> Found:
+        """The exact prefix, as far as it can be gone on from."""
+        found = self._found(stream, ns, options.but_exact_only(), policy, ())
+        length = found.plan.num_exact
+        if self.states is not None:
+            length = self.states.longest(ns, stream.align_keys, length)
+        why = Decline.EXACT_ONLY if options.exact_only else why
+        return replace(found, plan=found.plan.resumed_at(length, why))
 
     def _found(
         self,

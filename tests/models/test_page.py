@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from kvshare_mm.models.support import windows
 
+from .test_states import CONTINUED, WHOLE
 from .test_support import MLA, SHAPE, SUPPORTED, UNSUPPORTED
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -27,9 +28,10 @@ def types() -> str:
         special = windows(config) or options is MLA or 0 in getattr(config, "no_rope_layers", [1])
         words = name.partition(" (")[2].rstrip(")")
         rows.setdefault(kind, f"| {words} | similar | {'declined' if special else 'similar'} |")
-    for name, (kind, _, _) in UNSUPPORTED.items():
+    for name, (kind, *_) in {**CONTINUED, **WHOLE, **UNSUPPORTED}.items():
         words = name.partition(" (")[2].rstrip(")")
-        rows.setdefault(kind, f"| {words} | declined | declined |")
+        natively = "exact" if name in CONTINUED else "declined"
+        rows.setdefault(kind, f"| {words} | {natively} | declined |")
     head = ["| model type | what is special | natively | inside vLLM |", "|---|---|---|---|"]
     return "\n".join([*head, *(f"| `{kind}` {row}" for kind, row in sorted(rows.items()))])
 

@@ -14,7 +14,8 @@ from transformers.utils import logging as hf_logging
 from kvshare_mm.attention import ATTENTION_NAME
 from kvshare_mm.kernels.ragged import RaggedQueries
 from kvshare_mm.models.loader import LoadedModel
-from kvshare_mm.models.support import KVShape, check_support
+from kvshare_mm.models.shape import KVShape
+from kvshare_mm.models.support import check_support
 from kvshare_mm.native.slots import PlainRunner, SlotRunner
 from kvshare_mm.reuse.rotary import rerotate
 
@@ -175,7 +176,7 @@ def _build(kind: str, options: dict[str, Any], dtype: torch.dtype = torch.float3
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def _loaded(model: Any, support: Any) -> LoadedModel:
+def _loaded(model: Any, support: Any, eos_token_ids: frozenset[int] = frozenset()) -> LoadedModel:
     return LoadedModel(
         name="tiny",
         model=model,
@@ -183,11 +184,12 @@ def _loaded(model: Any, support: Any) -> LoadedModel:
         device=torch.device("cpu"),
         dtype=torch.float32,
         context_len=512,
-        eos_token_ids=frozenset(),
+        eos_token_ids=eos_token_ids,
         fingerprint="tiny",
         rotary=support.rotary,
         kv_shape=support.kv_shape,
         unsupported=support.reason,
+        states=support.states,
     )
 
 

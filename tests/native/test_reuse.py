@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import MambaConfig, MambaForCausalLM
 
 from kvshare_mm import KVShare, RequestOptions
 
@@ -50,7 +50,8 @@ def test_a_model_that_cannot_share_is_served_in_full(tiny_folder: Path, tmp_path
     (tmp_path / "model.safetensors").unlink()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2)).eval()
+        config = MambaConfig(vocab_size=400, hidden_size=32, state_size=8, num_hidden_layers=2)
+        model = MambaForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
     prompts = _PROMPTS[:3]
     with KVShare(str(tmp_path), embedder=None, max_num_seqs=2) as llm:
