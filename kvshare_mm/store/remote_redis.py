@@ -74,9 +74,9 @@ class RedisStore:
         with self._use() as redis:
             redis.unlink(key)
 
-    def lease(self, key: str, ttl_s: float) -> None:
+    def lease(self, key: str, ttl_s: float) -> bool:
         with self._use() as redis:
-            redis.pexpire(key, int(1000 * ttl_s))
+            return bool(redis.pexpire(key, int(1000 * ttl_s)))
 
     def agree(self, key: str, mine: bytes) -> bytes:
         with self._use() as redis:

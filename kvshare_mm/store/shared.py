@@ -43,8 +43,8 @@ class RemoteStore(Protocol):
 
     def delete(self, key: str) -> None: ...
 
-    def lease(self, key: str, ttl_s: float) -> None:
-        """Keep a key for `ttl_s` seconds from now on."""
+    def lease(self, key: str, ttl_s: float) -> bool:
+        """Keep a key for `ttl_s` seconds from now on; False: it is not there."""
 
     def agree(self, key: str, mine: bytes) -> bytes:
         """What all that ask have in common for `key`: what the first of them brought."""
@@ -166,6 +166,10 @@ class SharedTier:
             _place(content, tensors, at, size, node_id)
             at += size
         return got, NodeKV(tensors["k"], tensors["v"])
+
+    def keep(self, node_id: str, namespace: str) -> bool:
+        """Keep a node for another while; False: it is not there. Raises KVUnavailableError."""
+        return self.remote.lease(_key(namespace, node_id), self.ttl_s)
 
     def delete(self, node_id: str, namespace: str) -> None:
         """Delete a node; an unknown one is not an error. Raises KVUnavailableError."""
