@@ -211,6 +211,8 @@ class KVShareConfig(BaseModel):
     def _whose_options(self) -> KVShareConfig:
         if self.engine == "native" and self.engine_options:
             raise ValueError("engine_options are for engine='vllm'")
+        if self.engine == "vllm" and self.shared_store:
+            raise ValueError("shared_store is for engine='native'")
         return self
 
     @model_validator(mode="after")

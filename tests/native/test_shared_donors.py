@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput
 from kvshare_mm.reuse import shared
+from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.reuse.shared import SharedDonors
 from kvshare_mm.store.remote_redis import RedisStore
 from kvshare_mm.store.shared import SharedTier
@@ -47,7 +50,7 @@ def replica(tiny_folder: Path, milvus: str, server: RedisServer) -> Iterator[Ope
         patient = {"shared_deadline_ms": 20_000}
         opened.append(KVShare(str(tiny_folder), **(usual | patient | options)))
         donors = inside(opened[-1]).donors
-        if donors.shared is not None:
+        if donors is not None and donors.shared is not None:
             donors.shared._tokens_per_s = 1.0  # as if computing took for ever
             donors.shared.computed = lambda *_: None
         return opened[-1]
@@ -311,3 +314,53 @@ def test_two_replicas_do_not_share_across_requests_that_are_told_exact(
     assert told(got) == told(want)
     assert got.provenance.reused == 0 < got.provenance.exact
     assert replace(got.provenance, spans=()).shared == got.provenance.exact
+
+
+_TENANTS = st.sampled_from(["", "a", "b"])
+_ASKED = st.tuples(st.integers(0, 1), _TENANTS, st.integers(0, 2), st.booleans())
+
+
+@given(st.lists(_ASKED, min_size=2, max_size=8))
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_history_crosses_tenants(
+    replicas_of_a_test: tuple[KVShare, KVShare], history: list[tuple[int, str, int, bool]]
+) -> None:
+    """Whatever two replicas were asked by whom: KV comes from donors of the same tenant."""
+    owners: dict[str, str] = {}
+    for llm in replicas_of_a_test:
+        assert llm.cache is not None
+        llm.cache.clear()
+        llm.flush(60)
+    for number, salt, patient, store in history:
+        llm = replicas_of_a_test[number]
+        prompt = _DONOR.replace("48210", str(patient))
+        output = ask(llm, prompt, cache_salt=salt, store=store)
+        for replica_ in replicas_of_a_test:
+            for node in inside(replica_).donors.nodes():
+                owners.setdefault(node.node_id, salt)
+                assert node.namespace == namespace(node.namespace[:32], owners[node.node_id])
+        assert {owners[donor] for donor in output.provenance.donors} <= {salt}
+
+
+@pytest.fixture
+def replicas_of_a_test(replica: OpenReplica) -> tuple[KVShare, KVShare]:
+    return replica(), replica()
+
+
+def test_redis_killed_while_requests_are_answered(
+    replica: OpenReplica, server: RedisServer
+) -> None:
+    """Again and again, in the middle: all are answered, and rightly."""
+    one, two, alone = replica(), replica(), replica(reuse="off", shared_store=None)
+    for number in range(20):
+        for llm in (one, two):  # as if it had been left alone for long enough
+            inside(llm).donors.shared._tier.remote._down_until = 0.0
+        ask(one, f"{number}. {_DONOR}")
+        prompt = f"{number}. {_DONOR} And value {number}?"
+        inbox = Inbox(two, prompt, params(4), RequestOptions(reuse="exact"))
+        server.kill()
+        want = alone.generate(prompt, params(4))
+        assert inbox.result().token_ids == want.token_ids
+        server.start()
+    two.flush(60)
+    assert two.stats()["requests"].get("failed", 0) == 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import ConfigError, KVUnavailableError
 from kvshare_mm.node import Piece, Span
 from kvshare_mm.store.base import NodeKV, StoredNode
@@ -209,3 +210,16 @@ def test_a_server_that_fails_is_left_alone_and_tried_again(
 def test_urls_that_cannot_be_one_are_told_at_once() -> None:
     with pytest.raises(ConfigError, match="shared_store"):
         RedisStore("localhost:6379")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs index_uri"),
+        ({"index_uri": "here.db"}, "needs index_uri"),
+        ({"index_uri": "http://there:19530", "engine": "vllm"}, "engine='native'"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        KVShareConfig.of(shared_store="redis://there", **options)
