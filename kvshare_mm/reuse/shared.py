@@ -78,7 +78,7 @@ class SharedDonors:
         self._mine = secrets.token_bytes(32)
         self._tokens_per_s = _FIRST_RATE
         self._bytes_per_s: float | None = None
-        self._queue: queue.Queue[tuple[str, str, bool] | None] = queue.Queue(_MAX_QUEUED)
+        self._queue: queue.Queue[tuple[str, str, bool] | None] = queue.Queue()
         self._closing = threading.Event()
         self._purged = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="kvshare-publish", daemon=True)
@@ -145,7 +145,7 @@ class SharedDonors:
             self._counters["shared_late"] += 1
             return
         begun = time.perf_counter()
-        heads = self._heads(found, ns)
+        heads = self._heads(found, ns, Deadline(alone.num_computed / self._tokens_per_s))
         nodes = [head.node for head in heads.values()]
         plan = plan_with(nodes)
         saved_s = (alone.num_computed - plan.num_computed) / self._tokens_per_s
@@ -162,19 +162,28 @@ class SharedDonors:
         start = time.perf_counter()
         try:
             got = {i: self._tier.rows(heads[i], rows, deadline) for i, rows in wanted.items()}
-        finally:
-            self._measured(num_bytes, time.perf_counter() - start)
+        except KVUnavailableError as error:
+            if error.reason == "too_slow":  # not even that fast
+                self._measured(num_bytes, time.perf_counter() - start)
+            raise
+        self._measured(num_bytes, time.perf_counter() - start)
+        self._counters["shared_read_bytes"] += num_bytes
         self._adopt(heads, got, ns)
 
-    def _heads(self, node_ids: Sequence[str], ns: str) -> dict[str, Head]:
+    def _heads(
+        self, node_ids: Sequence[str], ns: str, clock: Callable[[], None]
+    ) -> dict[str, Head]:
         """Candidates and the owners of what they borrow, as far as they are to be had."""
         heads: dict[str, Head] = {}
         missing: KVUnavailableError | None = None
         todo = list(dict.fromkeys(node_ids))
         for node_id in todo:
+            clock()
             try:
                 head = self._tier.head(node_id, ns)
             except KVUnavailableError as error:
+                if error.reason == "shared_down":
+                    raise
                 missing = error
                 continue
             if self._gives_more(head.node):
@@ -232,6 +241,8 @@ class SharedDonors:
             node = narrowed(head.node, rows, borrowed)
             if not node.own and not node.pieces:
                 continue
+            if not self._gives_more(node) and tree.get(node_id) is not None:
+                continue  # it became more here meanwhile, and others may borrow that
             if self._donors.adopt(node, kv):
                 self.taken.add(node_id)
                 self._counters["shared_taken"] += 1
@@ -256,7 +267,6 @@ class SharedDonors:
         rate = num_bytes / max(seconds, 1e-6)
         before = self._bytes_per_s
         self._bytes_per_s = rate if before is None else before + _NEW_SHARE * (rate - before)
-        self._counters["shared_read_bytes"] += num_bytes
         self._counters["shared_read_us"] += int(1e6 * seconds)
 
     def _fingerprints(self, ns: str) -> Fingerprints:
@@ -270,8 +280,10 @@ class SharedDonors:
         self._order(node_id, ns, True)
 
     def withdraw(self, node_id: str, ns: str) -> None:
-        """Share a donor no longer. Replicas that have taken it over keep it."""
-        self._order(node_id, ns, False)
+        """Share a donor no longer. Replicas that have taken it over keep it, and who took it over
+        does not withdraw it."""
+        if node_id not in self.taken:
+            self._order(node_id, ns, False)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was given so far is published, or failed; False: time ran out."""
@@ -284,17 +296,16 @@ class SharedDonors:
         """Publish what is left, for a few seconds at most, then stop."""
         self.flush(timeout_s)
         self._closing.set()
-        with suppress(queue.Full):  # the thread looks at `_closing` behind each batch
-            self._queue.put_nowait(None)
+        self._queue.put(None)
         self._thread.join(timeout_s)
         self._catalogue.close()
         self._tier.remote.close()
 
     def _order(self, node_id: str, ns: str, publish: bool) -> None:
-        try:
-            self._queue.put_nowait((node_id, ns, publish))
-        except queue.Full:
+        if publish and self._queue.qsize() >= _MAX_QUEUED:  # what is deleted is never forgotten
             self._counters["shared_write_queue_full"] += 1
+        else:
+            self._queue.put((node_id, ns, publish))
 
     def _run(self) -> None:
         while not self._closing.is_set():

@@ -238,13 +238,8 @@ def test_a_request_does_not_wait_for_a_catalogue_that_is_slow(replica: OpenRepli
 def test_a_fetch_that_takes_longer_than_computing_is_given_up(replica: OpenReplica) -> None:
     one, two = replica(), replica()
     ask(one, _DONOR)
-    donors = inside(two).donors.shared
-    gate = Gate(donors._tier.remote, "get")  # the first read is that of the record
-    donors._tokens_per_s = 1e9
-    inbox = Inbox(two, _TARGET, params(4), _UNSTORED)
-    gate.wait()
-    assert inbox.result().provenance.declined == "no_donor"
-    gate.open()
+    inside(two).donors.shared._tokens_per_s = 1e9
+    assert ask(two, _TARGET, store=False).provenance.declined == "no_donor"
     inside(two).engine._searches.close()
     assert events(two)["shared_read_too_slow"] == 1
     assert two.stats()["donors"]["nodes"] == 0
@@ -289,6 +284,15 @@ def test_a_deleted_donor_is_shared_no_more(replica: OpenReplica, server: RedisSe
     one.cache.clear()
     assert one.flush(60)
     assert server.nodes() == []
+    # Who only took it over takes nothing back.
+    ask(one, _DONOR)
+    assert ask(two, _TARGET, store=False).provenance.shared > 0
+    assert two.cache is not None
+    two.cache.clear()
+    assert two.flush(60)
+    assert len(server.nodes()) == 1
+    one.cache.clear()
+    assert one.flush(60)
     assert ask(two, _TARGET).provenance.declined == "no_donor"
 
 
