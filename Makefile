@@ -1,7 +1,7 @@
 # Needs nothing but make and python3 >= 3.11; everything else goes into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= bench,demo,dev,otel,server
+EXTRAS ?= bench,demo,dev,otel,redis,server
 DIST ?= dist
 # The vLLM engine on a CPU lives in an environment of its own: it holds some packages back.
 VLLM_VENV ?= .venv-vllm

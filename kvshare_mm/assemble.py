@@ -6,6 +6,7 @@ import atexit
 import logging
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,6 +18,7 @@ from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.grammar import Grammars
 from kvshare_mm.index.semantic import Opened
+from kvshare_mm.index.shared import SharedCatalogue
 from kvshare_mm.modalities.decode_pool import DecodePool
 from kvshare_mm.modalities.decoding import Decoder, InProcess
 from kvshare_mm.modalities.registry import adapters_for
@@ -33,9 +35,12 @@ from kvshare_mm.reuse.calibration import Calibration
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.editor import KVEditor
 from kvshare_mm.reuse.plan import Decline
+from kvshare_mm.reuse.shared import SharedDonors
 from kvshare_mm.reuse.words import joining_tokens
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
+from kvshare_mm.store.remote_redis import RedisStore
+from kvshare_mm.store.shared import RemoteStore, SharedTier
 from kvshare_mm.stream import Modality
 
 if TYPE_CHECKING:
@@ -130,6 +135,7 @@ def assemble(config: KVShareConfig) -> Parts:
     """
     # The store first: a folder that cannot be written is known in a moment, a model is not.
     disk = DiskTier(config.store_dir / "kv", config.disk_bytes) if config.store_dir else None
+    remote = RedisStore(config.shared_store) if config.shared_store else None
     loaded = load_model(
         config.model,
         dtype=config.dtype,
@@ -155,9 +161,10 @@ def assemble(config: KVShareConfig) -> Parts:
     else:
         runner = SlotRunner(loaded, config.max_num_seqs, max_len, chunk, drafts=config.drafts)
     if config.reuse != "off" and not isinstance(runner, PlainRunner):
-        donors = _donors(config, loaded, disk, embedder)
+        donors = _donors(config, loaded, disk, embedder, remote)
     elif config.reuse != "off" and isinstance(runner, StateRunner):
-        donors = _donors(config, loaded, disk, None)  # by meaning, nothing is found that helps
+        # By meaning, nothing is found that helps, and states are not shared with other replicas.
+        donors = _donors(config, loaded, disk, None, None)
     encoder = None
     if loaded.family is not None:
         encoder = MediaEncoder(loaded, donors.store if donors else None)
@@ -174,7 +181,16 @@ def assemble(config: KVShareConfig) -> Parts:
                 loaded.tokenizer,
                 encoder,
             )
-    engine = NativeEngine(loaded, runner, prefiller, donors, max_len, config.max_queue, auditor)
+    engine = NativeEngine(
+        loaded,
+        runner,
+        prefiller,
+        donors,
+        max_len,
+        config.max_queue,
+        auditor,
+        config.shared_deadline_ms / 1000,
+    )
     seen = None
     decoder: Decoder = InProcess()
     if loaded.family is not None:
@@ -245,6 +261,7 @@ def _donors(
     loaded: LoadedModel,
     disk: DiskTier | None,
     embedder: Callable[[], TextEmbedder] | None,
+    remote: RemoteStore | None,
 ) -> DonorPool:
     shape, only_exact = loaded.kv_shape, None
     if loaded.states is not None:
@@ -256,7 +273,7 @@ def _donors(
         logger.info(
             "KV of %d tokens fits into %.1f GiB of RAM", budget // per_token, budget / 2**30
         )
-    return DonorPool(
+    donors = DonorPool(
         loaded.fingerprint,
         KVEditor(loaded.rotary, loaded.attention_backend),
         HostTier(budget),
@@ -266,6 +283,13 @@ def _donors(
         joining_tokens(loaded.tokenizer),
         only_exact,
     )
+    if remote is not None:
+        ttl_s = config.shared_ttl_s
+        catalogue = SharedCatalogue(
+            str(config.index_uri), uuid.uuid4().hex, ttl_s, config.index_token or ""
+        )
+        donors.shared = SharedDonors(donors, SharedTier(remote, ttl_s), catalogue)
+    return donors
 
 
 def _calibration(config: KVShareConfig, donors: DonorPool, fingerprint: str) -> Calibration | None:

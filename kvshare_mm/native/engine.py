@@ -32,7 +32,7 @@ from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN
 from kvshare_mm.native.prefill import Prefiller, provenance
 from kvshare_mm.native.request import SlotRequest
 from kvshare_mm.native.saver import Saver, save_request
-from kvshare_mm.native.searcher import Searcher
+from kvshare_mm.native.searcher import Searches
 from kvshare_mm.native.slots import ModelRunner, works
 from kvshare_mm.native.waiting import WaitingRequests
 from kvshare_mm.outputs import FinishReason, count_use
@@ -60,6 +60,7 @@ class NativeEngine:
         max_model_len: longest prompt plus answer.
         max_queue: requests that may wait, see `FairQueue`.
         auditor: computes some requests in full when nothing else is to do; None: nobody does.
+        help_s: longest that a prompt waits to hear whether other replicas have a donor for it.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class NativeEngine:
         max_model_len: int,
         max_queue: int,
         auditor: Auditor | None = None,
+        help_s: float = 0.015,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._loaded = loaded
@@ -89,7 +91,7 @@ class NativeEngine:
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
         self._thread.start()
-        self._searcher = Searcher(donors)
+        self._searches = Searches(donors, prefiller, self._changed, help_s)
 
     # -- called from any thread -------------------------------------------------------------
 
@@ -108,6 +110,7 @@ class NativeEngine:
                 raise EngineClosedError("the engine is closed")
             if spec.options.reuse != "off":
                 self._waiting.hold(request, self._saver.last.get(spec.namespace, 0))
+                self._searches.hold(request)
             must_wait = bool(self._waiting) or not self._free
             try:
                 self._waiting.add(spec.options.tenant, request)
@@ -116,8 +119,7 @@ class NativeEngine:
                 raise
             self._known[request.request_id] = request
             self._changed.notify_all()
-        if must_wait and spec.options.reuse == "similar":
-            self._searcher.look(request)
+        self._searches.look(request, must_wait)
         return request.request_id
 
     def cancel(self, request_id: str) -> None:
@@ -168,7 +170,7 @@ class NativeEngine:
             self._changed.notify_all()
         self._thread.join()
         self._saver.close()
-        self._searcher.close()
+        self._searches.close()
 
     # -- the engine's thread ----------------------------------------------------------------
 
@@ -197,7 +199,7 @@ class NativeEngine:
                 audit_s = None if held else self._audit_s()
                 if audit_s == 0:
                     break
-                self._changed.wait(self._waiting.MAX_HOLD_S if held else audit_s)
+                self._changed.wait(self._waiting.longest_s if held else audit_s)
             if self._closing:
                 return False
             gone = self._waiting.drop_gone()
@@ -278,6 +280,7 @@ class NativeEngine:
             return
         request.computing = None
         plan = request.prefill.plan
+        self._searches.computed(request.prefill)
         count_use(self.counters, provenance(request.prefill))
         self.counters["prompt_tokens"] += plan.num_tokens
         if self._auditor is not None:

@@ -23,6 +23,7 @@ from kvshare_mm.outputs import MediaUse, Provenance, Span
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.plan import Decline, PlannerOptions, ReusePlan
 from kvshare_mm.reuse.repair import RepairPolicy
+from kvshare_mm.reuse.shared import MoreTime
 from kvshare_mm.stream import SegmentStream
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class PrefillResult:
         media: the prompt's pictures and clips.
         rope_delta: rotary position minus index of the answer's tokens.
         likely: ``[A]`` int64, what may be answered, from what a donor was; empty: nothing is known.
+        shared: ids of the plan's donors that another replica made.
     """
 
     logits: torch.Tensor
@@ -59,6 +61,7 @@ class PrefillResult:
     media: tuple[MediaUse, ...] = ()
     rope_delta: int = 0
     likely: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    shared: frozenset[str] = frozenset()
 
 
 @dataclass(eq=False, slots=True)
@@ -67,7 +70,7 @@ class Prefill:
 
     Attributes:
         tail: records where the last position looks; None: nobody needs that.
-        fallback, lookup, planning, edit, likely: see `PrefillResult`.
+        fallback, lookup, planning, edit, likely, shared: see `PrefillResult`.
         done: so many of the plan's positions are computed.
         seconds: that this took, the media's encoders included.
     """
@@ -83,6 +86,7 @@ class Prefill:
     planning: float
     edit: float
     likely: np.ndarray
+    shared: frozenset[str]
     done: int = 0
     seconds: float = 0.0
 
@@ -112,6 +116,7 @@ class Prefill:
             media=self.media.uses,
             rope_delta=self.stream.rope_delta,
             likely=self.likely,
+            shared=self.shared,
         )
 
 
@@ -198,11 +203,40 @@ class Prefiller:
             if self._donors is not None and store and reuse != "off":
                 self._runner.begin(slot, stream.token_ids, plan.num_exact, plan.parted)
         likely = np.empty(0, np.int64)
+        shared: frozenset[str] = frozenset()
+        if self._donors is not None and self._donors.shared is not None:
+            shared = frozenset(plan.donors) & self._donors.shared.taken
         if self._donors is not None and plan.edited_from is not None:
             likely = self._donors.likely_answer(plan, stream.align_keys)
         return Prefill(
-            self._runner, slot, stream, plan, media, tail, fallback, lookup, planning, edit, likely
+            self._runner,
+            slot,
+            stream,
+            plan,
+            media,
+            tail,
+            fallback,
+            lookup,
+            planning,
+            edit,
+            likely,
+            shared,
         )
+
+    def bring(
+        self,
+        stream: SegmentStream,
+        ns: str,
+        reuse: Reuse,
+        policy: RepairPolicy | None,
+        similar: tuple[str, ...],
+        more_time: MoreTime,
+    ) -> None:
+        """Take over what of other replicas' donors a prompt can use, see `SharedDonors.bring`."""
+        if self._donors is not None and self._donors.shared is not None and reuse != "off":
+            options = self._options.but_exact_only() if reuse == "exact" else self._options
+            policy = policy or self._policy
+            self._donors.shared.bring(stream, ns, options, policy, similar, more_time)
 
     def _plan(
         self,
@@ -361,4 +395,5 @@ def provenance(result: PrefillResult) -> Provenance:
         spans=spans,
         media=result.media,
         expected_divergence=plan.promise.expected if plan.promise else None,
+        shared=int(np.isin(owner, [names[donor] for donor in result.shared]).sum()),
     )

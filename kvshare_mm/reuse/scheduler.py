@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,7 @@ class ReuseScheduler:
         policy: RepairPolicy,
         similar: tuple[str, ...] = (),
         look_only: bool = False,
+        beside: Sequence[Node] = (),
     ) -> Found:
         """Plan the reuse of stored requests for a prompt, repairs included.
 
@@ -108,12 +110,15 @@ class ReuseScheduler:
                 approximate donors.
             similar: ids that a search by meaning brought in time, if any.
             look_only: the plan will not be carried out.
+            beside: nodes that are planned with as if they were here.
         """
         try:
             if self.only_exact is not None:
                 return self._resumed(stream, ns, options, policy, self.only_exact)
             start = self._verdict(ns, policy)
-            found = self._found(stream, ns, options, with_factor(policy, start.factor), similar)
+            found = self._found(
+                stream, ns, options, with_factor(policy, start.factor), similar, beside
+            )
             family = self.catalogue.family(found.plan.edited_from)
             verdict = start
             if found.plan.num_reused:
@@ -121,7 +126,7 @@ class ReuseScheduler:
             if verdict.factor > start.factor and found.plan.continued.any():
                 # What a donor was continued for is more than this family can be trusted with.
                 stricter = with_factor(policy, verdict.factor)
-                found = self._found(stream, ns, options, stricter, similar)
+                found = self._found(stream, ns, options, stricter, similar, beside)
                 family = self.catalogue.family(found.plan.edited_from)
             begun = time.perf_counter()
             plan = self._kept_to(found.plan, policy, family, verdict)
@@ -155,6 +160,7 @@ class ReuseScheduler:
         options: PlannerOptions,
         policy: RepairPolicy,
         similar: tuple[str, ...],
+        beside: Sequence[Node],
     ) -> Found:
         return self.catalogue.find(
             stream.align_keys,
@@ -163,6 +169,7 @@ class ReuseScheduler:
             similar,
             stream.positions,
             stream.pictures,
+            beside,
         )
 
     def _verdict(
@@ -303,6 +310,12 @@ class ReuseScheduler:
             self.counters["forgotten"] += 1
             if self.semantic is not None:
                 self.semantic.remove(node_id)
+
+    def adopted(self, node: Node) -> None:
+        """A node came from elsewhere, or more of it than was here: it can be found from now on."""
+        if self.catalogue.replace(node):
+            return
+        self._add(node)
 
     def _add(self, node: Node) -> None:
         self.catalogue.add(node)
