@@ -146,7 +146,7 @@ class ReuseScheduler:
         why: Decline,
     ) -> Found:
         """The exact prefix, as far as it can be gone on from."""
-        found = self._found(stream, ns, options.but_exact_only(), policy, ())
+        found = self._found(stream, ns, options.but_exact_only(), policy, (), ())
         length = found.plan.num_exact
         if self.states is not None:
             length = self.states.longest(ns, stream.align_keys, length)
