@@ -117,17 +117,15 @@ def random_model(
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _EVERY_OTHER = ["sliding_attention", "full_attention"] * 2
 _WINDOWS = {"sliding_window": 24, "layer_types": _EVERY_OTHER, "num_hidden_layers": 4}
-# What an architecture wants beside the sizes that all have.
-_OWN: dict[str, dict[str, Any]] = {
+# Those that vLLM is tested with, and what they want beside the sizes that all have.
+RANDOM_MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
-    "qwen3": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, **_WINDOWS},
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32, **_WINDOWS},
     "gpt_oss": {"head_dim": 32, **_MOE, **_WINDOWS},
     "olmo3": _WINDOWS,
     "smollm3": {"num_hidden_layers": 4, "head_dim": 32},
-    "exaone4": {"head_dim": 32, "sliding_window_pattern": 2, **_WINDOWS},
     "llama4_text": {
         "head_dim": 32,
         "num_hidden_layers": 4,
@@ -135,6 +133,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "intermediate_size_mlp": 96,
         "no_rope_layers": [1, 1, 1, 0],
         **_MOE,
+        "num_experts_per_tok": 1,
     },
 }
 
@@ -156,7 +155,7 @@ def _build_random(architecture: str, folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    config = AutoConfig.for_model(architecture, **{**sizes, **_OWN[architecture]})
+    config = AutoConfig.for_model(architecture, **{**sizes, **RANDOM_MODELS[architecture]})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)

@@ -41,7 +41,6 @@ def rotary_spec(
         before, after = (_computed(layers, run, positions + n) for n in (0, _PROBE_SHIFT))
     best: list[int] = []
     for interleaved, table in _rotations(model):
-        table = torch.cat((table, torch.zeros_like(table[:1])))  # a layer may rotate nothing
         specs = [RotarySpec(angles[None], interleaved) for angles in table]
         rows: list[int] = []
         for kv in zip(before, after, strict=True):
@@ -63,7 +62,7 @@ def rotary_spec(
 
 def _rotations(model: Any) -> list[tuple[bool, torch.Tensor]]:
     """Ways that the model may rotate in: whether neighbours are pairs, and the different
-    ``[n, rotary_dim / 2]`` angles per position."""
+    ``[n, rotary_dim / 2]`` angles per position, the last of them none."""
     ways: dict[tuple[bool, int], list[torch.Tensor]] = {}
 
     def add(angles: torch.Tensor, *styles: bool) -> None:
@@ -83,7 +82,10 @@ def _rotations(model: Any) -> list[tuple[bool, torch.Tensor]]:
             for name, value in module.named_buffers(recurse=False):
                 if name.endswith("inv_freq") and value.ndim == 1:
                     add(value.detach().float().cpu(), False, True)
-    return [(interleaved, torch.stack(table)) for (interleaved, _), table in ways.items()]
+    return [
+        (interleaved, torch.stack([*table, torch.zeros(width)]))
+        for (interleaved, width), table in ways.items()
+    ]
 
 
 def _computed(

@@ -12,6 +12,7 @@ import pytest
 from kvshare_mm import KVShare, SamplingParams, assets
 from kvshare_mm.models.loader import load_tokenizer, locate
 
+from ..conftest import RANDOM_MODELS
 from .engines import Shared, assert_as_native, first_token, shared_engine, tokens
 
 pytestmark = pytest.mark.vllm
@@ -41,18 +42,22 @@ def _real_pairs(model: str) -> Pairs:
     return pairs  # type: ignore[return-value]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "tiny-vl", "smollm2"])
+@pytest.fixture(scope="module", params=[*RANDOM_MODELS, "tiny-vl", "smollm2"])
 def case(
     request: pytest.FixtureRequest, random_model: Callable[[str], Path]
 ) -> Iterator[tuple[Shared, KVShare, Pairs]]:
     real = request.param == "smollm2"
-    made = request.param in ("llama", "qwen2")
-    folder = str(random_model(request.param)) if made else locate(request.param)
+    folder = str((random_model if request.param in RANDOM_MODELS else locate)(request.param))
     pairs = _real_pairs(folder) if real else _random_pairs()
     options = {"lookup_deadline_s": 30, "min_load_tokens": 1}
     with (
         KVShare(folder, dtype="float32", embedder=None) as native,
-        shared_engine(folder, options, max_model_len=None if not real else 2048) as shared,
+        shared_engine(
+            folder,
+            options,
+            max_model_len=None if not real else 2048,
+            disable_hybrid_kv_cache_manager=True,  # which changes models with windows alone
+        ) as shared,
     ):
         yield shared, native, pairs
 
