@@ -68,7 +68,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_model(
     tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """Folder of a random "llama" or "qwen2"; vLLM's CPU attention wants heads of 32 and more."""
+    """Folder of a random model of an architecture that vLLM runs, its windows far shorter than
+    prompts; its CPU attention wants heads of 32 and more."""
 
     def folder(architecture: str) -> Path:
         made = tmp_path_factory.getbasetemp() / f"vllm-{architecture}"
@@ -80,12 +81,36 @@ def random_model(
     return folder
 
 
+_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_EVERY_OTHER = ["sliding_attention", "full_attention"] * 2
+_WINDOWS = {"sliding_window": 24, "layer_types": _EVERY_OTHER, "num_hidden_layers": 4}
+# Those that vLLM is tested with, and what they want beside the sizes that all have.
+RANDOM_MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, **_WINDOWS},
+    "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32, **_WINDOWS},
+    "gpt_oss": {"head_dim": 32, **_MOE, **_WINDOWS},
+    "olmo3": _WINDOWS,
+    "smollm3": {"num_hidden_layers": 4, "head_dim": 32},
+    "llama4_text": {
+        "head_dim": 32,
+        "num_hidden_layers": 4,
+        "attention_chunk_size": 32,
+        "intermediate_size_mlp": 96,
+        "no_rope_layers": [1, 1, 1, 0],
+        **_MOE,
+        "num_experts_per_tok": 1,
+    },
+}
+
+
 def _build_random(architecture: str, folder: Path, hidden_size: int = 128) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[architecture](
+    sizes: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=96,
@@ -97,6 +122,7 @@ def _build_random(architecture: str, folder: Path, hidden_size: int = 128) -> No
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    config = AutoConfig.for_model(architecture, **{**sizes, **RANDOM_MODELS[architecture]})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)

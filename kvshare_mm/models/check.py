@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     Qwen2_5OmniThinkerTextModel,
 )
 from transformers.models.qwen2_5_omni import Qwen2_5OmniTextConfig
 
-from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.models.decoder import Decoder
 from kvshare_mm.models.family import MEDIA
-from kvshare_mm.models.loader import locate
+from kvshare_mm.models.loader import locate, read_config
 from kvshare_mm.models.shape import KVShape
 from kvshare_mm.models.states import CachedModel, state_bytes
 from kvshare_mm.models.support import (
@@ -102,12 +100,7 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> Checked:
     Raises:
         ModelLoadError: the configuration cannot be read.
     """
-    source = locate(name)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of transformers, the hub, or code from the hub
-        raise ModelLoadError(f"Could not read the model {name!r}. {error}") from error
-    return check_config(config)
+    return check_config(read_config(locate(name), trust_remote_code=trust_remote_code))
 
 
 def check_config(config: Any) -> Checked:

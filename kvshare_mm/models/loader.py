@@ -179,6 +179,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise ModelLoadError(f"Could not load the tokenizer of {name!r}. {error}") from error
 
 
+def read_config(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model in a folder or at the hub. Raises ModelLoadError."""
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of transformers, the hub, or code from the hub
+        raise ModelLoadError(f"Could not read the model {source!r}. {error}") from error
+
+
 def measured_dtype(source: str, device: str = "auto", *, trust_remote_code: bool = False) -> str:
     """What dtype "auto" means for a model on this machine, e.g. "float32".
 
@@ -188,10 +196,7 @@ def measured_dtype(source: str, device: str = "auto", *, trust_remote_code: bool
     Raises:
         ModelLoadError: the model's configuration cannot be read.
     """
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of transformers, the hub, or code from the hub
-        raise ModelLoadError(f"Could not read the model {source!r}. {error}") from error
+    config = read_config(source, trust_remote_code=trust_remote_code)
     return str(_dtype("auto", config, _device(device))).removeprefix("torch.")
 
 

@@ -19,10 +19,12 @@ from kvshare_mm.store.base import StoredNode
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A piece, the row of its owner's KV that it starts at, and what its keys are turned by."""
+    """A piece, the rows of its owner's KV and of the slot that it starts at, and what its keys are
+    turned by."""
 
     piece: Piece
     row: int
+    target: int
     shift: int
 
 
@@ -47,6 +49,7 @@ class KVEditor:
         k: torch.Tensor,
         v: torch.Tensor,
         positions: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
     ) -> int:
         """Write the KV of `pieces` into a slot.
 
@@ -59,6 +62,8 @@ class KVEditor:
             k: ``[num_layers, num_kv_heads, max_len, head_dim]``, the slot's keys, written.
             v: the slot's values, written.
             positions: ``[3, N]`` rotary positions of the target; None: the index.
+            rows: ``[N]`` where in the slot a position is, one behind the other within a piece;
+                None: at its index.
 
         Returns:
             Bytes written.
@@ -69,7 +74,9 @@ class KVEditor:
         owners = {owner: read(owner) for owner in dict.fromkeys(p.owner for p in pieces)}
         placed: dict[str, list[_Placed]] = {owner: [] for owner in owners}
         for piece in pieces:
-            placed[piece.owner].append(_place(piece, owners[piece.owner].node, positions))
+            target = piece.start if rows is None else int(rows[piece.start])
+            node = owners[piece.owner].node
+            placed[piece.owner].append(_place(piece, node, positions, target))
         if self._spec is None and any(p.shift for part in placed.values() for p in part):
             raise ValueError("a shifted piece needs the model's rotation")
         backend = resolve(self._backend, k.device)
@@ -98,8 +105,8 @@ class KVEditor:
                     part_v = rerotate(part_v, shift, self._spec)
                 else:
                     part_k = rerotate(part_k, shift, self._spec)
-            k[:, :, piece.start : piece.end] = part_k
-            v[:, :, piece.start : piece.end] = part_v
+            k[:, :, part.target : part.target + piece.length] = part_k
+            v[:, :, part.target : part.target + piece.length] = part_v
 
     def _move_at_once(
         self,
@@ -122,7 +129,9 @@ class KVEditor:
             torch.cat(
                 [torch.arange(r, r + p.length) for p, r in zip(pieces, rows, strict=True)]
             ).to(device),
-            torch.cat([torch.arange(p.start, p.end) for p in pieces]).to(device),
+            torch.cat([torch.arange(p.target, p.target + p.piece.length) for p in placed]).to(
+                device
+            ),
             torch.arange(len(placed), dtype=torch.int32).repeat_interleave(lengths).to(device),
             cos.to(device),
             sin.to(device),
@@ -138,14 +147,14 @@ class KVEditor:
             edit_kv(source_k, source_v, k[:, None], v[:, None], edit, "triton")
 
 
-def _place(piece: Piece, owner: Node, positions: np.ndarray | None) -> _Placed:
+def _place(piece: Piece, owner: Node, positions: np.ndarray | None, target: int) -> _Placed:
     row = owner.owned_row(piece.owner_start, piece.length)
     if row is None:
         raise ValueError(f"{piece.owner} does not own {piece}")
     shift = uniform_shift(positions, piece.start, owner.positions, piece.owner_start, piece.length)
     if shift is None:
         raise ValueError(f"the positions of {piece} do not move as one")
-    return _Placed(piece, row, shift)
+    return _Placed(piece, row, target, shift)
 
 
 def _position_bytes(kv: torch.Tensor) -> int:

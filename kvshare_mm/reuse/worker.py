@@ -39,6 +39,7 @@ class ReuseWorker:
         k: torch.Tensor,
         v: torch.Tensor,
         positions: np.ndarray | None,
+        rows: np.ndarray | None = None,
     ) -> None:
         """Write donors' KV where a request computes. All is read before the first byte is written.
 
@@ -48,6 +49,7 @@ class ReuseWorker:
             k: ``[num_layers, num_kv_heads, >= N, head_dim]``, written.
             v: the same.
             positions: ``[3, N]`` rotary positions of the request; None: the index.
+            rows: see `KVEditor.edit`.
 
         Raises:
             KVUnavailableError: a donor cannot be had, or is not of this model.
@@ -61,7 +63,7 @@ class ReuseWorker:
             return stored
 
         with torch.inference_mode():
-            self._editor.edit(pieces, read, k, v, positions)
+            self._editor.edit(pieces, read, k, v, positions, rows)
 
     def save(self, node: Node, k: torch.Tensor, v: torch.Tensor, lasting: bool = True) -> Report:
         """Keep what a node owns of a request's KV, and tell what became of that.

@@ -8,7 +8,8 @@ from typing import Any
 
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import ConfigError
-from kvshare_mm.models.loader import locate, measured_dtype
+from kvshare_mm.models.loader import locate, measured_dtype, read_config
+from kvshare_mm.models.support import declared_obstacle, windows
 from kvshare_mm.vllm.launch import kv_transfer_config
 from kvshare_mm.vllm.options import SHARED_OPTIONS
 
@@ -52,6 +53,9 @@ def engine_arguments(config: KVShareConfig) -> dict[str, Any]:
         raise ConfigError("engine_options: kv_transfer_config is what KVShare sets")
     source = locate(config.model)
     named = {name: getattr(config, name) for name in ("max_model_len", "max_num_seqs")}
+    text = read_config(source, trust_remote_code=config.trust_remote_code).get_text_config()
+    # Or it drops the KV behind them, and nothing can be shared.
+    whole = declared_obstacle(text) is None and windows(text) and config.reuse != "off"
     return {
         "model": source,
         "dtype": config.dtype
@@ -62,6 +66,7 @@ def engine_arguments(config: KVShareConfig) -> dict[str, Any]:
         "kv_transfer_config": kv_transfer_config(
             {name: getattr(config, name) for name in SHARED_OPTIONS & given}
         ),
+        **({"disable_hybrid_kv_cache_manager": True} if whole else {}),
         **own,
     }
 

@@ -78,10 +78,13 @@ def build_runner(
     known = vllm_config.compilation_config.static_forward_context
     group = kv_cache_config.kv_cache_groups[0]
     layers = {name: known[name] for name in group.layer_names if name in kv_caches}
+    if any(getattr(x, "kv_sharing_target_layer_name", None) for x in known.values()):
+        raise ValueError("some of its layers use another's KV")
     model_config = vllm_config.model_config
     forward = PartialForward(
         vllm_config, model, layers, group.kv_cache_spec, bool(model_config.uses_mrope)
     )
+    rotary = rotary_spec(model, layers, forward.probe)
     parallel = vllm_config.parallel_config
     ranks = int(parallel.world_size)
     disk = None
@@ -94,7 +97,7 @@ def build_runner(
         layers,
         PageLayout(next(iter(layers.values()))),
         forward,
-        ReuseWorker(store, KVEditor(rotary_spec(model))),
+        ReuseWorker(store, KVEditor(rotary)),
         gone,
         _agreement(ranks),
         options.recompute_per_step,

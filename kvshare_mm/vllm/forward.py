@@ -16,7 +16,9 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kvshare_mm.attention import TailAttention
+from kvshare_mm.kernels.scoring import Scoring
 from kvshare_mm.node import Span
+from kvshare_mm.vllm.watch import watching
 
 
 class PartialForward:
@@ -47,10 +49,15 @@ class PartialForward:
         self._block_size = int(spec.block_size)
         # Kernels may address finer blocks than the scheduler does.
         self._split = self._block_size // int(first.kv_cache.shape[2])
-        # The runner's builder holds the batch of the step that is under way.
-        self._builder = first.attn_backend.get_builder_cls()(
-            spec, list(layers), vllm_config, self._device
-        )
+        # As vLLM's runner groups them: chunked layers have a backend of their own.
+        alike: dict[Any, list[str]] = {}
+        for name, layer in layers.items():
+            alike.setdefault((layer.attn_backend.full_cls_name(), layer.num_heads), []).append(name)
+        # The runner's builders hold the batch of the step that is under way.
+        self._builders = []
+        for names in alike.values():
+            kind = layers[names[0]].attn_backend.get_builder_cls()
+            self._builders.append((names, kind(spec, names, vllm_config, self._device)))
 
     def slots(self, spans: Sequence[Span], block_ids: Sequence[int]) -> torch.Tensor:
         """``[n]`` int64 slots of positions, in order."""
@@ -79,7 +86,7 @@ class PartialForward:
         Args:
             spans: ascending and disjoint.
             token_ids: ``[N]`` of the request.
-            positions: ``[3, N]`` rotary positions; None: the index.
+            positions: ``[N]`` or ``[3, N]`` rotary positions; None: the index.
             block_ids: the request's blocks.
             keep: whether what is computed goes into them; else it is lost, and what is there seen.
         """
@@ -94,7 +101,7 @@ class PartialForward:
         if not keep:
             slots = torch.zeros_like(slots)  # vLLM's null block, which nobody reads
         table = self.table(block_ids)
-        where = index if positions is None else positions[:, index]
+        where = index if positions is None else positions[..., index]
         if self._three_axes and where.ndim == 1:
             where = np.tile(where, (3, 1))
         places = torch.from_numpy(np.ascontiguousarray(where)).to(self._device)
@@ -112,12 +119,14 @@ class PartialForward:
             positions=torch.from_numpy(index).to(self._device),
             seq_lens_cpu_upper_bound=ends,
         )
-        metadata = self._builder.build(0, common)
+        metadata = {}
+        for names, builder in self._builders:
+            metadata.update(dict.fromkeys(names, builder.build(0, common)))
         ids = torch.from_numpy(token_ids[index]).to(self._device)
         with (
             torch.inference_mode(),
             set_forward_context(
-                dict.fromkeys(self._layers, metadata),
+                metadata,
                 self._config,
                 num_tokens=len(index),
                 slot_mapping=dict.fromkeys(self._layers, slots),
@@ -125,6 +134,13 @@ class PartialForward:
             ),
         ):
             self._model(input_ids=ids, positions=places)
+
+    def probe(self, positions: torch.Tensor) -> None:
+        """Compute tokens that mean nothing, in no request's blocks, at ``[n]`` rotary positions."""
+        n = len(positions)
+        where = positions.numpy()
+        blocks = [0] * -(-n // self._block_size)
+        self.run([Span(0, n)], np.arange(3, 3 + n), where, blocks, keep=False)
 
     def looked_at(
         self,
@@ -143,31 +159,34 @@ class PartialForward:
             k: ``[num_kv_heads, >= last + 1, head_dim]`` of each layer.
         """
         tail = TailAttention()
-        hooks = []
-        for layer, key in zip(self._layers.values(), k, strict=True):
+        keys = dict(zip(self._layers, k, strict=True))
 
-            def record(
-                module: Any, args: tuple[Any, ...], k: torch.Tensor = key[:, : last + 1]
-            ) -> None:
-                tail.add(args[0].view(-1, k.shape[-1]), k, module.impl.scale)
+        def see(name: str, query: torch.Tensor, *_: torch.Tensor) -> None:
+            layer, key = self._layers[name], keys[name][:, : last + 1]
+            tail.add(query.view(-1, key.shape[-1]), key, layer.impl.scale, _scoring(layer))
 
-            hooks.append(layer.register_forward_pre_hook(record))
         ids = np.zeros(last + 1, np.int64)
         ids[last] = token_id
         where = None
         if place is not None:
             where = np.zeros((3, last + 1), np.int64)
             where[:, last] = place
-        try:
-            with torch.inference_mode():
-                self.run([Span(last, last + 1)], ids, where, block_ids, keep=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with torch.inference_mode(), watching(self._layers, see):
+            self.run([Span(last, last + 1)], ids, where, block_ids, keep=False)
         mass = tail.mass
         if mass is None:
             raise RuntimeError("the model did not call its attention layers")
         return mass
+
+
+def _scoring(layer: Any) -> Scoring:
+    """What a layer of vLLM's does to its scores."""
+    return Scoring(
+        layer.sliding_window,
+        getattr(layer, "attention_chunk_size", None),
+        layer.impl.logits_soft_cap or None,
+        getattr(layer.impl, "sinks", None),
+    )
 
 
 def _positions(spans: Sequence[Span]) -> np.ndarray:

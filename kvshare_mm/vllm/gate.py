@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvshare_mm.models.support import declared_obstacle, windows
+from kvshare_mm.models.support import declared_obstacle
 
 # Models whose pictures' places are known.
 _SEEING = frozenset({"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"})
 # Drafters that keep no KV of their own.
 _FREE_DRAFTERS = frozenset({"ngram", "ngram_gpu", "suffix"})
+
+_KEPT_WHOLE = frozenset({"FullAttentionSpec"})
+_WINDOWED = frozenset({"SlidingWindowSpec", "ChunkedLocalAttentionSpec"})
+# Layers with windows keep the KV of all tokens then: gaps are computed over it, and donors made.
+KEEP_ALL = "--disable-hybrid-kv-cache-manager"
 
 
 def deployment_obstacle(vllm_config: Any, kv_cache_config: Any) -> str | None:
@@ -29,18 +34,18 @@ def deployment_obstacle(vllm_config: Any, kv_cache_config: Any) -> str | None:
         return "only decoders that generate text are supported"
     if (reason := declared_obstacle(model.hf_text_config)) is not None:
         return reason
-    if windows(model.hf_text_config):
-        return "it has sliding-window or recurrent layers"
-    if not all(getattr(model.hf_text_config, "no_rope_layers", None) or [1]):
-        return "some of its layers do not rotate their keys"
     groups = kv_cache_config.kv_cache_groups
+    kinds = {type(group.kv_cache_spec).__name__ for group in groups}
     if len(groups) != 1:
-        return "its layers have different kinds of KV cache (sliding window, hybrid)"
-    spec = groups[0].kv_cache_spec
-    if type(spec).__name__ != "FullAttentionSpec":
-        return f"its KV cache is a {type(spec).__name__}, not full attention's"
-    if spec.sliding_window or spec.attention_chunk_size or spec.non_causal:
-        return "its attention is windowed, chunked or not causal"
+        if kinds <= _KEPT_WHOLE | _WINDOWED:
+            return f"vLLM drops KV behind its windows, unless it is started with {KEEP_ALL}"
+        return "its layers have different kinds of KV cache"
+    if kinds <= _WINDOWED:
+        return "all of its layers have windows, and vLLM drops the KV behind them"
+    if not kinds <= _KEPT_WHOLE:
+        return f"its KV cache is a {kinds.pop()}, not full attention's"
+    if groups[0].kv_cache_spec.non_causal:
+        return "its attention is not causal"
     if vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         return f"KV of dtype {vllm_config.cache_config.cache_dtype} is not supported"
     drafter = vllm_config.speculative_config

@@ -21,7 +21,7 @@ class Load:
 
     Attributes:
         namespace: its donors', checked again when they are read.
-        pieces: who owns the KV of what is kept, ascending; some may lie before `start`.
+        pieces: who owns the KV of `kept`, ascending.
         kept: spans inside ``[start, end)`` whose KV is written from donors.
         compute: spans inside ``[start, end)`` that the model runs on; with `kept` they tile it.
         token_ids: ``[end]`` int64.

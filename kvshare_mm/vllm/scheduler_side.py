@@ -29,7 +29,7 @@ from kvshare_mm.vllm.gate import request_obstacle
 from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.options import ConnectorOptions, request_options
-from kvshare_mm.vllm.spans import behind, cut, kept_in_the_end, loadable_end
+from kvshare_mm.vllm.spans import cut, kept_in_the_end, loadable_end, within
 from kvshare_mm.vllm.stats import summary
 
 logger = logging.getLogger(__name__)
@@ -242,11 +242,12 @@ class SchedulerSide:
         kept[:local] = False
         compute = ~kept
         compute[:local] = False
+        spans = spans_of(kept)
         load = Load(
             request_id=request.request_id,
             namespace=lookup.namespace,
-            pieces=tuple(behind(self.reuse.catalogue.pieces(plan), local, end)),
-            kept=spans_of(kept),
+            pieces=tuple(within(self.reuse.catalogue.pieces(plan), spans)),
+            kept=spans,
             compute=spans_of(compute),
             token_ids=np.asarray(request.all_token_ids[:end], np.int64),
             positions=None if positions is None else positions[:, :end],

@@ -3,12 +3,13 @@ picture in what a load computes, because vLLM's encoder does not run for it."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from kvshare_mm.node import Piece
+from kvshare_mm.node import Piece, Span
 from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.stream import Segment
 
@@ -46,12 +47,15 @@ def cut(plan: ReusePlan, end: int) -> ReusePlan:
     return replace(plan, runs=runs, repair=plan.repair[plan.repair < end])
 
 
-def behind(pieces: Sequence[Piece], start: int, end: int) -> list[Piece]:
-    """What of `pieces` lies in ``[start, end)``."""
+def within(pieces: Sequence[Piece], spans: Sequence[Span]) -> list[Piece]:
+    """What of `pieces` lies in `spans`, which are ascending and disjoint."""
+    ends = [span.end for span in spans]
     found = []
     for piece in pieces:
-        low, high = max(piece.start, start), min(piece.end, end)
-        if low < high:
+        for span in spans[bisect_right(ends, piece.start) :]:
+            low, high = max(piece.start, span.start), min(piece.end, span.end)
+            if low >= high:
+                break
             moved = low - piece.start
             found.append(Piece(piece.owner, piece.owner_start + moved, low, high - low))
     return found

@@ -69,6 +69,7 @@ class WorkerSide:
         self._budget = budget
         self._loads: deque[_Running] = deque()
         self._waiting: deque[Load] = deque()
+        self._saves: deque[Save] = deque()
         self._received: set[str] = set()
         self._sent: set[str] = set()
         self._report = WorkerReport()
@@ -77,7 +78,8 @@ class WorkerSide:
             self._report.kv.restored.append(node)
 
     def step(self, orders: Orders) -> None:
-        """Carry out a step's orders, as far as the budget goes; saves always."""
+        """Carry out a step's orders, loads as far as the budget goes. One request is saved, a
+        forward of its own: of several that end together the others wait, not those who decode."""
         self._waiting.extend(orders.loads)
         start = time.perf_counter()
         left = self._budget
@@ -90,8 +92,9 @@ class WorkerSide:
                 self._received.add(self._loads.popleft().load.request_id)
         if left < self._budget:
             self.times.setdefault("load_seconds", []).append(time.perf_counter() - start)
-        for save in orders.saves:
-            self._save(save)
+        self._saves.extend(orders.saves)
+        if self._saves:
+            self._save(self._saves.popleft())
         self._worker.carry_out(orders.touched, orders.dropped)
 
     def finished(self) -> tuple[set[str], set[str], set[str]]:
@@ -131,22 +134,22 @@ class WorkerSide:
             self._received.add(load.request_id)
             return
         slots = self._forward.slots(load.kept, load.block_ids)
-        kept = torch.cat([torch.arange(s.start, s.end) for s in load.kept]).to(slots.device)
         with torch.inference_mode():
-            for layer, *kv in zip(self._layers.values(), *staged, strict=True):
-                k, v = (x[kept] for x in kv)
+            for layer, k, v in zip(self._layers.values(), *staged, strict=True):
                 layer.impl.do_kv_cache_update(layer, k, v, layer.kv_cache, slots)
         self._loads.append(_Running(load, deque(load.compute)))
 
     def _staged(self, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
-        """Donors' KV, edited: two ``[layers, end, heads, head_dim]``, filled where it is kept."""
-        first = next(iter(self._layers.values()))
-        heads, dim = first.kv_cache.shape[1], first.kv_cache.shape[3] // 2
-        shape = (len(self._layers), load.end, heads, dim)
-        like = first.kv_cache
+        """Donors' KV of what is kept, edited: two ``[layers, num_kept, heads, head_dim]``."""
+        like = next(iter(self._layers.values())).kv_cache
+        rows = np.zeros(load.end, np.int64)
+        for span in load.kept:
+            rows[span.start : span.end] = 1
+        shape = (len(self._layers), int(rows.sum()), like.shape[1], like.shape[3] // 2)
         k, v = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         slot = k.transpose(1, 2), v.transpose(1, 2)
-        self._worker.load(load.pieces, load.namespace, *slot, load.positions)
+        rows = rows.cumsum() - rows
+        self._worker.load(load.pieces, load.namespace, *slot, load.positions, rows)
         return k, v
 
     def _advance(self, running: _Running, budget: int) -> int:

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from kvshare_mm.models.support import windows
 
+from ..conftest import RANDOM_MODELS
 from .test_states import CONTINUED, WHOLE
 from .test_support import MLA, SHAPE, SUPPORTED, UNSUPPORTED
 
@@ -24,10 +25,12 @@ def types() -> str:
     rows: dict[str, str] = {}
     for name, (kind, options, _) in SUPPORTED.items():
         config = AutoConfig.for_model(kind, **{**SHAPE, **options})
-        # As `vllm.gate` says: it is declined there for each of these.
-        special = windows(config) or options is MLA or 0 in getattr(config, "no_rope_layers", [1])
+        # As `vllm.gate` says: declined there are latents, and windows in every layer.
+        whole = "full_attention" in (getattr(config, "layer_types", None) or ())
+        special = options is MLA or (windows(config) and not whole)
         words = name.partition(" (")[2].rstrip(")")
-        rows.setdefault(kind, f"| {words} | similar | {'declined' if special else 'similar'} |")
+        inside = "declined" if special else "similar" if kind in RANDOM_MODELS else "not run"
+        rows.setdefault(kind, f"| {words} | similar | {inside} |")
     for name, (kind, *_) in {**CONTINUED, **WHOLE, **UNSUPPORTED}.items():
         words = name.partition(" (")[2].rstrip(")")
         natively = "exact" if name in CONTINUED else "declined"

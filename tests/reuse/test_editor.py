@@ -201,6 +201,24 @@ def test_pieces_turn_by_their_positions_and_not_by_their_index(backend: str) -> 
         _assert_moved(k, v, piece, stored, turn)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_slot_may_hold_kept_positions_alone(backend: str) -> None:
+    nodes = {x: _stored(x, ((0, 30),), torch.float32) for x in "ab"}
+    pieces = [Piece("a", 1, 4, 3), Piece("b", 9, 10, 5), Piece("a", 6, 20, 2)]
+    kept = np.concatenate([np.arange(p.start, p.end) for p in pieces])
+    rows = np.zeros(SLOT_LEN, np.int64)
+    rows[kept] = np.arange(len(kept))
+    whole, narrow = (
+        _slot(torch.float32),
+        [x[:, :, : len(kept)].clone() for x in _slot(torch.float32)],
+    )
+    editor = KVEditor(RotarySpec(INV_FREQ[None]), backend)
+    editor.edit(pieces, _reading(nodes), *whole)
+    editor.edit(pieces, _reading(nodes), *narrow, rows=rows)
+    for x, y in zip(whole, narrow, strict=True):
+        assert torch.equal(x[:, :, kept], y)
+
+
 def test_a_piece_whose_axes_part_is_refused_before_anything_is_written() -> None:
     stored = _stored("a", ((0, 12),), torch.float32)
     target = np.tile(np.arange(20), (3, 1))

@@ -141,6 +141,12 @@ def as_native(
 
     assert tokens(shared.serve(prompt_for(donor))) == list(natively(donor, 4).token_ids)
     output, expected = first_token(shared, prompt_for(target), **knobs), natively(target, 1)
+    assert_as_native(output, expected)
+    return expected
+
+
+def assert_as_native(output: Any, expected: RequestOutput) -> None:
+    """vLLM's output of one token: the same reuse and the same distribution as natively."""
     p, use = expected.provenance, summary(output)
     found = tuple(use[kind] for kind in ("exact", "reused", "recomputed", "declined"))
     assert found == (p.exact, p.reused, p.recomputed, p.declined)
@@ -148,7 +154,6 @@ def as_native(
     theirs = output.outputs[0].logprobs[0]
     for token, logprob in expected.logprobs[0].top:
         assert theirs[token].logprob == pytest.approx(logprob, abs=2e-3)
-    return expected
 
 
 def stream_of(model: Path | str, messages: list[dict[str, Any]]) -> SegmentStream:

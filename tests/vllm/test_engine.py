@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.reuse.orders import Report
-from kvshare_mm.vllm.meta import WorkerReport
+from kvshare_mm.vllm import compat
+from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 
 from .engines import (
     Shared,
@@ -108,6 +109,66 @@ def test_what_a_failed_load_computes_is_exact_and_found_as_such(
         use = summary(engine.serve(edited(ids(300)), 12))
     assert (use["declined"], use["reused"], use["exact"]) == ("corrupt", 0, 96)
     assert summary(engine.serve(edited(ids(300)), reuse="off"))["exact"] == 288
+
+
+def test_no_step_forward_or_copy_is_wasted_on_a_load(
+    engine: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.serve(ids(300))
+    staged: list[int] = []
+    stage = engine.runner._staged
+
+    def count(load: Load) -> Any:
+        kv = stage(load)
+        staged.append(sum(x.nbytes for x in kv))
+        return kv
+
+    monkeypatch.setattr(engine.runner, "_staged", count)
+    forwards: list[int] = []
+    model = compat.model()
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: forwards.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    engine.add("one", edited(ids(300)), 1, repair="none")
+    engine.scheduler._lookups["one"].future.result()  # its wait is no step's
+    done: list[Any] = []
+    steps = 0
+    while not done:
+        done = engine.step()
+        steps += 1
+    hook.remove()
+    use = summary(done[0])
+    assert (use["exact"], use["gaps"], use["recomputed"]) == (100, 5, 6)
+    # The load, then what is behind it, which vLLM computes: there is no other way to its sampler.
+    assert steps == 2 and forwards == [5, 1]
+    layer = next(iter(engine.runner._layers.values())).kv_cache
+    _, heads, _, both = layer.shape
+    kept = 304 - 5 - 96  # vLLM's own cache has three blocks
+    assert staged == [kept * len(engine.runner._layers) * heads * both * layer.itemsize]
+
+
+def test_who_ends_together_is_saved_one_a_step(
+    engine: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each save is a forward, which those that decode wait for."""
+    saves = [0]
+    step, save = engine.runner.step, engine.runner._save
+
+    def stepped(orders: Orders) -> None:
+        saves.append(0)
+        step(orders)
+
+    def saved(order: Save) -> None:
+        saves[-1] += 1
+        save(order)
+
+    monkeypatch.setattr(engine.runner, "step", stepped)
+    monkeypatch.setattr(engine.runner, "_save", saved)
+    for seed in range(3):
+        engine.add(str(seed), ids(60, seed), 2)
+    engine.run()
+    assert sum(saves) == 3 and max(saves) == 1
+    assert len(engine.catalogue.nodes()) == 3
 
 
 def test_a_cancelled_load_gives_its_blocks_back(engine: Shared) -> None:

@@ -14,7 +14,12 @@ from vllm import SamplingParams
 from vllm.config import KVTransferConfig, MultiModalConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import Request
 
 from kvshare_mm.errors import ConfigError
@@ -27,6 +32,10 @@ from kvshare_mm.vllm.options import ConnectorOptions
 pytestmark = pytest.mark.vllm
 
 SPEC = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
+WINDOW = SlidingWindowSpec(
+    block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32, sliding_window=64
+)
+OTHER = SimpleNamespace(block_size=32)
 CACHES = KVCacheConfig(
     num_blocks=8, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l0"], SPEC)]
 )
@@ -43,8 +52,10 @@ def config(random_model: Callable[[str], Path]) -> Any:
     return made.create_engine_config()
 
 
-def test_a_plain_decoder_is_served(config: Any) -> None:
-    assert deployment_obstacle(config, CACHES) is None
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, sliding_window=64)])
+def test_kv_of_all_tokens_is_shared(config: Any, spec: Any) -> None:
+    caches = replace(CACHES, kv_cache_groups=[KVCacheGroupSpec(["l0"], spec)])
+    assert deployment_obstacle(config, caches) is None
 
 
 @pytest.mark.parametrize(
@@ -77,14 +88,17 @@ def test_deployments_declined(config: Any, part: str, change: dict[str, Any], na
 
 
 @pytest.mark.parametrize(
-    ("groups", "named"),
+    ("specs", "named"),
     [
-        ([KVCacheGroupSpec(["l0"], SPEC), KVCacheGroupSpec(["l1"], SPEC)], "different kinds"),
-        ([KVCacheGroupSpec(["l0"], replace(SPEC, sliding_window=64))], "windowed"),
-        ([KVCacheGroupSpec(["l0"], SimpleNamespace(block_size=32))], "full attention"),
+        ([SPEC, WINDOW], "--disable-hybrid-kv-cache-manager"),
+        ([SPEC, OTHER], "different kinds"),
+        ([WINDOW], "all of its layers have windows"),
+        ([replace(SPEC, non_causal=True)], "causal"),
+        ([OTHER], "full attention"),
     ],
 )
-def test_caches_declined(config: Any, groups: list[Any], named: str) -> None:
+def test_caches_declined(config: Any, specs: list[Any], named: str) -> None:
+    groups = [KVCacheGroupSpec([f"l{i}"], spec) for i, spec in enumerate(specs)]
     reason = deployment_obstacle(config, replace(CACHES, kv_cache_groups=groups))
     assert reason is not None and named in reason
 

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvshare_mm.node import Piece, spans_of
 from kvshare_mm.reuse.plan import KeptRun, ReusePlan
 from kvshare_mm.stream import Modality, Segment
 from kvshare_mm.vllm.media import request_stream
-from kvshare_mm.vllm.spans import cut, kept_in_the_end, loadable_end
+from kvshare_mm.vllm.spans import cut, kept_in_the_end, loadable_end, within
 
 from ..collisions import twin_texts
 
@@ -135,3 +136,13 @@ def test_what_a_load_computes_is_text(drawn: tuple[ReusePlan, list[Segment], int
     known = kept | (np.arange(len(kept)) < local)
     new = [s.start for s in media if not known[s.start : s.end].all()]
     assert end == max(e for e in range(1, len(kept)) if kept[e - 1] and e <= min(new, default=e))
+
+
+@given(prompts())
+def test_pieces_are_cut_to_what_is_kept(drawn: tuple[ReusePlan, list[Segment], int]) -> None:
+    plan, _, _ = drawn
+    kept = kept_in_the_end(plan)
+    pieces = [Piece(run.donor, run.donor_start, run.start, run.length) for run in plan.runs]
+    cut_to = within(pieces[::-1], spans_of(kept))
+    assert sorted(i for p in cut_to for i in range(p.start, p.end)) == np.flatnonzero(kept).tolist()
+    assert all(p.owner_start == p.start + 1 for p in cut_to)

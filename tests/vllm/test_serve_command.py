@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from kvshare_mm.apps.cli import app
@@ -148,6 +149,21 @@ def test_options_that_say_nothing_to_vllm_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         engine_arguments(KVShareConfig.of(model=folder, engine="vllm", **options))
+
+
+def test_vllm_keeps_the_kv_behind_windows(folder: str, tmp_path: Path) -> None:
+    windowed = str(tmp_path / "windowed")
+    AutoConfig.for_model("gemma2").save_pretrained(windowed)
+
+    def whole(model: str, **options: Any) -> Any:
+        config = KVShareConfig.of(model=model, engine="vllm", dtype="float32", **options)
+        return engine_arguments(config).get("disable_hybrid_kv_cache_manager")
+
+    assert whole(windowed) is True
+    assert whole(windowed, reuse="off") is None
+    own = {"disable_hybrid_kv_cache_manager": False}
+    assert whole(windowed, engine_options=own) is False
+    assert whole(folder) is None
 
 
 def test_vllms_words_are_no_options_of_the_native_engine() -> None:
