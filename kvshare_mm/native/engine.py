@@ -3,9 +3,8 @@
 One thread runs the model. Prompts are computed one after the other, but one that takes many chunks
 holds up neither answers nor prompts of one chunk: they come in between.
 
-A second thread saves prompts as donors when they are computed, and answers when they are out; then
-slots are free again. Who waits already, or comes behind an answer, finds them: it waits for the
-save. Requests of other namespaces do not, nor those that run.
+A second thread saves prompts as donors when they are computed, and answers when they are out. Who
+waits already, or comes behind an answer, waits for the saves of its namespace, and finds them.
 """
 
 from __future__ import annotations
@@ -150,10 +149,9 @@ class NativeEngine:
     @property
     def stuck_s(self) -> float:
         """Seconds for which requests have been there and no layer of the model was computed."""
-        oldest = min((r.submitted for r in [*self._known.values()]), default=None)
-        if oldest is None:
-            return 0.0
-        return time.perf_counter() - max(oldest, self._runner.moved_s)
+        now = time.perf_counter()
+        oldest = min((r.submitted for r in [*self._known.values()]), default=now)
+        return max(0.0, now - max(oldest, self._runner.moved_s))
 
     @property
     def num_waiting(self) -> int:
@@ -373,17 +371,17 @@ class NativeEngine:
         self.counters["generation_tokens"] += len(request.token_ids)
         if self._auditor is not None and request.audit is not None and reason != "abort":
             self._auditor.add(request.audit)
-        if self._donors is not None and request.becomes_donor:
+        saved = self._donors is not None and request.becomes_donor
+        if saved:
             save = partial(save_request, self._prefiller, self.counters, request, self._release)
             with self._changed:
                 # Before the caller hears of the end: a flush waits for it, and what it asks next.
                 self._saver.order(save, request.spec.namespace)
-            request.finish(reason)
-            with self._changed:
-                self._known.pop(request.request_id, None)
-            return
         request.finish(reason)
-        self._release(request)
+        with self._changed:
+            self._known.pop(request.request_id, None)
+        if not saved:
+            self._release(request)
 
     def _release(self, request: SlotRequest) -> None:
         if request.slot >= 0:
@@ -394,9 +392,8 @@ class NativeEngine:
                 self._free.append(request.slot)
             self._changed.notify_all()
 
-    # -- the save thread -----------------------------------------------------------------
-
     def _heal(self, audit: Audit) -> None:
+        """On the save thread."""
         assert self._auditor is not None and self._donors is not None
         self._auditor.heal(audit, self._donors)
         with self._changed:
