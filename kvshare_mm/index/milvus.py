@@ -25,7 +25,8 @@ from kvshare_mm.index.lazy_client import LazyClient
 
 logger = logging.getLogger(__name__)
 
-# A server in this process need not be asked whether it lives, and complains of being asked often.
+# Calls have timeouts: an idle server need not be asked whether it lives. Milvus Lite hangs up where
+# pymilvus asks every ten seconds; gRPC's servers allow it every five minutes.
 _NO_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
 
 _BATCH = 500
@@ -269,7 +270,9 @@ def _open(uri: str, path: str | None, token: str, timeout: float) -> Any:
         theirs.setLevel(logging.WARNING)
     if path is None:
         # Dedicated: the shared connection of pymilvus outlives its clients.
-        return MilvusClient(uri, token=token, timeout=timeout, dedicated=True)
+        return MilvusClient(
+            uri, token=token, timeout=timeout, dedicated=True, grpc_options=_NO_PINGS
+        )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger("pymilvus.client.iterator").setLevel(logging.ERROR)  # no AllocTimestamp
     with _lite_lock:
