@@ -204,9 +204,9 @@ class MilvusIndex:
             try:
                 if self._unflushed:
                     self.flush()
-            except IndexUnavailableError:
+            except IndexUnavailableError as error:
                 # Nothing is lost: Milvus Lite replays its log when it is opened again.
-                logger.warning("index: flush on close failed", exc_info=True)
+                logger.warning("index: not flushed on close: %s", error)
             self._milvus.close()
 
     def __len__(self) -> int:
