@@ -8,7 +8,7 @@ never more: an answer is valid, but some valid ones cannot be given.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -235,7 +235,8 @@ class _Reader:
         if "enum" not in a and "enum" not in b:
             return meet(a, b)
         a, b = (a, b) if "enum" in a else (b, a)
-        return {"enum": [v for v in a["enum"] if self._fits(v, b, formats=True)]}
+        fits = self._fitting(b, formats=True)
+        return {"enum": [v for v in a["enum"] if fits(v)]}
 
     def _without(self, some: Sequence[Alternative], schema: Any, keyword: str) -> Left:
         taken, all_of_it = self.alternatives(schema)
@@ -254,11 +255,12 @@ class _Reader:
         """Of `a` what is not in `b`, and whether that is all of it."""
         self._step()
         if "enum" in a:
-            return [{"enum": [v for v in a["enum"] if not self._fits(v, b, formats=False)]}], True
+            fits = self._fitting(b, formats=False)
+            return [{"enum": [v for v in a["enum"] if not fits(v)]}], True
         if self._apart(a, b):
             return [a], True
         if "enum" in b:
-            return less_values(a, [v for v in b["enum"] if self._fits(v, a, formats=False)])
+            return less_values(a, list(filter(self._fitting(a, formats=False), b["enum"])))
         return less(a, b)
 
     def _apart(self, a: Alternative, b: Alternative) -> bool:
@@ -296,7 +298,8 @@ class _Reader:
             return False  # it may lead back here
         return not self.alternatives(schema)[0]
 
-    def _fits(self, value: Any, alternative: Alternative, formats: bool) -> bool:
+    def _fitting(self, alternative: Alternative, formats: bool) -> Callable[[Any], bool]:
+        """Whether a value fits."""
         import jsonschema_rs
 
         def nowhere(uri: str) -> Any:
@@ -307,13 +310,21 @@ class _Reader:
             raise CannotEnforceError("$ref to '#' beside enum or const")
         named = {name: self._root[name] for name in _DEFINITIONS if name in self._root}
         try:
-            return bool(
-                jsonschema_rs.is_valid(
-                    {**shown, **named}, value, validate_formats=formats, retriever=nowhere
-                )
+            known = jsonschema_rs.validator_for(
+                {**shown, **named},
+                validate_formats=formats,
+                retriever=nowhere,
+                # In linear time, as the grammar: without lookaround and references to groups.
+                pattern_options=jsonschema_rs.RegexOptions(),
             )
         except ValueError as error:
             raise CannotEnforceError(str(error).partition("\n")[0][:100]) from error
+
+        def fits(value: Any) -> bool:
+            self._step()
+            return bool(known.is_valid(value))
+
+        return fits
 
     def _raw(self, alternative: Alternative) -> dict[str, Any]:
         shown = dict(alternative)
@@ -324,7 +335,7 @@ class _Reader:
     def _step(self) -> None:
         self._left -= 1
         if self._left < 0:
-            raise CannotEnforceError("allOf, oneOf, not and $ref are nested too far")
+            raise CannotEnforceError("allOf, oneOf, not and $ref are too many or nested too far")
 
 
 def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:

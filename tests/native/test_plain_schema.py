@@ -75,6 +75,10 @@ def test_nothing_is_lost_where_all_can_be_said(schema: Any) -> None:
         ({"$ref": "http://127.0.0.1/a.json", "minimum": 1}, r"\$ref"),
         ({"allOf": [{"const": 1}, {"not": {"$ref": "#"}}]}, "too far"),
         ({"allOf": [{"anyOf": [{"maximum": i} for i in range(40)]}] * 3}, "combinations"),
+        # Work for minutes, or for ever, if it were done.
+        ({"oneOf": [{"enum": [*map(str, range(5000))]}, {"pattern": "^(a|aa|a*)*b$"}]}, "too many"),
+        ({"oneOf": [{"const": "a" * 99}, {"pattern": r"^((a+)+)+\1$"}]}, "regex"),
+        ({"oneOf": [{"const": "a"}, {"pattern": "((a{1,900}){1,900}){1,900}"}]}, "regex"),
         ({"oneOf": {}}, "a list"),
         ({"allOf": [{"exclusiveMinimum": True}, {}]}, "a number"),
     ],
