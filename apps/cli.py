@@ -23,6 +23,7 @@ from kvshare_mm.apps.options import Values, config_options, described
 from kvshare_mm.apps.router.cli import route
 from kvshare_mm.apps.server.cache_cli import cache
 from kvshare_mm.apps.server.cli import keys, serve
+from kvshare_mm.apps.simulate import simulate
 from kvshare_mm.apps.size import size
 from kvshare_mm.apps.store import store
 from kvshare_mm.apps.terminal import plain_errors, report_file, write_report
@@ -46,6 +47,7 @@ app.command()(desk)
 app.command("ui", hidden=True)(desk)  # as it was called
 app.command()(audit)
 app.command()(size)
+app.command()(simulate)
 console = Console()
 
 _OF_CONFIG: dict[str | None, tuple[str, ...]] = {

@@ -15,6 +15,7 @@ from kvshare_mm.reuse.tree import DeltaTree
 from kvshare_mm.store.codec import read_record
 from kvshare_mm.store.disk import NODE_SUFFIX
 from kvshare_mm.store.media import is_media
+from kvshare_mm.store.states import is_state
 
 
 def show(store_dir: Path, console: Console, tree: bool, limit: int) -> None:
@@ -24,7 +25,7 @@ def show(store_dir: Path, console: Console, tree: bool, limit: int) -> None:
         raise StoreError(f"{store_dir} is not a store folder: it has no kv/ inside")
     nodes = DeltaTree()
     encoded: list[Node] = []
-    num_bytes = unreadable = 0
+    num_bytes = unreadable = states = 0
     for path in folder.glob(f"*{NODE_SUFFIX}"):
         try:
             node, _, _ = read_record(path)
@@ -34,6 +35,8 @@ def show(store_dir: Path, console: Console, tree: bool, limit: int) -> None:
         num_bytes += path.stat().st_size
         if is_media(node):
             encoded.append(node)
+        elif is_state(node):
+            states += 1
         else:
             nodes.insert(node)
     newest = sorted(nodes, key=lambda n: -n.created_s)[:limit]
@@ -48,6 +51,8 @@ def show(store_dir: Path, console: Console, tree: bool, limit: int) -> None:
         console.print(
             f"encoder outputs kept: {len(encoded)} pictures and clips, {positions} positions"
         )
+    if states:
+        console.print(f"states of recurrent layers kept: {states}")
     if tree:
         _draw(nodes, newest, console)
         return

@@ -35,7 +35,7 @@ def check(
     """Can KV of a model be shared, and how much room does it take? From its configuration alone.
 
     A small random model of the same architecture is put to the proof that every model goes through
-    when it is loaded. Exit code 1 if its KV cannot be shared.
+    when it is loaded. Exit code 1 if nothing can be shared.
     """
     from transformers.utils import logging as hf_logging
 
@@ -46,7 +46,13 @@ def check(
         checked = check_model(name, trust_remote_code=trust_remote_code)
     table = Table(show_header=False, box=None)
     table.add_row("architecture", checked.model_type)
-    if checked.shape is None:
+    if checked.shape is None and checked.exact:
+        how = ": state checkpoints" if checked.state_bytes else ""
+        table.add_row("reuse", f"[yellow]exact prefix only[/]{how}")
+        table.add_row("why", checked.reason)
+        if checked.state_bytes:
+            table.add_row("a checkpoint", f"{checked.state_bytes:,} bytes beside its KV")
+    elif checked.shape is None:
         table.add_row("reuse", f"[red]none[/]: {checked.reason}")
     else:
         table.add_row("reuse", "[green]similar and exact[/]")
@@ -69,5 +75,5 @@ def check(
         "bytes_per_token": checked.bytes_per_token,
     }
     write_report(shown, json_file)
-    if checked.reason:
+    if not checked.exact:
         raise typer.Exit(1)

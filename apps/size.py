@@ -23,13 +23,14 @@ console = Console()
 
 class _Method(BaseModel):
     token_share: float
+    shares: list[float] = []
 
 
 class _Pool(BaseModel):
     methods: dict[str, _Method]
 
 
-class _Curve(BaseModel):
+class Curve(BaseModel):
     """What is read of a report of `kvshare bench hitrate`: token shares by donors kept."""
 
     pool_sizes: dict[int, _Pool]
@@ -108,7 +109,7 @@ def measure_size(
     per_token = known.shape.bytes_per_token(kv_dtype)
     per_request = per_token * (prompt_tokens + answer_tokens)
     computing_s = 2 * known.parameters / (tflops * 1e12)
-    curve = None if similarity is None else _curve(similarity)
+    curve = None if similarity is None else read_curve(similarity)
     stores: dict[str, Any] = {}
     for name, gib in tiers.items():
         requests = gib * _GIB / per_request
@@ -145,9 +146,10 @@ def measure_size(
     }
 
 
-def _curve(path: Path) -> _Curve:
+def read_curve(path: Path) -> Curve:
+    """What `kvshare bench hitrate --json` wrote. Raises ConfigError: it is not that."""
     try:
-        curve = _Curve.model_validate_json(path.read_bytes())
+        curve = Curve.model_validate_json(path.read_bytes())
         if not curve.pool_sizes:
             raise ValueError("no pool was measured")
         for method in ("prefix", "kvshare"):

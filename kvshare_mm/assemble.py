@@ -6,6 +6,7 @@ import atexit
 import logging
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,6 +18,7 @@ from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.grammar import Grammars
 from kvshare_mm.index.semantic import Opened
+from kvshare_mm.index.shared import SharedCatalogue
 from kvshare_mm.modalities.decode_pool import DecodePool
 from kvshare_mm.modalities.decoding import Decoder, InProcess
 from kvshare_mm.modalities.registry import adapters_for
@@ -28,12 +30,17 @@ from kvshare_mm.native.encoder import MediaEncoder
 from kvshare_mm.native.engine import NativeEngine
 from kvshare_mm.native.prefill import Prefiller
 from kvshare_mm.native.slots import ModelRunner, PlainRunner, SlotRunner
+from kvshare_mm.native.states import StateRunner
 from kvshare_mm.reuse.calibration import Calibration
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.editor import KVEditor
+from kvshare_mm.reuse.plan import Decline
+from kvshare_mm.reuse.shared import SharedDonors
 from kvshare_mm.reuse.words import joining_tokens
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
+from kvshare_mm.store.remote_redis import RedisStore
+from kvshare_mm.store.shared import RemoteStore, SharedTier
 from kvshare_mm.stream import Modality
 
 if TYPE_CHECKING:
@@ -128,6 +135,7 @@ def assemble(config: KVShareConfig) -> Parts:
     """
     # The store first: a folder that cannot be written is known in a moment, a model is not.
     disk = DiskTier(config.store_dir / "kv", config.disk_bytes) if config.store_dir else None
+    remote = RedisStore(config.shared_store) if config.shared_store else None
     loaded = load_model(
         config.model,
         dtype=config.dtype,
@@ -144,19 +152,19 @@ def assemble(config: KVShareConfig) -> Parts:
         )
     donors: DonorPool | None = None
     runner: ModelRunner
-    if loaded.unsupported:
+    chunk = _CPU_CHUNK if loaded.device.type == "cpu" else _GPU_CHUNK
+    chunk = config.prefill_chunk or chunk
+    if loaded.states is not None:
+        runner = StateRunner(loaded, config.max_num_seqs, chunk)
+    elif loaded.unsupported:
         runner = PlainRunner(loaded, config.max_num_seqs)
     else:
-        chunk = _CPU_CHUNK if loaded.device.type == "cpu" else _GPU_CHUNK
-        runner = SlotRunner(
-            loaded,
-            config.max_num_seqs,
-            max_len,
-            config.prefill_chunk or chunk,
-            drafts=config.drafts,
-        )
-        if config.reuse != "off":
-            donors = _donors(config, loaded, disk, embedder)
+        runner = SlotRunner(loaded, config.max_num_seqs, max_len, chunk, drafts=config.drafts)
+    if config.reuse != "off" and not isinstance(runner, PlainRunner):
+        donors = _donors(config, loaded, disk, embedder, remote)
+    elif config.reuse != "off" and isinstance(runner, StateRunner):
+        # By meaning, nothing is found that helps, and states are not shared with other replicas.
+        donors = _donors(config, loaded, disk, None, None)
     encoder = None
     if loaded.family is not None:
         encoder = MediaEncoder(loaded, donors.store if donors else None)
@@ -173,7 +181,16 @@ def assemble(config: KVShareConfig) -> Parts:
                 loaded.tokenizer,
                 encoder,
             )
-    engine = NativeEngine(loaded, runner, prefiller, donors, max_len, config.max_queue, auditor)
+    engine = NativeEngine(
+        loaded,
+        runner,
+        prefiller,
+        donors,
+        max_len,
+        config.max_queue,
+        auditor,
+        config.shared_deadline_ms / 1000,
+    )
     seen = None
     decoder: Decoder = InProcess()
     if loaded.family is not None:
@@ -244,14 +261,19 @@ def _donors(
     loaded: LoadedModel,
     disk: DiskTier | None,
     embedder: Callable[[], TextEmbedder] | None,
+    remote: RemoteStore | None,
 ) -> DonorPool:
-    per_token = loaded.kv_shape.bytes_per_token(loaded.dtype) if loaded.kv_shape else 0
+    shape, only_exact = loaded.kv_shape, None
+    if loaded.states is not None:
+        shape, stateful = loaded.states.kv_shape, bool(loaded.states.states)
+        only_exact = Decline.RECURRENT_LAYERS if stateful else Decline.UNSUPPORTED_MODEL
+    per_token = shape.bytes_per_token(loaded.dtype) if shape else 0
     budget = config.host_budget(per_token)
     if per_token:
         logger.info(
             "KV of %d tokens fits into %.1f GiB of RAM", budget // per_token, budget / 2**30
         )
-    return DonorPool(
+    donors = DonorPool(
         loaded.fingerprint,
         KVEditor(loaded.rotary, loaded.attention_backend),
         HostTier(budget),
@@ -259,7 +281,15 @@ def _donors(
         open_dense(config, loaded.fingerprint, embedder) if embedder else None,
         config.max_candidates,
         joining_tokens(loaded.tokenizer),
+        only_exact,
     )
+    if remote is not None:
+        ttl_s = config.shared_ttl_s
+        catalogue = SharedCatalogue(
+            str(config.index_uri), uuid.uuid4().hex, ttl_s, config.index_token or ""
+        )
+        donors.shared = SharedDonors(donors, SharedTier(remote, ttl_s), catalogue)
+    return donors
 
 
 def _calibration(config: KVShareConfig, donors: DonorPool, fingerprint: str) -> Calibration | None:

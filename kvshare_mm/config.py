@@ -162,6 +162,19 @@ class KVShareConfig(BaseModel):
         description="Milvus server or Lite file (*.db) for dense search; default: in store_dir",
     )
     index_token: str | None = Field(None, description="Milvus credentials, 'user:password'")
+    shared_store: str | None = Field(
+        None,
+        description="Redis or Valkey (redis://host:6379/0) that keeps donors for other replicas, "
+        "who find them in index_uri's Milvus server",
+    )
+    shared_ttl_s: float = Field(
+        3600, gt=0, description="seconds that a donor stays there after its last use"
+    )
+    shared_deadline_ms: float = Field(
+        15,
+        gt=0,
+        description="longest that a prompt waits to hear whether another replica has a donor",
+    )
     embedder: str | None = Field(
         "all-MiniLM-L6-v2", description="sentence-transformers model for dense search; none: off"
     )
@@ -198,6 +211,14 @@ class KVShareConfig(BaseModel):
     def _whose_options(self) -> KVShareConfig:
         if self.engine == "native" and self.engine_options:
             raise ValueError("engine_options are for engine='vllm'")
+        if self.engine == "vllm" and self.shared_store:
+            raise ValueError("shared_store is for engine='native'")
+        return self
+
+    @model_validator(mode="after")
+    def _shared_index(self) -> KVShareConfig:
+        if self.shared_store and not (self.index_uri and "://" in self.index_uri):
+            raise ValueError("shared_store needs index_uri: a Milvus server that replicas share")
         return self
 
     @model_validator(mode="after")

@@ -9,20 +9,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 from kvshare_mm.errors import InvalidRequestError
-from kvshare_mm.tools import SEPARATORS, Style, Tools, spelled
+from kvshare_mm.plain_schema import multiplies, plain
+from kvshare_mm.schema_types import MAX_PATTERN, CannotEnforceError
+from kvshare_mm.tools import SEPARATORS, Style, Tools, closed, spelled
 
 _MAX_SCHEMA = 1 << 15  # characters: one of 2500 properties, which takes half a second to read
 # Some numbers are written out; patterns that must hold at once are multiplied with one another.
 _MOST = {"minItems": 1_000, "maxItems": 1_000, "minProperties": 1_000, "maxProperties": 1_000,
          "minLength": 10_000, "maxLength": 10_000}  # fmt: skip
 _MAX_PATTERNS = 8
-_MAX_PATTERN = 200  # characters
-_BESIDE_REF = {"$ref", "$defs", "definitions", "$schema", "$id", "$comment", "title", "description",
-               "default", "examples", "deprecated"}  # fmt: skip
-_MAX_REGEX, _MAX_GRAMMAR, _MAX_CHOICES = _MAX_PATTERN, 1 << 12, 1_000
+_MAX_MULTIPLES = 1_000  # remainders are counted, those of all `multipleOf` together
+_MAX_NUMBER = 2**53  # what JSON keeps; far larger negative ones end the process
+_MAX_REGEX, _MAX_GRAMMAR, _MAX_CHOICES = MAX_PATTERN, 1 << 12, 1_000
 _MAX_REPEATS = 200
 _MAX_CALLS = 16  # in one answer
 # As templates write a call into the next prompt, so that this answer's KV fits it.
@@ -90,11 +92,35 @@ def grammar(asked: str) -> str:
     if costly := _too_costly(schemas) or _too_long(kind, value):
         raise InvalidRequestError(f"{field}: {costly}", field)
     try:
+        read["calls"] = {n: closed(_enforceable(each)) for n, each in read["calls"].items()}
+        if kind == "json":
+            value = _enforceable(value)
+        if costly := _too_costly([*read["calls"].values(), *([value] if kind == "json" else [])]):
+            raise InvalidRequestError(f"{field}: {costly}", field)
         return _written(kind, value, read)
     except InvalidRequestError:
         raise
     except Exception as error:  # the reader of GBNF raises what it likes
         raise InvalidRequestError(f"{field}: {error}", field) from error
+
+
+def _enforceable(schema: Any) -> Any:
+    """The schema in words that llguidance knows.
+
+    Raises:
+        CannotEnforceError: it cannot be enforced.
+    """
+    from llguidance import LLMatcher
+
+    try:
+        return plain(schema)
+    except CannotEnforceError:
+        # What it takes as it is need not be rewritten, unless it would multiply what is in it.
+        if multiplies(schema) or LLMatcher.validate_grammar(
+            LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        ):
+            raise
+        return schema
 
 
 def _written(kind: str | None, value: Any, read: Mapping[str, Any]) -> str:
@@ -153,14 +179,25 @@ def _too_long(kind: str | None, value: Any) -> str | None:
     return None
 
 
+def _without_point(number: float) -> int:
+    """1 for 0.01, 25 for 0.25 and 2.5: what remainders are counted of."""
+    _, digits, exponent = Decimal(str(number)).as_tuple()
+    value = int("".join(map(str, digits)))
+    return (
+        value * 10 ** min(int(exponent), 9) if isinstance(exponent, int) and exponent > 0 else value
+    )
+
+
 def _too_costly(schemas: Sequence[Any]) -> str | None:
     """Why reading a schema might take more time or memory than there is; None: it does not.
 
     Names of properties look like keywords; those have schemas, keywords have numbers and the like.
     """
-    num_patterns, parts = 0, [*schemas]
+    num_patterns, multiples, parts = 0, 1, [*schemas]
     while parts:
         part = parts.pop()
+        if isinstance(part, int) and abs(part) > _MAX_NUMBER:
+            return f"numbers can be {_MAX_NUMBER} at most"
         if isinstance(part, list):
             parts += part
         if not isinstance(part, dict):
@@ -169,19 +206,17 @@ def _too_costly(schemas: Sequence[Any]) -> str | None:
             if isinstance(value, int | float) and value > _MOST.get(name, value):
                 return f"{name} can be {_MOST[name]} at most"
             if name == "multipleOf" and isinstance(value, int | float):
-                return "multipleOf cannot be enforced"
-            if name == "allOf" and isinstance(value, list) and len(value) > 1:
-                return "allOf of more than one schema cannot be enforced"
-            if name == "$ref" and isinstance(value, str) and part.keys() - _BESIDE_REF:
-                return "keywords beside $ref cannot be enforced"
+                multiples *= _without_point(value)
+                if multiples > _MAX_MULTIPLES:
+                    return f"multipleOf can be {_MAX_MULTIPLES} at most, all multiplied"
             if name == "pattern" and isinstance(value, str):
                 num_patterns += 1
-                if len(value) > _MAX_PATTERN:
-                    return f"a pattern can have {_MAX_PATTERN} characters at most"
+                if len(value) > MAX_PATTERN:
+                    return f"a pattern can have {MAX_PATTERN} characters at most"
             if name == "patternProperties" and isinstance(value, dict):
                 num_patterns += len(value)
-                if any(len(each) > _MAX_PATTERN for each in value):
-                    return f"a pattern can have {_MAX_PATTERN} characters at most"
+                if any(len(each) > MAX_PATTERN for each in value):
+                    return f"a pattern can have {MAX_PATTERN} characters at most"
         parts += part.values()
     if num_patterns > _MAX_PATTERNS:
         return f"{num_patterns} patterns; {_MAX_PATTERNS} are possible"

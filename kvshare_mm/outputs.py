@@ -82,6 +82,7 @@ class Provenance:
         expected_divergence: nats that the answer stays below in 95% of the cases (the larger of the
             first token's KL and the mean along the answer), as far as that is known; None: nothing
             approximate was reused, or vLLM runs the model.
+        shared: tokens of `exact` and `reused` from donors that another replica made.
     """
 
     exact: int = 0
@@ -94,6 +95,7 @@ class Provenance:
     spans: tuple[Span, ...] = field(default=(), repr=False)
     media: tuple[MediaUse, ...] = ()
     expected_divergence: float | None = None
+    shared: int = 0
 
 
 def count_use(counters: Counter[str], use: Provenance) -> None:
@@ -101,6 +103,7 @@ def count_use(counters: Counter[str], use: Provenance) -> None:
     counters["requests"] += 1
     counters["prompt_tokens_exact"] += use.exact
     counters["prompt_tokens_reused"] += use.reused
+    counters["prompt_tokens_shared"] += use.shared
     counters["prompt_tokens_recomputed"] += use.recomputed
     if use.declined:
         counters[f"declined_{use.declined}"] += 1

@@ -83,16 +83,12 @@ class Tools:
 
     @property
     def callable(self) -> dict[str, Mapping[str, Any]]:
-        """Schemas of the arguments, by name, of what an answer may call.
-
-        Arguments that a tool does not name are not made, unless its schema says that there are
-        such: the schema's own default would let a model make up any.
-        """
+        """Schemas of the arguments, by name, of what an answer may call."""
         if self.choice == "none":
             return {}
         functions = (tool["function"] for tool in self.offered)
         return {
-            function["name"]: _closed(function.get("parameters") or {})
+            function["name"]: function.get("parameters") or {}
             for function in functions
             if self.choice in ("auto", "required", function["name"])
         }
@@ -169,9 +165,13 @@ _FREE = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
 _COMBINED = {"anyOf", "oneOf", "allOf", "if", "$ref", "dependentSchemas"}
 
 
-def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema without properties that it does not name; as it is, where they may be named
-    elsewhere."""
+# Values; and what is narrower inside `not`, `if` and `oneOf` is not narrower outside.
+_KEPT = {"not", "if", "oneOf", "const", "enum", "default", "examples"}
+
+
+def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of arguments without those that it does not name; as it is, where they may be
+    named elsewhere. Its own default would let a model make up any."""
     if "$ref" not in schema:
         schema = {"type": "object", **schema}
         if not (_FREE | _COMBINED) & schema.keys():
@@ -197,10 +197,7 @@ def _close(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
     named, needed = part.get("properties"), part.get("required", [])
-    closed = {
-        name: value if name in ("const", "enum", "default", "examples") else _close(value)
-        for name, value in part.items()
-    }
+    closed = {name: value if name in _KEPT else _close(value) for name, value in part.items()}
     if (
         part.get("type") == "object"
         and isinstance(named, dict)

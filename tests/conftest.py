@@ -48,52 +48,19 @@ _CORPUS = (
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of a context of 512 with a byte-level tokenizer and a chat template."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from transformers.utils import logging
+    from .helpers import byte_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-llama")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(_CORPUS, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+    tokenizer = byte_tokenizer(
+        _CORPUS,
+        400,
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         chat_template=_CHAT_TEMPLATE,
     )
     tokenizer.save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        with torch.no_grad():
-            # Fresh weights attend almost evenly, and answer one token over and over.
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape) * 0.15)
-    logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    logging.enable_progress_bar()
+    _build_random("llama", folder, hidden_size=64)
     return folder
 
 
@@ -138,14 +105,14 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def _build_random(architecture: str, folder: Path) -> None:
+def _build_random(architecture: str, folder: Path, hidden_size: int = 128) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sizes: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
-        hidden_size=128,
+        hidden_size=hidden_size,
         intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=4,

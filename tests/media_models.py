@@ -41,8 +41,9 @@ from transformers.models.qwen3_vl import (
 )
 from transformers.utils import logging
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "qwen2_5_omni_thinker", "qwen2_audio")
-SEES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "qwen2_5_omni_thinker")
+_QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SEES = (*_QWEN_VL, "internvl", "qwen2_5_omni_thinker")
+FAMILIES = (*SEES, "qwen2_audio")
 HEARS = ("qwen2_5_omni_thinker", "qwen2_audio")
 
 _SPECIAL = {
@@ -109,9 +110,12 @@ def build(family: str, folder: Path) -> None:
     }
     text = {**_TEXT, "vocab_size": len(tok), "eos_token_id": tok.eos_token_id}
     text["pad_token_id"] = tok.pad_token_id
+    ends = (("start", "bos"), ("end", "eos"))
+    places = {f"{name}_token_id": ids[name] for name in ("image", "video")}
+    places |= {f"vision_{name}_token_id": ids[f"vision_{short}"] for name, short in ends}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = _MODELS[family](text, ids)
+        model = _MODELS[family](text, places if family in _QWEN_VL else ids)
         with torch.no_grad():
             # Fresh weights attend almost evenly, which would hide a wrong mask or rotation.
             for parameter in model.parameters():
@@ -145,16 +149,13 @@ def _processor(family: str, tok: Any) -> Any:
     return Qwen2AudioProcessor(hears, tok, chat_template=_TEMPLATE)
 
 
-def _qwen2_vl(text: dict[str, Any], ids: dict[str, int]) -> Any:
+def _qwen2_vl(text: dict[str, Any], places: dict[str, int]) -> Any:
     vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64}
     return Qwen2VLForConditionalGeneration(
         Qwen2VLConfig(
             text_config={**text, "rope_parameters": _MROPE},
             vision_config=vision,
-            image_token_id=ids["image"],
-            video_token_id=ids["video"],
-            vision_start_token_id=ids["vision_bos"],
-            vision_end_token_id=ids["vision_eos"],
+            **places,
         )
     )
 
@@ -170,20 +171,17 @@ _VISION = {
 }
 
 
-def _qwen2_5_vl(text: dict[str, Any], ids: dict[str, int]) -> Any:
+def _qwen2_5_vl(text: dict[str, Any], places: dict[str, int]) -> Any:
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             text_config={**text, "rope_parameters": _MROPE},
             vision_config=_VISION,
-            image_token_id=ids["image"],
-            video_token_id=ids["video"],
-            vision_start_token_id=ids["vision_bos"],
-            vision_end_token_id=ids["vision_eos"],
+            **places,
         )
     )
 
 
-def _qwen3_vl(text: dict[str, Any], ids: dict[str, int]) -> Any:
+def _qwen3_vl(text: dict[str, Any], places: dict[str, int]) -> Any:
     vision = {**_VISION, "depth": 3, "deepstack_visual_indexes": [0, 1], "patch_size": 16}
     return Qwen3VLForConditionalGeneration(
         Qwen3VLConfig(
@@ -193,10 +191,7 @@ def _qwen3_vl(text: dict[str, Any], ids: dict[str, int]) -> Any:
                 "rope_parameters": {**_MROPE, "mrope_interleaved": True},
             },
             vision_config={**vision, "num_position_embeddings": 64},
-            image_token_id=ids["image"],
-            video_token_id=ids["video"],
-            vision_start_token_id=ids["vision_bos"],
-            vision_end_token_id=ids["vision_eos"],
+            **places,
         )
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    DynamicCache,
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioForConditionalGeneration,
 )
@@ -24,14 +22,7 @@ from kvshare_mm.config import KVShareConfig
 from kvshare_mm.models.loader import LoadedModel, load_model
 from kvshare_mm.stream import SegmentStream
 
-
-@dataclass(frozen=True, slots=True)
-class Full:
-    """What a full prefill gives: ``logits [n, vocab]``, K and V ``[layers, heads, n, dim]``."""
-
-    logits: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+from . import references
 
 
 class Oracle:
@@ -63,20 +54,11 @@ class Oracle:
         media = {**({"images": images} if images else {}), **({"audio": sounds} if sounds else {})}
         return dict(self.processor(text=text, return_tensors="pt", **media))
 
-    @torch.inference_mode()
-    def full(self, inputs: dict[str, Any]) -> Full:
-        cache = DynamicCache(config=self.loaded.model.config)
-        logits = self.reference(**inputs, past_key_values=cache, use_cache=True).logits[0]
-        k, v = (torch.cat([getattr(x, n) for x in cache.layers]) for n in ("keys", "values"))
-        return Full(logits, k, v)
+    def full(self, inputs: dict[str, Any]) -> references.Full:
+        return references.full(self.reference, inputs)
 
-    @torch.inference_mode()
     def greedy(self, inputs: dict[str, Any], num_tokens: int) -> list[int]:
-        out = self.reference.generate(
-            **inputs, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-        answer: list[int] = out[0, inputs["input_ids"].shape[1] :].tolist()
-        return answer
+        return references.greedy(self.reference, inputs, num_tokens)
 
 
 def _mono(source: Any) -> Any:

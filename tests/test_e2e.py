@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
+from kvshare_mm import KVShare, RequestOutput, SamplingParams
 from kvshare_mm.apps.showcase import Told, tell
 from kvshare_mm.apps.stories import STORIES, Story
 
@@ -48,16 +48,6 @@ def reused_share(output: RequestOutput) -> float:
     return 1 - output.provenance.recomputed / len(output.prompt_token_ids)
 
 
-def test_the_lab_report_is_reused_and_read_anew(told: dict[str, Told]) -> None:
-    story = told["lab report"]
-    kvshare, full = story.outputs["kvshare"], story.outputs["full"]
-    assert reused_share(kvshare) >= 0.85
-    assert "148" in story.donor.text
-    assert "121" in kvshare.text
-    assert kvshare.token_ids == full.token_ids
-    assert story.same_answer
-
-
 @pytest.mark.parametrize("story", STORIES, ids=_NAMES)
 def test_answers_are_right_and_not_the_donors(told: dict[str, Told], story: Story) -> None:
     found = told[story.name]
@@ -79,33 +69,6 @@ def test_the_methods_do_what_they_say(told: dict[str, Told], name: str) -> None:
     assert kvshare.provenance.fallback is None
     assert kvshare.provenance.recomputed < prefix.provenance.recomputed
     assert reused_share(kvshare) >= 0.5
-
-
-def test_an_identical_prompt_is_recomputed_in_one_token(llm: KVShare) -> None:
-    messages = [{"role": "user", "content": _EXAM.donor}]
-    options = RequestOptions(cache_salt="identical")
-    first = llm.chat(messages, _PARAMS, options)
-    assert llm.flush()
-    again = llm.chat(messages, _PARAMS, options)
-    assert first.provenance.recomputed == len(first.prompt_token_ids)
-    assert again.provenance.recomputed == 1
-    assert again.provenance.reused == 0
-    assert again.token_ids == first.token_ids
-
-
-def test_a_conversation_reuses_its_own_answers(llm: KVShare) -> None:
-    messages: list[dict[str, Any]] = [{"role": "user", "content": _SUPPORT.donor}]
-    options = RequestOptions(cache_salt="conversation", reuse="exact")
-    first = llm.chat(messages, _PARAMS, options)
-    assert llm.flush()
-    messages += [
-        {"role": "assistant", "content": first.text},
-        {"role": "user", "content": "And how much does that cost?"},
-    ]
-    second = llm.chat(messages, _PARAMS, options)
-    assert second.provenance.exact >= len(first.prompt_token_ids)
-    unshared = RequestOptions(reuse="off")
-    assert second.token_ids == llm.chat(messages, _PARAMS, unshared).token_ids
 
 
 _FIRST_PROCESS = """

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import distributions, entry_points, packages_distributions
+from importlib.metadata import distributions, packages_distributions
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -130,21 +129,6 @@ def test_training_is_not_installed() -> None:
     """It is a tool for developers, who have the source tree."""
     installed = [dist.files or [] for dist in distributions(name="kvshare-mm")]
     assert [str(f) for f in chain(*installed) if f.match("kvshare_mm/assets/training/*")] == []
-
-
-@pytest.mark.parametrize("folder", SOURCE_FOLDERS)
-def test_folders_import_below_kvshare_mm(folder: str) -> None:
-    importlib.import_module(package_of(PurePosixPath(folder)))
-
-
-def test_types_are_shipped() -> None:
-    package = importlib.import_module("kvshare_mm")
-    assert Path(package.__path__[0], "py.typed").is_file()
-
-
-def test_console_script_loads() -> None:
-    (script,) = entry_points(group="console_scripts", name="kvshare")
-    assert callable(script.load())
 
 
 def test_help_waits_for_no_torch() -> None:

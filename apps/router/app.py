@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpcore2
@@ -18,10 +18,11 @@ from starlette.types import ASGIApp
 
 from kvshare_mm.apps.router import models
 from kvshare_mm.apps.router.bodies import Room
+from kvshare_mm.apps.router.fleet import Fleet
 from kvshare_mm.apps.router.memory import Memory
 from kvshare_mm.apps.router.metrics import RouterMetrics
 from kvshare_mm.apps.router.proxy import Proxy
-from kvshare_mm.apps.router.replicas import Replica, check, watch
+from kvshare_mm.apps.router.replicas import check
 from kvshare_mm.apps.server.errors import ApiError, as_api_error
 from kvshare_mm.apps.server.gate import Gate
 from kvshare_mm.apps.server.keys import Caller, KeyRing
@@ -53,7 +54,7 @@ class _Keys(KeyRing):
 
 
 def create_app(
-    replicas: Sequence[Replica],
+    fleet: Fleet,
     options: ServerOptions,
     max_requests: int = 100_000,
     max_held_bytes: int = 512 << 20,
@@ -61,11 +62,12 @@ def create_app(
     """The application, and what it counts.
 
     Args:
-        replicas: where requests go; nobody can name others.
+        fleet: where requests go; nobody can name others.
         options: of the server; of a replica's answer, the seconds between two pieces of it.
         max_requests: most earlier requests known.
         max_held_bytes: of all requests' bodies at a time.
     """
+    replicas = fleet.replicas
     pool = httpcore2.AsyncConnectionPool(
         max_connections=None,  # as many as clients have
         max_keepalive_connections=_MOST_IDLE,
@@ -80,8 +82,9 @@ def create_app(
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
         async with pool:
+            await fleet.resolve()
             await asyncio.gather(*(check(replica, pool) for replica in replicas))
-            watching = asyncio.create_task(watch(replicas, pool))
+            watching = asyncio.create_task(fleet.watch(pool))
             try:
                 yield
             finally:

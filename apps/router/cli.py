@@ -18,7 +18,8 @@ def route(
     replicas: Annotated[
         str,
         typer.Option(
-            help="URLs of the servers, with commas: http://10.0.0.1:8000,http://10.0.0.2:8000"
+            help="URLs of the servers, with commas: http://10.0.0.1:8000,http://10.0.0.2:8000; "
+            "dns+http://NAME:8000 stands for all addresses that the name has, asked again every 5 s"
         ),
     ],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
@@ -94,14 +95,14 @@ def route(
             from kvshare_mm.errors import ConfigError
 
             raise ConfigError("the router needs `pip install kvshare-mm[server]`") from error
-        from kvshare_mm.apps.router.replicas import replicas_of
+        from kvshare_mm.apps.router.fleet import fleet_of
         from kvshare_mm.apps.server import hosts, logs
         from kvshare_mm.apps.server.options import ServerOptions
         from kvshare_mm.apps.server.run import bind, check_certificate
 
         logs.configure(json_logs, logging.getLogger().getEffectiveLevel())
         check_certificate(ssl_certfile, ssl_keyfile)
-        behind = replicas_of(replicas)
+        behind = fleet_of(replicas)
         options = ServerOptions(
             model_name="",
             allowed_hosts=hosts.allowed_hosts(allowed_host or (), host, with_keys=False),

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from kvshare_mm.apps.router.memory import Memory
 from kvshare_mm.apps.router.replicas import Replica
 
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+class _Standing(Collector):
+    """Of the replicas that are there when it is asked."""
+
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        self._replicas = replicas
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        up = GaugeMetricFamily("kvshare_router_up", "1: it answers.", labels=["replica"])
+        flying = GaugeMetricFamily(
+            "kvshare_router_in_flight", "Requests there.", labels=["replica"]
+        )
+        for replica in self._replicas:
+            up.add_metric([str(replica.number)], replica.healthy)
+            flying.add_metric([str(replica.number)], replica.in_flight)
+        yield from (up, flying)
 
 
 class RouterMetrics:
@@ -37,14 +55,7 @@ class RouterMetrics:
             ["replica", "begun"],
             registry=self.registry,
         )
-        up = Gauge("kvshare_router_up", "1: it answers.", ["replica"], registry=self.registry)
-        flying = Gauge(
-            "kvshare_router_in_flight", "Requests there.", ["replica"], registry=self.registry
-        )
-        for replica in replicas:
-            name = str(replica.number)
-            up.labels(name).set_function(partial(getattr, replica, "healthy"))
-            flying.labels(name).set_function(partial(getattr, replica, "in_flight"))
+        self.registry.register(_Standing(replicas))
         known = Gauge(
             "kvshare_router_requests_known",
             "Earlier requests that are known.",

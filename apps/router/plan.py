@@ -10,11 +10,14 @@ from typing import Literal
 ANSWER = 64
 """Work of an answer, in words of a prompt: many are decoded at a time, and none is waited for."""
 
-_OVER = 1.25
-# What is computed keeps others waiting as well: it counts so often.
-_COUNTED = 2
-# Prompts that are not alike share so much by their common words.
-_LEAST_SHARE = 0.1
+OVER = 1.25
+"""Most work of a replica, over the mean."""
+
+COUNTED = 2
+"""What is computed keeps others waiting as well: it counts so often."""
+
+LEAST_SHARE = 0.1
+"""Prompts that are not alike share so much by their common words."""
 
 Reason = Literal["donor", "moved", "load"]
 
@@ -78,21 +81,21 @@ def choose(length: int, replicas: Sequence[Standing], draw: random.Random) -> Ch
     if not replicas:
         raise ValueError("there is no replica to choose from")
     best = max(r.share for r in replicas)
-    most = _OVER * sum(r.work for r in replicas) / len(replicas) + length + ANSWER
+    most = OVER * sum(r.work for r in replicas) / len(replicas) + length + ANSWER
     fitting = [r for r in replicas if r.work + _computed(length, r) + ANSWER <= most]
 
     def cost(replica: Standing) -> float:
-        return (replica.ahead + _COUNTED * _computed(length, replica)) * replica.seconds
+        return (replica.ahead + COUNTED * _computed(length, replica)) * replica.seconds
 
     def load(replica: Standing) -> float:
         return (replica.work + _computed(length, replica)) * replica.seconds
 
     equal = fitting or [min(replicas, key=lambda r: r.work)]  # none: by rounding only
-    if best >= _LEAST_SHARE:
+    if best >= LEAST_SHARE:
         least = min(map(cost, equal))
         equal = [r for r in equal if cost(r) <= least * (1 + 1e-9)]
     chosen = min(draw.sample(equal, min(2, len(equal))), key=load)
-    if best < _LEAST_SHARE:
+    if best < LEAST_SHARE:
         reason: Reason = "load"
     else:
         reason = "donor" if chosen.share == best else "moved"
@@ -100,4 +103,4 @@ def choose(length: int, replicas: Sequence[Standing], draw: random.Random) -> Ch
 
 
 def _computed(length: int, replica: Standing) -> float:
-    return length * (1 - replica.share) if replica.share >= _LEAST_SHARE else float(length)
+    return length * (1 - replica.share) if replica.share >= LEAST_SHARE else float(length)

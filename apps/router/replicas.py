@@ -1,4 +1,4 @@
-"""The servers behind a router: where they are, whether they answer, what they have to do."""
+"""A server behind a router: where it is, whether it answers, what it has to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from kvshare_mm.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _URL = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?(?:/v1)?/?")
-_CHECK_S = 1.0
 _CHECK_TIMEOUT_S = 2.0
 # Until something was measured, a word takes as long everywhere.
 _FIRST_GUESS_S = 1e-3
@@ -118,30 +117,10 @@ class Flight:
         self._replica.add(-self._computed, -ANSWER, -1)
 
 
-def replicas_of(urls: str) -> list[Replica]:
-    """Replicas of URLs with commas between them. Raises ConfigError: one is no URL, or twice."""
-    given = [url.strip() for url in urls.split(",") if url.strip()]
-    found = [Replica(number, url) for number, url in enumerate(given, 1)]
-    if not found or len({r.origin for r in found}) < len(found):
-        raise ConfigError("--replicas names at least one server, and none twice")
-    return found
-
-
 def typical_seconds(replicas: Sequence[Replica]) -> float:
     """Of a word, where a replica has not been measured."""
     measured = [s for r in replicas if (s := r.seconds_per_word) is not None]
     return sum(measured) / len(measured) if measured else _FIRST_GUESS_S
-
-
-async def watch(replicas: Sequence[Replica], pool: httpcore2.AsyncConnectionPool) -> None:
-    """Ask every replica every second whether it answers; for ever."""
-
-    async def one(replica: Replica) -> None:
-        while True:
-            await check(replica, pool)
-            await asyncio.sleep(_CHECK_S)
-
-    await asyncio.gather(*map(one, replicas))
 
 
 async def check(replica: Replica, pool: httpcore2.AsyncConnectionPool) -> None:

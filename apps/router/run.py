@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Sequence
 
 from kvshare_mm.apps.router.app import create_app
-from kvshare_mm.apps.router.replicas import Replica
+from kvshare_mm.apps.router.fleet import Fleet
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.run import Server, address, until_stopped
 
@@ -15,15 +14,15 @@ logger = logging.getLogger(__name__)
 
 
 def serve(
-    replicas: Sequence[Replica],
+    fleet: Fleet,
     options: ServerOptions,
     listening: socket.socket,
     max_requests: int,
     max_held_bytes: int,
 ) -> None:
     """Route until SIGINT or SIGTERM; then let requests in flight end. See `app.create_app`."""
-    app, metrics = create_app(replicas, options, max_requests, max_held_bytes)
+    app, metrics = create_app(fleet, options, max_requests, max_held_bytes)
     logger.info("listening on %s", address(listening, options))
-    for replica in replicas:
+    for replica in fleet.replicas:
         logger.info("replica %d is %s", replica.number, replica.origin)
     until_stopped(Server(app, options, metrics.registry), listening)

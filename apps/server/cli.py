@@ -35,6 +35,7 @@ def _renamed(value: str | None) -> None:
             *("engine", "store_dir", "max_model_len", "max_num_seqs", "max_queue"),
             *("repair", "max_divergence", "reuse", "host_bytes", "disk_bytes"),
             *("audit_share", "audit_budget", "calibration"),
+            *("shared_store", "shared_ttl_s", "shared_deadline_ms"),
             *("index_uri", "embedder", "media_embedder", "dtype", "device"),
         ),
         _SAFETY: ("max_media_bytes", "media_workers", "media_deadline_s"),

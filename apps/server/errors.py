@@ -129,6 +129,24 @@ def as_api_error(error: Exception, retry_after: float = 1.0) -> ApiError:
     return ApiError(500, "internal error; the server's log has more under this request's id")
 
 
+def _place(error: Any, body: Any) -> list[str | int]:
+    """Where in the request it is; names of types that pydantic tried in vain are no fields."""
+    # The first part is "body", "query" or "path".
+    location: tuple[Any, ...] = error["loc"]
+    origin, *parts = location
+    if origin != "body":
+        return parts
+    place: list[str | int] = []
+    for i, part in enumerate(parts):
+        inside = isinstance(part, int) and part < len(body) if isinstance(body, list) else None
+        if inside or (isinstance(body, dict) and part in body):
+            body = body[part]
+        elif not (error["type"] == "missing" and i == len(parts) - 1):
+            continue
+        place.append(part)
+    return place
+
+
 def install(app: FastAPI) -> None:
     """Answer every error of `app` in OpenAI's shape."""
 
@@ -142,8 +160,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        # The first part is "body", "query" or "path".
-        place = [str(part) for part in first["loc"][1:]]
+        place = [str(part) for part in _place(first, error.body)]
         if first["type"] == "json_invalid":
             return ApiError(400, f"the body is no JSON: {first['ctx']['error']}").response()
         if not place:

@@ -25,7 +25,8 @@ from kvshare_mm.index.lazy_client import LazyClient
 
 logger = logging.getLogger(__name__)
 
-# A server in this process need not be asked whether it lives, and complains of being asked often.
+# Calls have timeouts: an idle server need not be asked whether it lives. Milvus Lite hangs up where
+# pymilvus asks every ten seconds; gRPC's servers allow it every five minutes.
 _NO_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
 
 _BATCH = 500
@@ -34,7 +35,7 @@ _EF = 1024
 """HNSW search breadth. Milvus Lite looks at this many neighbours *before* the namespace filter: at
 64 a namespace of 25 among 5,000 rows had recall 0.45, at 1,024 0.99, for 1 ms more."""
 
-_PATIENCE = 60.0
+PATIENCE = 60.0
 """Seconds for writes, and for all of Milvus Lite: it runs in this process, where it can be busy
 (it builds sparse indexes while searching) but not unreachable."""
 
@@ -83,7 +84,7 @@ class MilvusIndex:
         self._flush_every = flush_every
         self._token = token
         self._timeout = timeout
-        self._patience = timeout if self._path is None else _PATIENCE
+        self._patience = timeout if self._path is None else PATIENCE
         embedder = xxhash.xxh3_64_hexdigest(embedder_name.encode())[:8]
         self.collection = f"kvshare_v{milvus_rows.SCHEMA_VERSION}_{dim}_{embedder}"
         self._milvus = LazyClient(f"Milvus at {uri}", self._connect, self._disconnect, retry_after)
@@ -118,7 +119,7 @@ class MilvusIndex:
             for start in range(0, len(rows), _BATCH):
                 batch = rows[start : start + _BATCH]
                 with self._milvus.use("upsert") as client:
-                    client.upsert(self.collection, batch, timeout=_PATIENCE)
+                    client.upsert(self.collection, batch, timeout=PATIENCE)
                 self._unflushed += len(batch)
                 if self._unflushed >= self._flush_every:
                     self.flush()
@@ -130,7 +131,7 @@ class MilvusIndex:
             for start in range(0, len(gone), _BATCH):
                 condition = f"node_id in [{', '.join(gone[start : start + _BATCH])}]"
                 with self._milvus.use("delete") as client:
-                    client.delete(self.collection, filter=condition, timeout=_PATIENCE)
+                    client.delete(self.collection, filter=condition, timeout=PATIENCE)
 
     def search_dense(
         self, namespace: str, embedding: NDArray[np.float32], limit: int
@@ -156,7 +157,7 @@ class MilvusIndex:
     def ids(self) -> set[str]:
         """All nodes of the collection, of every namespace."""
         found: set[str] = set()
-        options = {"filter": "", "output_fields": ["node_id"], "timeout": _PATIENCE}
+        options = {"filter": "", "output_fields": ["node_id"], "timeout": PATIENCE}
         with self._milvus.use("list") as client:
             pages = client.query_iterator(self.collection, batch_size=10_000, **options)
             while page := pages.next():
@@ -194,7 +195,7 @@ class MilvusIndex:
         """Make Milvus Lite index what was added since the last flush; nothing on a server."""
         with self._writing, self._milvus.use("flush") as client:
             if self._lite:
-                client.flush(self.collection, timeout=_PATIENCE)
+                client.flush(self.collection, timeout=PATIENCE)
             self._unflushed = 0
 
     def close(self) -> None:
@@ -237,10 +238,10 @@ class MilvusIndex:
                 for name in client.list_collections(timeout=self._timeout):
                     if name.startswith("kvshare_v") and name != self.collection:
                         logger.warning("index: %s is of another version, dropped", name)
-                        client.drop_collection(name, timeout=_PATIENCE)
+                        client.drop_collection(name, timeout=PATIENCE)
             if not client.has_collection(self.collection, timeout=self._timeout):
                 _create_collection(client, self.collection, self._dim)
-            client.load_collection(self.collection, timeout=_PATIENCE)
+            client.load_collection(self.collection, timeout=PATIENCE)
         except BaseException:
             self._disconnect(client)
             raise
@@ -250,6 +251,11 @@ class MilvusIndex:
         client.close()
         if self._path is not None:
             _release_lite(self._path)
+
+
+def connected(uri: str, token: str, timeout: float) -> Any:
+    """A client of a Milvus server. May raise anything."""
+    return _open(uri, None, token, timeout)
 
 
 def _open(uri: str, path: str | None, token: str, timeout: float) -> Any:
@@ -264,11 +270,13 @@ def _open(uri: str, path: str | None, token: str, timeout: float) -> Any:
         theirs.setLevel(logging.WARNING)
     if path is None:
         # Dedicated: the shared connection of pymilvus outlives its clients.
-        return MilvusClient(uri, token=token, timeout=timeout, dedicated=True)
+        return MilvusClient(
+            uri, token=token, timeout=timeout, dedicated=True, grpc_options=_NO_PINGS
+        )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger("pymilvus.client.iterator").setLevel(logging.ERROR)  # no AllocTimestamp
     with _lite_lock:
-        client = MilvusClient(path, timeout=_PATIENCE, dedicated=True, grpc_options=_NO_PINGS)
+        client = MilvusClient(path, timeout=PATIENCE, dedicated=True, grpc_options=_NO_PINGS)
         _lite_users[path] += 1
     return client
 
@@ -297,4 +305,4 @@ def _create_collection(client: Any, name: str, dim: int) -> None:
     hnsw = {"M": 16, "efConstruction": 100}
     indexes.add_index("dense", index_type="HNSW", metric_type="IP", params=hnsw)
     indexes.add_index("sparse", index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
-    client.create_collection(name, schema=schema, index_params=indexes, timeout=_PATIENCE)
+    client.create_collection(name, schema=schema, index_params=indexes, timeout=PATIENCE)

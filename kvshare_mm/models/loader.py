@@ -26,7 +26,9 @@ from kvshare_mm.kernels.backend import BackendError, resolve
 from kvshare_mm.modalities.loading import loading
 from kvshare_mm.models.family import Family, load_family, load_text_part
 from kvshare_mm.models.gguf import EMBEDDED, converted, embedded_gguf
-from kvshare_mm.models.support import KVShape, check_support
+from kvshare_mm.models.shape import KVShape
+from kvshare_mm.models.states import StateLayout
+from kvshare_mm.models.support import check_support
 from kvshare_mm.reuse.rotary import RotarySpec
 
 logger = logging.getLogger(__name__)
@@ -50,9 +52,10 @@ class LoadedModel:
         context_len: the model's own limit in tokens.
         eos_token_ids: tokens that end an answer.
         fingerprint: names weights, dtype, RoPE and tokenizer: the namespace's first part.
-        rotary: how keys are re-rotated; None if KV cannot be reused.
-        kv_shape: of one position's KV; None if KV cannot be reused.
-        unsupported: why KV cannot be reused, in words, or None.
+        rotary: how keys are re-rotated; None if KV cannot be moved.
+        kv_shape: of one position's KV; None if KV cannot be moved.
+        unsupported: why KV cannot be moved, in words, or None.
+        states: how an unsupported model goes on behind an identical beginning; None: not at all.
         attention_backend: what computes PartialAttention and moves KV: "triton" or "torch".
         family: encoders and placeholders; None for a model of text alone.
         processor: transformers' processor of a multimodal model, or None.
@@ -69,6 +72,7 @@ class LoadedModel:
     rotary: RotarySpec | None
     kv_shape: KVShape | None
     unsupported: str | None
+    states: StateLayout | None = None
     attention_backend: str = "torch"
     family: Family | None = None
     processor: Any = None
@@ -140,7 +144,11 @@ def load_model(
         raise ModelLoadError(f"The model {name!r} lacks {len(missing)} weights, e.g. {missing[0]}")
     model = model.to(target).eval().requires_grad_(False)
     support = check_support(language, attention_name(backend))
-    if support.reason:
+    if support.states is not None:
+        size = support.states.num_bytes
+        logger.warning("%s reuses identical beginnings alone: %s", name, support.reason)
+        logger.info("a kept state of it takes %.1f MiB", size / 2**20)
+    elif support.reason:
         logger.warning("%s is served without KV reuse: %s", name, support.reason)
     return LoadedModel(
         name=name,
@@ -154,6 +162,7 @@ def load_model(
         rotary=support.rotary,
         kv_shape=support.kv_shape,
         unsupported=support.reason,
+        states=support.states,
         attention_backend=backend,
         family=family,
         processor=processor,

@@ -18,11 +18,14 @@ import torch
 
 from kvshare_mm.attention import ATTENTION_NAME, SlotCache
 from kvshare_mm.kernels.ragged import RaggedQueries
+from kvshare_mm.models.shape import KVShape
+from kvshare_mm.models.states import StateLayout, prove_states
 from kvshare_mm.reuse.rotary import SUPPORTED_ROPE_TYPES, RotarySpec, rerotate
 
 _PROBE_TOKENS = 12
 _PROBE_SHIFT = 37
 _PROBE_WINDOW = 5
+RECURRENT = "it has recurrent layers"
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 # K and V of a layer at one position, and at another: ``[1, num_kv_heads, n, head_dim]`` each.
@@ -30,26 +33,17 @@ _Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class KVShape:
-    """Shape of one position's KV: ``[num_layers, num_kv_heads, key_dim or value_dim]``."""
-
-    num_layers: int
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
-        per_layer = self.num_kv_heads * (self.key_dim + self.value_dim)
-        return self.num_layers * per_layer * dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
 class Support:
-    """What `check_support` found; `reason` is None if KV can be reused."""
+    """What `check_support` found; `reason` is None if KV can be moved.
+
+    Attributes:
+        states: how one whose KV cannot be moved goes on behind an identical beginning; None: not.
+    """
 
     reason: str | None = None
     rotary: RotarySpec | None = None
     kv_shape: KVShape | None = None
+    states: StateLayout | None = None
 
 
 class _FirstLayerDone(Exception):
@@ -83,11 +77,21 @@ def check_support(model: Any, attention: str = ATTENTION_NAME) -> Support:
         attention: PartialAttention's name on a backend, see `attention.attention_name`. The proof
             runs on that backend.
     """
+    if reason := _of_length(model.config):
+        return Support(reason)  # of a beginning, too: the probe is too short to see it
     reason = declared_obstacle(model.config)
-    if reason:
-        return Support(reason)
-    if not _rotations(model):
-        return Support("no rotary position embedding was found in it")
+    if not reason and not _rotations(model):
+        reason = "no rotary position embedding was found in it"
+    support = Support(reason) if reason else _movable(model, attention)
+    if not support.reason:
+        return support
+    states = prove_states(model)
+    if isinstance(states, str):
+        return Support(f"{support.reason}; no exact prefixes either: {states}")
+    return Support(support.reason, states=states)
+
+
+def _movable(model: Any, attention: str) -> Support:
     before = model.config._attn_implementation
     device = model.device
     try:
@@ -108,15 +112,20 @@ def check_support(model: Any, attention: str = ATTENTION_NAME) -> Support:
 
 
 def declared_obstacle(config: Any) -> str | None:
-    """The reason that the configuration itself gives against reuse, if any."""
+    """The reason that the configuration itself gives against moving KV, if any."""
+    if reason := _of_length(config):
+        return reason
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return RECURRENT if kinds - _ATTENTION_KINDS else None
+
+
+def _of_length(config: Any) -> str | None:
+    """The reason against any reuse, if keys depend on how long the prompt is."""
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in [v for v in rope.values() if isinstance(v, dict)] or [rope]:
         rope_type = kind.get("rope_type", "default")
         if rope_type not in SUPPORTED_ROPE_TYPES:
             return f"rotary type {rope_type!r} depends on the sequence length"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds - _ATTENTION_KINDS:
-        return "it has recurrent layers"
     return None
 
 

@@ -3,9 +3,8 @@
 One thread runs the model. Prompts are computed one after the other, but one that takes many chunks
 holds up neither answers nor prompts of one chunk: they come in between.
 
-A second thread saves prompts as donors when they are computed, and answers when they are out; then
-slots are free again. Who waits already, or comes behind an answer, finds them: it waits for the
-save. Requests of other namespaces do not, nor those that run.
+A second thread saves prompts as donors when they are computed, and answers when they are out. Who
+waits already, or comes behind an answer, waits for the saves of its namespace, and finds them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN
 from kvshare_mm.native.prefill import Prefiller, provenance
 from kvshare_mm.native.request import SlotRequest
 from kvshare_mm.native.saver import Saver, save_request
-from kvshare_mm.native.searcher import Searcher
+from kvshare_mm.native.searcher import Searches
 from kvshare_mm.native.slots import ModelRunner, works
 from kvshare_mm.native.waiting import WaitingRequests
 from kvshare_mm.outputs import FinishReason, count_use
@@ -60,6 +59,7 @@ class NativeEngine:
         max_model_len: longest prompt plus answer.
         max_queue: requests that may wait, see `FairQueue`.
         auditor: computes some requests in full when nothing else is to do; None: nobody does.
+        help_s: longest that a prompt waits to hear whether other replicas have a donor for it.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class NativeEngine:
         max_model_len: int,
         max_queue: int,
         auditor: Auditor | None = None,
+        help_s: float = 0.015,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._loaded = loaded
@@ -89,7 +90,7 @@ class NativeEngine:
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
         self._thread.start()
-        self._searcher = Searcher(donors)
+        self._searches = Searches(donors, prefiller, self._changed, help_s)
 
     # -- called from any thread -------------------------------------------------------------
 
@@ -108,6 +109,7 @@ class NativeEngine:
                 raise EngineClosedError("the engine is closed")
             if spec.options.reuse != "off":
                 self._waiting.hold(request, self._saver.last.get(spec.namespace, 0))
+                self._searches.hold(request)
             must_wait = bool(self._waiting) or not self._free
             try:
                 self._waiting.add(spec.options.tenant, request)
@@ -116,8 +118,7 @@ class NativeEngine:
                 raise
             self._known[request.request_id] = request
             self._changed.notify_all()
-        if must_wait and spec.options.reuse == "similar":
-            self._searcher.look(request)
+        self._searches.look(request, must_wait)
         return request.request_id
 
     def cancel(self, request_id: str) -> None:
@@ -148,10 +149,9 @@ class NativeEngine:
     @property
     def stuck_s(self) -> float:
         """Seconds for which requests have been there and no layer of the model was computed."""
-        oldest = min((r.submitted for r in [*self._known.values()]), default=None)
-        if oldest is None:
-            return 0.0
-        return time.perf_counter() - max(oldest, self._runner.moved_s)
+        now = time.perf_counter()
+        oldest = min((r.submitted for r in [*self._known.values()]), default=now)
+        return max(0.0, now - max(oldest, self._runner.moved_s))
 
     @property
     def num_waiting(self) -> int:
@@ -168,7 +168,7 @@ class NativeEngine:
             self._changed.notify_all()
         self._thread.join()
         self._saver.close()
-        self._searcher.close()
+        self._searches.close()
 
     # -- the engine's thread ----------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class NativeEngine:
                 audit_s = None if held else self._audit_s()
                 if audit_s == 0:
                     break
-                self._changed.wait(self._waiting.MAX_HOLD_S if held else audit_s)
+                self._changed.wait(self._waiting.longest_s if held else audit_s)
             if self._closing:
                 return False
             gone = self._waiting.drop_gone()
@@ -278,6 +278,7 @@ class NativeEngine:
             return
         request.computing = None
         plan = request.prefill.plan
+        self._searches.computed(request.prefill)
         count_use(self.counters, provenance(request.prefill))
         self.counters["prompt_tokens"] += plan.num_tokens
         if self._auditor is not None:
@@ -370,17 +371,17 @@ class NativeEngine:
         self.counters["generation_tokens"] += len(request.token_ids)
         if self._auditor is not None and request.audit is not None and reason != "abort":
             self._auditor.add(request.audit)
-        if self._donors is not None and request.becomes_donor:
+        saved = self._donors is not None and request.becomes_donor
+        if saved:
             save = partial(save_request, self._prefiller, self.counters, request, self._release)
             with self._changed:
                 # Before the caller hears of the end: a flush waits for it, and what it asks next.
                 self._saver.order(save, request.spec.namespace)
-            request.finish(reason)
-            with self._changed:
-                self._known.pop(request.request_id, None)
-            return
         request.finish(reason)
-        self._release(request)
+        with self._changed:
+            self._known.pop(request.request_id, None)
+        if not saved:
+            self._release(request)
 
     def _release(self, request: SlotRequest) -> None:
         if request.slot >= 0:
@@ -391,9 +392,8 @@ class NativeEngine:
                 self._free.append(request.slot)
             self._changed.notify_all()
 
-    # -- the save thread -----------------------------------------------------------------
-
     def _heal(self, audit: Audit) -> None:
+        """On the save thread."""
         assert self._auditor is not None and self._donors is not None
         self._auditor.heal(audit, self._donors)
         with self._changed:

@@ -18,10 +18,12 @@ from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.native.encoder import MediaEncoder
 from kvshare_mm.native.inputs import MediaInputs
 from kvshare_mm.native.slots import ModelRunner, SlotRunner
+from kvshare_mm.native.states import StateRunner
 from kvshare_mm.outputs import MediaUse, Provenance, Span
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.plan import Decline, PlannerOptions, ReusePlan
 from kvshare_mm.reuse.repair import RepairPolicy
+from kvshare_mm.reuse.shared import MoreTime
 from kvshare_mm.stream import SegmentStream
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class PrefillResult:
         media: the prompt's pictures and clips.
         rope_delta: rotary position minus index of the answer's tokens.
         likely: ``[A]`` int64, what may be answered, from what a donor was; empty: nothing is known.
+        shared: ids of the plan's donors that another replica made.
     """
 
     logits: torch.Tensor
@@ -58,6 +61,7 @@ class PrefillResult:
     media: tuple[MediaUse, ...] = ()
     rope_delta: int = 0
     likely: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    shared: frozenset[str] = frozenset()
 
 
 @dataclass(eq=False, slots=True)
@@ -66,7 +70,7 @@ class Prefill:
 
     Attributes:
         tail: records where the last position looks; None: nobody needs that.
-        fallback, lookup, planning, edit, likely: see `PrefillResult`.
+        fallback, lookup, planning, edit, likely, shared: see `PrefillResult`.
         done: so many of the plan's positions are computed.
         seconds: that this took, the media's encoders included.
     """
@@ -82,6 +86,7 @@ class Prefill:
     planning: float
     edit: float
     likely: np.ndarray
+    shared: frozenset[str]
     done: int = 0
     seconds: float = 0.0
 
@@ -111,6 +116,7 @@ class Prefill:
             media=self.media.uses,
             rope_delta=self.stream.rope_delta,
             likely=self.likely,
+            shared=self.shared,
         )
 
 
@@ -118,7 +124,7 @@ class Prefiller:
     """Fills slots.
 
     Args:
-        runner: runs the model; reuse needs a `SlotRunner`.
+        runner: runs the model; reuse needs a `SlotRunner`, of identical beginnings a `StateRunner`.
         donors: where reuse comes from, or None.
         options: when reuse is worth it.
         policy: which kept positions are recomputed.
@@ -174,7 +180,7 @@ class Prefiller:
             if not plan.runs:
                 break
             try:
-                self._edit(plan, slot, ns, stream.positions)
+                self._edit(plan, slot, ns, stream)
                 fallback = None
                 break
             except KVUnavailableError as error:
@@ -192,12 +198,45 @@ class Prefiller:
         edit = time.perf_counter() - start
         # Only donors need it; without a pool there will be none.
         tail = TailAttention() if self._donors is not None else None
+        if isinstance(self._runner, StateRunner):
+            tail = None
+            if self._donors is not None and store and reuse != "off":
+                self._runner.begin(slot, stream.token_ids, plan.num_exact, plan.parted)
         likely = np.empty(0, np.int64)
+        shared: frozenset[str] = frozenset()
+        if self._donors is not None and self._donors.shared is not None:
+            shared = frozenset(plan.donors) & self._donors.shared.taken
         if self._donors is not None and plan.edited_from is not None:
             likely = self._donors.likely_answer(plan, stream.align_keys)
         return Prefill(
-            self._runner, slot, stream, plan, media, tail, fallback, lookup, planning, edit, likely
+            self._runner,
+            slot,
+            stream,
+            plan,
+            media,
+            tail,
+            fallback,
+            lookup,
+            planning,
+            edit,
+            likely,
+            shared,
         )
+
+    def bring(
+        self,
+        stream: SegmentStream,
+        ns: str,
+        reuse: Reuse,
+        policy: RepairPolicy | None,
+        similar: tuple[str, ...],
+        more_time: MoreTime,
+    ) -> None:
+        """Take over what of other replicas' donors a prompt can use, see `SharedDonors.bring`."""
+        if self._donors is not None and self._donors.shared is not None and reuse != "off":
+            options = self._options.but_exact_only() if reuse == "exact" else self._options
+            policy = policy or self._policy
+            self._donors.shared.bring(stream, ns, options, policy, similar, more_time)
 
     def _plan(
         self,
@@ -208,7 +247,7 @@ class Prefiller:
         policy: RepairPolicy,
     ) -> tuple[ReusePlan, str | None, float, float]:
         n = len(stream)
-        if not isinstance(self._runner, SlotRunner):
+        if not isinstance(self._runner, SlotRunner | StateRunner):
             return ReusePlan(n, declined=Decline.UNSUPPORTED_MODEL), None, 0.0, 0.0
         if self._donors is None or reuse == "off":
             return ReusePlan(n, declined=Decline.REUSE_OFF), None, 0.0, 0.0
@@ -242,8 +281,11 @@ class Prefiller:
         Returns:
             The node's id, or None if it is not stored.
         """
-        assert self._donors is not None and isinstance(self._runner, SlotRunner)
+        assert self._donors is not None and isinstance(self._runner, SlotRunner | StateRunner)
         keys = np.concatenate((stream.align_keys, np.array(answer, np.uint64)))
+        if isinstance(self._runner, StateRunner):
+            for length, state in self._runner.states(slot, over):
+                self._donors.states.put(ns, keys[:length], state)
         if node_id is not None:
             kv, positions = self._runner.slot_kv(slot), stream.positions_to(len(keys))
             if self._donors.extend(node_id, keys, *kv, positions):
@@ -260,9 +302,17 @@ class Prefiller:
             over,
         )
 
-    def _edit(self, plan: ReusePlan, slot: int, ns: str, positions: np.ndarray | None) -> None:
-        assert self._donors is not None and isinstance(self._runner, SlotRunner)
-        self._donors.load(plan, ns, *self._runner.slot_kv(slot), positions)
+    def _edit(self, plan: ReusePlan, slot: int, ns: str, stream: SegmentStream) -> None:
+        assert self._donors is not None and isinstance(self._runner, SlotRunner | StateRunner)
+        if isinstance(self._runner, SlotRunner):
+            self._donors.load(plan, ns, *self._runner.slot_kv(slot), stream.positions)
+            return
+        k, v = self._runner.empty_kv(plan.num_exact)
+        self._donors.load(plan, ns, k, v, stream.positions)
+        state = None
+        if self._runner.layout.states:
+            state = self._donors.states.get(ns, stream.align_keys[: plan.num_exact])
+        self._runner.resume(slot, k, v, state)
 
 
 class PromptMedia:
@@ -345,4 +395,5 @@ def provenance(result: PrefillResult) -> Provenance:
         spans=spans,
         media=result.media,
         expected_divergence=plan.promise.expected if plan.promise else None,
+        shared=int(np.isin(owner, [names[donor] for donor in result.shared]).sum()),
     )

@@ -33,6 +33,7 @@ class SlotRequest(Request):
         after: number of the save that has to be done before it starts, so that it finds what was
             computed before.
         held: `time.perf_counter` from when it waits for that.
+        help_until: `time.perf_counter` until when it waits for donors of other replicas.
         sketch: of its prompt, once it was compared with another's.
         node_id: what its prompt was stored as while it is answered; None: it was not, or not yet.
         longest: tokens that its answer may have.
@@ -44,6 +45,7 @@ class SlotRequest(Request):
 
     after: int = 0
     held: float = 0.0
+    help_until: float = 0.0
     sketch: np.ndarray | None = None
     node_id: str | None = None
     similar: tuple[str, ...] = ()

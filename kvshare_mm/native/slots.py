@@ -1,12 +1,12 @@
 """Model runners: the forward passes of the engine, over slots.
 
-`SlotRunner` runs PartialAttention and is what KV reuse needs. `PlainRunner` serves models that it
-cannot run, with transformers' own cache, whole prompts only.
+`SlotRunner` runs PartialAttention and is what similar reuse needs. `PlainRunner` serves models that
+it cannot run, with transformers' own cache, whole prompts only; `states.StateRunner` what follows
+an identical beginning.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 import sys
@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from kvshare_mm.attention import SlotCache, TailAttention
 from kvshare_mm.kernels.ragged import RaggedQueries
 from kvshare_mm.models.loader import LoadedModel
+from kvshare_mm.models.states import CachedModel
 from kvshare_mm.native.inputs import MediaInputs, decode_positions, model_inputs
 
 logger = logging.getLogger(__name__)
@@ -234,16 +234,13 @@ class PlainRunner:
         self.can_draft = False
         self.chunk = sys.maxsize  # some of these models cannot go on with half a prompt
         self._model = loaded.model
+        self._forward = CachedModel(loaded.model)
         self._device = loaded.device
         self._caches: dict[int, Any] = {}
+        self._lengths: dict[int, int] = {}
+        self._logits: dict[int, torch.Tensor] = {}
         self.moved_s = 0.0
-        # As `generate` does: recurrent models have another name for the cache, some do not return
-        # it, and some count positions only if they are told.
-        accepted = inspect.signature(loaded.model.forward).parameters
-        self._cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
-        self._takes_positions = "position_ids" in accepted
 
-    @torch.inference_mode()
     def prefill(
         self,
         slot: int,
@@ -254,12 +251,9 @@ class PlainRunner:
     ) -> torch.Tensor:
         if len(compute) != len(token_ids):
             raise ValueError("this model computes whole prompts only")
-        self._caches[slot] = DynamicCache(config=self._model.config)
-        ids = torch.from_numpy(token_ids).to(self._device)
-        index = torch.arange(len(ids), device=self._device)
-        return self._step(slot, model_inputs(self._model, ids, index, media))
+        self._empty(slot)
+        return self._compute(slot, token_ids, compute, media)
 
-    @torch.inference_mode()
     def decode(
         self,
         slots: Sequence[int],
@@ -271,24 +265,35 @@ class PlainRunner:
         for slot, token, position, rope_delta in zip(
             slots, token_ids, positions, rope_deltas or [0] * len(slots), strict=True
         ):
-            inputs = {
-                "input_ids": torch.tensor([[token]], device=self._device),
-                "position_ids": torch.tensor([[position + rope_delta]], device=self._device),
-            }
-            logits.append(self._step(slot, inputs))
+            # A step that failed for another slot is repeated, and a state cannot go back.
+            if self._lengths[slot] == position:
+                at = torch.tensor([[position + rope_delta]], device=self._device)
+                token_id = torch.tensor([[token]], device=self._device)
+                self._step(slot, {"input_ids": token_id, "position_ids": at}, position + 1)
+            logits.append(self._logits[slot])
         return torch.stack(logits)
 
     def release(self, slot: int) -> None:
-        self._caches.pop(slot, None)
+        for known in (self._caches, self._lengths, self._logits):
+            known.pop(slot, None)
 
-    def _step(self, slot: int, inputs: dict[str, Any]) -> torch.Tensor:
-        if not self._takes_positions:
-            inputs.pop("position_ids")
-        logits: torch.Tensor = self._model(
-            use_cache=True, **inputs, **{self._cache_name: self._caches[slot]}
-        ).logits
+    def _empty(self, slot: int) -> None:
+        self._caches[slot] = self._forward.new_cache()
+
+    @torch.inference_mode()
+    def _compute(
+        self, slot: int, token_ids: np.ndarray, compute: np.ndarray, media: MediaInputs | None
+    ) -> torch.Tensor:
+        ids, index = (torch.from_numpy(a).to(self._device) for a in (token_ids, compute))
+        inputs = model_inputs(self._model, ids, index, media)
+        return self._step(slot, inputs, int(compute[-1]) + 1)
+
+    def _step(self, slot: int, inputs: dict[str, Any], length: int) -> torch.Tensor:
+        """The slot holds `length` positions then."""
+        logits, self._caches[slot] = self._forward(self._caches[slot], inputs)
+        self._lengths[slot], self._logits[slot] = length, logits
         self.moved_s = time.perf_counter()
-        return logits[0, -1]
+        return logits
 
 
 def works(runner: ModelRunner, slot: int) -> bool:

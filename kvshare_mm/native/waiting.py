@@ -43,13 +43,22 @@ class WaitingRequests(FairQueue[SlotRequest]):
             self.remove(request.spec.options.tenant, request)
         return gone
 
+    @property
+    def longest_s(self) -> float:
+        """Seconds after which one of those held may start although nobody tells."""
+        now = time.perf_counter()
+        waits = [r.help_until - now for r in self if r.help_until > now]
+        return max(0.0, min([self.MAX_HOLD_S, *waits]))
+
     def first(self, active: Sequence[SlotRequest]) -> SlotRequest | None:
         """The request that starts next beside those in slots, if one can."""
-        latest = time.perf_counter() - self.MAX_HOLD_S
+        now = time.perf_counter()
+        latest = now - self.MAX_HOLD_S
         prefilling = [r for r in active if r.prefill is None]
         return self.next(
             lambda r: (
-                (r.after <= self._saver.done or r.held <= latest)
+                r.help_until <= now
+                and (r.after <= self._saver.done or r.held <= latest)
                 and (not prefilling or self._passes(r, *prefilling))
             )
         )

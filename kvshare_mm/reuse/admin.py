@@ -150,6 +150,7 @@ class CacheAdmin:
         # What was made of pictures and sound goes too: it is as much of a request as its KV.
         for node_id in media_ids(self._donors.store, namespace):
             self._donors.store.delete(node_id)
+        self._donors.states.clear(namespace)
         if self._seen is not None:
             self._seen.forget(namespace)
         # Donors are taken up while this runs: it deletes what it finds at its start.

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -78,6 +79,7 @@ class Catalogue:
         similar: tuple[str, ...] = (),
         positions: np.ndarray | None = None,
         pictures: np.ndarray | None = None,
+        beside: Sequence[Node] = (),
     ) -> Found:
         """Plan the reuse of stored requests for a prompt.
 
@@ -88,6 +90,8 @@ class Catalogue:
             similar: ids that a dense search brought in time, if any.
             positions: ``[3, N]`` rotary positions; None: the index.
             pictures: ``[N]`` bool: positions that are pictures; None: none are.
+            beside: nodes that are planned with as if they were here, in the place of what is
+                known by their ids.
         """
         start = time.perf_counter()
         alike: list[str] = []
@@ -97,21 +101,27 @@ class Catalogue:
         exact = self._longest_exact(ns, keys)
         with self._lock:
             alike = self._with_chief_owners([*alike, *similar])[: self.max_candidates]
-            donors = self._donors([*exact, *prefixes, *alike], ns)
+            shared = [node.node_id for node in beside]
+            donors = self._donors([*exact, *prefixes, *shared, *alike], ns, beside)
             found = time.perf_counter()
         plan = make_plan(keys, donors, options, positions, pictures)
         if self.joining is not None:
             plan = replace(plan, joined=joined_positions(keys, self.joining))
         return Found(plan, found - start, time.perf_counter() - found)
 
-    def pieces(self, plan: ReusePlan) -> list[Piece]:
-        """Who owns the KV of a plan's kept runs. Raises KVUnavailableError("evicted")."""
+    def pieces(self, plan: ReusePlan, beside: Sequence[Node] = ()) -> list[Piece]:
+        """Who owns the KV of a plan's kept runs. Raises KVUnavailableError("evicted").
+
+        Args:
+            beside: what it was planned with, see `find`.
+        """
         found: list[Piece] = []
         with self._lock:
+            tree = self.tree.beside(beside) if beside else self.tree
             for run in plan.runs:
                 parts = (
-                    self.tree.resolve(run.donor, run.start, run.length, run.shift)
-                    if run.donor in self.tree
+                    tree.resolve(run.donor, run.start, run.length, run.shift)
+                    if run.donor in tree
                     else []
                 )
                 if sum(p.length for p in parts) != run.length:
@@ -225,13 +235,14 @@ class Catalogue:
 
     # -- inside -----------------------------------------------------------------------------
 
-    def _donors(self, ids: list[str], ns: str) -> list[Donor]:
+    def _donors(self, ids: list[str], ns: str, beside: Sequence[Node] = ()) -> list[Donor]:
         """Donors by id, each once, of this namespace only; caller holds the lock."""
         donors = []
+        tree = self.tree.beside(beside) if beside else self.tree
         for node_id in dict.fromkeys(ids):
-            node = self.tree.get(node_id)
+            node = tree.get(node_id)
             if node is not None and node.namespace == ns:
-                donors.append(self.tree.donor(node_id))
+                donors.append(tree.donor(node_id))
         return donors
 
     def _remove_from_indexes(self, node_id: str) -> None:

@@ -23,6 +23,7 @@ from kvshare_mm.store.codec import read_node, read_record
 from kvshare_mm.store.disk import NODE_SUFFIX, is_temporary, node_file
 from kvshare_mm.store.lock import FolderLock, in_use
 from kvshare_mm.store.media import is_media
+from kvshare_mm.store.states import is_state
 
 NODES, CALIBRATIONS, INDEXES = f"*{NODE_SUFFIX}", "calibration-*.json", "milvus-*.db"
 
@@ -201,9 +202,9 @@ def _check_nodes(part: Path, used: bool, report: Report, read: Told) -> None:
             message = f"borrows {wrong.length} tokens that {wrong.owner} does not have"
             _add(report, Problem(path, "wrong_borrowing", message, node.num_owned))
             tree.drop(node.node_id)
-    requests = [node for node in tree if not is_media(node)]
+    requests = [node for node in tree if not (is_media(node) or is_state(node))]
     report.donors += len(requests)
-    report.media += len(tree) - len(requests)
+    report.media += sum(map(is_media, tree))
     report.tokens_owned += tree.num_tokens_owned
     report.tokens_readable += tree.num_tokens_whole
     for node in requests:

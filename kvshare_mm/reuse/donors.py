@@ -15,12 +15,15 @@ from kvshare_mm.node import Node
 from kvshare_mm.reuse.answers import likely_answer
 from kvshare_mm.reuse.editor import KVEditor
 from kvshare_mm.reuse.orders import Report
-from kvshare_mm.reuse.plan import ReusePlan
+from kvshare_mm.reuse.plan import Decline, ReusePlan
 from kvshare_mm.reuse.scheduler import ReuseScheduler
+from kvshare_mm.reuse.shared import SharedDonors
 from kvshare_mm.reuse.tree import extended, healed
 from kvshare_mm.reuse.worker import ReuseWorker
+from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
+from kvshare_mm.store.states import StateStore
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.stream import Segment
 
@@ -38,9 +41,12 @@ class DonorPool:
         open_dense: opens the index of meaning and its embedder, or None: none is used.
         max_candidates: donors aligned with a target.
         joining: tokens that go on with the word before them (see `words`); None: unknown.
+        only_exact: see `ReuseScheduler`.
 
     Attributes:
         reuse: finds them and plans with them.
+        states: of the model's recurrent layers.
+        shared: shares them with other replicas; None: nobody does.
     """
 
     def __init__(
@@ -52,13 +58,19 @@ class DonorPool:
         open_dense: Callable[[], Opened] | None = None,
         max_candidates: int = 4,
         joining: np.ndarray | None = None,
+        only_exact: Decline | None = None,
     ) -> None:
         self.store = TieredStore(host, disk, self.forget)
+        self.states = StateStore(self.store)
         self.worker = ReuseWorker(self.store, editor)
         self.reuse = ReuseScheduler(self.store.host_bytes, max_candidates)
         self.reuse.catalogue.joining = joining
+        self.reuse.only_exact = only_exact
+        if only_exact is Decline.RECURRENT_LAYERS:
+            self.reuse.states = self.states
         self.counters = self.reuse.counters
         self.tree = self.reuse.catalogue.tree
+        self.shared: SharedDonors | None = None
         if disk is not None and disk.num_corrupt:
             self.counters["damaged_at_start"] = disk.num_corrupt
         for reason, count in disk.left_alone.items() if disk is not None else ():
@@ -123,6 +135,8 @@ class DonorPool:
                 self.reuse.forget(node.node_id)  # it will be tried again
             else:
                 self.reuse.reported(report)
+                if over:
+                    self._publish(node)
         self._carry_out()
         return node.node_id if node is not None and node.node_id in self.tree else None
 
@@ -179,14 +193,41 @@ class DonorPool:
         if not self.reuse.catalogue.replace(node):
             self.store.delete(node.node_id)  # it was deleted meanwhile, and is back by this
             return False
+        self._publish(node)
         return True
+
+    def _publish(self, node: Node) -> None:
+        if self.shared is not None:
+            self.shared.publish(node.node_id, node.namespace)
+
+    def stored(self, node_id: str, ns: str) -> StoredNode:
+        """A donor with its KV. Raises KVUnavailableError."""
+        return self.store.get(node_id, ns)
+
+    def adopt(self, node: Node, kv: NodeKV) -> bool:
+        """Take up a donor that another replica made, or more of it than was here, for RAM only;
+        False: there was no room for it."""
+        self.store.put(StoredNode(node, kv), lasting=False)
+        self.reuse.adopted(node)
+        here = self.store.resident(node.node_id) is not None
+        if not here:
+            self.forget(node.node_id)
+        self._carry_out()
+        return here
 
     def forget(self, node_id: str) -> None:
         """The store no longer holds a node: out of the tree and all indexes."""
         self.reuse.forget(node_id)
+        if self.shared is not None:
+            self.shared.taken.discard(node_id)
 
     def delete(self, node_id: str) -> None:
-        """Delete a donor everywhere."""
+        """Delete a donor everywhere, and the states that hold its tokens; of other replicas, where
+        it was not taken over yet."""
+        if (node := self.tree.get(node_id)) is not None:
+            self.states.forget(node.namespace, node.wide_keys)
+            if self.shared is not None:
+                self.shared.withdraw(node_id, node.namespace)
         self.store.delete(node_id)
         self.forget(node_id)
 
@@ -195,10 +236,15 @@ class DonorPool:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         done = self.reuse.semantic is None or self.reuse.semantic.flush(timeout_s)
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if self.shared is not None:
+            done = self.shared.flush(left) and done
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
         return self.store.flush(left) and done
 
     def close(self) -> None:
         """Flush and stop the background threads."""
+        if self.shared is not None:
+            self.shared.close()
         self.reuse.close()
         self.store.close()
 

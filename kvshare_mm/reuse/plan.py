@@ -16,6 +16,7 @@ class Decline(StrEnum):
 
     REUSE_OFF = "reuse_off"
     UNSUPPORTED_MODEL = "unsupported_model"
+    RECURRENT_LAYERS = "recurrent_layers"
     NO_DONOR = "no_donor"
     BELOW_MIN_GAIN = "below_min_gain"
     EXACT_ONLY = "exact_only"
@@ -124,6 +125,8 @@ class ReusePlan:
             unknown.
         origin: the donor whose approximate reuse was declined, or None.
         promise: what is expected of it; None: nothing is approximate.
+        parted: where the target leaves the stored request that begins like it, if that is behind
+            what can be gone on from; 0: it is not.
         context: `changed_context` of it, once it was asked for; `replace` does not take it over.
     """
 
@@ -138,6 +141,7 @@ class ReusePlan:
     joined: np.ndarray | None = field(default=None, repr=False)
     origin: str | None = None
     promise: Promise | None = None
+    parted: int = 0
     context: np.ndarray | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -208,6 +212,18 @@ class ReusePlan:
         """The plan without its approximate runs, and why."""
         exact = tuple(run for run in self.runs if run.exact)
         return ReusePlan(self.num_tokens, exact, declined=declined, origin=self.edited_from)
+
+    def resumed_at(self, length: int, declined: Decline) -> ReusePlan:
+        """The exact prefix, cut to the `length` that can be gone on from; why no more is reused."""
+        exact = self.runs[0]._replace(length=length) if length else None
+        whole = length >= self.num_tokens - 1
+        return ReusePlan(
+            self.num_tokens,
+            (exact,) if exact else (),
+            declined=None if whole else declined,
+            origin=self.edited_from,
+            parted=self.num_exact if self.num_exact > length else 0,
+        )
 
     def with_repair(self, positions: np.ndarray) -> ReusePlan:
         """The same plan with `positions` (any order, duplicates allowed) computed as well.

@@ -11,7 +11,9 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +34,9 @@ from kvshare_mm.reuse.repair import (
     with_factor,
 )
 from kvshare_mm.stream import Segment, SegmentStream
+
+if TYPE_CHECKING:
+    from kvshare_mm.store.states import StateStore
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +67,8 @@ class ReuseScheduler:
         calibration: what audits taught; None: the bound's constants hold as they are.
         default: the policy of requests that ask for none. Families are given up for it, and for
             those that bound divergence, whoever asks for them.
+        only_exact: why nothing similar can be reused with this model; None: it can.
+        states: of its recurrent layers; None: it can go on from anywhere.
     """
 
     def __init__(self, host_bytes: int, max_candidates: int = 4, num_holders: int = 1) -> None:
@@ -70,6 +77,8 @@ class ReuseScheduler:
         self.semantic: SemanticIndex | None = None
         self.calibration: Calibration | None = None
         self.default: RepairPolicy = MaxDivergence()
+        self.only_exact: Decline | None = None
+        self.states: StateStore | None = None
         self._max_bytes = max(_LEAST_KNOWN_BYTES, host_bytes // 2)
         self._num_holders = num_holders
         # Nodes whose KV is on its way, with their words; and by how many holders nodes were
@@ -90,6 +99,7 @@ class ReuseScheduler:
         policy: RepairPolicy,
         similar: tuple[str, ...] = (),
         look_only: bool = False,
+        beside: Sequence[Node] = (),
     ) -> Found:
         """Plan the reuse of stored requests for a prompt, repairs included.
 
@@ -100,10 +110,15 @@ class ReuseScheduler:
                 approximate donors.
             similar: ids that a search by meaning brought in time, if any.
             look_only: the plan will not be carried out.
+            beside: nodes that are planned with as if they were here.
         """
         try:
+            if self.only_exact is not None:
+                return self._resumed(stream, ns, options, policy, self.only_exact)
             start = self._verdict(ns, policy)
-            found = self._found(stream, ns, options, with_factor(policy, start.factor), similar)
+            found = self._found(
+                stream, ns, options, with_factor(policy, start.factor), similar, beside
+            )
             family = self.catalogue.family(found.plan.edited_from)
             verdict = start
             if found.plan.num_reused:
@@ -111,7 +126,7 @@ class ReuseScheduler:
             if verdict.factor > start.factor and found.plan.continued.any():
                 # What a donor was continued for is more than this family can be trusted with.
                 stricter = with_factor(policy, verdict.factor)
-                found = self._found(stream, ns, options, stricter, similar)
+                found = self._found(stream, ns, options, stricter, similar, beside)
                 family = self.catalogue.family(found.plan.edited_from)
             begun = time.perf_counter()
             plan = self._kept_to(found.plan, policy, family, verdict)
@@ -122,6 +137,22 @@ class ReuseScheduler:
             logger.exception("donor lookup failed; computing in full")
             return Found(ReusePlan(len(stream), declined=Decline.LOOKUP_ERROR), 0.0, 0.0)
 
+    def _resumed(
+        self,
+        stream: SegmentStream,
+        ns: str,
+        options: PlannerOptions,
+        policy: RepairPolicy,
+        why: Decline,
+    ) -> Found:
+        """The exact prefix, as far as it can be gone on from."""
+        found = self._found(stream, ns, options.but_exact_only(), policy, (), ())
+        length = found.plan.num_exact
+        if self.states is not None:
+            length = self.states.longest(ns, stream.align_keys, length)
+        why = Decline.EXACT_ONLY if options.exact_only else why
+        return replace(found, plan=found.plan.resumed_at(length, why))
+
     def _found(
         self,
         stream: SegmentStream,
@@ -129,6 +160,7 @@ class ReuseScheduler:
         options: PlannerOptions,
         policy: RepairPolicy,
         similar: tuple[str, ...],
+        beside: Sequence[Node],
     ) -> Found:
         return self.catalogue.find(
             stream.align_keys,
@@ -137,6 +169,7 @@ class ReuseScheduler:
             similar,
             stream.positions,
             stream.pictures,
+            beside,
         )
 
     def _verdict(
@@ -277,6 +310,12 @@ class ReuseScheduler:
             self.counters["forgotten"] += 1
             if self.semantic is not None:
                 self.semantic.remove(node_id)
+
+    def adopted(self, node: Node) -> None:
+        """A node came from elsewhere, or more of it than was here: it can be found from now on."""
+        if self.catalogue.replace(node):
+            return
+        self._add(node)
 
     def _add(self, node: Node) -> None:
         self.catalogue.add(node)

@@ -11,7 +11,8 @@ No tensors here: the tree is arithmetic on positions. KV bytes live in `kvshare_
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Container, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Container, Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 
@@ -40,7 +41,7 @@ class DeltaTree:
         if max_owners < 1:
             raise ValueError("max_owners must be at least 1")
         self.max_owners = max_owners
-        self._nodes: dict[str, Node] = {}
+        self._nodes: MutableMapping[str, Node] = {}
 
     def __contains__(self, node_id: object) -> bool:
         return node_id in self._nodes
@@ -134,6 +135,12 @@ class DeltaTree:
         are holes from now on. Nothing is rewritten: a node may have thousands of children.
         """
         self._nodes.pop(node_id, None)
+
+    def beside(self, nodes: Sequence[Node]) -> DeltaTree:
+        """A tree of these nodes and all of this one, to be looked at only and for a moment."""
+        tree = DeltaTree(self.max_owners)
+        tree._nodes = ChainMap({node.node_id: node for node in nodes}, self._nodes)
+        return tree
 
     # -- reading ----------------------------------------------------------------------------
 

@@ -20,9 +20,9 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
-from io import BufferedReader
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,11 +39,19 @@ TEMP_SUFFIX = ".tmp"
 
 _KV_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _KV_DTYPE_NAMES = {dtype: name for name, dtype in _KV_DTYPES.items()}
+_KV_NAMES = ("k", "v")
 _RECORD_TENSORS = ("keys", "own", "positions", "attention", "drift", "embedding")
 _ARRAY_DTYPES = {"U64": "<u8", "U32": "<u4", "I64": "<i8", "I32": "<i4", "F32": "<f4"}
 _ARRAY_DTYPE_NAMES = {dtype: name for name, dtype in _ARRAY_DTYPES.items()}
 
 _Layout = dict[str, dict[str, Any]]  # tensor name -> its entry in a safetensors header
+
+
+class KVType(NamedTuple):
+    """Shape ``[layers, kv_heads, owned positions, head_dim]`` and dtype of a node's K or V."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +105,7 @@ def read_record(path: Path) -> tuple[Node, np.ndarray | None, int]:
             later version of this program wrote it.
     """
     with _reading(path) as file:
-        record = _read_record(file)
+        record = _read_record(file, os.fstat(file.fileno()).st_size)
     spans = [record.tensors[name]["data_offsets"] for name in ("k", "v")]
     return record.node, record.embedding, sum(end - start for start, end in spans)
 
@@ -105,11 +113,34 @@ def read_record(path: Path) -> tuple[Node, np.ndarray | None, int]:
 def read_node(path: Path) -> StoredNode:
     """Read a node and verify every byte of it; raises as `read_record` does."""
     with _reading(path) as file:
-        record = _read_record(file)
+        record = _read_record(file, os.fstat(file.fileno()).st_size)
         kv = NodeKV(k=_read_tensor(file, record, "k"), v=_read_tensor(file, record, "v"))
-    if _kv_checksum(_tensor_bytes(kv.k), _tensor_bytes(kv.v)) != record.kv_checksum:
+    if _kv_checksum(tensor_bytes(kv.k), tensor_bytes(kv.v)) != record.kv_checksum:
         raise _corrupt(path, "the checksum of K and V does not match")
     return StoredNode(record.node, kv, record.embedding)
+
+
+def record_bytes(stored: StoredNode) -> bytes:
+    """A node's file without the bytes of K and V, which it only tells the shapes of.
+
+    Raises:
+        ValueError: as `write_node`.
+    """
+    _check_kv(stored)
+    return b"".join(_encode(stored)[: -len(_KV_NAMES)])
+
+
+def record_of(content: bytes) -> tuple[Node, dict[str, KVType]]:
+    """Read what `record_bytes` wrote: the node, and shape and dtype of its K and V by name.
+
+    Raises:
+        KVUnavailableError: "corrupt", or "newer_format".
+    """
+    with _checking("a record"):
+        record = _read_record(BytesIO(content), len(content), record_only=True)
+        entries = {name: record.tensors[name] for name in _KV_NAMES}
+        types = {n: KVType(tuple(e["shape"]), _KV_DTYPES[e["dtype"]]) for n, e in entries.items()}
+    return record.node, types
 
 
 def _check_kv(stored: StoredNode) -> None:
@@ -147,7 +178,7 @@ def _encode(stored: StoredNode) -> list[bytes | memoryview]:
             contents[name] = np.ascontiguousarray(array, dtype=kind).tobytes()
             types[name] = _ARRAY_DTYPE_NAMES[kind.str], array.shape
     for name, tensor in (("k", kv.k), ("v", kv.v)):
-        contents[name] = _tensor_bytes(tensor)
+        contents[name] = tensor_bytes(tensor)
         types[name] = _KV_DTYPE_NAMES[tensor.dtype], tensor.shape
 
     tensors: _Layout = {}
@@ -212,21 +243,31 @@ def _private(path: str, flags: int) -> int:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[BufferedReader]:
+def _reading(path: Path) -> Iterator[BufferedIOBase]:
     """Open `path`, turning everything that can be wrong with it into KVUnavailableError."""
     try:
-        with open(path, "rb") as file:
+        with _checking(path), open(path, "rb") as file:
             yield file
     except FileNotFoundError as error:
         raise KVUnavailableError("evicted", f"{path} is gone") from error
     except OSError as error:
         raise KVUnavailableError("io_error", f"cannot read {path}: {error}") from error
+
+
+@contextmanager
+def _checking(name: Path | str) -> Iterator[None]:
+    """Turn everything that can be wrong with what is read into KVUnavailableError."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _corrupt(path, f"{type(error).__name__}: {error}") from error
+        raise _corrupt(name, f"{type(error).__name__}: {error}") from error
 
 
-def _read_record(file: BufferedReader) -> _Record:
-    size = os.fstat(file.fileno()).st_size
+def _read_record(file: BufferedIOBase, size: int, record_only: bool = False) -> _Record:
+    """Args:
+    size: bytes that there are.
+    record_only: those of K and V are not there.
+    """
     header_len = int.from_bytes(_read_exactly(file, 8), "little")
     data_start = 8 + header_len
     if data_start > size:
@@ -237,9 +278,10 @@ def _read_record(file: BufferedReader) -> _Record:
     if found != (FORMAT, FORMAT_VERSION):
         message = f"format and version are {found}, expected {(FORMAT, FORMAT_VERSION)}"
         if found[0] == FORMAT and int(found[1]) > int(FORMAT_VERSION):
-            raise KVUnavailableError("newer_format", f"{file.name}: {message}")
+            raise KVUnavailableError("newer_format", f"a stored node: {message}")
         raise ValueError(message)
-    offsets = [entry["data_offsets"] for entry in tensors.values()]
+    there = _RECORD_TENSORS if record_only else tensors
+    offsets = [entry["data_offsets"] for name, entry in tensors.items() if name in there]
     if not all(0 <= start <= end for start, end in offsets):
         raise ValueError("a tensor lies outside the file")
     expected = data_start + max(end for _, end in offsets)
@@ -283,16 +325,16 @@ def _read_record(file: BufferedReader) -> _Record:
     return _Record(node, arrays.get("embedding"), tensors, data_start, kv_checksum)
 
 
-def _read_tensor(file: BufferedReader, record: _Record, name: str) -> torch.Tensor:
+def _read_tensor(file: BufferedIOBase, record: _Record, name: str) -> torch.Tensor:
     entry = record.tensors[name]
     tensor = torch.empty(entry["shape"], dtype=_KV_DTYPES[entry["dtype"]])
     file.seek(record.data_start + entry["data_offsets"][0])
-    if file.readinto(_tensor_bytes(tensor)) != tensor.nbytes:
+    if file.readinto(tensor_bytes(tensor)) != tensor.nbytes:
         raise ValueError(f"the file ends inside tensor {name}")
     return tensor
 
 
-def _read_exactly(file: BufferedReader, num_bytes: int) -> bytes:
+def _read_exactly(file: BufferedIOBase, num_bytes: int) -> bytes:
     content = file.read(num_bytes)
     if len(content) != num_bytes:
         raise ValueError(f"the file ends {num_bytes - len(content)} bytes early")
@@ -317,10 +359,10 @@ def _kv_checksum(k: bytes | memoryview, v: bytes | memoryview) -> str:
     return digest.hexdigest()
 
 
-def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a CPU tensor as bytes; a tensor with gaps is copied."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _corrupt(path: Path, why: str) -> KVUnavailableError:
+def _corrupt(path: Path | str, why: str) -> KVUnavailableError:
     return KVUnavailableError("corrupt", f"{path} is damaged or not a stored node: {why}")

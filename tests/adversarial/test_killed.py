@@ -72,8 +72,8 @@ def victims(tiny_folder: Path) -> Iterator[Victims]:
     ("kills", "host", "disk"),
     [
         pytest.param(5, 1 << 28, 1 << 30, id="few"),
-        pytest.param(100, 1 << 28, 1 << 30, id="all kept", marks=pytest.mark.e2e),
-        pytest.param(100, 1 << 20, 3 << 20, id="disk full", marks=pytest.mark.e2e),
+        pytest.param(40, 1 << 28, 1 << 30, id="all kept", marks=pytest.mark.e2e),
+        pytest.param(40, 1 << 20, 3 << 20, id="disk full", marks=pytest.mark.e2e),
     ],
 )
 def test_a_killed_server_leaves_what_is_true(

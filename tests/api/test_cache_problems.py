@@ -61,26 +61,15 @@ def test_files_that_are_damaged_at_the_start(
     if damage == "header":
         content[200] ^= 0x40
     path.write_bytes(
-        {
-            "truncated": bytes(content[:-100]),
-            "empty": b"",
-            "another format": b"{}" * 500,
-        }.get(damage, bytes(content))
+        {"truncated": bytes(content[:-100]), "empty": b"", "another format": b"{}" * 500}.get(
+            damage, bytes(content)
+        )
     )
     llm = open_llm(store_dir=store)
     assert events(llm) == {"damaged_at_start": 1}
     output = llm.generate(_TARGET, _PARAMS)
     assert output.token_ids == full.token_ids
     assert output.provenance.declined == "no_donor"
-
-
-def test_files_that_vanish(open_llm: OpenLLM, full: RequestOutput, store: Path) -> None:
-    llm = open_llm(store_dir=store)
-    node_file(store).unlink()
-    output = llm.generate(_TARGET, _PARAMS)
-    assert output.token_ids == full.token_ids
-    assert output.provenance.fallback == "evicted"
-    assert llm.stats()["requests"]["fallback_evicted"] == 1
 
 
 def test_a_full_disk_costs_durability_only(

@@ -171,10 +171,7 @@ def test_the_context_manager_closes(tiny_folder: Path) -> None:
         llm.generate("The fox.", _PARAMS)
     assert llm.stats()["requests"]["requests"] == 1
     assert llm.flush(1)
-    with (
-        pytest.raises(ZeroDivisionError),
-        KVShare(str(tiny_folder), embedder=None) as other,
-    ):
+    with pytest.raises(ZeroDivisionError), KVShare(str(tiny_folder), embedder=None) as other:
         raise ZeroDivisionError
     with pytest.raises(EngineClosedError):
         other.generate("The fox.", _PARAMS)

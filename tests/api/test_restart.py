@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
+from kvshare_mm import KVShare, RequestOptions, RequestOutput
 
-from .prompts import _DONOR, _PARAMS, _TARGET, PATIENCE_S, OpenLLM, events
+from .prompts import _DONOR, _PARAMS, _TARGET, OpenLLM, events
 
 
 def test_a_reopened_store_serves_reuse(
@@ -33,20 +30,6 @@ def test_a_reopened_store_serves_reuse(
     assert events(third)["restored"] == 2  # the second was edited from the first
     repeated = third.generate(_TARGET, _PARAMS)
     assert repeated.provenance.recomputed < full.provenance.recomputed
-
-
-def test_reuse_from_disk_is_reuse_from_memory(open_llm: OpenLLM, tmp_path: Path) -> None:
-    first = open_llm(store_dir=tmp_path)
-    first.generate(_DONOR, _PARAMS)
-    first.flush()
-    options = RequestOptions(store=False)
-    memory = first.generate(_TARGET, SamplingParams(max_tokens=6, logprobs=3), options)
-    first.close()
-    second = open_llm(store_dir=tmp_path)
-    disk = second.generate(_TARGET, SamplingParams(max_tokens=6, logprobs=3), options)
-    assert disk.provenance == memory.provenance
-    assert disk.token_ids == memory.token_ids
-    assert disk.logprobs == memory.logprobs
 
 
 def test_salts_hold_over_a_restart(open_llm: OpenLLM, tmp_path: Path) -> None:
@@ -75,33 +58,3 @@ def test_another_models_donors_are_left_alone(
         assert second.generate(_TARGET, _PARAMS).provenance.declined == "no_donor"
     third = open_llm(store_dir=tmp_path / "store")
     assert events(third)["restored"] == 1
-
-
-_KILLED = """
-import sys, time
-import torch
-from kvshare_mm import KVShare, SamplingParams
-torch.set_num_threads(1)
-llm = KVShare(sys.argv[1], embedder=None, store_dir=sys.argv[2])
-llm.generate(sys.argv[3], SamplingParams(max_tokens=6, ignore_eos=True))
-print("flushed" if llm.flush() else "not flushed", flush=True)
-time.sleep(600)
-"""
-
-
-def test_what_was_flushed_survives_kill_9(
-    open_llm: OpenLLM, tiny_folder: Path, tmp_path: Path
-) -> None:
-    command = [sys.executable, "-c", _KILLED, str(tiny_folder), str(tmp_path), _DONOR]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "flushed\n"
-        finally:
-            process.send_signal(signal.SIGKILL)
-        assert process.wait(PATIENCE_S) == -signal.SIGKILL
-    llm = open_llm(store_dir=tmp_path)
-    assert events(llm)["restored"] == 1
-    output = llm.generate(_TARGET, _PARAMS)
-    assert output.provenance.reused > 0
-    assert output.provenance.fallback is None

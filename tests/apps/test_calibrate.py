@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from kvshare_mm import ConfigError, KVShare
 from kvshare_mm.apps.calibrate import read_requests
-from kvshare_mm.apps.cli import app
+
+from .conftest import Run
 
 _ROWS = " ".join(f"Value {i} is {i * 37 % 91} g/L;" for i in range(8))
 
@@ -35,12 +35,12 @@ def requests(tmp_path: Path) -> Path:
 
 
 def test_what_is_learned_is_what_a_server_starts_from(
-    tiny_folder: Path, requests: Path, tmp_path: Path, open_llm: Callable[..., KVShare]
+    run: Run, tiny_folder: Path, requests: Path, tmp_path: Path, open_llm: Callable[..., KVShare]
 ) -> None:
     out, report = tmp_path / "learned.json", tmp_path / "report.json"
     words = ["calibrate", tiny_folder, "--requests", requests, "--repair", "none", "--out", out]
     words += ["--max-tokens", "4", "--json", report, "--store-dir", tmp_path / "store"]
-    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+    result = run(*words)
     assert result.exit_code == 0, result.output
     assert "are promised" in result.output and "Laboratory report" in result.output
     told = json.loads(report.read_text())

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import click
 import pytest
@@ -19,7 +20,6 @@ import kvshare_mm
 from kvshare_mm import KVShare, ModelLoadError, SamplingParams
 from kvshare_mm.apps import chat as chat_app
 from kvshare_mm.apps import showcase
-from kvshare_mm.apps.bench.theme import LABELS
 from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.stories import STORIES, Story, picture_stories
 
@@ -74,12 +74,6 @@ def test_every_command_explains_itself(run: Run, path: tuple[str, ...]) -> None:
     for parameter in command.params:
         if isinstance(parameter, click.Option) or hasattr(parameter, "opts"):
             assert getattr(parameter, "help", ""), f"{path}: {parameter.name} has no help"
-
-
-def test_the_commands() -> None:
-    names = {path[0] for path in commands(typer.main.get_command(app)) if path}
-    assert {"demo", "generate", "chat", "inspect", "bench"} <= names
-    assert ("bench", "reuse") in commands(typer.main.get_command(app))
 
 
 def test_an_unknown_command_or_option(run: Run, tiny_folder: Path) -> None:
@@ -175,15 +169,8 @@ def test_a_refused_question_does_not_end_a_chat(
     open_llm: Callable[..., KVShare], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    asked = iter(["a b " * 300, "What is the value?"])
-
-    def next_question(*_: object) -> str:
-        try:
-            return next(asked)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr(console, "input", next_question)
+    asked = ["a b " * 300, "What is the value?", EOFError]
+    monkeypatch.setattr(console, "input", Mock(side_effect=asked))
     chat_app.talk(open_llm(), console, SamplingParams(max_tokens=3), None)
     text = console.export_text()
     assert "Error: the prompt has" in text
@@ -257,86 +244,13 @@ def test_inspect_what_is_no_store(run: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# -- bench reuse --------------------------------------------------------------------------------
-
-_MACHINE = {"cpu", "cores", "memory_gib", "gpu", "threads", "torch", "transformers", "python"}
-
-
-def strict_json(path: Path) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
-    path = tmp_path / "pairs.jsonl"
-    rows = [
-        {"id": "a", "donor": _DONOR, "target": _TARGET, "reference": "the value is 20"},
-        {"id": "b", "donor": _TARGET, "target": _DONOR},
-        {"id": "c", "donor": "The quick brown fox.", "target": "number " * 20},
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
-
-
-def test_bench_reuse(run: Run, tiny_folder: Path, pairs: Path, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "report.json"
-    result = run("bench", "reuse", "--pairs", pairs, "--model", tiny_folder, "--repeats", "1",
-                 "--max-new-tokens", "4", "--json", out)  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "3 pairs" in result.output
-    report = strict_json(out)
-    assert {"machine", "model", "pairs", "methods", "per_pair"} <= set(report)
-    assert set(report["machine"]) == _MACHINE
-    assert report["model"] == str(tiny_folder)
-    assert report["pairs"] == len(report["per_pair"]) == 3
-    assert list(report["methods"]) == [
-        "full", "prefix", "placeholders", "cacheblend", "epic", "kvshare"
-    ]  # fmt: skip
-    for name, method in report["methods"].items():
-        assert LABELS[name] in result.output
-        assert set(method) >= {
-            "ttft_s",
-            "speedup_vs_full",
-            "computed_share",
-            "kl_first_token",
-            "first_token_agreement",
-            "greedy_agreement",
-            "rouge_l",
-            "bleu",
-        }
-        assert set(method["ttft_s"]) == {"median", "p90"}
-        assert set(method["kl_first_token"]) == {"mean", "p50", "p90"}
-        for share in ("computed_share", "first_token_agreement", "greedy_agreement", "rouge_l"):
-            assert 0 <= method[share] <= 1
-        assert 0 <= method["bleu"] <= 100
-    for pair in report["per_pair"]:
-        assert set(pair) == {"id", "tokens", "methods"}
-        assert set(pair["methods"]) == set(report["methods"])
-    assert report["methods"]["kvshare"]["computed_share"] < 1
-
-
-def test_bench_reuse_says_what_is_wrong(
-    run: Run, tiny_folder: Path, pairs: Path, tmp_path: Path
-) -> None:
-    wrong = tmp_path / "wrong[bold].jsonl"
-    wrong.write_text('{"donor": "a", "target": "b"}\n{"donor": "a"}\n')
-    call = ("bench", "reuse", "--model", tiny_folder)
-    check_refused(run(*call, "--pairs", wrong), "wrong[bold].jsonl:2", "target")
-    check_refused(run(*call, "--pairs", tmp_path / "nowhere.jsonl"), "nowhere.jsonl")
-    check_refused(run(*call, "--pairs", tmp_path), str(tmp_path))
-    check_refused(run(*call, "--pairs", pairs, "--methods", "full,magic"), "'magic'", "kvshare")
-    check_refused(run(*call, "--pairs", pairs, "--methods", "repair=magic"), "'magic'")
-    check_refused(run("bench", "reuse", "--pairs", pairs, "--model", "/nowhere"), "/nowhere")
-
-
 def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(
-    run: Run, pairs: Path
+    run: Run, tmp_path: Path
 ) -> None:
-    for command in (("bench", "reuse", "--pairs", pairs), ("demo",)):
-        result = run(*command, "--model", "/nowhere", "--json", pairs / "report.json")
+    file = tmp_path / "file"
+    file.write_text("{}")
+    for command in (("bench", "reuse", "--pairs", file), ("demo",)):
+        result = run(*command, "--model", "/nowhere", "--json", file / "report.json")
         assert result.exit_code == 2
         assert "cannot write" in result.output
         assert "/nowhere" not in result.output
@@ -348,13 +262,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(
 def test_demo(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stories = (
         Story("report", "the same with other numbers", _DONOR, _TARGET, right=""),
-        Story(
-            "fox",
-            "nothing alike",
-            "The quick brown fox jumps. " * 8,
-            "number [/red] " * 20,
-            right="no random model says this",
-        ),
+        Story("fox", "nothing alike", "A fox jumps. " * 12, "number [/red] " * 20, right="unsaid"),
     )
     monkeypatch.setattr("kvshare_mm.apps.showcase.STORIES", stories)
     # The stories with pictures have tests of their own.
@@ -366,17 +274,11 @@ def test_demo(run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.M
     for text in ("report", "fox", "prefix caching", "KVShare"):
         assert text in result.output
     assert "number [/red]" not in result.output
-    report = strict_json(out)
-    assert set(report) == {"command", "kind", "machine", "model", "stories"}
-    assert set(report["machine"]) == _MACHINE
-    assert report["model"] == str(tiny_folder)
+    report = json.loads(out.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert report["model"] == str(tiny_folder) and report["machine"]["cores"] >= 1
     assert [story["name"] for story in report["stories"]] == ["report", "fox"]
     for story in report["stories"]:
-        assert set(story) == {"name", "tokens", "same_answer", "answer", "methods"}
-        assert list(story["methods"]) == ["full", "prefix", "kvshare"]
-        for method in story["methods"].values():
-            assert set(method) == {"ttft_s", "computed_tokens", "answer"}
-            assert method["ttft_s"] > 0
+        assert all(method["ttft_s"] > 0 for method in story["methods"].values())
         full, prefix, kvshare = story["methods"].values()
         assert full["computed_tokens"] == story["tokens"]
         assert full["answer"] == prefix["answer"]

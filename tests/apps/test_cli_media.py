@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
@@ -77,11 +78,7 @@ def test_sound_and_pictures_together(
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
-    run: Run,
-    media_folder: Callable[[str], Path],
-    family: str,
-    options: tuple[str, ...],
-    says: str,
+    run: Run, media_folder: Callable[[str], Path], family: str, options: tuple[str, ...], says: str
 ) -> None:
     done = run("generate", "What?", "--model", media_folder(family), *options)
     assert done.exit_code == 1
@@ -105,17 +102,8 @@ def test_a_chat_about_a_picture(
     console = Console(width=400, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     other = tmp_path / "other.png"
     other.write_bytes(encoded(picture(56, 56, 1)))
-    asked = iter(
-        ["What?", "And?", f"/image {other}", "This?", "/image /nowhere.png", "Hm?", "Yes?"]
-    )
-
-    def next_question(*_: object) -> str:
-        try:
-            return next(asked)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr(console, "input", next_question)
+    asked = ["What?", "And?", f"/image {other}", "This?", "/image /nowhere.png", "Hm?", "Yes?"]
+    monkeypatch.setattr(console, "input", Mock(side_effect=[*asked, EOFError]))
     model = str(media_folder("qwen2_5_vl"))
     with KVShare(model, embedder=None, dtype="float32") as llm:
         chat_app.talk(llm, console, SamplingParams(max_tokens=3), None, [str(photo)])

@@ -48,19 +48,6 @@ def test_connects_once_and_only_when_used() -> None:
     assert server.closed == [1]
 
 
-def test_after_a_failure_it_is_left_alone() -> None:
-    server = Server()
-    server.up = False
-    client = server.client(60)
-    with pytest.raises(IndexUnavailableError, match="the server: ask: connection refused") as info:
-        use(client)
-    assert isinstance(info.value.__cause__, OSError)
-    server.up = True
-    with pytest.raises(IndexUnavailableError, match="left alone"):
-        use(client)
-    assert server.opened == 1
-
-
 def test_after_the_wait_a_new_connection_is_made() -> None:
     server = Server()
     client = server.client(0)

@@ -83,24 +83,6 @@ def test_of_identical_records_the_newest_come_first() -> None:
     assert found(index, list(range(30))) == ["39", "38", "37", "36"]
 
 
-def test_removed_records_are_never_found_and_leave_no_trace() -> None:
-    rng = np.random.default_rng(3)
-    prompts = [tokens_of(rng, 60) for _ in range(200)]
-    index = LexicalIndex()
-    for i, prompt in enumerate(prompts):
-        index.add([record(str(i), prompt)])
-    for i in range(199):
-        index.remove([str(i), "unknown"])
-        assert found(index, prompts[i]) == []
-        assert found(index, prompts[199]) == ["199"]
-        assert len(index) == 199 - i
-    index.remove(["199"])
-    assert len(index) == 0
-    assert found(index, prompts[199]) == []
-    index.add([record("again", prompts[0])])
-    assert found(index, prompts[0]) == ["again"]
-
-
 def test_common_ngrams_are_found_when_all_the_newest_records_are_removed() -> None:
     index = LexicalIndex(budget=50)
     index.add([record(str(i), list(range(30))) for i in range(400)])
@@ -128,19 +110,6 @@ def test_namespaces_never_leak() -> None:
     index.remove(["mine"])
     assert found(index, prompt) == []
     assert index.search("nobody", np.arange(50, dtype=np.uint64), 4) == []
-
-
-def test_short_prompts_are_counted_and_never_found() -> None:
-    index = LexicalIndex()
-    index.add([record("empty", []), record("short", [1, 2])])
-    assert found(index, list(range(10))) == []
-    index.add([record("long", [1, 2, 3])])
-    assert len(index) == 3
-    assert found(index, [1, 2]) == []
-    assert found(index, []) == []
-    assert found(index, [1, 2, 3]) == ["long"]
-    index.remove(["empty", "short", "long"])
-    assert len(index) == 0
 
 
 def test_sampled_long_prompts_compare_with_short_ones() -> None:

@@ -144,9 +144,7 @@ def test_what_was_added_survives_closing(open_index: Open) -> None:
     assert sparse(second, 2)[0] == dense(second, 2)[0] == "node-2"
 
 
-def test_two_users_of_one_file_in_a_process_do_not_close_it_on_each_other(
-    open_index: Open,
-) -> None:
+def test_two_users_of_one_file_in_a_process_do_not_close_it_on_each_other(open_index: Open) -> None:
     one, two = open_index(), open_index()
     one.add([record(1)])
     assert two.ids() == {"node-1"}
@@ -233,3 +231,21 @@ def test_wrong_arguments_are_refused_at_once(tmp_path: Path) -> None:
         index.add([IndexRecord("a" * 300, "ns", record(1).align_keys)])
     # None of these got as far as opening the file.
     assert not (tmp_path / "index.db").exists()
+
+
+@pytest.mark.parametrize("uri", ["http://host:19530", ""])
+def test_idle_connections_are_not_pinged(
+    uri: str, open_index: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or Milvus Lite hangs up, and the next search fails."""
+    asked: list[int] = []
+
+    def connect(*_: object, grpc_options: dict[str, int], **__: object) -> None:
+        asked.append(grpc_options["grpc.keepalive_time_ms"])
+        raise OSError
+
+    monkeypatch.setattr("pymilvus.MilvusClient", connect)
+    index = open_index(uri) if uri else open_index()
+    with pytest.raises(IndexUnavailableError):
+        index.search_dense("ns", embedding(1), 1)
+    assert asked and min(asked) >= 300_000  # what gRPC's servers allow

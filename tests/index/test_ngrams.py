@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.index.ngrams import NGRAM, ngram_hashes, smallest_ngrams
+from kvshare_mm.index.ngrams import ngram_hashes, smallest_ngrams
 
 token_lists = st.lists(st.integers(0, 3), max_size=40)
 
@@ -41,19 +41,9 @@ def test_low_bits_and_high_bits_are_spread_evenly() -> None:
         assert counts.max() < 1200
 
 
-def test_a_prompt_shorter_than_n_has_no_ngrams() -> None:
-    assert len(ngram_hashes(keys([1, 2]), 3)) == 0
-    sample, rate = smallest_ngrams(keys([]), 10)
-    assert (len(sample), rate) == (0, 1.0)
-
-
 @pytest.mark.parametrize(
     ("bad", "n"),
-    [
-        (np.zeros((2, 2), np.uint64), 3),
-        (np.zeros(5, np.int64), 3),
-        (np.zeros(5, np.uint64), 0),
-    ],
+    [(np.zeros((2, 2), np.uint64), 3), (np.zeros(5, np.int64), 3), (np.zeros(5, np.uint64), 0)],
 )
 def test_wrong_input_is_refused(bad: np.ndarray, n: int) -> None:
     with pytest.raises(ValueError, match=r"n-grams|uint64"):
@@ -74,7 +64,3 @@ def test_samples_share_what_lies_below_both_thresholds(a: list[int], b: list[int
     if limits:
         shared = shared[shared <= min(limits)]
     assert np.array_equal(np.intersect1d(sample_a, sample_b), shared)
-
-
-def test_the_default_n() -> None:
-    assert len(ngram_hashes(np.arange(10, dtype=np.uint64))) == 10 - NGRAM + 1

@@ -51,14 +51,6 @@ def test_agrees_with_brute_force(
     assert len(index) == len(shared)
 
 
-def test_a_block_counts_only_after_the_same_blocks() -> None:
-    index = PrefixIndex(2)
-    index.add([record("a", [1, 2, 3, 4])])
-    assert index.longest("ns", keys([9, 9, 3, 4])) == []
-    assert index.longest("ns", keys([3, 4])) == []
-    assert index.longest("ns", keys([1, 2, 9, 9])) == ["a"]
-
-
 def test_namespaces_never_leak() -> None:
     index = PrefixIndex(2)
     index.add([record("a", [1, 2, 3, 4], "one"), record("b", [1, 2], "two")])
@@ -83,14 +75,6 @@ def test_removing_everything_frees_everything() -> None:
     index.remove(["0", "unknown"])
     assert len(index) == 0
     assert index._namespaces == {}
-
-
-def test_prompts_shorter_than_a_block_work() -> None:
-    index = PrefixIndex()
-    index.add([record("short", [1, 2, 3])])
-    assert index.longest("ns", keys([1, 2, 3])) == []
-    assert index.longest("ns", keys([])) == []
-    assert len(index) == 1
 
 
 def test_block_must_be_positive() -> None:

@@ -8,12 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvshare_mm.errors import ModelLoadError
-from kvshare_mm.index.base import (
-    Candidate,
-    IndexLeftAloneError,
-    IndexRecord,
-    IndexUnavailableError,
-)
+from kvshare_mm.index.base import Candidate, IndexLeftAloneError, IndexRecord, IndexUnavailableError
 from kvshare_mm.index.semantic import SemanticIndex
 
 

@@ -72,57 +72,39 @@ def check_both(case: Case, tile: Tile = SMALL, splits: int = 1, scoring: Scoring
 RAGGED = [[0, 3, 4, 5, 17, 40], [], [11], list(range(21)), [29, 30, 31, 32]]
 
 
-@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
-@pytest.mark.parametrize("page_size", [None, 16, 32, 48, 128])
-def test_every_dtype_and_page_size(dtype: torch.dtype, page_size: int | None) -> None:
-    case = make_case(RAGGED, page_size=page_size, dtype=dtype)
-    check_both(case)
+_EDGES = [15, 16, 31, 32, 47, 48]
+LAYOUTS: list[dict[str, Any]] = [
+    *({"dtype": d, "page_size": p} for d in ATOL for p in (None, 16, 48)),
+    *({"page_size": p} for p in (32, 128)),
+    *(
+        {"indices": [[2, 9, 10, 11], [0]], "kv_heads": heads, "group": group}
+        for heads, group in [(1, 1), (3, 1), (3, 3), (1, 8), (2, 7), (1, 40)]
+    ),
+    *(
+        {"indices": [[0, 7, 18]], "kv_heads": 1, "dim": dim, "value_dim": value_dim}
+        for dim, value_dim in [(64, 64), (80, 80), (96, 64), (128, 128), (256, 256), (16, 24)]
+    ),
+    *(
+        {"indices": [index]}
+        for index in ([0], [63], range(64), range(65), range(15, 33), _EDGES, [0, 63])
+    ),
+]
 
 
-@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (3, 1), (3, 3), (1, 8), (2, 7), (1, 40)])
-def test_every_head_layout(kv_heads: int, group: int) -> None:
-    case = make_case([[2, 9, 10, 11], [0]], kv_heads=kv_heads, group=group)
-    check_both(case)
-
-
-@pytest.mark.parametrize(
-    ("dim", "value_dim"), [(32, 32), (64, 64), (80, 80), (96, 64), (128, 128), (256, 256), (16, 24)]
-)
-def test_every_head_dim(dim: int, value_dim: int) -> None:
-    case = make_case([[0, 7, 18]], kv_heads=1, dim=dim, value_dim=value_dim)
-    check_both(case)
-
-
-@pytest.mark.parametrize(
-    "index",
-    [
-        [0],
-        [63],
-        list(range(64)),
-        list(range(65)),
-        list(range(15, 33)),
-        [15, 16, 31, 32, 47, 48],
-        [0, 63],
-    ],
-    ids=["first", "last", "all", "all and one", "run", "tile edges", "ends"],
-)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("tile", [SMALL, WIDE], ids=["16x16", "32x64"])
-def test_every_pattern(index: list[int], tile: Tile) -> None:
-    case = make_case([index])
-    check_both(case, tile)
+def test_every_layout(layout: dict[str, Any], tile: Tile) -> None:
+    check_both(make_case(**{"indices": RAGGED, **layout}), tile)
 
 
-@pytest.mark.parametrize("splits", [2, 4, 7])
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_splits_are_joined(splits: int, page_size: int | None) -> None:
-    case = make_case(RAGGED, page_size=page_size)
+@pytest.mark.parametrize(
+    ("splits", "dtype"),
+    [(2, torch.float32), (4, torch.float16), (4, torch.bfloat16), (7, torch.float32)],
+)
+def test_splits_are_joined(splits: int, dtype: torch.dtype, page_size: int | None) -> None:
+    case = make_case(RAGGED, page_size=page_size, dtype=dtype)
     check(case, on_triton(case, SMALL, splits))
-
-
-@pytest.mark.parametrize("dtype", list(ATOL), ids=str)
-def test_splits_in_half_precision(dtype: torch.dtype) -> None:
-    case = make_case([[5, 50]], page_size=16, dtype=dtype)
-    check(case, on_triton(case, SMALL, 4))
 
 
 def _sinks(heads: int) -> torch.Tensor:
@@ -141,17 +123,16 @@ SCORINGS = {
 }
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize(
+    ("page_size", "splits", "dtype"),
+    [(None, 3, torch.float32), (16, 1, torch.float32), (16, 2, torch.float16)],
+)
 @pytest.mark.parametrize("scoring", SCORINGS.values(), ids=SCORINGS)
-def test_every_scoring(scoring: Scoring, page_size: int | None, splits: int) -> None:
-    check_both(make_case(RAGGED, page_size=page_size), SMALL, splits, scoring)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_scorings_in_half_precision(dtype: torch.dtype) -> None:
-    case = make_case(RAGGED, page_size=16, dtype=dtype)
-    check_both(case, WIDE, 2, SCORINGS["all of them"])
+def test_every_scoring(
+    scoring: Scoring, page_size: int | None, splits: int, dtype: torch.dtype
+) -> None:
+    case = make_case(RAGGED, page_size=page_size, dtype=dtype)
+    check_both(case, SMALL if dtype == torch.float32 else WIDE, splits, scoring)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -35,6 +35,15 @@ def image_url(url: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+def png(width: int, height: int) -> dict[str, Any]:
+    """A header of this size, and no pixels behind it."""
+    return image(hostile.png(width=width, height=height, pixels=_NO_PIXELS))
+
+
+def filled(value: float, dtype: Any) -> dict[str, Any]:
+    return image(Image.fromarray(np.full((60, 60), value, dtype)))
+
+
 def audio(source: Any) -> dict[str, Any]:
     return {"type": "audio", "audio": source}
 
@@ -83,39 +92,15 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "png cut in its pixels": (image(PNG[: len(PNG) // 2]), "image", "damaged"),
     "jpeg cut in its pixels": (image(JPEG[: len(JPEG) // 2]), "image", "damaged"),
     "png with a wrong checksum": (image(PNG[:50] + b"\0\0\0\0" + PNG[54:]), "image", "damaged"),
-    "png of no pixels": (
-        image(hostile.png(width=0, height=0, pixels=_NO_PIXELS)),
-        "image",
-        "picture",
-    ),
-    "png without its pixels": (
-        image(hostile.png(width=64, height=64, pixels=_NO_PIXELS)),
-        "image",
-        "damaged",
-    ),
-    "bomb by its header": (
-        image(hostile.png(width=60_000, height=60_000, pixels=_NO_PIXELS)),
-        "image",
-        "large",
-    ),
-    "large by its header": (
-        image(hostile.png(width=2_000, height=2_000, pixels=_NO_PIXELS)),
-        "image",
-        "at most 1 million",
-    ),
+    "png of no pixels": (png(0, 0), "image", "picture"),
+    "png without its pixels": (png(64, 64), "image", "damaged"),
+    "bomb by its header": (png(60_000, 60_000), "image", "large"),
+    "large by its header": (png(2_000, 2_000), "image", "at most 1 million"),
     "large when open": (image(Image.new("L", (1001, 1000))), "image", "at most 1 million"),
     "no pixels when open": (image(Image.new("RGB", (0, 5))), "image", "no pixels"),
     "much too long": (image(Image.new("RGB", (1000, 4))), "image", "times as long as wide"),
-    "values below zero": (
-        image(Image.fromarray(np.full((60, 60), -5, np.int32))),
-        "image",
-        "values from -5",
-    ),
-    "values that are no numbers": (
-        image(Image.fromarray(np.full((60, 60), np.nan, np.float32))),
-        "image",
-        "values from nan",
-    ),
+    "values below zero": (filled(-5, np.int32), "image", "values from -5"),
+    "values that are no numbers": (filled(np.nan, np.float32), "image", "values from nan"),
     # what is no sound
     "audio missing": ({"type": "audio"}, "audio", "missing"),
     "audio a number": (audio(3), "audio", "neither a path nor bytes"),
@@ -123,9 +108,9 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "audio file missing": (audio("/nowhere/clip.wav"), "audio", "no file"),
     "input_audio missing": ({"type": "input_audio"}, "input_audio", "missing"),
     "input_audio a string": (
-        {"type": "input_audio", "input_audio": "AAAA"},
+        {**input_audio(WAV), "input_audio": "A"},
         "input_audio",
-        "object of data and format",
+        "object of data",
     ),
     "base64 with wrong letters": (input_audio("****"), "input_audio", "no base64"),
     "base64 cut": (input_audio("QUJDR"), "input_audio", "no base64"),
@@ -157,11 +142,7 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "minus a rate": (audio((tone(), -16_000)), "audio", "samples a second"),
     "a rate in words": (audio((tone(), "16000")), "audio", "whole number"),
     "a thousand channels": (audio((np.zeros((900, 1000)), RATE)), "audio", "channels"),
-    "a rate of billions": (
-        audio(hostile.wav(bytes(64_000), rate=2_000_000_000)),
-        "audio",
-        "samples a second",
-    ),
+    "a rate of billions": (audio(hostile.wav(bytes(64_000), rate=2 * 10**9)), "audio", "samples a"),
 }
 
 

@@ -161,18 +161,6 @@ def test_what_was_seen_is_decoded_again_only_if_it_took_long(
     assert pool.counters["decoded"] == before + times
 
 
-def test_a_file_that_takes_too_long_is_given_up(opened: Callable[..., DecodePool]) -> None:
-    pool = opened(deadline_s=1.0)
-    hung = process_of(pool)
-    hung.suspend()
-    with pytest.raises(InvalidRequestError, match="took more than 1 s to decode") as caught:
-        load(pool)
-    assert caught.value.field == WHERE
-    assert not hung.is_running()
-    assert load(pool).size == (80, 60)
-    assert pool.counters["killed"] == 1
-
-
 def test_a_process_that_dies_takes_one_file_with_it(opened: Callable[..., DecodePool]) -> None:
     pool = opened()
     [worker] = pool._all

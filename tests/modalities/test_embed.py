@@ -57,14 +57,6 @@ def test_a_long_text_is_the_weighted_mean_of_its_parts(embedder: TextEmbedder) -
     assert embedder.embed([text])[0] == pytest.approx(mean / np.linalg.norm(mean), abs=1e-4)
 
 
-def test_the_end_of_a_long_text_counts(embedder: TextEmbedder) -> None:
-    start = "Chapter one tells of the weather in the mountains. " * 40
-    plain, ending, topic = embedder.embed(
-        [start, start + "Guitars and drums played rock music. " * 60, "rock music with guitars"]
-    )
-    assert ending @ topic > plain @ topic + 0.2
-
-
 def test_a_very_long_text_costs_a_bounded_number_of_parts(
     embedder: TextEmbedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

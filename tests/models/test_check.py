@@ -15,7 +15,7 @@ from kvshare_mm.apps.models import models
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.models import check
 from kvshare_mm.models.check import check_config, check_model
-from kvshare_mm.models.support import KVShape
+from kvshare_mm.models.shape import KVShape
 from kvshare_mm.stream import Modality
 
 LLAMA_8B = {
@@ -27,6 +27,23 @@ LLAMA_8B = {
     "max_position_embeddings": 131072,
     "dtype": "bfloat16",
 }
+
+# Nine layers of DeltaNet: a matrix for each value head, and the last four inputs of a convolution.
+HYBRID = {
+    "hidden_size": 64,
+    "num_hidden_layers": 12,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "dtype": "bfloat16",
+}
+HYBRID_CONV = 9 * (2 * 2 * 16 + 4 * 16) * 4
+HYBRID_STATE = 9 * 4 * 16 * 16 * 4 + 2 * HYBRID_CONV
 
 
 def test_a_folder_with_a_config_and_no_weights(tmp_path: Path) -> None:
@@ -66,7 +83,7 @@ def test_kinds_of_attention(
     ("config", "words"),
     [
         ({"model_type": "gpt2"}, "rotary"),
-        ({"model_type": "mamba"}, "recurrent"),
+        ({"model_type": "mamba", "num_hidden_layers": 1}, "recurrent"),
         ({"model_type": "mllama"}, "mllama_text_model are not known"),
         # Nothing large is made.
         ({"model_type": "llama", "num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
@@ -103,6 +120,24 @@ def test_the_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(models, ["check", str(tmp_path), "--json", str(out)])
     assert done.exit_code == 0 and "131,072 bytes" in done.output
     assert json.loads(out.read_text())["bytes_per_token"] == 131072
+    AutoConfig.for_model("qwen3_5_text", **HYBRID).save_pretrained(tmp_path)
+    exact = CliRunner().invoke(models, ["check", str(tmp_path)])
+    assert exact.exit_code == 0 and "exact prefix only: state checkpoints" in exact.output
+    assert "recurrent layers" in exact.output and f"{HYBRID_STATE:,} bytes" in exact.output
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
+    moved = CliRunner().invoke(models, ["check", str(tmp_path)])
+    assert moved.exit_code == 0 and "exact prefix only" in moved.output
+    assert "checkpoint" not in moved.output and "no rotary position" in moved.output
+    AutoConfig.for_model("mamba", num_hidden_layers=1).save_pretrained(tmp_path)
     declined = CliRunner().invoke(models, ["check", str(tmp_path)])
-    assert declined.exit_code == 1 and "no rotary position embedding" in declined.output
+    assert declined.exit_code == 1 and "several tokens" in declined.output
+
+
+def test_bytes_of_a_state_are_those_of_all_layers() -> None:
+    """Though one of each kind is made; what a convolution keeps has the dtype of the model."""
+    checked = check_config(AutoConfig.for_model("qwen3_5_text", **HYBRID))
+    assert (checked.exact, checked.shape, checked.state_bytes) == (True, None, HYBRID_STATE)
+    wide = check_config(AutoConfig.for_model("qwen3_5_text", **HYBRID | {"dtype": "float32"}))
+    assert wide.state_bytes == HYBRID_STATE + 2 * HYBRID_CONV
+    attention = check_config(AutoConfig.for_model("llama", **LLAMA_8B))
+    assert attention.exact and attention.state_bytes == 0

@@ -95,13 +95,6 @@ def encoded(oracle: Oracle, stream: SegmentStream) -> MediaInputs:
     return MediaInputs(stream.positions, features)
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
-def test_ids_are_the_processors(oracles: Callable[[str], Oracle], family: str, name: str) -> None:
-    oracle = oracles(family)
-    stream, inputs = oracle.stream(MESSAGES[name]), oracle.inputs(MESSAGES[name])
-    assert stream.token_ids.tolist() == inputs["input_ids"][0].tolist()
-
-
 @pytest.mark.parametrize(("family", "name"), [c for c in CASES if c[0] not in FLAT])
 def test_positions_are_the_models(oracles: Callable[[str], Oracle], family: str, name: str) -> None:
     oracle = oracles(family)
@@ -129,12 +122,13 @@ def test_positions_are_the_models(oracles: Callable[[str], Oracle], family: str,
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
-def test_logits_and_kv_are_the_models(
+def test_ids_logits_and_kv_are_the_models(
     oracles: Callable[[str], Oracle], family: str, name: str
 ) -> None:
     oracle = oracles(family)
-    stream = oracle.stream(MESSAGES[name])
-    full = oracle.full(oracle.inputs(MESSAGES[name]))
+    stream, inputs = oracle.stream(MESSAGES[name]), oracle.inputs(MESSAGES[name])
+    assert stream.token_ids.tolist() == inputs["input_ids"][0].tolist()
+    full = oracle.full(inputs)
     runner = SlotRunner(oracle.loaded, 1, MAX_LEN, 4096)
     n = len(stream)
     logits = runner.prefill(0, stream.token_ids, np.arange(n), media=encoded(oracle, stream))

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from kvshare_mm.models.support import windows
 
 from ..conftest import RANDOM_MODELS
+from .test_states import CONTINUED, WHOLE
 from .test_support import MLA, SHAPE, SUPPORTED, UNSUPPORTED
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -30,9 +31,10 @@ def types() -> str:
         words = name.partition(" (")[2].rstrip(")")
         inside = "declined" if special else "similar" if kind in RANDOM_MODELS else "not run"
         rows.setdefault(kind, f"| {words} | similar | {inside} |")
-    for name, (kind, _, _) in UNSUPPORTED.items():
+    for name, (kind, *_) in {**CONTINUED, **WHOLE, **UNSUPPORTED}.items():
         words = name.partition(" (")[2].rstrip(")")
-        rows.setdefault(kind, f"| {words} | declined | declined |")
+        natively = "exact" if name in CONTINUED else "declined"
+        rows.setdefault(kind, f"| {words} | {natively} | declined |")
     head = ["| model type | what is special | natively | inside vLLM |", "|---|---|---|---|"]
     return "\n".join([*head, *(f"| `{kind}` {row}" for kind, row in sorted(rows.items()))])
 

@@ -14,7 +14,8 @@ from transformers.utils import logging as hf_logging
 from kvshare_mm.attention import ATTENTION_NAME
 from kvshare_mm.kernels.ragged import RaggedQueries
 from kvshare_mm.models.loader import LoadedModel
-from kvshare_mm.models.support import KVShape, check_support
+from kvshare_mm.models.shape import KVShape
+from kvshare_mm.models.support import check_support
 from kvshare_mm.native.slots import PlainRunner, SlotRunner
 from kvshare_mm.reuse.rotary import rerotate
 
@@ -58,23 +59,11 @@ MOE = {
 # name: model type, options, and for supported ones whether pairs of channels are neighbours.
 SUPPORTED: dict[str, tuple[str, dict[str, Any], bool]] = {
     "llama": ("llama", {}, False),
-    "llama, linear": (
-        "llama",
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
-        False,
-    ),
-    "llama 3": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                **ROPE_64,
-            }
-        },
-        False,
-    ),
+    "llama, linear": ("llama",
+     {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}, False),
+    "llama 3": ("llama",
+     {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      **ROPE_64}}, False),
     "llama, yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", **ROPE_64}}, False),
     "qwen2": ("qwen2", {}, False),
     "qwen3": ("qwen3", {"head_dim": 16}, False),
@@ -91,42 +80,25 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any], bool]] = {
     "ministral": ("ministral", {"sliding_window": 8, "head_dim": 16}, False),
     "phi-3": ("phi3", {"sliding_window": 8}, False),
     "starcoder-2": ("starcoder2", {"sliding_window": 8}, False),
-    "qwen2, windows": (
-        "qwen2",
-        {"use_sliding_window": True, "max_window_layers": 2, **WINDOW},
-        False,
-    ),
+    "qwen2, windows": ("qwen2",
+     {"use_sliding_window": True, "max_window_layers": 2, **WINDOW}, False),
     "olmo-3": ("olmo3", WINDOW, False),
     "gemma-2 (capped scores)": ("gemma2", {"head_dim": 16, **WINDOW}, False),
     "vault-gemma": ("vaultgemma", {"head_dim": 16, **WINDOW}, False),
-    "gemma-3 (two rotations)": (
-        "gemma3_text",
-        {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, **WINDOW},
-        False,
-    ),
+    "gemma-3 (two rotations)": ("gemma3_text",
+     {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2, **WINDOW},
+      False),
     "cohere-2 (no rotation in full layers)": ("cohere2", {"head_dim": 16, **WINDOW}, True),
     "exaone-4": ("exaone4", {"sliding_window_pattern": 4, **WINDOW}, False),
     "afmoe": ("afmoe", {"head_dim": 16, **WINDOW}, False),
     "cwm": ("cwm", {"head_dim": 16, **WINDOW}, False),
-    "gpt-oss (sinks)": (
-        "gpt_oss",
-        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOW},
-        False,
-    ),
+    "gpt-oss (sinks)": ("gpt_oss",
+     {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOW}, False),
     # Full layers scale a query by its token index, beyond 8 here.
-    "llama-4 (chunks)": (
-        "llama4_text",
-        {
-            "head_dim": 16,
-            "attention_chunk_size": 8,
-            "num_local_experts": 2,
-            "intermediate_size_mlp": 96,
-            "floor_scale": 8,
-            "attn_scale": 0.5,
-            "no_rope_layers": [1, 1, 1, 0],
-        },
-        True,
-    ),
+    "llama-4 (chunks)": ("llama4_text",
+     {"head_dim": 16, "attention_chunk_size": 8, "num_local_experts": 2,
+      "intermediate_size_mlp": 96, "floor_scale": 8, "attn_scale": 0.5,
+      "no_rope_layers": [1, 1, 1, 0]}, True),
     "ministral-3": ("ministral3", {"head_dim": 16}, False),
     "smollm-3 (no rotation in every fourth layer)": ("smollm3", {}, False),
     # What is cached is the latent, and one rotated key for all heads.
@@ -147,11 +119,8 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any], bool]] = {
     # Its attention is not told of its window.
     "phi moe": ("phimoe", {"num_local_experts": 4, "sliding_window": 512}, False),
     "glm-4": ("glm4", {"head_dim": 16}, True),
-    "glm-4 moe": (
-        "glm4_moe",
-        {"head_dim": 16, "n_routed_experts": 4, "first_k_dense_replace": 1, **MOE},
-        False,
-    ),
+    "glm-4 moe": ("glm4_moe",
+     {"head_dim": 16, "n_routed_experts": 4, "first_k_dense_replace": 1, **MOE}, False),
     "granite": ("granite", {}, False),
     "granite moe": ("granitemoe", {"num_local_experts": 4}, False),
     "ernie-4.5": ("ernie4_5", {"head_dim": 16}, True),
@@ -163,7 +132,7 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any], bool]] = {
     "arcee": ("arcee", {}, False),
     "bitnet": ("bitnet", {}, False),
     "nanochat (turns the other way)": ("nanochat", {}, False),
-}
+}  # fmt: skip
 UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt-2 (learned positions)": ("gpt2", {}, "rotary"),
     "bloom (ALiBi)": ("bloom", {}, "rotary"),
@@ -171,41 +140,23 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "falcon with ALiBi": ("falcon", {"alibi": True}, "PartialAttention"),
     "falcon": ("falcon", {"alibi": False, "num_kv_heads": 2}, "PartialAttention"),
     "gpt-j": ("gptj", {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8}, "rotary"),
-    "llama, dynamic NTK": (
-        "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-        "dynamic",
-    ),
-    "phi-3, longrope": (
-        "phi3",
-        {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 1e4,
-                "short_factor": [1.0] * 8,
-                "long_factor": [2.0] * 8,
-                "factor": 8.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-        "longrope",
-    ),
+    "llama, dynamic NTK": ("llama",
+     {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+      "dynamic"),
+    "phi-3, longrope": ("phi3",
+     {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0,
+      "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 8.0,
+      "original_max_position_embeddings": 64}}, "longrope"),
     "mamba": ("mamba", {"state_size": 8}, "recurrent"),
-    "mamba-2": (
-        "mamba2",
-        {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1},
-        "recur",
-    ),
-    "bamba (mamba and attention)": (
-        "bamba",
-        {"mamba_n_heads": 8, "mamba_d_state": 16, "attn_layer_indices": [1]},
-        "recurrent",
-    ),
+    "mamba-2": ("mamba2",
+     {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1}, "recur"),
+    "bamba (mamba and attention)": ("bamba",
+     {"mamba_n_heads": 8, "mamba_d_state": 16, "attn_layer_indices": [1]}, "recurrent"),
     "recurrent gemma": ("recurrent_gemma", {}, "rotary"),
     "qwen3-next": ("qwen3_next", {"head_dim": 16}, "recurrent"),
     "hunyuan (normalises rotated keys)": ("hunyuan_v1_dense", {"head_dim": 16}, "rotary"),
     "doge (dynamic mask)": ("doge", {}, "logits"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -225,7 +176,7 @@ def _build(kind: str, options: dict[str, Any], dtype: torch.dtype = torch.float3
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def _loaded(model: Any, support: Any) -> LoadedModel:
+def _loaded(model: Any, support: Any, eos_token_ids: frozenset[int] = frozenset()) -> LoadedModel:
     return LoadedModel(
         name="tiny",
         model=model,
@@ -233,11 +184,12 @@ def _loaded(model: Any, support: Any) -> LoadedModel:
         device=torch.device("cpu"),
         dtype=torch.float32,
         context_len=512,
-        eos_token_ids=frozenset(),
+        eos_token_ids=eos_token_ids,
         fingerprint="tiny",
         rotary=support.rotary,
         kv_shape=support.kv_shape,
         unsupported=support.reason,
+        states=support.states,
     )
 
 
@@ -463,9 +415,3 @@ def test_one_layer() -> None:
     model = _build("llama", {"num_hidden_layers": 1})
     support = check_support(model)
     assert support.kv_shape == KVShape(1, 2, 16, 16)
-
-
-def test_bytes_per_token() -> None:
-    shape = KVShape(num_layers=3, num_kv_heads=2, key_dim=16, value_dim=8)
-    assert shape.bytes_per_token(torch.bfloat16) == 3 * 2 * 24 * 2
-    assert shape.bytes_per_token(torch.float32) == 3 * 2 * 24 * 4

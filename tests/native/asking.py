@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams, StreamChunk
+
+from ..helpers import until
 
 OpenLLM = Callable[..., KVShare]
 
@@ -35,17 +36,9 @@ def params(max_tokens: int | None = 12, **changes: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **changes)
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True
-
-
-def idle(llm: KVShare) -> bool:
-    return eventually(lambda: llm.stats()["queue"] == {"waiting": 0, "running": 0})
+def idle(llm: KVShare) -> None:
+    """Wait until nothing waits or runs."""
+    until(lambda: llm.stats()["queue"] == {"waiting": 0, "running": 0}, PATIENCE_S)
 
 
 def outcomes(llm: KVShare) -> dict[str, int]:
@@ -59,16 +52,23 @@ def inside(llm: KVShare) -> Any:
 
 
 class Gate:
-    """Holds up one method of a part of a server; lets everything through once opened."""
+    """Holds up one method of a part of a server; lets everything through once opened.
 
-    def __init__(self, part: Any, name: str) -> None:
+    Args:
+        when: which calls, by their arguments.
+    """
+
+    def __init__(
+        self, part: Any, name: str, when: Callable[..., bool] = lambda *_, **__: True
+    ) -> None:
         self.entered = threading.Event()
         self._open = threading.Event()
         real = getattr(part, name)
 
         def held(*args: Any, **kwargs: Any) -> Any:
-            self.entered.set()
-            assert self._open.wait(PATIENCE_S)
+            if when(*args, **kwargs):
+                self.entered.set()
+                assert self._open.wait(PATIENCE_S)
             return real(*args, **kwargs)
 
         setattr(part, name, held)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,34 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput
-from kvshare_mm.models.loader import LoadedModel
-from kvshare_mm.models.support import check_support
+from kvshare_mm.models.loader import LoadedModel, load_model
 
+from .. import references
 from .asking import _PROMPTS, params
 from .donor_server import Server
-
-_SHAPE = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
-
-
-@dataclass(frozen=True, slots=True)
-class Full:
-    """What a full prefill gives: ``logits [n, vocab]``, K and V ``[layers, heads, n, dim]``."""
-
-    logits: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,59 +27,16 @@ class Tiny:
     loaded: LoadedModel
     reference: Any
 
-    @torch.inference_mode()
-    def full(self, token_ids: np.ndarray) -> Full:
-        cache = DynamicCache(config=self.reference.config)
-        ids = torch.from_numpy(token_ids)[None]
-        logits = self.reference(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
-        k, v = (
-            torch.cat([getattr(layer, n) for layer in cache.layers]) for n in ("keys", "values")
-        )
-        return Full(logits, k, v)
+    def full(self, token_ids: np.ndarray) -> references.Full:
+        return references.full(self.reference, references.text(token_ids))
 
-    @torch.inference_mode()
     def greedy(self, token_ids: np.ndarray, num_tokens: int) -> list[int]:
-        ids = torch.from_numpy(token_ids)[None]
-        out = self.reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        answer: list[int] = out[0, len(token_ids) :].tolist()
-        return answer
+        return references.greedy(self.reference, references.text(token_ids), num_tokens)
 
 
-def _build(name: str, **options: Any) -> Tiny:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        _CONFIGS[name](**{**_SHAPE, **options}), attn_implementation="sdpa", dtype=torch.float32
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        # Fresh weights attend almost evenly, which would hide a wrong mask or rotation.
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    model = model.eval().requires_grad_(False)
-    reference = copy.deepcopy(model)
-    support = check_support(model)
-    assert support.reason is None
-    loaded = LoadedModel(
-        name=name,
-        model=model,
-        tokenizer=None,  # type: ignore[arg-type]
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        context_len=512,
-        eos_token_ids=frozenset(),
-        fingerprint=name,
-        rotary=support.rotary,
-        kv_shape=support.kv_shape,
-        unsupported=None,
-    )
-    return Tiny(loaded, reference)
+def _tiny(folder: Path) -> Tiny:
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return Tiny(load_model(str(folder), dtype="float32"), reference)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -109,13 +45,15 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama() -> Tiny:
-    return _build("llama")
+def tiny_llama(tiny_folder: Path) -> Tiny:
+    return _tiny(tiny_folder)
 
 
-@pytest.fixture(scope="session", params=sorted(_CONFIGS))
-def tiny(request: pytest.FixtureRequest, tiny_llama: Tiny) -> Tiny:
-    return tiny_llama if request.param == "llama" else _build(request.param)
+@pytest.fixture(scope="session", params=["llama", "qwen2"])
+def tiny(
+    request: pytest.FixtureRequest, tiny_llama: Tiny, random_model: Callable[[str], Path]
+) -> Tiny:
+    return tiny_llama if request.param == "llama" else _tiny(random_model(request.param))
 
 
 @pytest.fixture(scope="module")

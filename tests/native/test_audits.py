@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -64,39 +65,26 @@ def reference(folder: Path, output: RequestOutput) -> torch.Tensor:
     return logits.double().log_softmax(-1)
 
 
-@pytest.mark.parametrize("chunk", [16, 2048])
+@pytest.mark.parametrize(("chunk", "max_tokens"), [(16, 12), (2048, 12), (2048, 100)])
 def test_what_is_measured_is_what_a_slow_reference_says(
-    open_llm: OpenLLM, tiny_folder: Path, chunk: int
+    open_llm: OpenLLM, tiny_folder: Path, chunk: int, max_tokens: int
 ) -> None:
+    """In chunks as at once, and of long answers the beginning."""
     llm = open_llm(**_OPTIONS, prefill_chunk=chunk)
     audits = kept_audits(llm)
-    output = approximate(llm)
+    output = approximate(llm, max_tokens)
     audited(llm)
-    full = reference(tiny_folder, output)
+    full = reference(tiny_folder, output)[:64]
     served = torch.stack(audits[0].logits).double().log_softmax(-1)
     kls = (full.exp() * (full - served)).sum(-1)
     other = (full.argmax(-1) != served.argmax(-1)).nonzero().flatten().tolist()
     found = auditor_of(llm).results[-1]
-    assert len(kls) == 12
+    assert len(kls) == len(audits[0].compared) == min(max_tokens, 64)
     assert found.first == pytest.approx(float(kls[0]), rel=1e-3, abs=1e-6)
     assert found.mean == pytest.approx(float(kls.mean()), rel=1e-3, abs=1e-6)
     assert found.worst == pytest.approx(float(kls.max()), rel=1e-3, abs=1e-6)
     assert found.differs_at == (other[0] if other else None)
     assert found.value == max(found.first, found.mean) > 1e-4
-
-
-def test_long_prompts_and_answers_are_compared_in_chunks_as_at_once(
-    open_llm: OpenLLM, tiny_folder: Path
-) -> None:
-    llm = open_llm(**_OPTIONS)
-    audits = kept_audits(llm)
-    output = approximate(llm, max_tokens=100)
-    audited(llm)
-    assert len(audits[0].logits) == len(audits[0].compared) == 64
-    full = reference(tiny_folder, output)[:64]
-    served = torch.stack(audits[0].logits).double().log_softmax(-1)
-    mean = float((full.exp() * (full - served)).sum(-1).mean())
-    assert auditor_of(llm).results[-1].mean == pytest.approx(mean, rel=1e-3)
 
 
 def test_an_audited_node_is_exact_and_so_is_what_goes_on_from_it(open_llm: OpenLLM) -> None:
@@ -190,30 +178,25 @@ def test_its_slot_is_there_for_a_request_that_needs_it(open_llm: OpenLLM) -> Non
     assert len(auditor_of(llm).results) == 2
 
 
-def test_an_audit_that_fails_is_counted_and_nobodys_problem(open_llm: OpenLLM) -> None:
-    llm = open_llm(**_OPTIONS)
-
-    def broken(*args: Any) -> torch.Tensor:
-        raise RuntimeError("no memory")
-
-    auditor_of(llm)._runner.forward = broken  # type: ignore[method-assign]
-    approximate(llm)
-    assert audited(llm)["failed"] == 1
-    assert llm.healthy
-    assert llm.generate(_TARGET, params(3)).finish_reason == "length"
+_FAULTS = {
+    "it fails": {"side_effect": RuntimeError("no memory")},
+    "no numbers": {"return_value": float("nan")},
+}
 
 
-def test_logits_that_are_no_numbers_teach_nothing(open_llm: OpenLLM) -> None:
+@pytest.mark.parametrize("fault", _FAULTS.values(), ids=_FAULTS)
+def test_an_audit_that_fails_teaches_nothing_and_is_nobodys_problem(
+    open_llm: OpenLLM, fault: dict[str, Any]
+) -> None:
     llm = open_llm(**_OPTIONS)
     forward = auditor_of(llm)._runner.forward
-
-    def not_numbers(*args: Any) -> torch.Tensor:
-        return forward(*args) * float("nan")
-
-    auditor_of(llm)._runner.forward = not_numbers  # type: ignore[method-assign]
+    broken = Mock(**fault)
+    auditor_of(llm)._runner.forward = lambda *args: forward(*args) * broken()
     approximate(llm)
     assert audited(llm) == {"failed": 1}
     assert llm.cache is not None and llm.cache.families() == []
+    assert llm.healthy
+    assert llm.generate(_TARGET, params(3)).finish_reason == "length"
 
 
 def test_what_waits_too_long_is_dropped_and_counted(open_llm: OpenLLM) -> None:
@@ -282,27 +265,18 @@ def test_a_policy_that_is_bad_is_found_and_shut_off(open_llm: OpenLLM) -> None:
     assert llm.generate(_TARGET.replace("77", "3"), params(2), own).provenance.reused > 0
 
 
-def test_a_changed_number_that_would_be_another_is_told(open_llm: OpenLLM) -> None:
-    llm = open_llm(**_OPTIONS)
-    audits = kept_audits(llm)
-    approximate(llm)
-    audited(llm)
-    tokenizer = llm.tokenizer
-    said = "".join(tokenizer.decode([token]) for token in audits[0].facts(tokenizer))
-    assert "7" in said
-    assert not any(c.islower() for c in said)
-
-
 @pytest.mark.parametrize(("kl", "fact"), [(2.0, True), (0.0001, False)])
-def test_a_tie_that_rounding_would_turn_changes_no_fact(
+def test_a_changed_number_is_a_fact_unless_rounding_would_turn_it(
     open_llm: OpenLLM, kl: float, fact: bool
 ) -> None:
     llm = open_llm(**_OPTIONS)
     audits = kept_audits(llm)
     approximate(llm)
     audited(llm)
-    [number, *_] = audits[0].facts(llm.tokenizer)
-    audits[0].compared = [(0.0, 5, 5), (kl, number, 5)]
+    facts = audits[0].facts(llm.tokenizer)
+    said = "".join(llm.tokenizer.decode([token]) for token in facts)
+    assert "7" in said and not any(c.islower() for c in said)
+    audits[0].compared = [(0.0, 5, 5), (kl, next(iter(facts)), 5)]
     auditor_of(llm)._learn(audits[0])
     assert auditor_of(llm).results[-1].fact is fact
 

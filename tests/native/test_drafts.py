@@ -15,7 +15,6 @@ from kvshare_mm.native.drafts import Drafter
 from .asking import _DONOR, _PROMPTS, _TARGET, Inbox, OpenLLM, inside, outcomes, params
 from .schemas import an_object, json_schema
 
-NOTHING = np.empty(0, np.int64)
 _OFF = RequestOptions(reuse="off", store=False)
 Draft = Callable[[list[int], int], list[int]]
 

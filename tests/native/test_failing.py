@@ -16,13 +16,13 @@ from kvshare_mm import (
 )
 from kvshare_mm.native.detokenizer import Detokenizer
 
+from ..helpers import until
 from .asking import (
     _DONOR,
     _PROMPTS,
     Gate,
     Inbox,
     OpenLLM,
-    eventually,
     idle,
     inside,
     outcomes,
@@ -55,24 +55,6 @@ def test_a_prefill_that_raises_fails_alone(open_llm: OpenLLM, alone: list[Reques
     assert llm.generate(_PROMPTS[0], params()).token_ids == alone[0].token_ids
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_fail_their_request_alone(
-    open_llm: OpenLLM, temperature: float
-) -> None:
-    llm = open_llm(max_num_seqs=1)
-    decode = inside(llm).runner.decode
-
-    def broken(*args: Any) -> torch.Tensor:
-        return torch.full_like(decode(*args), float("nan"))
-
-    inside(llm).runner.decode = broken
-    with pytest.raises(ModelOutputError, match="not a number"):
-        llm.generate(_PROMPTS[0], params(temperature=temperature))
-    inside(llm).runner.decode = decode
-    assert len(llm.generate(_PROMPTS[0], params()).token_ids) == 12
-    assert outcomes(llm)["failed"] == 1
-
-
 def test_a_sink_that_raises_ends_its_request_only(
     open_llm: OpenLLM, alone: list[RequestOutput]
 ) -> None:
@@ -81,7 +63,7 @@ def test_a_sink_that_raises_ends_its_request_only(
     broken = Mock(side_effect=ConnectionError("the client is gone"))
     inside(llm).engine.submit(llm.read(_PROMPTS[0], params(400), None), broken)
     assert llm.generate(_PROMPTS[1], params()).token_ids == alone[1].token_ids
-    assert idle(llm)
+    idle(llm)
     assert outcomes(llm)["finished_abort"] == 1
 
 
@@ -119,7 +101,7 @@ def test_who_makes_decoding_fail_fails_alone(open_llm: OpenLLM, alone: list[Requ
     engine = inside(llm).engine
     gate = Gate(inside(llm).runner, "decode")
     inboxes = [Inbox(llm, p, params()) for p in _PROMPTS[:3]]
-    assert eventually(lambda: len(engine._active) == 1)
+    until(lambda: len(engine._active) == 1)
     gate.wait()
     culprit = engine._active[0]
     Broken(inside(llm).runner, "decode", times=2, slots={culprit.slot})
@@ -202,15 +184,21 @@ def test_an_output_that_cannot_be_made_is_an_error_of_its_request_alone(
             with pytest.raises(ValueError, match="a bug"):
                 llm.generate(_PROMPTS[0], params(), options)
     assert len(llm.generate(_PROMPTS[0], params()).token_ids) == 12
-    assert llm.healthy and idle(llm)
+    assert llm.healthy
+    idle(llm)
 
 
-def test_what_fails_behind_its_first_token_leaves_no_donor(open_llm: OpenLLM) -> None:
+def test_what_fails_behind_its_first_token_fails_alone_and_leaves_no_donor(
+    open_llm: OpenLLM,
+) -> None:
     llm = open_llm()
     runner = inside(llm).runner
     decode = runner.decode
     runner.decode = lambda *a: torch.full_like(decode(*a), torch.nan)
-    with pytest.raises(ModelOutputError):
+    with pytest.raises(ModelOutputError, match="not a number"):
         llm.generate(_DONOR, params(4))
     assert llm.flush()
     assert llm.stats()["donors"]["nodes"] == 0
+    runner.decode = decode
+    assert len(llm.generate(_DONOR, params(4)).token_ids) == 4
+    assert outcomes(llm)["failed"] == 1

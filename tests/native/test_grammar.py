@@ -21,27 +21,9 @@ ALONE = RequestOptions(reuse="off")
 OBJECT = {"type": "json_object"}
 
 
-@pytest.mark.parametrize("decoding", [{}, {"temperature": 1.5, "seed": 3}], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_answers_are_valid_and_end(llm: KVShare, name: str, decoding: dict[str, Any]) -> None:
-    """A random model has no idea of JSON: what is valid is so by the mask."""
-    form = json_schema(SCHEMAS[name])
-    for prompt in _PROMPTS[:3]:
-        output = llm.generate(prompt, max_tokens=400, response_format=form, **decoding)
-        assert output.finish_reason == "stop"
-        jsonschema_rs.validate(SCHEMAS[name], json.loads(output.text))
-
-
 def test_the_mask_is_what_makes_them_so(llm: KVShare) -> None:
     with pytest.raises(json.JSONDecodeError):
         json.loads(llm.generate(_PROMPTS[0], max_tokens=100).text)
-
-
-def test_a_form_of_text_is_none(llm: KVShare) -> None:
-    plain = llm.generate(_PROMPTS[0], max_tokens=8, options=ALONE)
-    for form in (None, {"type": "text"}):
-        given = llm.generate(_PROMPTS[0], max_tokens=8, options=ALONE, response_format=form)
-        assert given.token_ids == plain.token_ids
 
 
 def test_answers_at_once_keep_their_own_forms(llm: KVShare) -> None:
@@ -58,14 +40,6 @@ def test_answers_at_once_keep_their_own_forms(llm: KVShare) -> None:
         assert output.finish_reason == "stop"
         jsonschema_rs.validate(SCHEMAS[name], json.loads(output.text))
     assert plain.result().token_ids == alone.token_ids
-
-
-def test_chunks_add_up_to_the_answer(llm: KVShare) -> None:
-    form = json_schema(SCHEMAS["choices"])
-    *chunks, last = llm.stream(_PROMPTS[0], max_tokens=400, response_format=form)
-    text = "".join(chunk.text for chunk in (*chunks, last))
-    assert last.output is not None and last.output.text == text
-    jsonschema_rs.validate(SCHEMAS["choices"], json.loads(text))
 
 
 def test_an_object_may_be_cut_by_length(llm: KVShare) -> None:
@@ -97,17 +71,6 @@ def test_a_number_ends_by_the_end_token_alone(llm: KVShare) -> None:
         assert len(output.token_ids) == 2 and isinstance(json.loads(output.text), int)
 
 
-def test_a_seed_repeats_it_and_penalties_go_with_it(llm: KVShare) -> None:
-    form = json_schema(SCHEMAS["bounds"])
-    asked = SamplingParams(
-        max_tokens=400, temperature=1.2, seed=5, response_format=form, frequency_penalty=1.5,
-        repetition_penalty=1.3,
-    )  # fmt: skip
-    one, two = (llm.generate(_PROMPTS[0], asked, ALONE) for _ in range(2))
-    assert one.token_ids == two.token_ids
-    jsonschema_rs.validate(SCHEMAS["bounds"], json.loads(one.text))
-
-
 def test_logprobs_leave_out_what_is_forbidden(llm: KVShare) -> None:
     """As inside vLLM, which masks before it takes them."""
     form = json_schema({"const": [True]})
@@ -122,16 +85,6 @@ def test_logprobs_leave_out_what_is_forbidden(llm: KVShare) -> None:
             assert entry.logprob == pytest.approx(0.0, abs=1e-6)
         grammar.add(entry.token_id)
     assert grammar.complete
-
-
-def test_an_answer_of_a_form_is_a_donor_like_any(llm: KVShare) -> None:
-    form = json_schema(SCHEMAS["a call"])
-    asked = SamplingParams(max_tokens=400, response_format=form)
-    options = RequestOptions(cache_salt="form", reuse="exact")
-    first = llm.generate(_PROMPTS[3], asked, options)
-    llm.flush()
-    second = llm.generate(_PROMPTS[3], asked, options)
-    assert second.provenance.exact > 0 and second.text == first.text
 
 
 def test_blanks_do_not_go_on_for_ever(llm: KVShare) -> None:
@@ -154,7 +107,11 @@ LOOP["properties"] = {"self": LOOP}
     "schema",
     [
         {"type": "nonsense"},
-        {"not": {"type": "string"}},
+        {"not": {}},
+        {"type": "array", "uniqueItems": True},
+        {"allOf": [{"type": "string"}, {"type": "integer"}]},
+        {"oneOf": [{"type": "number"}, {"type": "integer"}]},
+        {"const": -(2**63)},  # this, too, ended the process
         {"type": "string", "pattern": "("},
         {"$ref": "#"},
         {"$ref": "#/nowhere"},
@@ -167,7 +124,6 @@ LOOP["properties"] = {"self": LOOP}
         {"anyOf": [{"type": "integer", "multipleOf": n} for n in (9991, 9990)]},
         {"allOf": [{"type": "string", "pattern": f".*a.{{{i}}}z"} for i in range(30)]},
         {"type": "object", "patternProperties": {f".*a.{{{i}}}z": {} for i in range(30)}},
-        {"$defs": {"a": {"pattern": "a.*"}}, "$ref": "#/$defs/a", "pattern": ".*b"},
         {"type": "string", "pattern": "a" * 300},
         {"type": "string", "maxLength": 1_000_000_000},
         {"const": float("nan")},
@@ -275,7 +231,7 @@ def test_rows_without_a_token_are_never_allowed(llm: KVShare) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", ["bounds", "references", "a call"])
 def test_a_trained_model_answers_in_the_form(smollm2: KVShare, name: str) -> None:
     messages = [{"role": "user", "content": f"Answer in JSON, with {name}."}]
     form = json_schema(SCHEMAS[name])

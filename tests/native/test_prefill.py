@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,24 +12,16 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm.native.prefill import Prefiller, provenance
-from kvshare_mm.native.slots import PlainRunner, SlotRunner
-from kvshare_mm.reuse.plan import Decline, Tolerance
 from kvshare_mm.reuse.repair import make_policy
 from kvshare_mm.reuse.scheduler import namespace
-from kvshare_mm.store.disk import DiskTier
-from kvshare_mm.stream import text_stream
 
 from ..collisions import twin_texts
 from .donor_server import (
     ATOL,
     MAX_LEN,
-    NO_REPAIR,
     NS,
-    OPTIONS,
     OTHER_NS,
     Server,
-    _assert_adds_up,
     _edited,
     _evict,
     _ids,
@@ -137,59 +127,6 @@ def test_one_evicted_donor_of_two_leaves_no_trace_of_the_other(server: Server) -
     torch.testing.assert_close(result.logits, without.logits, rtol=0, atol=1e-5)
 
 
-def test_a_donor_dropped_after_it_was_planned(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = _ids(60, 0)
-    _, donor = server.serve(ids)
-    find = server.pool.reuse.find
-
-    def find_and_lose(*args: Any) -> Any:
-        found = find(*args)
-        server.pool.delete(donor)
-        return found
-
-    monkeypatch.setattr(server.pool.reuse, "find", find_and_lose)
-    result = server.prefill(_edited(ids, 30))
-    assert result.fallback == "evicted"
-    server.assert_full(_edited(ids, 30), result)
-
-
-def test_a_new_node_that_pushes_its_own_owner_out(tiny_llama: Any) -> None:
-    a = _ids(60, 0)
-    probe = Server(tiny_llama)
-    probe.serve(a)
-    size = probe.pool.store.bytes_by_tier()["host"]
-    server = Server(tiny_llama, host_bytes=int(size * 1.2))
-    server.serve(a)
-    b = np.concatenate((a[:30], _ids(40, 5)))
-    _, node_b = server.serve(b)
-    assert [node.node_id for node in server.pool.tree] == [node_b]
-    # Where A was there is a hole; behind it B has what it computed itself.
-    result = server.prefill(b)
-    assert (result.plan.num_exact, result.plan.num_reused) == (0, 39)
-    server.assert_full(b, server.prefill(b, reuse="exact"))
-
-
-def test_a_request_too_large_for_the_store_is_counted(tiny_llama: Any) -> None:
-    server = Server(tiny_llama, host_bytes=1000)
-    ids = _ids(60, 0)
-    assert server.save(ids, server.prefill(ids)) is None
-    assert server.pool.counters["save_too_large"] == 1
-    assert server.prefill(ids).plan.declined == Decline.NO_DONOR
-
-
-def test_nodes_of_another_model_are_left_alone(tiny_llama: Any, tmp_path: Path) -> None:
-    first = Server(tiny_llama, DiskTier(tmp_path, 1 << 30))
-    for ns in (namespace("another model", ""), NS):
-        first.serve(_ids(60, 0), ns)
-    first.pool.close()
-    second = Server(tiny_llama, DiskTier(tmp_path, 1 << 30))
-    assert len(second.pool.tree) == second.pool.counters["restored"] == 1
-    assert len(list(tmp_path.glob("*.kvnode"))) == 2
-    second.pool.close()
-
-
 def test_namespaces_differ_by_model_and_salt() -> None:
     names = {namespace(f, s) for f in ("a", "b", "a-b") for s in ("", "x", "b-x")}
     assert len(names) == 9
@@ -201,37 +138,6 @@ def test_namespaces_differ_by_model_and_salt() -> None:
 
 
 # -- repairs, runners -----------------------------------------------------------------------------
-
-
-class Recorded:
-    """A policy that counts how often it is asked, and takes its time."""
-
-    tolerance = Tolerance()
-    seconds = 0.0
-    calls = 0
-
-    def positions(self, plan: Any) -> np.ndarray:
-        self.calls += 1
-        time.sleep(self.seconds)
-        return np.empty(0, np.int64)
-
-
-def test_the_default_policy_is_asked_for_what_is_reused_unless_the_request_has_one(
-    server: Server,
-) -> None:
-    policy = Recorded()
-    server.prefiller = Prefiller(server.runner, server.pool, OPTIONS, policy)
-    ids = _ids(60, 0)
-    server.serve(ids)
-    assert policy.calls == 0  # nothing was reused
-    server.prefill(_edited(ids, 30))
-    assert policy.calls == 1
-    server.prefill(_edited(ids, 30), policy=NO_REPAIR)
-    assert policy.calls == 1
-    # Choosing repairs is part of planning.
-    policy.seconds = 0.5
-    result = server.prefill(_edited(ids, 20))
-    assert result.compute < 0.5 <= result.planning
 
 
 @pytest.mark.parametrize(("spec", "reads"), [("auto:0", 0), ("none", 1), ("window:2", 1)])
@@ -246,18 +152,3 @@ def test_donors_are_read_once_and_not_for_a_plan_that_is_given_up(
     result = server.prefill(target, policy=make_policy(spec))
     assert len(calls) == reads
     assert (result.plan.num_reused > 0) == (reads > 0)
-
-
-def test_without_donors_or_with_a_plain_runner(tiny_llama: Any) -> None:
-    class Reference:
-        model, device = tiny_llama.reference, torch.device("cpu")
-
-    ids = _ids(30, 0)
-    for runner, declined in (
-        (SlotRunner(tiny_llama.loaded, 1, 64, 64), Decline.REUSE_OFF),
-        (PlainRunner(Reference(), 1), Decline.UNSUPPORTED_MODEL),  # type: ignore[arg-type]
-    ):
-        result = Prefiller(runner, None, OPTIONS, NO_REPAIR).prefill(0, text_stream(ids), NS)
-        assert result.plan.declined == declined
-        assert torch.allclose(result.logits, tiny_llama.full(ids).logits[-1], atol=ATOL)
-        _assert_adds_up(result, provenance(result))

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import MambaConfig, MambaForCausalLM
 
 from kvshare_mm import KVShare, RequestOptions
 
+from .. import references
 from ..semantics.engines import told
 from .asking import _DONOR, _PROMPTS, _TARGET, OpenLLM, outcomes, params
 
@@ -49,7 +50,8 @@ def test_a_model_that_cannot_share_is_served_in_full(tiny_folder: Path, tmp_path
     (tmp_path / "model.safetensors").unlink()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2)).eval()
+        config = MambaConfig(vocab_size=400, hidden_size=32, state_size=8, num_hidden_layers=2)
+        model = MambaForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
     prompts = _PROMPTS[:3]
     with KVShare(str(tmp_path), embedder=None, max_num_seqs=2) as llm:
@@ -59,13 +61,5 @@ def test_a_model_that_cannot_share_is_served_in_full(tiny_folder: Path, tmp_path
         assert llm.flush()
     for output in outputs:
         assert told(output) == (0, 0, len(output.prompt_token_ids))
-        ids = torch.tensor([output.prompt_token_ids])
-        whole = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=6,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert output.token_ids == tuple(whole[0, ids.shape[1] :].tolist())
+        prompt = references.text(output.prompt_token_ids)
+        assert list(output.token_ids) == references.greedy(model, prompt, 6)

@@ -12,6 +12,7 @@ import pytest
 from kvshare_mm import RequestOptions, RequestOutput, StreamChunk
 from kvshare_mm.native.waiting import WaitingRequests
 
+from ..helpers import until
 from .asking import (
     _DONOR,
     _PROMPTS,
@@ -20,7 +21,6 @@ from .asking import (
     Gate,
     Inbox,
     OpenLLM,
-    eventually,
     inside,
     outcomes,
     params,
@@ -165,7 +165,7 @@ def test_a_donor_that_goes_while_it_is_answered_is_stored_anew(open_llm: OpenLLM
     chunks = llm.stream(_DONOR, params(60))
     next(chunks)
     donors = inside(llm).donors
-    assert eventually(lambda: len(donors.nodes()) == 1)
+    until(lambda: len(donors.nodes()) == 1)
     donors.delete(donors.nodes()[0].node_id)
     list(chunks)
     assert llm.flush()
@@ -190,7 +190,7 @@ def test_donors_found_by_meaning_are_used_if_they_come_in_time(open_llm: OpenLLM
     first = Inbox(llm, _PROMPTS[0], params(2))
     gate.wait()
     second = Inbox(llm, _PROMPTS[1], params(2))
-    assert eventually(lambda: bool(next(iter(inside(llm).engine._waiting)).similar))
+    until(lambda: bool(next(iter(inside(llm).engine._waiting)).similar))
     gate.open()
     first.result()
     second.result()

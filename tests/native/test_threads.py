@@ -10,7 +10,8 @@ import torch
 
 from kvshare_mm.index.base import IndexUnavailableError
 
-from .asking import _PROMPTS, OpenLLM, eventually, inside, params
+from ..helpers import until
+from .asking import _PROMPTS, OpenLLM, inside, params
 
 
 def test_the_model_keeps_its_cores_beside_the_threads_that_embed(
@@ -41,7 +42,7 @@ def test_the_model_keeps_its_cores_beside_the_threads_that_embed(
         inside(llm).donors.reuse.similar = similar
         llm.generate(_PROMPTS[:3], params(3))
         llm.flush()
-        assert eventually(lambda: "search" in seen)
+        until(lambda: "search" in seen)
         assert seen == {"embedding": 1, "model": 2, "search": 1}
         later = threading.Thread(target=lambda: seen.update(later=torch.get_num_threads()))
         later.start()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvshare_mm import InvalidRequestError, KVShare, RequestOptions
 from kvshare_mm.calls import CallReader
 from kvshare_mm.outputs import ToolCall
-from kvshare_mm.tools import Style, Tools, spelled, style_of
+from kvshare_mm.tools import Style, Tools, closed, spelled, style_of
 
 from .schemas import SCHEMAS, an_object
 
@@ -85,7 +85,7 @@ def test_arguments_that_no_tool_names_are_not_made() -> None:
     """Unless its schema speaks of them, here or where it is combined with another."""
     open_, named = {"type": "object", "properties": {"a": {}}}, {"additionalProperties": False}
     free, shared = {**open_, "additionalProperties": True}, {**open_, "anyOf": [open_]}
-    for schema, closed in [
+    for schema, expected in [
         (open_, {**open_, **named}),
         (free, free),
         (shared, shared),
@@ -95,8 +95,8 @@ def test_arguments_that_no_tool_names_are_not_made() -> None:
         ({"type": "object", "properties": {"type": {"const": open_}}},
          {"type": "object", "properties": {"type": {"const": open_}}, **named}),
     ]:  # fmt: skip
-        tools = Tools.of([tool("a", schema)])
-        assert tools is not None and tools.callable == {"a": closed}
+        assert closed(schema) == expected
+    assert closed({"not": open_, "type": "object"})["not"] == open_
 
 
 def test_a_prompt_of_tools_is_a_donor_like_any(llm: KVShare) -> None:
@@ -109,16 +109,6 @@ def test_a_prompt_of_tools_is_a_donor_like_any(llm: KVShare) -> None:
     fewer = llm.chat(_MESSAGES, options=options, tools=TOOLS[1:], max_tokens=4)
     assert fewer.provenance.exact + fewer.provenance.reused > 0
     assert len(fewer.prompt_token_ids) < len(first.prompt_token_ids)
-
-
-def test_drafts_do_not_change_calls(llm: KVShare) -> None:
-    """The second is drafted from the first one's answer, the third from nobody's."""
-    asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 300}
-    texts = [
-        llm.chat(_MESSAGES, options=RequestOptions(cache_salt=salt, reuse="exact"), **asked).text
-        for salt in ("drafts", "drafts", "none")
-    ]
-    assert len(set(texts)) == 1
 
 
 def test_calls_and_results_are_part_of_the_prompt(llm: KVShare) -> None:
@@ -189,16 +179,14 @@ def test_without_a_call_nothing_is_lost(pieces: list[str], style: Style) -> None
     assert "".join(map(str, told)) == "".join(pieces)
 
 
-def test_one_call_at_most_unless_several_may_come() -> None:
-    tools = Tools.of([tool("a")], None, False)
+@pytest.mark.parametrize(("choice", "told"), [(None, _A), ("none", _CALL)])
+def test_one_call_at_most_unless_several_may_come_or_none(
+    choice: str | None, told: ToolCall | str
+) -> None:
+    tools = Tools.of([tool("a")], choice, False)
     assert tools is not None
-    assert CallReader(tools, "hermes").feed(_CALL + _CALL) == [_A]
-
-
-def test_none_may_be_called() -> None:
-    tools = Tools.of([tool("a")], "none")
-    assert tools is not None
-    assert CallReader(tools, "hermes").feed(_CALL) == [_CALL]
+    repeated = _CALL if choice else _CALL + _CALL
+    assert CallReader(tools, "hermes").feed(repeated) == [told]
 
 
 def test_templates_say_how_calls_are_written() -> None:

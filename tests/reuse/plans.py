@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import strategies as st
 
 from kvshare_mm.reuse.align import Match, Matcher
-from kvshare_mm.reuse.plan import Donor, PlannerOptions, ReusePlan
+from kvshare_mm.reuse.plan import Donor, KeptRun, PlannerOptions, ReusePlan
 
 EAGER = PlannerOptions(min_run=2, min_gain_tokens=1, min_gain_share=0.0)
 
@@ -36,3 +37,42 @@ def blocks(*names: str, length: int = 20) -> list[int]:
 
 def describe(plan: ReusePlan) -> list[tuple[str, int, int, int, bool]]:
     return [tuple(r)[:5] for r in plan.runs]
+
+
+@st.composite
+def edited(draw, symbols):
+    """`symbols` after a few edits: cut, insert, overwrite, move, repeat."""
+    result = list(symbols)
+    for _ in range(draw(st.integers(0, 4))):
+        a, b = sorted(draw(st.tuples(*[st.integers(0, len(result))] * 2)))
+        new = draw(st.lists(st.integers(0, 31), max_size=3))
+        block, rest = result[a:b], result[:a] + result[b:]
+        at = draw(st.integers(0, len(rest)))
+        result = draw(
+            st.sampled_from(
+                [
+                    rest,
+                    result[:a] + new + result[a:],
+                    result[:a] + new + result[b:],
+                    rest[:at] + block + rest[at:],
+                    result[:a] + block + result[a:],
+                ]
+            )
+        )[:60]
+    return result
+
+
+@st.composite
+def plans(draw):
+    """Any valid plan: some exact prefix, then approximate runs with and without gaps."""
+    runs, end = [], draw(st.integers(0, 6))
+    if end:
+        runs.append(KeptRun("a", 0, 0, end, exact=True))
+    for _ in range(draw(st.integers(0, 4))):
+        start = end + draw(st.integers(0, 4))
+        end = start + draw(st.integers(1, 30))
+        shift = draw(st.integers(-20, start))
+        runs.append(
+            KeptRun(draw(st.sampled_from("abc")), start - shift, start, end - start, exact=False)
+        )
+    return ReusePlan(end + draw(st.integers(1, 5)), tuple(runs))

@@ -35,11 +35,6 @@ def teach(
         known.observe(ns, family, observed=off * bound, bound=bound, asked=ASKED, fact=fact)
 
 
-def test_it_starts_strict() -> None:
-    assert calibration().verdict(NS, "f").factor == pytest.approx(START)
-    assert START > 1
-
-
 def test_safe_families_loosen_and_unsafe_ones_tighten() -> None:
     known = calibration()
     teach(known, 30, 0.01, "forms")

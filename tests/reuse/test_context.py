@@ -1,4 +1,4 @@
-"""What of a run's context is another: against sets of tokens, one position after the other."""
+"""What of a run's context is another, what is risked by it, and where a prompt's end looks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from kvshare_mm.reuse import context
 from kvshare_mm.reuse.context import changed_context
+from kvshare_mm.reuse.divergence import divergence_bound, residual_risk, risk, risk_within
 from kvshare_mm.reuse.plan import Donor, KeptRun, ReusePlan
 from kvshare_mm.reuse.planner import make_plan
 
-from .plans import EAGER
+from .plans import EAGER, blocks, to_keys
+
+# -- what of a run's context is another: against sets of tokens, one position after the other ------
 
 
 def slow(plan: ReusePlan) -> np.ndarray:
@@ -60,18 +63,6 @@ def test_it_is_what_the_sets_of_tokens_say(pair):
     m = len(donor)
     plan = make_plan(target, [Donor("d", donor, np.ones(m, bool), m, m)], EAGER)
     assert changed_context(plan) == pytest.approx(slow(plan))
-
-
-def test_a_block_that_moved_behind_others_has_not_changed_what_stands_behind_all():
-    moved = (
-        KeptRun("d", 0, 0, 100, True),
-        KeptRun("d", 200, 100, 100, False),
-        KeptRun("d", 100, 200, 100, False),
-        KeptRun("d", 300, 300, 50, False),
-    )
-    found = changed_context(ReusePlan(360, moved))
-    assert found[100] > 0.8 and found[200] > 0.8
-    assert not found[300:350].any()
 
 
 def test_edits_far_away_are_counted_as_if_they_were_spread_evenly():
@@ -132,3 +123,70 @@ def test_what_stands_before_a_run_once_in_the_donor_counts_once() -> None:
     # What reaches into the run counts up to there.
     cut = changed(prefix, KeptRun("a", 25, 35, 15, False), last)
     assert cut == pytest.approx(np.log(31 / 16 * 11) / np.log(51))
+
+
+# -- risk of reuse: attention of the prompt's end times the drift that edits cause -----------------
+
+
+def test_by_hand():
+    # Four tokens of ten replaced, then two kept, and one more put in before the last kept ones.
+    attention = np.linspace(0.05, 0.2, 10)
+    runs = (KeptRun("a", 4, 4, 2, False), KeptRun("a", 6, 7, 2, False))
+    plan = ReusePlan(10, runs, attention=attention)
+    seen = np.log1p([4, 5, 7, 8])
+    changed = [
+        1,
+        (np.log(6) - np.log(2)) / seen[1],
+        (np.log(8) - np.log(4) + np.log(2)) / seen[2],
+        (np.log(9) - np.log(5) + np.log(3) - np.log(2)) / seen[3],
+    ]
+    want = np.zeros(10)
+    want[[4, 5, 7, 8]] = attention[[4, 5, 7, 8]] * np.array(changed)
+    assert risk(plan) == pytest.approx(want)
+
+
+def test_what_is_repaired_is_no_risk_any_more_and_the_rest_adds_up_as_squares():
+    plan = ReusePlan(10, (KeptRun("a", 4, 4, 4, False),), attention=np.full(10, 0.1))
+    danger = risk(plan)
+    assert residual_risk(plan) == pytest.approx(np.sqrt((danger**2).sum()))
+    repaired = replace(plan, repair=np.array([4, 6]))
+    assert residual_risk(repaired) == pytest.approx(np.hypot(danger[5], danger[7]))
+    assert residual_risk(replace(plan, repair=np.arange(4, 8))) == 0
+
+
+@given(st.floats(1e-9, 10))
+def test_the_bound_and_its_inverse(kl):
+    assert divergence_bound(risk_within(kl)) == pytest.approx(kl)
+
+
+# -- where a prompt's end looks, told from where its donors' ends looked ---------------------------
+
+
+def attention_of(target: list[int], donor: list[int], known: int | None = None) -> np.ndarray:
+    keys = to_keys(donor)
+    n = len(keys)
+    attention = np.linspace(0.01, 0.02, n).astype(np.float32)[:known]
+    plan = make_plan(to_keys(target), [Donor("d", keys, np.ones(n, bool), n, n, attention)], EAGER)
+    assert plan.attention is not None
+    return plan.attention
+
+
+def test_what_stands_as_far_from_the_end_is_looked_at_as_before():
+    found = attention_of([*blocks("X"), *blocks(*"BCD"), 0], [*blocks("A"), *blocks(*"BCD"), 1])
+    assert found[20:80] == pytest.approx(np.linspace(0.01, 0.02, 81)[20:80], rel=1e-5)
+
+
+def test_what_moved_to_the_end_is_looked_at_more_and_what_moved_away_less():
+    found = attention_of([*blocks(*"BCDA"), 0], [*blocks(*"ABCD"), 1])
+    before = np.linspace(0.01, 0.02, 81)
+    assert found[60] == pytest.approx(before[0] * np.sqrt(81 / 21), rel=1e-5)
+    assert found[0] == pytest.approx(before[20] * np.sqrt(61 / 81), rel=1e-5)
+
+
+def test_what_a_donor_answered_is_looked_at_as_anything():
+    """The answer behind a donor's prompt was looked at by nobody that was asked."""
+    found = attention_of([*blocks("X"), *blocks(*"BCD"), 0], [*blocks("A"), *blocks(*"BCD"), 1], 40)
+    assert found[40:80] == pytest.approx(1 / 81)
+    assert (found[20:40] != np.float32(1 / 81)).all()
+    moved = attention_of([*blocks(*"DBC"), 0], [*blocks(*"ABCD"), 1], 10)
+    assert moved == pytest.approx(1 / 61)

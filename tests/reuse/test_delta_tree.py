@@ -6,28 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kvshare_mm.node import Node, Piece, Span
-from kvshare_mm.reuse.planner import make_plan
 from kvshare_mm.reuse.tree import DeltaTree
-
-from .plans import EAGER, to_keys
-from .trees import serve
-
-
-def test_a_child_owns_only_what_was_computed():
-    tree = DeltaTree()
-    serve(tree, "a", range(20))
-    child = serve(tree, "b", [*range(8), 50, 51, *range(8, 20), 60], ["a"])
-    assert child.own == (Span(8, 10), Span(22, 23))
-    assert child.pieces == (Piece("a", 0, 0, 8), Piece("a", 8, 10, 12))
-    assert (tree.num_tokens_owned, tree.num_tokens_whole) == (23, 43)
-    grandchild = serve(tree, "c", [51, 52, *range(20), 60], ["b"])
-    # Of the owner, not of who points on.
-    assert grandchild.pieces == (Piece("a", 0, 2, 8), Piece("a", 8, 10, 12))
-    assert (child.parent, grandchild.parent) == ("a", "b")
 
 
 def test_a_node_of_many_pieces_reads_as_position_by_position():
@@ -64,47 +45,6 @@ def test_a_node_of_many_pieces_reads_as_position_by_position():
     assert donor.readable == source.index(None)
 
 
-def test_a_request_whose_donor_is_gone_owns_all_of_it():
-    """Between the plan and the save of a request lies its whole answer: donors get evicted."""
-    tree = DeltaTree()
-    serve(tree, "a", range(20))
-    serve(tree, "x", range(100, 120))
-    keys = to_keys([*range(20), *range(100, 120), 60])
-    plan = make_plan(keys, [tree.donor("a"), tree.donor("x")], EAGER)
-    tree.drop("a")
-    node = tree.derive("b", "ns", keys, plan, 0.0)
-    assert node.own == (Span(0, 20), Span(40, 41))
-    assert node.pieces == (Piece("x", 0, 20, 20),)
-    assert node.parent == "x"
-    tree.drop("x")
-    assert tree.derive("c", "ns", keys, plan, 0.0).parent is None
-
-
-def test_at_least_one_owner():
-    with pytest.raises(ValueError, match="max_owners"):
-        DeltaTree(0)
-
-
-@st.composite
-def nodes(draw):
-    n = draw(st.integers(1, 30))
-    mask = draw(st.lists(st.booleans(), min_size=n, max_size=n))
-    edges = np.flatnonzero(np.diff([0, *mask, 0])).reshape(-1, 2)
-    return Node("a", "ns", np.zeros(n, np.uint64), tuple(Span(int(a), int(b)) for a, b in edges))
-
-
-@given(nodes(), st.integers(0, 30), st.integers(1, 10))
-def test_rows_of_owned_positions(node, start, length):
-    rows = {}
-    for span in node.own:
-        for position in range(span.start, span.end):
-            rows[position] = len(rows)
-    assert node.num_owned == len(rows)
-    wanted = range(start, start + length)
-    whole = all(p in rows for p in wanted)
-    assert node.owned_row(start, length) == (rows[start] if whole else None)
-
-
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -124,3 +64,8 @@ def test_rows_of_owned_positions(node, start, length):
 def test_a_node_that_cannot_be_is_refused(fields, says):
     with pytest.raises(ValueError, match=says):
         Node("a", "ns", np.zeros(10, np.uint64), **fields)
+
+
+def test_at_least_one_owner():
+    with pytest.raises(ValueError, match="max_owners"):
+        DeltaTree(0)

@@ -12,21 +12,7 @@ from kvshare_mm.reuse.align import common_prefix
 from kvshare_mm.reuse.plan import Decline, Donor, PlannerOptions
 from kvshare_mm.reuse.planner import make_plan
 
-from .plans import EAGER, donor_of, maximal_matches, to_keys
-
-
-@st.composite
-def edited(draw, symbols):
-    result = list(symbols)
-    for _ in range(draw(st.integers(0, 3))):
-        a, b = sorted(draw(st.tuples(*[st.integers(0, len(result))] * 2)))
-        block, rest = result[a:b], result[:a] + result[b:]
-        at = draw(st.integers(0, len(rest)))
-        new = draw(st.lists(st.integers(0, 40), max_size=4))
-        result = draw(
-            st.sampled_from([rest, result[:a] + new + result[b:], rest[:at] + block + rest[at:]])
-        )
-    return result
+from .plans import EAGER, donor_of, edited, maximal_matches, to_keys
 
 
 @st.composite
@@ -157,20 +143,3 @@ def test_no_gap_is_left_that_a_donor_could_fill(task):
                 for usable in donor.reusable[d : d + length]:
                     run = run + 1 if usable else 0
                     assert run < options.min_run, (int(low), int(high), donor)
-
-
-@settings(max_examples=100)
-@given(tasks())
-def test_a_donor_listed_twice_changes_nothing(task):
-    target, donors, options = task
-    once, twice = make_plan(target, donors, options), make_plan(target, donors * 2, options)
-    assert once.runs == twice.runs
-    assert once.declined == twice.declined
-
-
-@given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.booleans())
-def test_of_an_identical_prompt_only_the_last_position_is_computed(symbols, exact_only):
-    plan = make_plan(to_keys(symbols), [donor_of(symbols)], PlannerOptions(exact_only=exact_only))
-    assert plan.compute.tolist() == [len(symbols) - 1]
-    assert plan.num_exact == len(symbols) - 1
-    assert plan.declined is None

@@ -31,23 +31,8 @@ from kvshare_mm.reuse.repair import (
     repaired_plan,
 )
 
+from .plans import plans
 
-@st.composite
-def plans(draw, max_runs=4):
-    runs, end = [], draw(st.integers(0, 6))
-    if end:
-        runs.append(KeptRun("a", 0, 0, end, exact=True))
-    for _ in range(draw(st.integers(0, max_runs))):
-        start = end + draw(st.integers(0, 6))
-        end = start + draw(st.integers(1, 30))
-        runs.append(KeptRun("b", start + 5, start, end - start, exact=False))
-    return ReusePlan(end + draw(st.integers(1, 8)), tuple(runs))
-
-
-PLAN = ReusePlan(
-    40, (KeptRun("a", 0, 0, 4, True), KeptRun("a", 9, 8, 12, False), KeptRun("b", 0, 24, 10, False))
-)
-NO_APPROXIMATE = [ReusePlan(1), ReusePlan(7), ReusePlan(7, (KeptRun("a", 0, 0, 6, True),))]
 POLICIES = [
     NoRepair(),
     BoundaryWindow(3),
@@ -75,30 +60,17 @@ def test_every_policy_gives_positions_of_the_prompt(policy, plan):
     assert 0 <= repaired.num_reused <= plan.num_reused
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("plan", NO_APPROXIMATE, ids=["one", "none", "exact"])
-def test_without_approximate_runs_there_is_nothing_to_repair(policy, plan):
-    assert not plan.with_repair(policy.positions(plan)).repair.size
-
-
-def test_boundary_windows_open_every_approximate_run():
-    assert BoundaryWindow(2).positions(PLAN).tolist() == [8, 9, 24, 25]
-    wide = PLAN.with_repair(BoundaryWindow(1000).positions(PLAN))
-    assert wide.num_reused == 0
-
-
 @given(plans(), st.integers(0, 50))
-def test_boundary_windows_are_no_wider_than_said(plan, width):
+def test_windows_open_every_approximate_run_and_tails_end_the_prompt(plan, width):
+    tail = Tail(width).positions(plan)
+    assert tail.tolist() == list(range(max(0, plan.num_tokens - width), plan.num_tokens))
     picked = BoundaryWindow(width).positions(plan)
+    both = plan.with_repair(Union((BoundaryWindow(width), Tail(width))).positions(plan)).repair
+    assert set(both) == {*picked, *tail} & set(np.flatnonzero(plan.approximate))
+    opened = {r.start for r in plan.runs if not r.exact and width}
+    assert opened <= set(picked)
     assert len(picked) == sum(min(width, r.length) for r in plan.runs if not r.exact)
     assert plan.approximate[picked].all()
-
-
-def test_the_tail_is_the_end_of_the_prompt():
-    assert Tail(3).positions(PLAN).tolist() == [37, 38, 39]
-    assert Tail(100).positions(ReusePlan(4)).tolist() == [0, 1, 2, 3]
-    # 34 and later is computed anyway.
-    assert PLAN.with_repair(Tail(8).positions(PLAN)).repair.tolist() == [32, 33]
 
 
 def _always(plan: ReusePlan) -> np.ndarray:
@@ -118,7 +90,7 @@ def test_max_divergence_repairs_the_riskiest_and_no_more_than_it_must(plan, kl, 
     assert math.hypot(*left) <= risk_within(kl) * (1 + 1e-6) + 1e-12
     if len(chosen):
         assert danger[chosen].min() >= left.max(initial=0)
-        assert math.hypot(*left, danger[chosen].min()) > risk_within(kl) * (1 - 1e-6)
+        assert math.hypot(*left, danger[chosen].min()) >= risk_within(kl) * (1 - 1e-6)
 
 
 @pytest.mark.parametrize("kl", [0.0, 1.0, 1e6])
@@ -172,10 +144,11 @@ def test_a_picture_behind_an_edit_or_at_the_end_is_trusted():
     pictures[8:30] = True
     pictures[80:92] = True
     plan = replace(ReusePlan(100, (KeptRun("a", 9, 8, 91, False),)), pictures=pictures)
-    loose, strict = (set(MaxDivergence(kl).positions(plan)) for kl in (1e6, 0.0))
-    assert not loose & {*range(8, 30), *range(80, 92)}
-    assert {*range(92, 100)} <= loose
-    assert {*range(8, 30), *range(80, 92)} <= strict
+    seen = {*range(8, 30), *range(80, 92)}
+    for kl in (PICTURE_KL, 0.01, 1e6):
+        picked = set(MaxDivergence(kl).positions(plan))
+        assert not picked & seen and {*range(92, 100)} <= picked
+    assert seen <= set(MaxDivergence(0.0).positions(plan))
 
 
 def test_no_target_repairs_everything_and_a_loose_one_the_end_and_what_follows_edits_alone():
@@ -183,14 +156,6 @@ def test_no_target_repairs_everything_and_a_loose_one_the_end_and_what_follows_e
     assert set(plan.approximate.nonzero()[0]) <= set(MaxDivergence(0.0).positions(plan))
     loose = sorted(set(MaxDivergence(1e6).positions(plan).tolist()))
     assert loose == [601, 633, *range(684, 700)]
-
-
-@given(plans())
-def test_a_union_wants_what_any_of_its_policies_wants(plan):
-    parts = BoundaryWindow(2), Tail(3)
-    together = plan.with_repair(Union(parts).positions(plan)).repair
-    apart = [plan.with_repair(p.positions(plan)).repair for p in parts]
-    assert together.tolist() == sorted(set(np.concatenate(apart).tolist()))
 
 
 @pytest.mark.parametrize(
@@ -241,37 +206,6 @@ def test_a_wrong_text_form_is_refused_by_name(spec, says):
     with pytest.raises(ValueError, match="repair policy") as error:
         make_policy(spec)
     assert says in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: BoundaryWindow(-1),
-        lambda: Tail(-1),
-        lambda: MaxDivergence(-0.5),
-        lambda: MaxDivergence(math.inf),
-        lambda: MaxDivergence(math.nan),
-    ],
-)
-def test_parameters_that_make_no_sense_are_refused(make):
-    with pytest.raises(ValueError):
-        make()
-
-
-def test_pictures_are_trusted_unless_the_target_is_too_tight():
-    plan = edited_plan()
-    pictures = np.zeros(plan.num_tokens, dtype=bool)
-    pictures[20:60] = True
-    with_picture = replace(plan, pictures=pictures)
-    for kl in (PICTURE_KL, 0.01, 1.0):
-        picked = MaxDivergence(kl).positions(with_picture)
-        assert not pictures[picked].any()
-    text = plan.approximate & ~pictures
-    tight = MaxDivergence(0.0).positions(with_picture)
-    assert set(tight.tolist()) >= set(np.flatnonzero(plan.approximate).tolist())
-    # Without the picture's share of the risk, less text has to be repaired.
-    loose = MaxDivergence(0.01).positions(with_picture)
-    assert text[loose].sum() <= text[MaxDivergence(0.01).positions(plan)].sum()
 
 
 @pytest.mark.parametrize("behind", [0, 7])

@@ -103,6 +103,7 @@ def _raw(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_moved_key_is_the_key_computed_there(name: str) -> None:
     rotary, apply, spec = _model(name)
     assert spec.rotary_dim == HEAD_DIM // (2 if name.startswith("half") else 1)
+    assert name != "yarn with an attention factor" or rotary.attention_scaling == 2.5
     k, start = _raw(60), torch.arange(100, 160)
     before = _rotated(rotary, apply, k, start)
     for shift in (torch.arange(-100, 140, 4), torch.full((60,), -100), torch.full((60,), 90)):
@@ -114,12 +115,6 @@ def test_moved_key_is_the_key_computed_there(name: str) -> None:
         assert not torch.allclose(rerotate(before, shift, other), want, atol=1e-1)
 
 
-def test_yarn_factor_is_in_the_test() -> None:
-    plain, with_factor = _model("yarn")[0], _model("yarn with an attention factor")[0]
-    assert plain.attention_scaling != 1.0
-    assert with_factor.attention_scaling == 2.5
-
-
 def test_far_positions() -> None:
     rotary, apply, spec = _model("default")
     k, start = _raw(8), torch.arange(8)
@@ -129,13 +124,6 @@ def test_far_positions() -> None:
     assert torch.allclose(
         rerotate(before, shift, spec), _rotated(rotary, apply, k, start + shift), atol=5e-3
     )
-
-
-def test_far_and_back_loses_nothing() -> None:
-    _, _, spec = _model("default")
-    k = _raw(16)
-    far = torch.full((16,), 1_000_000)
-    assert torch.allclose(rerotate(rerotate(k, far, spec), -far, spec), k, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,40 +5,30 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kvshare_mm.node import Node
 from kvshare_mm.reuse.plan import PlannerOptions
-from kvshare_mm.reuse.repair import BoundaryWindow, NoRepair
+from kvshare_mm.reuse.planner import make_plan
+from kvshare_mm.reuse.repair import BoundaryWindow, NoRepair, RepairPolicy
 from kvshare_mm.reuse.tree import DeltaTree
 
 from .plans import to_keys
-from .trees import serve
 
 
 def lab_reports(count: int) -> list[np.ndarray]:
-    """Reports of one form, about 400 words each, that differ in their numbers."""
-    analytes = [
-        "haemoglobin", "haematocrit", "leukocytes", "thrombocytes", "sodium", "potassium",
-        "calcium", "creatinine", "urea", "glucose", "bilirubin", "albumin", "ferritin", "CRP",
-        "TSH",
-    ]  # fmt: skip
-    form = (
-        "you are a careful assistant of a hospital laboratory . explain the report below to a "
-        "patient in plain words , say which values need attention and why , and never guess a "
-        "diagnosis . \n report of the central laboratory , taken in the morning , fasting : \n "
-    )
-    lines = [
-        f"{name} measured in venous blood by the standard method : {{}} . {{}} in the unit of it , "
-        f"reference range of adults \n"
-        for name in analytes
-    ]
-    end = " please explain what this means and what i should ask my doctor next week ."
+    """Reports of one form of 400 words that differ in 30 numbers."""
     rng = np.random.default_rng(0)
-    words: dict[str, int] = {}
-    reports = []
-    for _ in range(count):
-        filled = (line.format(rng.integers(1, 300), rng.integers(10)) for line in lines)
-        text = form + " ".join(filled) + end
-        reports.append(to_keys(words.setdefault(w, len(words)) for w in text.split()))
-    return reports
+    form, at = rng.integers(1000, 1400, 400), 60 + 10 * np.arange(30)
+    reports = np.tile(form, (count, 1))
+    reports[:, at] = rng.integers(0, 300, (count, 30))
+    return [to_keys(report.tolist()) for report in reports]
+
+
+def serve(tree: DeltaTree, node_id: str, keys, donors, repair: RepairPolicy) -> Node:
+    """Plan a request with `donors` of the tree and insert it."""
+    plan = make_plan(keys, [tree.donor(d) for d in donors], PlannerOptions())
+    node = tree.derive(node_id, "ns", keys, plan.with_repair(repair.positions(plan)), 0.0)
+    tree.insert(node)
+    return node
 
 
 @pytest.mark.parametrize("repair", [NoRepair(), BoundaryWindow(1)], ids=["no repair", "window"])
@@ -55,9 +45,8 @@ def test_a_hundred_lab_reports_take_a_fifth_of_the_room(repair):
         if i:
             borrowed = tree[f"r{i - 1}"].owners
             donors = [f"r{i - 1}", *sorted(borrowed, key=lambda o: -borrowed[o])[:1]]
-        computed.append(serve(tree, f"r{i}", keys, donors, PlannerOptions(), repair).num_owned)
+        computed.append(serve(tree, f"r{i}", keys, donors, repair).num_owned)
     lengths = [len(node) for node in tree]
-    assert 380 <= np.mean(lengths) <= 420
     assert tree.num_tokens_whole == sum(lengths)
     assert tree.num_tokens_owned == sum(computed)
     assert tree.num_tokens_owned * 5 <= tree.num_tokens_whole

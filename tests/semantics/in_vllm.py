@@ -9,14 +9,12 @@ from typing import Any
 from vllm import SamplingParams
 
 from kvshare_mm import RequestMetrics, RequestOutput, TokenLogprob
-from kvshare_mm.chat import chat_stream
-from kvshare_mm.config import KVShareConfig
-from kvshare_mm.models.loader import load_tokenizer, locate
+from kvshare_mm.models.loader import locate
 from kvshare_mm.stream import SegmentStream, text_stream
 from kvshare_mm.vllm.offline import provenance_of
-from kvshare_mm.vllm.pictures import picture_support, prompt_of
+from kvshare_mm.vllm.pictures import prompt_of
 
-from ..vllm.engines import GREEDY, shared_engine, tokens
+from ..vllm.engines import GREEDY, shared_engine, stream_of, tokens
 from .engines import NUM_LOGPROBS, Prompt
 
 
@@ -66,9 +64,7 @@ class InVLLM:
     def _stream(self, prompt: Prompt) -> SegmentStream:
         if isinstance(prompt[0], int):
             return text_stream(prompt)
-        tokenizer = load_tokenizer(self._model)
-        support = picture_support(KVShareConfig(model=self._model), self._model, tokenizer)
-        return chat_stream(prompt, tokenizer, support)[0]
+        return stream_of(self._model, prompt)
 
     def forget(self) -> None:
         self.shared.forget()

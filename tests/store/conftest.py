@@ -6,6 +6,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -76,24 +77,11 @@ def assert_same() -> Callable[[StoredNode, StoredNode], None]:
     """Compare two stored nodes bit by bit."""
 
     def check(got: StoredNode, want: StoredNode) -> None:
-        for name in (
-            "node_id",
-            "namespace",
-            "own",
-            "pieces",
-            "exact_len",
-            "parent",
-            "created_s",
-            "risk",
-        ):
-            assert getattr(got.node, name) == getattr(want.node, name), name
-        assert got.node.align_keys.dtype == want.node.align_keys.dtype
-        assert np.array_equal(got.node.align_keys, want.node.align_keys)
-        for name in ("attention", "drift", "positions"):
-            a, b = getattr(got.node, name), getattr(want.node, name)
-            assert (a is None) == (b is None), name
-            if a is not None:
-                assert (a.dtype, a.tolist()) == (b.dtype, b.tolist()), name
+        for field in fields(Node):
+            a, b = getattr(got.node, field.name), getattr(want.node, field.name)
+            if isinstance(b, np.ndarray):
+                a, b = (a.dtype, a.tolist()), (b.dtype, b.tolist())
+            assert a == b, field.name
         for a, b in ((got.kv.k, want.kv.k), (got.kv.v, want.kv.v)):
             assert (a.dtype, a.shape) == (b.dtype, b.shape)
             # Bytes, because NaN payloads and signed zeros must survive too.

@@ -242,31 +242,9 @@ def test_other_files_are_not_nodes(tmp_path, content):
     assert reason_of(read_record, path) == "corrupt"
 
 
-def test_another_format_version_is_not_read(tmp_path, make_stored, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(codec, "FORMAT_VERSION", "0")
-        write_node(tmp_path / "node", make_stored())
-        assert read_node(tmp_path / "node").node.node_id == "a"
-    with pytest.raises(KVUnavailableError, match="version") as caught:
-        read_record(tmp_path / "node")
-    assert caught.value.reason == "corrupt"
-
-
 def test_a_missing_file_is_evicted_and_an_unreadable_one_an_io_error(tmp_path):
     assert reason_of(read_node, tmp_path / "nothing") == "evicted"
     assert reason_of(read_record, tmp_path) == "io_error"
-
-
-def test_a_write_that_fails_half_way_leaves_the_old_node(
-    tmp_path, make_stored, assert_same, full_disk
-):
-    old, new = make_stored("a", 4), make_stored("a", 4000)
-    write_node(tmp_path / "node", old)
-    with full_disk(50_000), pytest.raises(KVUnavailableError, match="too large") as caught:
-        write_node(tmp_path / "node", new)
-    assert caught.value.reason == "io_error"
-    assert_same(read_node(tmp_path / "node"), old)
-    assert [p.name for p in tmp_path.iterdir()] == ["node"]
 
 
 @pytest.mark.parametrize("name", ["replace", "fsync"])

@@ -148,21 +148,6 @@ def test_damaged_files_are_deleted_and_counted_at_opening(tmp_path, make_stored,
     assert len(caplog.records) == 3
 
 
-def test_damage_to_k_and_v_is_found_when_they_are_read(tmp_path, make_stored):
-    DiskTier(tmp_path, BUDGET).put(make_stored("a"))
-    (path,) = node_files(tmp_path)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-    tier = DiskTier(tmp_path, BUDGET)
-    assert "a" in tier
-    assert get_reason(tier, "a") == "corrupt"
-    assert get_reason(tier, "a") == "evicted"
-    assert (len(tier), tier.num_bytes, tier.num_corrupt) == (0, 0, 1)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_file_that_another_process_removed_is_evicted(tmp_path, make_stored):
     tier = DiskTier(tmp_path, BUDGET)
     tier.put(make_stored("a"))

@@ -45,23 +45,6 @@ def test_get_protects_from_eviction_and_peek_does_not(make_stored):
         assert tier.num_bytes == 2 * size
 
 
-def test_pins(make_stored):
-    now = [0.0]
-    nodes = {name: make_stored(name) for name in "ab"}
-    tier = HostTier(ram_bytes(nodes["a"]), clock=lambda: now[0])
-    tier.put(nodes["a"])
-    tier.pin("a", ttl_s=5)
-    assert tier.put(nodes["b"]) == ["b"]
-    tier.unpin("a")
-    assert tier.put(nodes["b"]) == ["a"]
-    tier.pin("b", ttl_s=5)
-    now[0] = 5
-    assert tier.put(nodes["a"]) == ["b"]
-    tier.pin("a", ttl_s=5)
-    tier.delete("a")
-    assert "a" not in tier
-
-
 def test_threads_do_not_disturb_each_other(make_stored, assert_same):
     nodes = {str(i): make_stored(str(i), 1 + i) for i in range(20)}
     tier = HostTier(sum(map(ram_bytes, nodes.values())) // 3)

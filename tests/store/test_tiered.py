@@ -35,7 +35,11 @@ def test_flushed_nodes_survive_a_restart(open_store, make_stored, assert_same):
     assert again.bytes_by_tier() == {"host": 0, "disk": store.bytes_by_tier()["disk"]}
     for stored in nodes:
         assert again.resident(stored.node.node_id) == "disk"
-        assert_same(again.get(stored.node.node_id, "ns"), stored)
+        promoted = again.get(stored.node.node_id, "ns")
+        assert_same(promoted, stored)
+        assert again.resident(stored.node.node_id) == "host"
+        assert again.get(stored.node.node_id, "ns") is promoted
+    assert again.bytes_by_tier()["host"] == sum(map(ram_bytes, nodes))
 
 
 def test_closing_writes_what_is_queued(open_store, make_stored, gone):
@@ -52,14 +56,6 @@ def test_closing_writes_what_is_queued(open_store, make_stored, gone):
     assert store.flush(PATIENCE_S)
     assert "late" not in store._disk
     assert gone == []
-
-
-def test_a_node_read_from_disk_moves_to_ram(reopened):
-    store = reopened("a")
-    promoted = store.get("a", "ns")
-    assert store.resident("a") == "host"
-    assert store.get("a", "ns") is promoted
-    assert store.bytes_by_tier()["host"] == ram_bytes(promoted)
 
 
 def test_without_disk_eviction_means_gone(open_store, make_stored, gone):

@@ -15,8 +15,14 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, get_kv_transfer_group
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-from kvshare_mm import RequestOutput
+import kvshare_mm
+from kvshare_mm import KVShare, RequestOptions, RequestOutput
+from kvshare_mm.chat import chat_stream
+from kvshare_mm.config import KVShareConfig
+from kvshare_mm.models.loader import load_tokenizer, locate
+from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm import kv_transfer_config
+from kvshare_mm.vllm.pictures import picture_support, prompt_of
 
 # Token ids, or a prompt with pictures as vLLM takes it.
 Prompt = Sequence[int] | dict[str, Any]
@@ -113,8 +119,34 @@ def first_token(shared: Shared, prompt: Prompt, **knobs: Any) -> Any:
     return output
 
 
+def as_native(
+    shared: Shared, native: KVShare, donor: Any, target: Any, model: str = "", **knobs: Any
+) -> RequestOutput:
+    """Both engines, with no donors yet, serve token ids, or messages of a model: the same reuse,
+    and the same distribution of the first token. Returns the native engine's output."""
+    if shared.catalogue.nodes():
+        shared.forget()
+    assert native.cache is not None
+    native.cache.clear()
+
+    def natively(prompt: Any, max_tokens: int) -> RequestOutput:
+        params = kvshare_mm.SamplingParams(max_tokens=max_tokens, logprobs=10, **GREEDY)
+        *_, last = native.stream(prompt, params, RequestOptions(**knobs))
+        native.flush()
+        assert last.output is not None
+        return last.output
+
+    def prompt_for(prompt: Any) -> Prompt:
+        return prompt if isinstance(prompt[0], int) else prompt_of(stream_of(model, prompt))
+
+    assert tokens(shared.serve(prompt_for(donor))) == list(natively(donor, 4).token_ids)
+    output, expected = first_token(shared, prompt_for(target), **knobs), natively(target, 1)
+    assert_as_native(output, expected)
+    return expected
+
+
 def assert_as_native(output: Any, expected: RequestOutput) -> None:
-    """The same reuse, and the same distribution of the first token."""
+    """vLLM's output of one token: the same reuse and the same distribution as natively."""
     p, use = expected.provenance, summary(output)
     found = tuple(use[kind] for kind in ("exact", "reused", "recomputed", "declined"))
     assert found == (p.exact, p.reused, p.recomputed, p.declined)
@@ -122,6 +154,13 @@ def assert_as_native(output: Any, expected: RequestOutput) -> None:
     theirs = output.outputs[0].logprobs[0]
     for token, logprob in expected.logprobs[0].top:
         assert theirs[token].logprob == pytest.approx(logprob, abs=2e-3)
+
+
+def stream_of(model: Path | str, messages: list[dict[str, Any]]) -> SegmentStream:
+    """A chat as the engine's own door reads it."""
+    tokenizer = load_tokenizer(str(model))
+    support = picture_support(KVShareConfig(model=str(model)), locate(str(model)), tokenizer)
+    return chat_stream(messages, tokenizer, support)[0]
 
 
 def summary(output: Any) -> dict[str, Any]:

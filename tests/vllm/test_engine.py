@@ -60,21 +60,6 @@ def fresh(engine: Shared) -> Iterator[None]:
         yield
 
 
-def test_reuse_off_is_stock_vllm(engine: Shared, stock: Any) -> None:
-    prompt = ids(200)
-    output = engine.serve(prompt, 8, reuse="off")
-    assert tokens(output) == stock_tokens(stock, prompt, 8)
-    assert summary(output) == {
-        "exact": 0,
-        "reused": 0,
-        "recomputed": 200,
-        "gaps": 0,
-        "donors": [],
-        "declined": "reuse_off",
-        "fallback": None,
-    }
-
-
 def test_an_exact_donor_gives_stock_tokens(engine: Shared, stock: Any) -> None:
     prompt = ids(230)
     engine.serve(prompt)

@@ -6,16 +6,17 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema_rs
 import pytest
 
-from kvshare_mm import KVShare, RequestOptions, SamplingParams, assets
+from kvshare_mm import KVShare, RequestOptions, SamplingParams
 from kvshare_mm.errors import ConfigError, EngineClosedError, InvalidRequestError, ModelLoadError
 from kvshare_mm.stream import Modality
+
+from ..helpers import samples, until
 
 pytestmark = pytest.mark.vllm
 
@@ -30,32 +31,10 @@ def llm() -> Iterator[KVShare]:
         yield started
 
 
-def samples() -> list[tuple[list[dict[str, Any]], str]]:
-    """Messages, their pictures as paths, and the right answers."""
-    folder = Path(assets.folder("tiny-vl")) / "samples"
-    found = []
-    for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines():
-        sample = json.loads(line)
-        for message in sample["messages"]:
-            for part in message["content"]:
-                if part["type"] == "image":
-                    part["image"] = str(folder / part["image"])
-        found.append((sample["messages"], sample["answer"]))
-    return found
-
-
-def eventually(found: Callable[[], Any]) -> Any:
-    for _ in range(100):
-        if value := found():
-            return value
-        time.sleep(0.1)
-    pytest.fail("it did not happen")
-
-
 def test_the_samples_are_answered_right(llm: KVShare) -> None:
     assert llm.modalities == {Modality.IMAGE}
     right = []
-    for messages, want in samples()[:8]:
+    for messages, want in samples("tiny-vl")[:8]:
         output = llm.chat(messages, _PARAMS, RequestOptions(reuse="off"))
         assert output.prompt_token_ids == llm.tokenize(messages)
         assert [use.source for use in output.provenance.media] == ["encoder"]
@@ -71,7 +50,7 @@ def test_the_samples_are_answered_right(llm: KVShare) -> None:
 
 
 def test_what_was_sent_before_is_reused_and_told_and_a_salt_keeps_apart(llm: KVShare) -> None:
-    system, user = samples()[0][0]
+    system, user = samples("tiny-vl")[0][0]
     picture, words = user["content"]
     assert words["type"] == "text"
     before = llm.stats()["requests"].get("prompt_tokens_reused", 0)
@@ -96,7 +75,8 @@ def test_what_was_sent_before_is_reused_and_told_and_a_salt_keeps_apart(llm: KVS
     assert [m.source for m in other.media] == ["encoder"]
     assert llm.stats()["requests"]["prompt_tokens_reused"] == before + use.reused
     # What the connector counts comes with the next step's statistics.
-    counted = eventually(lambda: llm.stats()["kvshare"])
+    until(lambda: llm.stats()["kvshare"])
+    counted = llm.stats()["kvshare"]
     assert any(name.startswith("kvshare:prompt_tokens") for name in counted), counted
 
 
@@ -115,7 +95,7 @@ def test_who_leaves_a_stream_cancels_it(llm: KVShare) -> None:
     before = llm.stats()["requests"].get("finished_abort", 0)
     for _ in llm.stream("Count:", SamplingParams(max_tokens=900, ignore_eos=True)):
         break
-    eventually(lambda: not llm.stats()["queue"]["running"])
+    until(lambda: not llm.stats()["queue"]["running"])
     assert llm.stats()["requests"]["finished_abort"] == before + 1
 
 

@@ -19,22 +19,17 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.multimodal.inputs import PlaceholderRange
 
-from kvshare_mm import KVShare, SamplingParams
 from kvshare_mm.assets.shop.dialogues import Request, random_customer
 from kvshare_mm.assets.shop.similar import random_request, similar
-from kvshare_mm.chat import chat_stream
-from kvshare_mm.config import KVShareConfig
-from kvshare_mm.models.loader import load_tokenizer, locate
+from kvshare_mm.models.loader import locate
 from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.media import request_stream
-from kvshare_mm.vllm.pictures import picture_support, prompt_of
+from kvshare_mm.vllm.pictures import prompt_of
 
+from . import engines
 from .engines import (
-    GREEDY,
     Shared,
-    assert_as_native,
-    first_token,
     shared_engine,
     stock_engine,
     stock_tokens,
@@ -90,9 +85,7 @@ def fresh(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def stream_of(request: Request) -> SegmentStream:
-    tokenizer = load_tokenizer("tiny-vl")
-    support = picture_support(KVShareConfig(model="tiny-vl"), locate("tiny-vl"), tokenizer)
-    return chat_stream(request.messages(), tokenizer, support)[0]
+    return engines.stream_of("tiny-vl", request.messages())
 
 
 def serve(engine: Shared, stream: SegmentStream, **knobs: Any) -> Any:
@@ -334,25 +327,6 @@ def test_no_pollution(
         if reuse != "similar":
             assert answer == stock_tokens(stock, prompt_of(stream), length)
         on_its_own(engine, stock, stream, answer)
-
-
-def test_the_native_engine_reuses_the_same(engine: Shared) -> None:
-    """The same plan, and the same first token's distribution."""
-    with KVShare("tiny-vl", dtype="float32", embedder=None) as native:
-        for seed in range(4):
-            engine.forget()
-            assert native.cache is not None
-            native.cache.clear()
-            first = inquiry(seed, ("my_fee", "code")[seed % 2])
-            target = by_another(first)
-            donor = native.chat(first.messages(), SamplingParams(max_tokens=LENGTH, **GREEDY))
-            assert tokens(serve(engine, stream_of(first))) == list(donor.token_ids)
-            native.flush()
-            expected = native.chat(
-                target.messages(), SamplingParams(max_tokens=1, logprobs=10, **GREEDY)
-            )
-            assert [m.source for m in expected.provenance.media] == ["kv"]
-            assert_as_native(first_token(engine, prompt_of(stream_of(target))), expected)
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,10 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from kvshare_mm import KVShare, RequestOptions, SamplingParams
-from kvshare_mm.chat import chat_stream
-from kvshare_mm.config import KVShareConfig
-from kvshare_mm.models.loader import load_tokenizer
-from kvshare_mm.stream import SegmentStream
-from kvshare_mm.vllm.pictures import picture_support, prompt_of
+from kvshare_mm import KVShare
 
 from .. import media_models
-from .engines import GREEDY, Shared, assert_as_native, first_token, shared_engine, tokens
+from .engines import Shared, as_native, shared_engine
 
 pytestmark = pytest.mark.vllm
 
@@ -69,12 +64,6 @@ def message(*parts: str | dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-def stream_of(folder: Path, messages: list[dict[str, Any]]) -> SegmentStream:
-    tokenizer = load_tokenizer(str(folder))
-    config = KVShareConfig(model=str(folder))
-    return chat_stream(messages, tokenizer, picture_support(config, str(folder), tokenizer))[0]
-
-
 A, B = picture(1, 84, 112), picture(2, 140, 56)
 CASES = {
     "moved": (message("Tom: ", A, WORDS), message("From Alexandra: ", A, WORDS)),
@@ -89,19 +78,6 @@ def test_the_native_engine_reuses_the_same(
     engines: tuple[Shared, KVShare], folder: Path, name: str
 ) -> None:
     shared, native = engines
-    donor, target = CASES[name]
-    shared.forget()
-    assert native.cache is not None
-    native.cache.clear()
-    first = native.chat(donor, SamplingParams(max_tokens=4, **GREEDY))
-    assert tokens(shared.serve(prompt_of(stream_of(folder, donor)))) == list(first.token_ids)
-    native.flush()
-    expected = native.chat(
-        target,
-        SamplingParams(max_tokens=1, logprobs=10, **GREEDY),
-        RequestOptions(repair=REPAIR),
-    )
-    output = first_token(shared, prompt_of(stream_of(folder, target)), repair=REPAIR)
+    expected = as_native(shared, native, *CASES[name], str(folder), repair=REPAIR)
     assert expected.provenance.reused > 40
     assert {m.source for m in expected.provenance.media} <= {"kv"}
-    assert_as_native(output, expected)

@@ -7,19 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvshare_mm import KVShare, SamplingParams
+from kvshare_mm import KVShare
 
-from .engines import (
-    GREEDY,
-    Shared,
-    assert_as_native,
-    edited,
-    first_token,
-    ids,
-    shared_engine,
-    summary,
-    tokens,
-)
+from .engines import Shared, as_native, edited, ids, shared_engine, summary, tokens
 
 pytestmark = pytest.mark.vllm
 
@@ -43,15 +33,12 @@ def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def test_two_ranks_reuse_as_one_does(engine: Shared, folder: Path) -> None:
     donor = ids(300)
     target = edited(edited(donor, 200, 0, left_out=7), 100, 3)
-    with engine.keeping_its_blocks():
-        engine.serve(donor)
-        output = first_token(engine, target)
-    with KVShare(str(folder), dtype="float32", embedder=None) as native:
-        native.generate(donor, SamplingParams(max_tokens=4, **GREEDY))
-        native.flush()
-        expected = native.generate(target, SamplingParams(max_tokens=1, logprobs=10, **GREEDY))
+    with (
+        engine.keeping_its_blocks(),
+        KVShare(str(folder), dtype="float32", embedder=None) as native,
+    ):
+        expected = as_native(engine, native, donor, target)
     assert expected.provenance.reused > 100
-    assert_as_native(output, expected)
 
 
 def test_a_donor_that_one_rank_lost_is_lost_for_both(engine: Shared) -> None:

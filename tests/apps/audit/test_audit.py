@@ -6,14 +6,12 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from click.testing import Result
 from rich.console import Console
-from typer.testing import CliRunner
 
 from kvshare_mm import KVShare
 from kvshare_mm.apps.audit import show
@@ -22,10 +20,10 @@ from kvshare_mm.apps.audit.replay import replay, settings, ways_of
 from kvshare_mm.apps.audit.report import summary
 from kvshare_mm.apps.audit.servers import InProcess, Refused, Remote, Reply
 from kvshare_mm.apps.bench.journal import Journal
-from kvshare_mm.apps.cli import app
 from kvshare_mm.errors import ConfigError
 
-from ..server.conftest import Running, start
+from ..conftest import Run
+from ..server.conftest import Running, serving
 
 _ROWS = " ".join(f"Value {i} is {i * 37 % 91} g/L;" for i in range(8))
 _LINES: list[dict[str, Any]] = [
@@ -38,11 +36,6 @@ _LINES.append(_LINES[0])
 _LINES.append({"text": "x", "tools": [{"type": "function"}]})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     path = tmp_path / "log.jsonl"
@@ -51,18 +44,14 @@ def log(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-    return lambda *words: CliRunner().invoke(app, ["audit", *map(str, words)])
+def run(run: Run) -> Run:
+    return partial(run, "audit")
 
 
 @pytest.fixture(scope="module")
 def shared(tiny_folder: Path) -> Iterator[Running]:
-    running = start(lambda: KVShare(str(tiny_folder), embedder=None), api_key="secret")
-    running.wait_ready()
-    yield running
-    running.stop()
+    with serving(lambda: KVShare(str(tiny_folder), embedder=None), api_key="secret") as running:
+        yield running
 
 
 def check(report: dict[str, Any], way: str) -> None:
@@ -77,9 +66,7 @@ def check(report: dict[str, Any], way: str) -> None:
     assert (first["line"], first["answers"]) == (1, 4)
 
 
-def test_in_this_process(
-    run: Callable[..., Result], tiny_folder: Path, log: Path, tmp_path: Path
-) -> None:
+def test_in_this_process(run: Run, tiny_folder: Path, log: Path, tmp_path: Path) -> None:
     out, page = tmp_path / "out.json", tmp_path / "out.html"
     # Nothing is repaired: answers of a random model change then.
     done = run("--requests", log, "--model", tiny_folder, "--repair", "none", "--json", out,
@@ -115,7 +102,7 @@ def test_tools_are_offered_and_calls_compared(
 
 
 def test_several_bounds_share_one_full_pass(
-    run: Callable[..., Result], tiny_folder: Path, log: Path, tmp_path: Path
+    run: Run, tiny_folder: Path, log: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.json"
     done = run(
@@ -130,9 +117,7 @@ def test_several_bounds_share_one_full_pass(
     assert report["families_of"] == "max_divergence 100"
 
 
-def test_at_a_server(
-    run: Callable[..., Result], shared: Running, log: Path, tmp_path: Path
-) -> None:
+def test_at_a_server(run: Run, shared: Running, log: Path, tmp_path: Path) -> None:
     out, page = tmp_path / "out.json", tmp_path / "out.html"
     call = ("--requests", log, "--url", f"{shared.url}/v1", "--api-key", "secret", "--json", out,
             "--html", page)  # fmt: skip
@@ -158,7 +143,7 @@ def test_at_a_server(
     ],
 )
 def test_what_cannot_be_audited_is_said_in_plain_words(
-    run: Callable[..., Result], shared: Running, log: Path, words: tuple[str, ...], said: str
+    run: Run, shared: Running, log: Path, words: tuple[str, ...], said: str
 ) -> None:
     done = run("--requests", log, "--url", shared.url, *words)
     assert (
@@ -173,9 +158,7 @@ def test_a_server_without_kvshare(shared: Running, monkeypatch: pytest.MonkeyPat
         Remote(shared.url, None, None)
 
 
-def test_a_bad_line_is_said_before_anything_is_loaded(
-    run: Callable[..., Result], log: Path
-) -> None:
+def test_a_bad_line_is_said_before_anything_is_loaded(run: Run, log: Path) -> None:
     log.write_text('{"text": "x"}\n{"question": "y"}\n')
     done = run("--requests", log, "--model", "/nowhere")
     assert done.exit_code == 1

@@ -13,6 +13,7 @@ from click.testing import Result
 from kvshare_mm.apps.bench.tasks import TASKS
 from kvshare_mm.apps.bench.tasks.exams import Exams
 from kvshare_mm.apps.bench.tasks.reports import Reports
+from kvshare_mm.apps.bench.theme import LABELS
 
 from ..conftest import Run
 
@@ -26,7 +27,7 @@ def measured(bench: Run, out: Path, *arguments: Any) -> tuple[dict[str, Any], st
     """The report that a command wrote, and what it showed."""
     result = bench(*arguments, "--json", out)
     assert result.exit_code == 0, result.output
-    return json.loads(out.read_text()), result.output
+    return json.loads(out.read_text(), parse_constant=pytest.fail), result.output  # NaN is no JSON
 
 
 @pytest.fixture
@@ -101,54 +102,44 @@ def test_a_killed_run_goes_on(
     assert not (tmp_path / "frontier.json.partial").exists()
 
 
-def test_other_settings_do_not_go_on(
+def test_reuse_by_all_methods_and_other_settings_do_not_go_on(
     bench: Run, tiny_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "r.json"
     (tmp_path / "r.json.partial").write_text('{"key": "settings", "result": "other"}\n')
     report, shown = measured(
         bench, out, "reuse", "--pairs", pairs_file, "--model", tiny_folder, "--repeats", 1,
-        "--max-new-tokens", 2, "--limit", 2, "--methods", "repair=window:2,prefix", "--layers",
+        "--max-new-tokens", 2, "--limit", 2, "--layers",
     )  # fmt: skip
     assert report["pairs"] == 2 and "2 pairs" in shown
-    assert "repair=window:2" in shown and "epic" not in shown
+    methods = ["full", "prefix", "placeholders", "cacheblend", "epic", "kvshare"]
+    assert list(report["methods"]) == methods
+    assert all(LABELS[name] in shown for name in methods)
+    assert {"cpu", "cores", "memory_gib", "gpu", "threads", "torch", "python"} <= set(
+        report["machine"]
+    )
 
 
-def test_hitrate_needs_no_model(
-    bench: Run,
-    tiny_folder: Path,
-    stream_file: Path,
-    tmp_path: Path,
+@pytest.mark.parametrize("plan_only", [True, False])
+def test_hitrate_needs_a_model_only_to_serve(
+    bench: Run, tiny_folder: Path, stream_file: Path, tmp_path: Path, plan_only: bool,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("kvshare_mm.assemble.load_model", never)
+) -> None:  # fmt: skip
+    if plan_only:
+        monkeypatch.setattr(
+            "kvshare_mm.assemble.load_model", lambda *_, **__: pytest.fail("loaded")
+        )
     report, _ = measured(
         bench, tmp_path / "hitrate.json", "hitrate", "--stream", stream_file,
-        "--model", tiny_folder, "--plan-only", "--embedder", "none", "--no-shuffle",
+        "--model", tiny_folder, *["--plan-only"][:plan_only], "--embedder", "none", "--no-shuffle",
         "--measure", 5, "--pool-sizes", "4,1",
     )  # fmt: skip
     assert (report["kind"], report["stream"], report["measured"]) == ("hitrate", "stream", 5)
-    assert list(report["pool_sizes"]) == ["1", "4"]
+    assert (list(report["pool_sizes"]), report["plan_only"]) == (["1", "4"], plan_only)
     methods = report["pool_sizes"]["4"]["methods"]
     assert methods["kvshare"]["token_share"] > methods["prefix"]["token_share"]
     # The target of the last pair has nothing in common with anything.
     assert methods["kvshare"]["shares"][-1] == 0
-
-
-def test_hitrate_with_a_model(
-    bench: Run, tiny_folder: Path, stream_file: Path, tmp_path: Path
-) -> None:
-    report, _ = measured(
-        bench, tmp_path / "hitrate.json", "hitrate", "--stream", stream_file,
-        "--model", tiny_folder, "--embedder", "none", "--no-shuffle", "--measure", 5,
-        "--pool-sizes", "4",
-    )  # fmt: skip
-    assert not report["plan_only"]
-    methods = report["pool_sizes"]["4"]["methods"]
-    assert methods["kvshare"]["token_share"] > methods["prefix"]["token_share"]
 
 
 def test_similar_only(
@@ -196,20 +187,8 @@ def test_overhead(bench: Run, stream_file: Path, tiny_folder: Path, tmp_path: Pa
     assert "40 tokens" in shown
 
 
-def test_report(bench: Run, short_tasks: None, tiny_folder: Path, tmp_path: Path) -> None:
-    bench("quality", "--task", "reports", "--model", tiny_folder, "--limit", 2,
-        "--methods", "placeholders", "--json", tmp_path / "r" / "q.json")  # fmt: skip
-    out = tmp_path / "page.html"
-    result = bench(
-        "report", "--in", tmp_path / "r", "--out", out, "--figures", tmp_path / "figures"
-    )
-    assert result.exit_code == 0, result.output
-    assert "Answers: reports, 2 items" in out.read_text(encoding="utf-8")
-    assert len(list((tmp_path / "figures").iterdir())) == 2
-
-
 def test_what_is_wrong_is_said(
-    bench: Run, tiny_folder: Path, stream_file: Path, tmp_path: Path
+    bench: Run, tiny_folder: Path, pairs_file: Path, stream_file: Path, tmp_path: Path
 ) -> None:
     model = ("--model", tiny_folder)
     refused(bench("quality", "--task", "magic", *model), "'magic'", "translation")
@@ -218,6 +197,11 @@ def test_what_is_wrong_is_said(
     refused(bench("quality", "--task", "exams", "--repair", "magic", *model), "'magic'")
     refused(bench("frontier", "--pairs", stream_file, *model), "donor")
     refused(bench("reuse", "--pairs", stream_file, "--methods", "gptcache", *model), "gptcache")
+    wrong = tmp_path / "wrong[bold].jsonl"
+    wrong.write_text('{"donor": "a", "target": "b"}\n{"donor": "a"}\n')
+    refused(bench("reuse", "--pairs", wrong, *model), "wrong[bold].jsonl:2", "target")
+    refused(bench("reuse", "--pairs", tmp_path, *model), str(tmp_path))
+    refused(bench("reuse", "--pairs", pairs_file, "--model", "/nowhere"), "/nowhere")
     stream = ("hitrate", "--stream", stream_file, "--plan-only", "--embedder", "none", *model)
     refused(bench(*stream, "--pool-sizes", "ten"), "'ten'")
     refused(bench(*stream, "--pool-sizes", "0"), "above 0")

@@ -48,13 +48,6 @@ def test_those_that_drifted_most_are_picked_and_no_more(share: float, tail: int,
     assert measured.asked == ([3] if share else [])
 
 
-def test_by_hand() -> None:
-    drift = np.zeros(40)
-    drift[[12, 19, 33]] = 3, 1, 2
-    policy = TopDeviation(Measured(drift), 2 / 22, tail=0)
-    assert sorted(policy.positions(PLAN).tolist()) == [12, 33]
-
-
 @pytest.mark.parametrize("plan", [ReusePlan(7), ReusePlan(7, (KeptRun("a", 0, 0, 6, True),))])
 def test_nothing_is_measured_where_nothing_is_approximate(plan: ReusePlan) -> None:
     measured = Measured(np.zeros(7))

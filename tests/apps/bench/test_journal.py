@@ -7,17 +7,6 @@ from pathlib import Path
 from kvshare_mm.apps.bench.journal import Journal, settings_key
 
 
-def test_results_survive(tmp_path: Path) -> None:
-    path = tmp_path / "out.json.partial"
-    journal = Journal(path, ["a", 1])
-    journal.put("x", {"n": 1})
-    journal.put("y", [2])
-    again = Journal(path, ["a", 1])
-    assert again.get("x") == {"n": 1}
-    assert again.get("y") == [2]
-    assert again.get("z") is None
-
-
 def test_other_settings_start_anew(tmp_path: Path) -> None:
     path = tmp_path / "j"
     Journal(path, ["a", 1]).put("x", 1)

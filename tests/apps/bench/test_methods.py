@@ -12,7 +12,7 @@ import pytest
 from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench.drift import measuring_policies
 from kvshare_mm.apps.bench.gptcache import GPTCacheStore, counts_as_hit
-from kvshare_mm.apps.bench.methods import ANSWER_METHODS, METHODS, Method, pick, pick_any
+from kvshare_mm.apps.bench.methods import METHODS, Method, pick, pick_any
 from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.reuse.repair import make_policy
 
@@ -20,15 +20,6 @@ needs_gptcache = pytest.mark.skipif(
     not all(importlib.util.find_spec(m) for m in ("gptcache", "sqlalchemy", "faiss")),
     reason="gptcache is not installed",
 )
-
-
-def test_the_tables_are_keyed_by_name() -> None:
-    assert set(METHODS) == {
-        "full", "bfloat16", "prefix", "placeholders", "cacheblend", "epic", "deviation", "kvshare"
-    }  # fmt: skip
-    for name, method in [*METHODS.items(), *ANSWER_METHODS.items()]:
-        assert method.name == name
-        assert method.about
 
 
 def unmeasured(plan: ReusePlan, layer: int) -> np.ndarray:

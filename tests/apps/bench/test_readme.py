@@ -13,6 +13,8 @@ from kvshare_mm import ConfigError
 from kvshare_mm.apps.bench.cli import bench
 from kvshare_mm.apps.bench.readme import filled
 
+from .test_report import RESULTS
+
 
 def template(tokens: int) -> dict[str, Any]:
     return {
@@ -64,12 +66,15 @@ def test_tables_that_do_not_fit_and_pages_without_a_place() -> None:
 
 def test_by_command(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps(MEMORY))
+    (tmp_path / "frontier.json").write_text(json.dumps(RESULTS["frontier-a"]))
     page = tmp_path / "README.md"
     page.write_text(PAGE)
     out = tmp_path / "r.html"
     args = ["report", "--in", str(tmp_path), "--out", str(out), "--readme", str(page)]
+    args += ["--figures", str(tmp_path / "figures")]
     told = CliRunner().invoke(bench, args)
     assert told.exit_code == 0, told.output
     assert "not measured: a, b" in told.output
     assert "| 100 | 197 MiB |" in page.read_text() and "old" in page.read_text()
     assert "197 MiB" in out.read_text()
+    assert len(list((tmp_path / "figures").iterdir())) == 2

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm import ConfigError
-from kvshare_mm.apps.bench.tasks import TASKS, Item, task_named
+from kvshare_mm.apps.bench.tasks import TASKS, Item
 from kvshare_mm.apps.bench.tasks.base import similar_examples
 from kvshare_mm.apps.bench.tasks.facts import leaks, states
 from kvshare_mm.apps.bench.tasks.multidoc import f1
@@ -94,12 +94,6 @@ def test_tasks_say_what_is_wrong_with_their_data(name: str, tmp_path: Path) -> N
     other = write(tmp_path / "x-de-en.jsonl", [{"a": 1}])
     with pytest.raises(ConfigError, match=r"x-de-en\.jsonl:1 has no field"):
         TASKS[name].items(other, 1, 0)
-
-
-def test_tasks_by_name() -> None:
-    assert task_named("exams") is TASKS["exams"]
-    with pytest.raises(ConfigError, match="translation"):
-        task_named("magic")
 
 
 def test_translation_needs_languages_and_enough_sentences(

@@ -19,16 +19,14 @@ from kvshare_mm.errors import ConfigError, InvalidRequestError, KVShareError, Qu
 from kvshare_mm.stream import Modality
 
 from ...modalities.media import encoded, picture
-from ..server.conftest import Running, start
+from ..server.conftest import Running, serving
 
 
 @pytest.fixture(scope="module")
 def served(media_folder: Callable[[str], Path]) -> Iterator[Running]:
     model = str(media_folder("qwen2_5_vl"))
-    running = start(lambda: KVShare(model, embedder=None), api_key="secret")
-    running.wait_ready()
-    yield running
-    running.stop()
+    with serving(lambda: KVShare(model, embedder=None), api_key="secret") as running:
+        yield running
 
 
 def asked(endpoint: Endpoint, *letters: Letter) -> list[Turn]:

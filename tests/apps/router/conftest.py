@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 
 from kvshare_mm.apps.router.app import create_app
+from kvshare_mm.apps.router.fleet import fleet_of
 from kvshare_mm.apps.router.replicas import Replica
 from kvshare_mm.apps.server import run
 from kvshare_mm.apps.server.options import ServerOptions
@@ -129,13 +130,13 @@ def route() -> Iterator[Route]:
     ends = []
 
     def make(urls: list[str], max_held_bytes: int = 512 << 20, **options: Any) -> Routed:
-        replicas = [Replica(number, url) for number, url in enumerate(urls, 1)]
+        fleet = fleet_of(",".join(urls))
         chosen = ServerOptions(**{"model_name": "", "shutdown_timeout_s": 2, **options})
-        app, metrics = create_app(replicas, chosen, max_held_bytes=max_held_bytes)
+        app, metrics = create_app(fleet, chosen, max_held_bytes=max_held_bytes)
         listening = run.bind("127.0.0.1", 0)
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         ends.append(run_app(run.Server(app, chosen, metrics.registry), listening))
-        return Routed(url, replicas)
+        return Routed(url, fleet.replicas)
 
     yield make
     for end in ends:

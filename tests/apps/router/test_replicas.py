@@ -1,4 +1,4 @@
-"""What is in flight at a replica, how fast it is, and which URLs name one."""
+"""What is in flight at a replica, and how fast it is."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare_mm.apps.router.plan import ANSWER, Choice
-from kvshare_mm.apps.router.replicas import Replica, replicas_of, typical_seconds
-from kvshare_mm.errors import ConfigError
+from kvshare_mm.apps.router.replicas import Replica, typical_seconds
 
 from ...helpers import Clock
 
@@ -52,21 +51,6 @@ def test_speed_is_measured_by_what_was_ahead_and_soon_forgotten() -> None:
     assert replica.standing(typical_s=0.5).seconds == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize(
-    "urls",
-    ["", ",", "10.0.0.1:8000", "ftp://a", "http://", "http://a/x", "http://u:p@a", "http://a?b",
-     "http://a#b", "http://a:b", "http://a:99999", "http://a,http://a", "http://a b",
-     "http://a\r\nx: y", "http://[::1"],
-)  # fmt: skip
-def test_what_is_no_replica_is_refused_at_the_start(urls: str) -> None:
-    with pytest.raises(ConfigError, match="--replicas"):
-        replicas_of(urls)
-
-
-def test_replicas_keep_their_order_and_their_ports() -> None:
-    found = replicas_of("http://a:1/v1, https://[::1]:2/ ,http://c")
-    assert [(r.number, r.origin) for r in found] == [
-        (1, "http://a:1"), (2, "https://[::1]:2"), (3, "http://c"),
-    ]  # fmt: skip
+def test_a_path_leads_to_no_other_server() -> None:
     url = Replica(1, "https://[::1]:2").url("/v1/x?y")
     assert (url.scheme, url.host, url.port, url.target) == (b"https", b"::1", 2, b"/v1/x?y")

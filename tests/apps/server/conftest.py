@@ -117,6 +117,17 @@ def start(load: Callable[[], KVShare], **options: Any) -> Running:
     return Running(f"http://127.0.0.1:{port}", service, server, thread)
 
 
+@contextmanager
+def serving(load: Callable[[], KVShare], **options: Any) -> Iterator[Running]:
+    """A server that is ready, as long as the block."""
+    running = start(load, **options)
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        running.stop()
+
+
 @pytest.fixture
 def serve(tiny_folder: Path) -> Iterator[Start]:
     """Starts servers; engine options go in `engine`."""
@@ -163,7 +174,5 @@ def beside() -> Iterator[Executor]:
 @pytest.fixture(scope="module")
 def shared(tiny_folder: Path) -> Iterator[Running]:
     """One server for the tests of a module that leave nothing behind that others would notice."""
-    running = start(lambda: KVShare(str(tiny_folder), embedder=None))
-    running.wait_ready()
-    yield running
-    running.stop()
+    with serving(lambda: KVShare(str(tiny_folder), embedder=None)) as running:
+        yield running

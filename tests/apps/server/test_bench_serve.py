@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from kvshare_mm.apps.bench.serve import Sample, client_of, load, read_requests, run_load, summary
-from kvshare_mm.apps.cli import app
 from kvshare_mm.errors import ConfigError
 
+from ..conftest import Run
 from .conftest import Running, Start
 
 _BODIES: list[dict[str, Any]] = [
@@ -59,20 +58,19 @@ def test_errors_are_counted_by_kind(serve: Start) -> None:
     assert report["completed"] + report["errors"]["status 429"] == 6
 
 
-def test_the_command(shared: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+def test_the_command(shared: Running, tmp_path: Path, run: Run) -> None:
     requests, out = tmp_path / "requests.jsonl", tmp_path / "out.json"
     lines = [{"text": "The quick brown fox"}, {**_BODIES[1], "max_tokens": 2}]
     requests.write_text("\n".join(map(json.dumps, lines)))
-    call = ["bench", "serve", "--requests", str(requests), "--url", f"{shared.url}/v1",
-            "--max-tokens", "4", "--json", str(out)]  # fmt: skip
-    result = CliRunner().invoke(app, call)
+    call = ("bench", "serve", "--requests", requests, "--url", f"{shared.url}/v1",
+            "--max-tokens", "4", "--json", out)  # fmt: skip
+    result = run(*call)
     assert result.exit_code == 0, result.output
     assert "What was reused under load, tiny" in result.output and "2 of 2" in result.output
     report = json.loads(out.read_text())
     assert (report["kind"], report["model"]) == ("serve", "tiny")
     requests.write_text(json.dumps({**_BODIES[0], "max_tokens": -1}))
-    result = CliRunner().invoke(app, call)
+    result = run(*call)
     assert result.exit_code == 1, result.output
     assert "1 failed: status 4" in result.output
 

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
-from kvshare_mm.apps.cli import app
-
+from ..conftest import Run
 from .conftest import ADMIN, Running, Start
 
 _ROWS = " ".join(f"Value {i} is {i * 37 % 91} g/L;" for i in range(8))
 _DONOR = f"Laboratory report. Patient number 48210. {_ROWS} What is value 3?"
 _TARGET = f"Laboratory report. Patient number 77. {_ROWS} What is value 3?"
-
-Cli = Callable[..., Result]
 
 
 @pytest.fixture
@@ -32,14 +26,9 @@ def running(serve: Start) -> Running:
 
 
 @pytest.fixture
-def cli(running: Running, monkeypatch: pytest.MonkeyPatch) -> Cli:
-    monkeypatch.setenv("COLUMNS", "200")
+def cli(run: Run, running: Running, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("KVSHARE_API_KEY", ADMIN)
-
-    def call(*arguments: str) -> Result:
-        return CliRunner().invoke(app, ["cache", *arguments, "--url", running.url])
-
-    return call
+    return lambda *arguments: run("cache", *arguments, "--url", running.url)
 
 
 def admin(running: Running, method: str, path: str, **options: Any) -> Any:
@@ -67,7 +56,9 @@ def test_stats_donors_and_tree(running: Running) -> None:
     ]  # fmt: skip
 
 
-def test_families_of_audited_requests(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_families_of_audited_requests(
+    run: Run, serve: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = serve({"repair": "none", "audit_share": 1})
     for text in (_DONOR, _TARGET):
         assert running.chat(text).status_code == 200
@@ -78,7 +69,7 @@ def test_families_of_audited_requests(serve: Start, monkeypatch: pytest.MonkeyPa
     assert (family["family"], family["audits"]) == (root["donor_id"], 1)
     assert admin(running, "GET", "/families", params={"namespace": "x"})["total"] == 0
     monkeypatch.setenv("KVSHARE_API_KEY", ADMIN)
-    shown = CliRunner().invoke(app, ["cache", "families", "--url", running.url]).output
+    shown = run("cache", "families", "--url", running.url).output
     assert "1 families" in shown and root["donor_id"][:8] in shown
 
 
@@ -136,12 +127,12 @@ def test_lookup_tells_what_the_request_then_does(running: Running) -> None:
         ("GET", "/donors?limit=%202", None),
     ],
 )
-def test_bad_requests(running: Running, method: str, path: str, body: Any) -> None:
-    reply = running.ask(method, f"/v1/cache{path}", ADMIN, json=body)
+def test_bad_requests(shared: Running, method: str, path: str, body: Any) -> None:
+    reply = shared.ask(method, f"/v1/cache{path}", ADMIN, json=body)
     assert reply.status_code == 400, reply.text
 
 
-def test_the_command(running: Running, cli: Cli) -> None:
+def test_the_command(running: Running, cli: Run) -> None:
     listed = json.loads(cli("list", "--json").output)
     donor = listed["data"][0]["donor_id"]
     assert donor[:8] in cli("list").output
@@ -159,10 +150,12 @@ def test_the_command(running: Running, cli: Cli) -> None:
     assert missing.exit_code == 1 and "0 donors have an id" in missing.output
 
 
-def test_the_command_says_what_is_wrong(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_says_what_is_wrong(
+    run: Run, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("KVSHARE_API_KEY", raising=False)
     for url, said in ((running.url, "admin key"), ("http://127.0.0.1:9", "does not answer")):
-        refused = CliRunner().invoke(app, ["cache", "stats", "--url", url])
+        refused = run("cache", "stats", "--url", url)
         assert refused.exit_code == 1 and said in refused.output
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kvshare_mm import KVShare
 
-from .conftest import Running, start
+from .conftest import Running, serving
 
 pytestmark = pytest.mark.e2e
 
@@ -61,10 +61,8 @@ _SMALL: dict[str, Any] = {"temperature": 0, "max_tokens": 200}
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Running]:
-    running = start(lambda: KVShare("smollm2"), model_name="smollm2")
-    running.wait_ready()
-    yield running
-    running.stop()
+    with serving(lambda: KVShare("smollm2"), model_name="smollm2") as running:
+        yield running
 
 
 def test_openai_parses_models_of_pydantic(served: Running) -> None:
@@ -94,14 +92,13 @@ def test_openai_goes_round_with_results(served: Running, stream: bool) -> None:
         "tools": [openai.pydantic_function_tool(GetWeather)],
         **_SMALL,
     }
-    with (
-        client.chat.completions.stream(
-            messages=messages, tool_choice="required", parallel_tool_calls=False, **asked
-        )
-        if stream
-        else _whole(client, messages, asked) as answer
-    ):
-        message = answer.get_final_completion().choices[0].message
+    one: Any = {**asked, "tool_choice": "required", "parallel_tool_calls": False}
+    if stream:
+        with client.chat.completions.stream(messages=messages, **one) as events:
+            answer: Any = events.get_final_completion()
+    else:
+        answer = client.chat.completions.create(messages=messages, **one)
+    message = answer.choices[0].message
     [call] = message.tool_calls
     GetWeather.model_validate_json(call.function.arguments)
     told = message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"})
@@ -109,23 +106,6 @@ def test_openai_goes_round_with_results(served: Running, stream: bool) -> None:
     reply = client.chat.completions.create(messages=[*messages, told, result], **asked)
     assert reply.choices[0].message.content or reply.choices[0].message.tool_calls
     assert reply.usage.prompt_tokens_details.cached_tokens > 100  # tools, question and the call
-
-
-class _whole:
-    """A whole answer with the face of a stream."""
-
-    def __init__(self, client: Any, messages: Any, asked: Any) -> None:
-        self._asked = {"messages": messages, "tool_choice": "required", **asked}
-        self._client = client
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def get_final_completion(self) -> Any:
-        return self._client.chat.completions.create(**self._asked, parallel_tool_calls=False)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -221,3 +201,39 @@ def test_llm(served: Running, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) ->
     for stream in (False, True):
         chain = model.chain("Say hello.", tools=[now], stream=stream, options=_SMALL)
         assert chain.text()
+
+
+def test_litellm(served: Running) -> None:
+    """Its way to servers of OpenAI's kind."""
+    import litellm
+
+    asked: dict[str, Any] = {
+        "model": "hosted_vllm/smollm2", "api_base": f"{served.url}/v1", "api_key": "none", **_SMALL,
+    }  # fmt: skip
+    hello = [{"role": "user", "content": "Say hello."}]
+    said = litellm.completion(messages=hello, **asked).choices[0].message.content
+    chunks = litellm.completion(messages=hello, stream=True, **asked)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said != ""
+    made = litellm.completion(
+        messages=[{"role": "user", "content": "A shop."}], response_format=Shop, **asked
+    )
+    Shop.model_validate_json(made.choices[0].message.content)
+    called = litellm.completion(
+        messages=[{"role": "user", "content": _QUESTION}], tool_choice="required",
+        tools=[openai.pydantic_function_tool(GetWeather)], parallel_tool_calls=False, **asked,
+    )  # fmt: skip
+    [call] = called.choices[0].message.tool_calls
+    GetWeather.model_validate_json(call.function.arguments)
+
+
+@pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON_SCHEMA"])
+def test_instructor(served: Running, mode: str) -> None:
+    """Not its modes JSON and MD_JSON: those ask for an object and hope; no schema is sent."""
+    import instructor
+
+    client = instructor.from_openai(served.client(), mode=instructor.Mode[mode])
+    made = client.chat.completions.create(
+        model="smollm2", messages=[{"role": "user", "content": "A day."}], response_model=Day,
+        max_retries=0, **_SMALL,
+    )  # fmt: skip
+    assert isinstance(made, Day)

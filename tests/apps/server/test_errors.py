@@ -117,15 +117,6 @@ def test_fields_that_ask_for_nothing_are_taken(shared: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"messages": 1']
-)
-def test_a_body_that_is_no_request_is_refused(shared: Running, content: bytes) -> None:
-    reply = shared.ask("POST", _CHAT, content=content, headers=_JSON)
-    assert reply.status_code == 400
-    assert reply.json()["error"]["message"]
-
-
-@pytest.mark.parametrize(
     ("path", "body", "param"),
     [
         ("/v1/completions", {}, "prompt"),

@@ -11,7 +11,7 @@ import pytest
 from kvshare_mm import KVShare
 
 from ...hostile_media import good_pictures, good_sounds, pictures, sounds
-from .conftest import Running, image_part, sound_part, start
+from .conftest import Running, image_part, serving, sound_part
 from .test_hostile_bodies import INSIDE
 
 # The longest that one file may take: what is slower holds up others.
@@ -19,21 +19,16 @@ _TIMEOUT_S = 20.0
 _PARTS = 4
 
 
-def _server(model: str) -> Iterator[Running]:
-    running = start(lambda: KVShare(model, embedder=None, reuse="off"))
-    running.wait_ready()
-    yield running
-    running.stop()
-
-
 @pytest.fixture(scope="module")
 def seeing() -> Iterator[Running]:
-    yield from _server("tiny-vl")
+    with serving(lambda: KVShare("tiny-vl", embedder=None, reuse="off")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def hearing() -> Iterator[Running]:
-    yield from _server("tiny-audio")
+    with serving(lambda: KVShare("tiny-audio", embedder=None, reuse="off")) as running:
+        yield running
 
 
 def _body(part: dict[str, Any]) -> dict[str, Any]:

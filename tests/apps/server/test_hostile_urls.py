@@ -13,7 +13,7 @@ from kvshare_mm import KVShare
 from kvshare_mm.modalities.fetch import FetchPolicy
 
 from ...hostile_urls import NAMES, URLS, Network
-from .conftest import Running, start
+from .conftest import Running, serving
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,11 @@ def asked(
 ) -> Iterator[tuple[Running, httpx2.Client]]:
     """A server that would fetch over http and from a folder too, and a client of it."""
     policy = FetchPolicy(file_roots=(tmp_path_factory.mktemp("media"),), max_bytes=4000)
-    running = start(lambda: KVShare(str(tiny_folder), embedder=None), fetch=policy)
-    running.wait_ready()
-    with httpx2.Client(base_url=running.url, timeout=30) as client:
+    with (
+        serving(lambda: KVShare(str(tiny_folder), embedder=None), fetch=policy) as running,
+        httpx2.Client(base_url=running.url, timeout=30) as client,
+    ):
         yield running, client
-    running.stop()
 
 
 def test_the_list_is_long() -> None:
@@ -53,7 +53,7 @@ def test_no_url_is_fetched(
     error = reply.json()["error"]
     assert error["type"] == "invalid_request_error"
     assert error["param"] == "messages[0].content[0].image_url"
-    assert error["message"].startswith(error["param"])
+    assert error["message"].startswith(error["param"]) and len(error["message"]) < 400
     for name, addresses in NAMES.items():
         assert not (name in url and any(address in error["message"] for address in addresses))
     assert network.connections == []

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from typer.testing import CliRunner
 
-from kvshare_mm.apps.cli import app
-from kvshare_mm.apps.server import logs
 from kvshare_mm.apps.server.hosts import HostCheck, allowed_hosts, cors_origins
 from kvshare_mm.errors import ConfigError
 
+from ..conftest import Run
 from .conftest import ADMIN, Running, Start
 from .test_disconnect import test_within_a_decode_step_of_a_stream as disconnects
 
@@ -75,8 +73,7 @@ def test_what_is_no_name_or_origin_is_refused_at_the_start(option: str, value: s
             allowed_hosts((value,), "127.0.0.1", False)
 
 
-def test_the_command_refuses_what_cannot_be_meant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "configure", lambda *_: None)
+def test_the_command_refuses_what_cannot_be_meant(run: Run) -> None:
     for words, said in (
         (["--allowed-host", "http://x"], "--allowed-host http://x"),
         (["--cors-origin", "x"], "--cors-origin x"),
@@ -84,7 +81,7 @@ def test_the_command_refuses_what_cannot_be_meant(monkeypatch: pytest.MonkeyPatc
         (["--api-key", "a key"], "the API key"),
         (["--api-key", "x", "--api-keys", "file"], "either --api-keys"),
     ):
-        done = CliRunner().invoke(app, ["serve", "smollm2", "--port", "0", *words])
+        done = run("serve", "smollm2", "--port", 0, *words)
         assert done.exit_code == 1, words
         assert said in " ".join(done.output.split()), done.output
 

@@ -15,15 +15,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.generation import Generation
 from kvshare_mm.apps.server.keys import KeyRing, Limits, add_key
 from kvshare_mm.apps.server.limits import Meter, Meters
 
 from ...helpers import Clock, until
+from ..conftest import Run
 from .conftest import Running, Start
 
 Limited = Callable[..., tuple[Running, str, str]]
@@ -159,14 +158,14 @@ def test_limits_are_whole_numbers(tmp_path: Path, bad: Any) -> None:
         KeyRing(file)
 
 
-def test_keys_are_made_with_limits(tmp_path: Path) -> None:
+def test_keys_are_made_with_limits(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    some = ["keys", "add", str(file), "--tenant", "shop"]
+    some = ("keys", "add", file, "--tenant", "shop")
     limits = (
         "--requests-per-minute 60 --prompt-tokens-per-minute 9000 "
         "--output-tokens-per-minute 800 --concurrent-requests 2"
     )
-    made = CliRunner().invoke(app, [*some, *limits.split()])
+    made = run(*some, *limits.split())
     assert made.exit_code == 0, made.output
     assert json.loads(file.read_text())["limits"] == {
         "requests_per_minute": 60,
@@ -176,9 +175,9 @@ def test_keys_are_made_with_limits(tmp_path: Path) -> None:
     }
     caller = KeyRing(file).caller(made.output.strip())
     assert caller is not None and caller.limits == Limits(60, 9000, 800, 2)
-    assert CliRunner().invoke(app, some).exit_code == 0
+    assert run(*some).exit_code == 0
     assert "limits" not in json.loads(file.read_text().splitlines()[1])
-    assert CliRunner().invoke(app, [*some, "--requests-per-minute", "0"]).exit_code == 2
+    assert run(*some, "--requests-per-minute", 0).exit_code == 2
 
 
 @pytest.fixture

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from kvshare_mm.apps.cli import app
-from kvshare_mm.apps.server import cli, logs, run
+from kvshare_mm.apps.server import cli
 from kvshare_mm.apps.server.media import resolved
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.config import KVShareConfig
@@ -21,6 +19,7 @@ from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.modalities.fetch import FetchPolicy, MediaFetcher
 
 from ...modalities.media import encoded
+from ..conftest import Run
 from .conftest import Running, Start, image_part
 
 _WAV = base64.b64encode(b"RIFF....WAVE").decode()
@@ -116,13 +115,14 @@ def test_large_sound_is_refused_before_it_is_decoded() -> None:
 
 
 def test_the_largest_file_is_the_same_for_server_and_engine(
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[KVShareConfig, ServerOptions]] = []
     monkeypatch.setattr(cli, "_load", lambda config: config)
-    monkeypatch.setattr(logs, "configure", lambda *_: None)
-    monkeypatch.setattr(run, "serve", lambda load, options, *_: told.append((load(), options)))
-    reply = CliRunner().invoke(app, ["serve", "tiny-vl", "--port", "0", "--max-media-mib", "100"])
+    monkeypatch.setattr(
+        "kvshare_mm.apps.server.run.serve", lambda load, options, *_: told.append((load(), options))
+    )
+    reply = run("serve", "tiny-vl", "--port", 0, "--max-media-mib", 100)
     assert reply.exit_code == 0, reply.output
     [(config, options)] = told
     assert config.max_media_bytes == options.fetch.max_bytes == 100 << 20

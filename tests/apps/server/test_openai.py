@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 import jsonschema_rs
 import pytest
-from pydantic import BaseModel
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
 
@@ -248,20 +247,6 @@ def test_answers_follow_a_schema_streamed_or_not_and_many_at_once(shared: Runnin
     prompts = {"prompt": ["x", "The fox"], "response_format": _form(_CALL), "max_tokens": 200}
     for made in shared.ask("POST", "/v1/completions", json=prompts).json()["choices"]:
         jsonschema_rs.validate(_CALL, json.loads(made["text"]))
-
-
-def test_the_client_parses_what_it_asked_for(shared: Running) -> None:
-    """OpenAI's client makes the schema of a class, and an object of the answer."""
-
-    class Reading(BaseModel):
-        known: bool
-        unit: Literal["g/L", "mmol/L"]
-
-    client = shared.client().chat.completions
-    reply = client.parse(
-        model="tiny", messages=_MESSAGES, response_format=Reading, max_tokens=200, temperature=0
-    )
-    assert isinstance(reply.choices[0].message.parsed, Reading)
 
 
 def test_json_mode_begins_an_object_and_may_be_cut(shared: Running) -> None:

@@ -26,6 +26,7 @@ from .conftest import Running, Start
 
 _TEXT = "Laboratory report. Patient number 48210. Haemoglobin 148 g/L, sodium 141 mmol/L. Value?"
 _DASHBOARD = Path(__file__).resolve().parents[3] / "assets" / "grafana" / "kvshare.json"
+_METRICS = Path(__file__).parents[3] / "docs" / "metrics.md"
 _LABEL = '{model_name="tiny"'
 
 
@@ -82,6 +83,21 @@ def test_the_dashboard_shows_what_there_is(serve: Start) -> None:
     assert len(expressions) >= 10
     used = {name for e in expressions for name in re.findall(r"(?:vllm|kvshare):\w+", e)}
     assert used - known == set()
+
+
+def test_every_metric_stands_on_its_page(serve: Start) -> None:
+    if not _METRICS.parent.exists():
+        pytest.skip("no source tree beside the tests")
+    said = served(serve, audit_share=1).ask("GET", "/metrics").text
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\w+)", said, re.MULTILINE))
+    rows = re.findall(r"^\| `(\S+)` \| (\w+) \|(.*?)\|", _METRICS.read_text("utf-8"), re.MULTILINE)
+    assert {name: kind for name, kind, _ in rows} == {
+        name: kind for name, kind in kinds.items() if not name.endswith("_created")
+    }
+    for name, _, labels in rows:
+        samples = re.findall(rf"^{name}(?:_bucket|_sum|_count)?{{(.*)}}", said, re.MULTILINE)
+        used = {label for each in samples for label in re.findall(r'(\w+)="', each)}
+        assert used - {"model_name", "le"} <= set(re.findall(r"`(\w+)`", labels)), name
 
 
 def test_logs_have_request_ids(shared: Running, caplog: pytest.LogCaptureFixture) -> None:

@@ -96,11 +96,6 @@ def test_openais_client_gets_its_answer(process: Process) -> None:
     streamed = client.chat.completions.create(stream=True, **_GREEDY)
     text = "".join(c.choices[0].delta.content or "" for c in streamed if c.choices)
     assert text == whole.choices[0].message.content
-    with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(**{**_GREEDY, "model": "other"})
-    with pytest.raises(openai.BadRequestError) as error:
-        client.chat.completions.create(**{**_GREEDY, "top_p": 7})
-    assert error.value.param == "top_p"
 
 
 def test_the_async_client_streams_many_at_once(process: Process) -> None:
@@ -238,14 +233,3 @@ def test_one_key_in_the_environment_over_https(tmp_path: Path) -> None:
         assert client.get("/v1/models", headers=key).status_code in {200, 503}
     assert made.stop() == 0
     assert not any("only-this-key" in line for line in made.log)
-
-
-def test_a_model_that_is_not_there_ends_the_process(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kvshare_mm.apps.cli", "serve", str(tmp_path / "none"),
-         "--port", "0"],
-        check=False, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "Error:" in done.stderr and "Traceback" not in done.stderr

@@ -212,8 +212,7 @@ def test_what_is_not_done_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
-    [("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel")],
+    ("method", "path"), [("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel")]
 )
 def test_nothing_is_stored(shared: Running, method: str, path: str) -> None:
     made = shared.client().responses.create(input="x", store=True, **_ASKED)

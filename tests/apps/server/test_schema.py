@@ -9,8 +9,6 @@ from pydantic import BaseModel
 
 from kvshare_mm.apps.server import schema
 
-from .conftest import Running
-
 _NEEDED: dict[type[BaseModel], dict[str, Any]] = {
     schema.ChatBody: {"messages": [{"role": "user", "content": "x"}]},
     schema.ResponsesBody: {"input": "x"},
@@ -37,14 +35,3 @@ def test_null_is_as_if_it_were_not_there(model: type[BaseModel], name: str) -> N
     assert getattr(model(**needed, **{name: None}), name) == getattr(model(**needed), name)
     described = model.model_json_schema()["properties"][name]
     assert {"type": "null"} in described["anyOf"]
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"kvshare": None}, {"stream_options": None}, {"stream_options": {"include_usage": None}},
-     {"kvshare": {"store": None, "spans": None}}, {"ignore_eos": None, "stop": None, "n": None},
-     {"response_format": None, "tools": None, "tool_choice": None, "logit_bias": None},
-     {"stream": True, "stream_options": {"include_usage": None}}],
-)  # fmt: skip
-def test_a_chat_with_nulls_is_answered(shared: Running, fields: dict[str, Any]) -> None:
-    assert shared.chat("hello", **fields).status_code == 200

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from kvshare_mm.apps.bench.server_overhead import run, started
-from kvshare_mm.apps.cli import app
+from kvshare_mm.apps.bench.server_overhead import run as measure
+from kvshare_mm.apps.bench.server_overhead import started
 from kvshare_mm.errors import ConfigError
 
+from ..conftest import Run
 from .conftest import Running
 
 
 def test_both_are_asked_for_the_same(shared: Running, open_llm: Callable[..., Any]) -> None:
     llm = open_llm()
     before = shared.metric("vllm:request_success_total{")
-    report = run(llm, shared.url, repeats=3, words=6)
+    report = measure(llm, shared.url, repeats=3, words=6)
     assert report["kind"] == "server-overhead" and report["same_answers"] == 3
     assert shared.metric("vllm:request_success_total{") - before == 3 + 2  # and two to warm up
     # Nothing was reused and nothing is left: each prompt cost both sides the same.
@@ -34,15 +34,11 @@ def test_both_are_asked_for_the_same(shared: Running, open_llm: Callable[..., An
 
 
 def test_the_command_with_a_server_that_runs(
-    shared: Running, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared: Running, tiny_folder: Path, tmp_path: Path, run: Run
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "out.json"
-    result = CliRunner().invoke(
-        app,
-        ["bench", "server-overhead", "--model", str(tiny_folder), "--url", f"{shared.url}/v1",
-         "--repeats", "2", "--words", "6", "--json", str(out)],
-    )  # fmt: skip
+    result = run("bench", "server-overhead", "--model", tiny_folder, "--url", f"{shared.url}/v1",
+                 "--repeats", "2", "--words", "6", "--json", out)  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "2 of 2" in result.output
     report = json.loads(out.read_text())
@@ -55,9 +51,9 @@ def test_a_server_is_started_and_ended(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with started(str(tiny_folder), "float32") as url:
-        assert run(open_llm(), url, repeats=2, words=6)["same_answers"] == 2
+        assert measure(open_llm(), url, repeats=2, words=6)["same_answers"] == 2
     with pytest.raises(ConfigError, match="does not say"):
-        run(open_llm(), url, repeats=2, words=6)
+        measure(open_llm(), url, repeats=2, words=6)
     with (
         pytest.raises(ConfigError, match=r"the server ended with 1: .*no model"),
         started(str(tmp_path / "nothing"), "float32"),

@@ -17,6 +17,7 @@ from kvshare_mm.apps.server.scope import in_words, scope
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 
 from ...helpers import until
+from ...native.test_states import _DELTA, _folder
 from .conftest import ADMIN, Running, Start
 
 _TEXT = "Laboratory report. Patient number 48210. Haemoglobin 148 g/L, sodium 141 mmol/L. Value?"
@@ -181,9 +182,7 @@ def test_a_deleted_line_ends_a_key(ring: Ring, keyed: Keyed) -> None:
     assert running.ask("GET", "/v1/models", keys["b"]).status_code == 401
 
 
-def test_a_key_ends_whatever_the_file_looks_like_from_outside(
-    ring: Ring,
-) -> None:
+def test_a_key_ends_whatever_the_file_looks_like_from_outside(ring: Ring) -> None:
     """As copying with preserved times leaves it: as old and as large as before."""
     file, keys = ring
     known = KeyRing(file)
@@ -196,9 +195,7 @@ def test_a_key_ends_whatever_the_file_looks_like_from_outside(
 
 
 def test_a_file_that_could_not_be_read_for_a_moment_is_read_later(
-    ring: Ring,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    ring: Ring, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As when all file descriptors are in use: nothing about the file changes afterwards."""
     file, keys = ring
@@ -265,3 +262,36 @@ def test_bad_files_of_keys_are_refused(tmp_path: Path, line: str) -> None:
         KeyRing(tmp_path / "missing")
     with pytest.raises(ConfigError, match="no name"):
         add_key(tmp_path / "new", "a b")
+
+
+def test_tenants_go_on_from_their_own_states(
+    serve: Start, ring: Ring, tiny_folder: Path, tmp_path: Path
+) -> None:
+    engine = {"model": str(_folder(_DELTA, tiny_folder, tmp_path / "model"))}
+    running = serve(engine, keys_file=ring[0], scope="tenant", admin_key=None)
+    keys = ring[1]
+    assert cached(running, keys["a"]) == 0
+    tokens = running.llm.tokenize([{"role": "user", "content": _TEXT}])
+    n = tokens.index(running.llm.tokenizer.eos_token_id) + 1  # the turn ends
+    assert cached(running, keys["a2"]) == n  # of the same shop
+    assert cached(running, keys["b"]) == 0
+    whole = running.chat(_TEXT, keys["a"], kvshare={"reuse": "off"}).json()
+    stop = whole["choices"][0]["message"]["content"][1:3]
+    chat = running.client(keys["a"]).chat.completions
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": _TEXT}], "temperature": 0}
+    *pieces, last = chat.create(**asked, max_tokens=4, stream=True)  # type: ignore[call-overload]
+    said = "".join(c.choices[0].delta.content or "" for c in (*pieces, last))
+    assert said == whole["choices"][0]["message"]["content"]
+    assert last.model_extra["kvshare"]["exact"] == n
+    cut = chat.create(**asked, max_tokens=4, stop=[stop])  # type: ignore[call-overload]
+    assert cut.choices[0].message.content == said[: said.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    hot = [
+        chat.create(**asked | {"temperature": 2.0, "seed": 7}, max_tokens=9)  # type: ignore[call-overload]
+        for _ in range(2)
+    ]
+    assert len({reply.choices[0].message.content for reply in hot}) == 1
+    assert running.metric('kvshare:declined_total{model_name="tiny",reason="recurrent_layers"') == 7
+    cleared = running.ask("POST", "/v1/cache/clear", keys["boss"], json={"all": True})
+    assert cleared.status_code == 200 and cleared.json()["deleted"] > 0
+    assert cached(running, keys["a"]) == 0

@@ -1,0 +1,370 @@
+"""Replicas with a Redis and a Milvus between them: one uses what another has computed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvshare_mm import KVShare, RequestOptions, RequestOutput
+from kvshare_mm.reuse import shared
+from kvshare_mm.reuse.scheduler import namespace
+from kvshare_mm.reuse.shared import SharedDonors
+from kvshare_mm.store.remote_redis import RedisStore
+from kvshare_mm.store.shared import SharedTier
+
+from ..remote_servers import RedisServer, free_port, milvus_server, redis_server
+from .asking import _DONOR, _TARGET, Gate, Inbox, inside, params
+
+OpenReplica = Callable[..., KVShare]
+_UNSTORED = RequestOptions(store=False)
+
+
+@pytest.fixture(scope="module")
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with milvus_server(tmp_path_factory.mktemp("milvus")) as uri:
+        yield uri
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with redis_server() as found:
+        yield found
+
+
+@pytest.fixture
+def replica(tiny_folder: Path, milvus: str, server: RedisServer) -> Iterator[OpenReplica]:
+    """Opens replicas that are as patient as a busy test machine needs."""
+    torch.set_num_threads(1)
+    opened: list[KVShare] = []
+
+    def make(**options: Any) -> KVShare:
+        usual = {"embedder": None, "shared_store": server.url, "index_uri": milvus}
+        patient = {"shared_deadline_ms": 20_000}
+        opened.append(KVShare(str(tiny_folder), **(usual | patient | options)))
+        donors = inside(opened[-1]).donors
+        if donors is not None and donors.shared is not None:
+            donors.shared._tokens_per_s = 1.0  # as if computing took for ever
+            donors.shared.computed = lambda *_: None
+        return opened[-1]
+
+    yield make
+    for llm in opened:
+        llm.close()
+
+
+def events(llm: KVShare) -> dict[str, int]:
+    counts: dict[str, int] = llm.stats()["donors"]["events"]
+    return counts
+
+
+def ask(llm: KVShare, prompt: str, **options: Any) -> RequestOutput:
+    output = llm.generate(prompt, params(4), RequestOptions(**options))
+    assert llm.flush(60)
+    assert isinstance(output, RequestOutput)
+    return output
+
+
+def told(output: RequestOutput) -> tuple[object, ...]:
+    """Answer and provenance, without ids, which each process draws."""
+    p = output.provenance
+    spans = [(s.start, s.end, s.kind) for s in p.spans]
+    return output.token_ids, p.exact, p.reused, p.recomputed, p.declined, p.fallback, spans
+
+
+def test_a_replica_answers_with_anothers_donor_as_with_its_own(replica: OpenReplica) -> None:
+    one, two, alone = replica(), replica(), replica(shared_store=None)
+    for llm in (one, alone):
+        ask(llm, _DONOR)
+    own, others = ask(alone, _TARGET), ask(two, _TARGET)
+    assert told(others) == told(own)
+    p = others.provenance
+    assert p.shared == p.exact + p.reused > 0
+    assert own.provenance.shared == 0
+    assert p.donors == (inside(one).donors.nodes()[0].node_id,)
+    assert events(two)["shared_taken"] == 1
+    assert two.stats()["requests"]["prompt_tokens_shared"] == p.shared
+    # And the first replica uses what the second made of it.
+    third = _TARGET.replace("77", "91 805")
+    again = ask(one, third)
+    assert again.token_ids == ask(alone, third).token_ids
+    assert again.provenance.reused > 0
+
+
+def test_a_stream_over_two_replicas_is_answered_as_by_one(replica: OpenReplica) -> None:
+    one, two, alone = replica(), replica(), replica(shared_store=None)
+    rng = random.Random(0)
+    words = _DONOR.split()
+    prompts = []
+    for _ in range(12):
+        edited = list(words)
+        for at in rng.sample(range(12, len(words)), 3):
+            edited[at] = str(rng.randrange(100))
+        prompts.append(" ".join(edited))
+    saved = {"by two": 0, "by one": 0}
+    for number, prompt in enumerate(prompts):
+        got, want = ask((one, two)[number % 2], prompt), ask(alone, prompt)
+        assert got.token_ids == want.token_ids
+        saved["by two"] += got.provenance.exact + got.provenance.reused
+        saved["by one"] += want.provenance.exact + want.provenance.reused
+    assert saved["by two"] >= 0.9 * saved["by one"], saved
+    assert events(two)["shared_taken"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine"),
+    [
+        ({"cache_salt": "a"}, {"cache_salt": "b"}),
+        ({"cache_salt": ""}, {"cache_salt": "b"}),
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}),
+    ],
+)
+def test_nothing_crosses_salts_and_dtypes(
+    replica: OpenReplica, server: RedisServer, theirs: dict[str, str], mine: dict[str, str]
+) -> None:
+    one, two = replica(**theirs), replica(**mine)
+    ask(one, _DONOR)
+    assert len(server.nodes()) == 1
+    p = ask(two, _TARGET).provenance
+    assert (p.declined, p.shared) == ("no_donor", 0)
+    assert not [name for name in events(two) if name.startswith("shared_read")]
+    # Not even where the catalogue lies.
+    donor = inside(one).donors.nodes()[0].node_id
+    inside(two).donors.shared._catalogue.search = lambda *_: [donor]
+    p = ask(two, _TARGET + " ", store=False, cache_salt="c").provenance
+    assert (p.declined, p.shared) == ("no_donor", 0)
+    assert events(two)["shared_read_evicted"] == 1
+
+
+def test_only_what_a_plan_keeps_is_fetched_and_more_of_it_when_needed(
+    replica: OpenReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvshare_mm.store.shared.BLOCK", 4)
+    monkeypatch.setattr(shared, "_LEAST_COMPUTED", 1)
+    one, two = replica(), replica()
+    ask(one, _DONOR)
+    words = _DONOR.split()
+    first, second = " ".join(words[:30]), " ".join([*words[:20], "other", "words", *words[40:]])
+    asked = {"store": False, "repair": "none"}
+    assert ask(two, first, **asked).provenance.shared > 0
+    donors = inside(two).donors
+    [taken] = donors.nodes()
+    [whole] = inside(one).donors.nodes()
+    assert 0 < taken.num_owned < whole.num_owned
+    assert told(ask(two, second, **asked)) == told(ask(one, second, **asked))
+    [more] = donors.nodes()
+    assert more.node_id == taken.node_id
+    assert taken.num_owned < more.num_owned
+    assert events(two)["shared_taken"] == 2
+
+
+def _damage(change: Callable[[bytes], bytes], part: bytes) -> Callable[[RedisServer], None]:
+    def damage(server: RedisServer) -> None:
+        [key] = server.nodes()
+        content = server.client.hget(key, part)
+        assert content is not None
+        server.client.hset(key, part, change(content))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (_damage(lambda c: c[:-1], b"0"), "corrupt"),
+        (_damage(lambda c: bytes([c[0] ^ 1]) + c[1:], b"0"), "corrupt"),
+        (_damage(lambda c: c[:40], b"record"), "corrupt"),
+        (lambda s: s.client.hdel(s.nodes()[0], "0"), "evicted"),
+        (lambda s: s.client.delete(s.nodes()[0]), "evicted"),
+        (lambda s: s.kill(), "shared_down"),
+        (lambda s: s.hang(), "shared_down"),
+    ],
+)
+def test_whatever_is_wrong_is_a_miss(
+    replica: OpenReplica, server: RedisServer, harm: Callable[[RedisServer], None], reason: str
+) -> None:
+    one, two = replica(), replica()
+    ask(one, _DONOR)
+    full = one.generate(_TARGET, params(4), RequestOptions(reuse="off"))
+    harm(server)
+    output = two.generate(_TARGET, params(4), _UNSTORED)
+    assert output.token_ids == full.token_ids
+    assert output.provenance.declined == "no_donor"
+    assert events(two)[f"shared_read_{reason}"] == 1
+    assert two.stats()["donors"]["nodes"] == 0
+
+
+def test_reuse_resumes_when_the_servers_are_back(replica: OpenReplica, server: RedisServer) -> None:
+    one, two = replica(), replica()
+    server.kill()
+    one.generate(_DONOR, params(4))
+    one.flush(60)
+    assert events(one)["shared_write_shared_down"] == 1
+    server.start()
+    for llm in (one, two):
+        inside(llm).donors.shared._tier.remote._down_until = 0.0
+    ask(one, _DONOR.replace("48210", "51"))
+    assert ask(two, _TARGET).provenance.shared > 0
+
+
+def test_a_catalogue_that_is_not_there_is_a_miss(replica: OpenReplica) -> None:
+    llm = replica(index_uri=f"http://127.0.0.1:{free_port()}")
+    llm.generate(_DONOR, params(4))
+    llm.flush(60)
+    assert llm.generate(_TARGET, params(4)).provenance.reused > 0
+    assert events(llm)["shared_catalogue_down"] + events(llm)["shared_write_catalogue_down"] >= 2
+
+
+def test_a_request_does_not_wait_for_a_catalogue_that_is_slow(replica: OpenReplica) -> None:
+    one, two = replica(), replica(shared_deadline_ms=300)
+    ask(one, _DONOR)
+    gate = Gate(inside(two).donors.shared._catalogue, "search")
+    inbox = Inbox(two, _TARGET, params(4), _UNSTORED)
+    gate.wait()
+    assert inbox.result().provenance.declined == "no_donor"  # while it is still being asked
+    gate.open()
+    inside(two).engine._searches.close()
+    assert events(two)["shared_late"] == 1
+    assert two.stats()["donors"]["nodes"] == 0
+
+
+def test_a_fetch_that_takes_longer_than_computing_is_given_up(replica: OpenReplica) -> None:
+    one, two = replica(), replica()
+    ask(one, _DONOR)
+    inside(two).donors.shared._tokens_per_s = 1e9
+    assert ask(two, _TARGET, store=False).provenance.declined == "no_donor"
+    inside(two).engine._searches.close()
+    assert events(two)["shared_read_too_slow"] == 1
+    assert two.stats()["donors"]["nodes"] == 0
+
+
+def test_what_is_slower_than_computing_is_not_fetched(replica: OpenReplica) -> None:
+    one, two = replica(), replica()
+    ask(one, _DONOR)
+    inside(two).donors.shared._bytes_per_s = 1.0
+    assert ask(two, _TARGET).provenance.declined == "no_donor"
+    assert events(two)["shared_slower"] == 1
+    assert "shared_read_bytes" not in events(two)
+
+
+def test_a_full_redis_costs_the_sharing_and_nothing_else(
+    replica: OpenReplica, server: RedisServer
+) -> None:
+    one = replica()
+    server.client.config_set("maxmemory", 1)
+    ask(one, _DONOR)
+    assert events(one)["shared_write_shared_full"] == 1
+    assert ask(one, _TARGET).provenance.reused > 0
+
+
+def test_publishing_never_blocks(replica: OpenReplica, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "_MAX_QUEUED", 1)
+    one = replica()
+    gate = Gate(inside(one).donors.shared._tier, "put")
+    for number in range(4):
+        one.generate(f"{_DONOR} And value {number}?", params(2))
+        inside(one).engine.wait_saved()
+    gate.wait()
+    assert events(one)["shared_write_queue_full"] >= 1
+    gate.open()
+    assert one.flush(60)
+
+
+def test_a_deleted_donor_is_shared_no_more(replica: OpenReplica, server: RedisServer) -> None:
+    one, two = replica(), replica()
+    ask(one, _DONOR)
+    assert one.cache is not None
+    one.cache.clear()
+    assert one.flush(60)
+    assert server.nodes() == []
+    # Who only took it over takes nothing back.
+    ask(one, _DONOR)
+    assert ask(two, _TARGET, store=False).provenance.shared > 0
+    assert two.cache is not None
+    two.cache.clear()
+    assert two.flush(60)
+    assert len(server.nodes()) == 1
+    one.cache.clear()
+    assert one.flush(60)
+    assert ask(two, _TARGET).provenance.declined == "no_donor"
+
+
+def test_an_unknown_rate_is_learned_from_what_is_computed(replica: OpenReplica) -> None:
+    donors = inside(replica()).donors
+    tier = SharedTier(RedisStore("redis://127.0.0.1:1"), 1.0)
+    found = SharedDonors(donors, tier, donors.shared._catalogue)
+    before = found._tokens_per_s
+    found.computed(10, 1e-9)  # too few to tell
+    assert found._tokens_per_s == before
+    for _ in range(50):
+        found.computed(1000, 0.01)
+    assert found._tokens_per_s == pytest.approx(100_000, rel=1e-3)
+
+
+def test_two_replicas_do_not_share_across_requests_that_are_told_exact(
+    replica: OpenReplica,
+) -> None:
+    one, two, alone = replica(), replica(), replica(shared_store=None)
+    for llm in (one, alone):
+        ask(llm, _DONOR)
+    got, want = (ask(llm, _TARGET, reuse="exact") for llm in (two, alone))
+    assert told(got) == told(want)
+    assert got.provenance.reused == 0 < got.provenance.exact
+    assert replace(got.provenance, spans=()).shared == got.provenance.exact
+
+
+_TENANTS = st.sampled_from(["", "a", "b"])
+_ASKED = st.tuples(st.integers(0, 1), _TENANTS, st.integers(0, 2), st.booleans())
+
+
+@given(st.lists(_ASKED, min_size=2, max_size=8))
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_history_crosses_tenants(
+    replicas_of_a_test: tuple[KVShare, KVShare], history: list[tuple[int, str, int, bool]]
+) -> None:
+    """Whatever two replicas were asked by whom: KV comes from donors of the same tenant."""
+    owners: dict[str, str] = {}
+    for llm in replicas_of_a_test:
+        assert llm.cache is not None
+        llm.cache.clear()
+        llm.flush(60)
+    for number, salt, patient, store in history:
+        llm = replicas_of_a_test[number]
+        prompt = _DONOR.replace("48210", str(patient))
+        output = ask(llm, prompt, cache_salt=salt, store=store)
+        for replica_ in replicas_of_a_test:
+            for node in inside(replica_).donors.nodes():
+                owners.setdefault(node.node_id, salt)
+                assert node.namespace == namespace(node.namespace[:32], owners[node.node_id])
+        assert {owners[donor] for donor in output.provenance.donors} <= {salt}
+
+
+@pytest.fixture
+def replicas_of_a_test(replica: OpenReplica) -> tuple[KVShare, KVShare]:
+    return replica(), replica()
+
+
+def test_redis_killed_while_requests_are_answered(
+    replica: OpenReplica, server: RedisServer
+) -> None:
+    """Again and again, in the middle: all are answered, and rightly."""
+    one, two, alone = replica(), replica(), replica(reuse="off", shared_store=None)
+    for number in range(20):
+        for llm in (one, two):  # as if it had been left alone for long enough
+            inside(llm).donors.shared._tier.remote._down_until = 0.0
+        ask(one, f"{number}. {_DONOR}")
+        prompt = f"{number}. {_DONOR} And value {number}?"
+        inbox = Inbox(two, prompt, params(4), RequestOptions(reuse="exact"))
+        server.kill()
+        want = alone.generate(prompt, params(4))
+        assert inbox.result().token_ids == want.token_ids
+        server.start()
+    two.flush(60)
+    assert two.stats()["requests"].get("failed", 0) == 0
