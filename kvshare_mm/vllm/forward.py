@@ -8,10 +8,11 @@ continue; so every position sees all earlier ones, kept or computed, and no late
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -21,8 +22,24 @@ from kvshare_mm.node import Span
 from kvshare_mm.vllm.watch import watching
 
 
+class Part(NamedTuple):
+    """Positions of one request to compute.
+
+    Attributes:
+        spans: ascending and disjoint; all that is before them has its KV already.
+        token_ids: ``[N]`` of the request.
+        positions: ``[N]`` or ``[3, N]`` rotary positions; None: the index.
+        block_ids: the request's blocks.
+    """
+
+    spans: Sequence[Span]
+    token_ids: np.ndarray
+    positions: np.ndarray | None
+    block_ids: Sequence[int]
+
+
 class PartialForward:
-    """Runs a model on chosen positions of one request.
+    """Runs a model on chosen positions of requests.
 
     Args:
         vllm_config: the engine's.
@@ -73,38 +90,28 @@ class PartialForward:
             table = (table[:, None] * self._split + torch.arange(self._split)).flatten().int()
         return table.to(self._device)
 
-    def run(
-        self,
-        spans: Sequence[Span],
-        token_ids: np.ndarray,
-        positions: np.ndarray | None,
-        block_ids: Sequence[int],
-        keep: bool = True,
-    ) -> None:
-        """Compute the KV of `spans`, which all that is before them must have already.
+    def run(self, parts: Sequence[Part], keep: bool = True) -> None:
+        """Compute the KV of `parts`, of different requests, in one forward.
 
         Args:
-            spans: ascending and disjoint.
-            token_ids: ``[N]`` of the request.
-            positions: ``[N]`` or ``[3, N]`` rotary positions; None: the index.
-            block_ids: the request's blocks.
-            keep: whether what is computed goes into them; else it is lost, and what is there seen.
+            keep: whether what is computed goes into their blocks; else it is lost, and what is
+                there seen.
         """
         # Some backends want single tokens, which are decodes to them, before longer runs.
-        rows = sorted(spans, key=lambda s: s.length)
-        index = _positions(rows)
-        lengths = torch.tensor([s.length for s in rows], dtype=torch.int32)
+        rows = sorted(
+            ((span, part) for part in parts for span in part.spans), key=lambda row: row[0].length
+        )
+        index = _positions([span for span, _ in rows])
+        lengths = torch.tensor([span.length for span, _ in rows], dtype=torch.int32)
         starts = torch.zeros(len(rows) + 1, dtype=torch.int32)
         starts[1:] = lengths.cumsum(0)
-        ends = torch.tensor([s.end for s in rows], dtype=torch.int32)
-        slots = self.slots(rows, block_ids)
+        ends = torch.tensor([span.end for span, _ in rows], dtype=torch.int32)
+        slots = torch.cat([self.slots([span], part.block_ids) for span, part in rows])
         if not keep:
             slots = torch.zeros_like(slots)  # vLLM's null block, which nobody reads
-        table = self.table(block_ids)
-        where = index if positions is None else positions[..., index]
-        if self._three_axes and where.ndim == 1:
-            where = np.tile(where, (3, 1))
-        places = torch.from_numpy(np.ascontiguousarray(where)).to(self._device)
+        tables = [self.table(part.block_ids) for _, part in rows]
+        where = np.concatenate([self._where(*row) for row in rows], axis=-1)
+        places = torch.from_numpy(where).to(self._device)
         common = CommonAttentionMetadata(
             query_start_loc=starts.to(self._device),
             query_start_loc_cpu=starts,
@@ -113,7 +120,7 @@ class PartialForward:
             num_actual_tokens=len(index),
             max_query_len=int(lengths.max()),
             max_seq_len=int(ends.max()),
-            block_table_tensor=table[None].repeat(len(rows), 1).contiguous(),
+            block_table_tensor=pad_sequence(tables, batch_first=True),
             slot_mapping=slots,
             causal=True,
             positions=torch.from_numpy(index).to(self._device),
@@ -122,7 +129,7 @@ class PartialForward:
         metadata = {}
         for names, builder in self._builders:
             metadata.update(dict.fromkeys(names, builder.build(0, common)))
-        ids = torch.from_numpy(token_ids[index]).to(self._device)
+        ids = np.concatenate([part.token_ids[span.start : span.end] for span, part in rows])
         with (
             torch.inference_mode(),
             set_forward_context(
@@ -133,14 +140,20 @@ class PartialForward:
                 skip_compiled=True,
             ),
         ):
-            self._model(input_ids=ids, positions=places)
+            self._model(input_ids=torch.from_numpy(ids).to(self._device), positions=places)
+
+    def _where(self, span: Span, part: Part) -> np.ndarray:
+        """Rotary positions as the model takes them."""
+        where = np.arange(span.start, span.end)
+        if part.positions is not None:
+            where = part.positions[..., span.start : span.end]
+        return np.tile(where, (3, 1)) if self._three_axes and where.ndim == 1 else where
 
     def probe(self, positions: torch.Tensor) -> None:
         """Compute tokens that mean nothing, in no request's blocks, at ``[n]`` rotary positions."""
         n = len(positions)
-        where = positions.numpy()
         blocks = [0] * -(-n // self._block_size)
-        self.run([Span(0, n)], np.arange(3, 3 + n), where, blocks, keep=False)
+        self.run([Part([Span(0, n)], np.arange(3, 3 + n), positions.numpy(), blocks)], keep=False)
 
     def looked_at(
         self,
@@ -172,7 +185,7 @@ class PartialForward:
             where = np.zeros((3, last + 1), np.int64)
             where[:, last] = place
         with torch.inference_mode(), watching(self._layers, see):
-            self.run([Span(last, last + 1)], ids, where, block_ids, keep=False)
+            self.run([Part([Span(last, last + 1)], ids, where, block_ids)], keep=False)
         mass = tail.mass
         if mass is None:
             raise RuntimeError("the model did not call its attention layers")

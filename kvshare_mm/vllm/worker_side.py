@@ -20,7 +20,7 @@ import torch
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.node import Span
 from kvshare_mm.reuse.worker import ReuseWorker
-from kvshare_mm.vllm.forward import PartialForward
+from kvshare_mm.vllm.forward import Part, PartialForward
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.pages import PageLayout
 
@@ -67,7 +67,7 @@ class WorkerSide:
         self._gone = gone
         self._agree = agree
         self._budget = budget
-        self._loads: deque[_Running] = deque()
+        self._loads: list[_Running] = []
         self._waiting: deque[Load] = deque()
         self._saves: deque[Save] = deque()
         self._received: set[str] = set()
@@ -82,15 +82,7 @@ class WorkerSide:
         forward of its own: of several that end together the others wait, not those who decode."""
         self._waiting.extend(orders.loads)
         start = time.perf_counter()
-        left = self._budget
-        while left > 0 and (self._loads or self._waiting):
-            if not self._loads:
-                self._begin(self._waiting.popleft())
-                continue
-            left -= self._advance(self._loads[0], left)
-            if not self._loads[0].todo:
-                self._received.add(self._loads.popleft().load.request_id)
-        if left < self._budget:
+        if self._advance():
             self.times.setdefault("load_seconds", []).append(time.perf_counter() - start)
         self._saves.extend(orders.saves)
         if self._saves:
@@ -152,23 +144,34 @@ class WorkerSide:
         self._worker.load(load.pieces, load.namespace, *slot, load.positions, rows)
         return k, v
 
-    def _advance(self, running: _Running, budget: int) -> int:
-        """Compute as much of a load as the budget allows; returns what it used."""
-        load = running.load
-        spans: list[Span] = []
-        used = 0
-        while running.todo and used < budget:
-            span = running.todo.popleft()
-            if span.length > budget - used:
-                cut = span.start + budget - used
-                running.todo.appendleft(Span(cut, span.end))
-                span = Span(span.start, cut)
-            spans.append(span)
-            used += span.length
-        if spans:
-            self._forward.run(spans, load.token_ids, load.positions, load.block_ids)
-        self.counters["gap_tokens"] += used
-        return used
+    def _advance(self) -> bool:
+        """Begin and compute loads as far as the budget allows, in one forward; False: there are
+        none."""
+        left = self._budget
+        asked = sum(span.length for running in self._loads for span in running.todo)
+        while self._waiting and asked < left:
+            load = self._waiting.popleft()
+            asked += sum(span.length for span in load.compute)
+            self._begin(load)
+        parts = []
+        for running in self._loads:
+            load, spans = running.load, []
+            while running.todo and left:
+                span = running.todo.popleft()
+                if span.length > left:
+                    running.todo.appendleft(Span(span.start + left, span.end))
+                    span = Span(span.start, span.start + left)
+                spans.append(span)
+                left -= span.length
+            if spans:
+                parts.append(Part(spans, load.token_ids, load.positions, load.block_ids))
+        if parts:
+            self._forward.run(parts)
+            self.counters["gap_tokens"] += self._budget - left
+        done = [running for running in self._loads if not running.todo]
+        self._received.update(running.load.request_id for running in done)
+        self._loads = [running for running in self._loads if running.todo]
+        return bool(parts or done)
 
     # -- saves ------------------------------------------------------------------------------
 

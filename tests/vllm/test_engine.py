@@ -111,8 +111,9 @@ def test_what_a_failed_load_computes_is_exact_and_found_as_such(
     assert summary(engine.serve(edited(ids(300)), reuse="off"))["exact"] == 288
 
 
-def test_no_step_forward_or_copy_is_wasted_on_a_load(
-    engine: Shared, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("together", [1, 2])
+def test_no_step_forward_or_copy_is_wasted_on_loads(
+    engine: Shared, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     engine.serve(ids(300))
     staged: list[int] = []
@@ -124,28 +125,33 @@ def test_no_step_forward_or_copy_is_wasted_on_a_load(
         return kv
 
     monkeypatch.setattr(engine.runner, "_staged", count)
-    forwards: list[int] = []
-    model = compat.model()
-    hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: forwards.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    engine.add("one", edited(ids(300)), 1, repair="none")
+    gaps = [5 + i for i in range(together)]
+    for new in gaps:
+        engine.add(str(new), edited(ids(300), new=new), 1, repair="none")
     for lookup in engine.scheduler._lookups.values():
         lookup.future.result()  # its wait is no step's
+    forwards: list[int] = []
+
+    def counted(model: Any, args: Any, kwargs: Any) -> None:
+        forwards.append(len(kwargs["input_ids"]))
+
     done: list[Any] = []
     steps = 0
-    while not done:
-        done = engine.step()
-        steps += 1
-    hook.remove()
-    use = summary(done[0])
-    assert (use["exact"], use["gaps"], use["recomputed"]) == (100, 5, 6)
-    # The load, then what is behind it, which vLLM computes: there is no other way to its sampler.
-    assert steps == 2 and forwards == [5, 1]
+    with compat.model().register_forward_pre_hook(counted, with_kwargs=True):
+        while len(done) < together:
+            done += engine.step()
+            steps += 1
+    done.sort(key=lambda output: len(output.prompt_token_ids))
+    for new, output in zip(gaps, done, strict=True):
+        use = summary(output)
+        assert (use["exact"], use["gaps"], use["recomputed"]) == (100, new, new + 1)
+    # The loads, then what is behind them: vLLM computes it, there is no other way to its sampler.
+    assert steps == 2 and forwards == [sum(gaps), together]
     layer = next(iter(engine.runner._layers.values())).kv_cache
     _, heads, _, both = layer.shape
-    kept = 304 - 5 - 96  # vLLM's own cache has three blocks
-    assert staged == [kept * len(engine.runner._layers) * heads * both * layer.itemsize]
+    kept = 4 + 200 - 1  # behind three blocks of vLLM's own cache
+    size = kept * len(engine.runner._layers) * heads * both * layer.itemsize
+    assert staged == [size] * together
 
 
 def test_who_ends_together_is_saved_one_a_step(
