@@ -126,10 +126,10 @@ class _Reader:
             return False
         if _needs_it({name: value for name, value in schema.items() if name != "oneOf"}):
             return False
-        branches = [self.alternatives(branch)[0] for branch in _listed(schema, "oneOf")]
-        return all(
+        branches = [self.alternatives(branch) for branch in _listed(schema, "oneOf")]
+        return all(all_of_it for _, all_of_it in branches) and all(
             self._apart(a, b)
-            for some, others in combinations(branches, 2)
+            for (some, _), (others, _) in combinations(branches, 2)
             for a in some
             for b in others
         )

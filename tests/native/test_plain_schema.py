@@ -6,7 +6,7 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm.plain_schema import multiplies, plain
@@ -43,6 +43,9 @@ _EDGES: list[Any] = [
 
 @settings(max_examples=300, deadline=None)
 @given(_ANY | st.tuples(_ANY, _ANY).map(lambda two: {"not": two[0], "anyOf": [two[1], {}]}))
+@example(
+    {"oneOf": [{"type": "string"}, {"minLength": 2, "not": {"type": "string", "pattern": "b"}}]}
+)
 def test_what_fits_the_plain_one_fits(schema: Any) -> None:
     schema = _with_definitions(schema)
     try:
