@@ -14,6 +14,7 @@ from typing import Any
 
 from kvshare_mm.schema_types import (
     KEYWORDS,
+    MAX_ALTERNATIVES,
     Alternative,
     CannotEnforceError,
     Left,
@@ -29,7 +30,6 @@ from kvshare_mm.schema_types import (
 )
 
 _MAX_STEPS = 3_000  # parts looked at: a third of a second
-_MAX_ALTERNATIVES = 100
 _MAX_NEEDED = 20  # items of a list whose schemas are looked at
 _TYPES = ("null", "boolean", "number", "string", "array", "object")
 _ASSERTED = {"type", "enum", "const", "allOf", "anyOf", "oneOf", "not", "if"}.union(
@@ -226,7 +226,7 @@ class _Reader:
     def _both(self, some: Sequence[Alternative], others: Sequence[Alternative]) -> Any:
         found = [self._meet(a, b) for a in some for b in others]
         left = [each for each in found if each is not None and not self._empty(each)]
-        if len(left) > _MAX_ALTERNATIVES:
+        if len(left) > MAX_ALTERNATIVES:
             raise CannotEnforceError("allOf, anyOf and oneOf have too many combinations")
         return left
 
@@ -247,7 +247,7 @@ class _Reader:
             parts = [self._less(each, other) for each in left]
             left = [each for part, _ in parts for each in part if not self._empty(each)]
             exact = exact and all(still for _, still in parts)
-            if len(left) > _MAX_ALTERNATIVES:
+            if len(left) > MAX_ALTERNATIVES:
                 raise CannotEnforceError(f"{keyword} has too many combinations")
         return left, exact
 
@@ -296,7 +296,8 @@ class _Reader:
             return schema is False
         if "$ref" in schema and len(schema) == 1:
             return False  # it may lead back here
-        return not self.alternatives(schema)[0]
+        left, all_of_it = self.alternatives(schema)
+        return all_of_it and not left
 
     def _fitting(self, alternative: Alternative, formats: bool) -> Callable[[Any], bool]:
         """Whether a value fits."""

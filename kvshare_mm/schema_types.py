@@ -7,6 +7,7 @@ written, or an ``allOf`` and a ``not`` of such.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ _KNOWN = {"type", "items", "prefixItems", "minItems", "maxItems", "properties", 
           "additionalProperties", "minProperties", "maxProperties", "patterns", "minLength",
           "maxLength", "format", *_NUMBERS} - {"multipleOf"}  # fmt: skip
 MAX_PATTERN = 200  # characters
+MAX_ALTERNATIVES = 100
 _MAX_PREFIX = 50
 
 
@@ -61,10 +63,10 @@ def meet(a: Alternative, b: Alternative) -> Alternative | None:
     kind = "integer" if "integer" in (a["type"], b["type"]) else a["type"]
     a, b = {**a, "type": kind}, {**b, "type": kind}
     for one, other in ((a, b), (b, a)):
-        if len(other) == 1 or one == other:
+        if len(other) == 1 or _same(one, other):
             return one
         for name in one.keys() - _KNOWN:
-            if one[name] != other.get(name) or name == "patternProperties":
+            if not _same(one[name], other.get(name)) or name == "patternProperties":
                 raise CannotEnforceError(f"{name} that other keywords are combined with")
     met = {**a, **b}
     if kind in ("integer", "number"):
@@ -112,8 +114,17 @@ def less_values(a: Alternative, values: Sequence[Any]) -> Left:
             found, all_of_it = _less_value(part, value)
             parts += found
             exact = exact and all_of_it
-        left = parts
+        left = [part for part in parts if not _no_number(part)]
+        if len(left) > MAX_ALTERNATIVES:
+            raise CannotEnforceError("enum or const of values that are too many to be left out")
     return left, exact
+
+
+def _no_number(a: Alternative) -> bool:
+    if a["type"] not in ("integer", "number"):
+        return False
+    low, high = bounds(a)
+    return low > high
 
 
 def _less_value(a: Alternative, value: Any) -> Left:
@@ -295,11 +306,16 @@ def _less_properties(a: Alternative, b: Alternative) -> Left:
 
 
 def _and(a: Any, b: Any) -> Any:
-    if a == b or b is True or b == {}:
+    if b is True or b == {} or _same(a, b):
         return a
     if a is True or a == {}:
         return b
     return False if a is False or b is False else {"allOf": [a, b]}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Python's 1 is its True."""
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
 
 def at_least(a: Alternative, name: str) -> float:

@@ -239,6 +239,7 @@ class PlainRunner:
         self._caches: dict[int, Any] = {}
         self._lengths: dict[int, int] = {}
         self._logits: dict[int, torch.Tensor] = {}
+        self._broken: set[int] = set()
         self.moved_s = 0.0
 
     def prefill(
@@ -265,7 +266,9 @@ class PlainRunner:
         for slot, token, position, rope_delta in zip(
             slots, token_ids, positions, rope_deltas or [0] * len(slots), strict=True
         ):
-            # A step that failed for another slot is repeated, and a state cannot go back.
+            if slot in self._broken:
+                raise RuntimeError("a forward failed here, and its states cannot go back")
+            # A step that failed for another slot is repeated.
             if self._lengths[slot] == position:
                 at = torch.tensor([[position + rope_delta]], device=self._device)
                 token_id = torch.tensor([[token]], device=self._device)
@@ -276,8 +279,10 @@ class PlainRunner:
     def release(self, slot: int) -> None:
         for known in (self._caches, self._lengths, self._logits):
             known.pop(slot, None)
+        self._broken.discard(slot)
 
     def _empty(self, slot: int) -> None:
+        self._broken.discard(slot)
         self._caches[slot] = self._forward.new_cache()
 
     @torch.inference_mode()
@@ -290,7 +295,11 @@ class PlainRunner:
 
     def _step(self, slot: int, inputs: dict[str, Any], length: int) -> torch.Tensor:
         """The slot holds `length` positions then."""
-        logits, self._caches[slot] = self._forward(self._caches[slot], inputs)
+        try:
+            logits, self._caches[slot] = self._forward(self._caches[slot], inputs)
+        except BaseException:
+            self._broken.add(slot)  # some of its layers have taken the tokens
+            raise
         self._lengths[slot], self._logits[slot] = length, logits
         self.moved_s = time.perf_counter()
         return logits

@@ -163,8 +163,8 @@ class SharedDonors:
         try:
             got = {i: self._tier.rows(heads[i], rows, deadline) for i, rows in wanted.items()}
         except KVUnavailableError as error:
-            if error.reason == "too_slow":  # not even that fast
-                self._measured(num_bytes, time.perf_counter() - start)
+            if error.reason == "too_slow":  # not even that fast, whatever was read by then
+                self._measured(num_bytes, max(saved_s, time.perf_counter() - start))
             raise
         self._measured(num_bytes, time.perf_counter() - start)
         self._counters["shared_read_bytes"] += num_bytes
@@ -264,6 +264,8 @@ class SharedDonors:
         return bool(every[: len(mine)][mine].all()) and every.sum() > mine.sum()
 
     def _measured(self, num_bytes: int, seconds: float) -> None:
+        if not num_bytes:
+            return
         rate = num_bytes / max(seconds, 1e-6)
         before = self._bytes_per_s
         self._bytes_per_s = rate if before is None else before + _NEW_SHARE * (rate - before)

@@ -16,10 +16,12 @@ from .test_any_schema import _ANY, _with_definitions
 
 _VALUES: list[Any] = [
     None, True, False, 0, 1, 2, 3, 5, -1, 4.0, 0.5, 2.5, 1e9, "", "a", "ab", "abc", "b7", "a\nb",
-    "red", "7", "grün", [], [0], [1, 2], ["a"], [None, "a", 3], [[]], [True] * 4, {}, {"a": 1},
+    "red", "7", "grün", [], [0], [1], [True], [1, 2], ["a"], [None, "a", 3], [[]], [True] * 4,
+    {}, {"a": 1},
     {"a": "x"}, {"b": 2}, {"a": 1, "b": 2}, {"a": None, "b": [], "c": {}}, {"x": 3}, {"x": 11},
     {"kind": "k0", "value": 1}, {"kind": "k1", "value": None}, {"kind": "k0"},
 ]  # fmt: skip
+_KEYS = [[f"{a}{b}" for b in range(12)] for a in "abcdef"]
 _A, _B = ({"type": "object", "properties": {n: {"type": "integer"}}} for n in "ab")
 _NEEDS_A, _NEEDS_B = ({**each, "required": [*each["properties"]]} for each in (_A, _B))
 _EDGES: list[Any] = [
@@ -41,11 +43,15 @@ _EDGES: list[Any] = [
 ]
 
 
+_NOT_A = {"type": "string", "not": {"type": "string", "pattern": "^a"}}
+
+
 @settings(max_examples=300, deadline=None)
 @given(_ANY | st.tuples(_ANY, _ANY).map(lambda two: {"not": two[0], "anyOf": [two[1], {}]}))
-@example(
-    {"oneOf": [{"type": "string"}, {"minLength": 2, "not": {"type": "string", "pattern": "b"}}]}
-)
+@example({"oneOf": [{"type": "string"}, {"minLength": 2, **_NOT_A}]})
+@example({"type": "array", "not": {"minItems": 1, "prefixItems": [_NOT_A]}})
+@example({"allOf": [{"type": "array", "items": {"const": i}} for i in (0, False)]})
+@example({"not": {"enum": [[True], [1]]}})
 def test_what_fits_the_plain_one_fits(schema: Any) -> None:
     schema = _with_definitions(schema)
     try:
@@ -81,6 +87,11 @@ def test_nothing_is_lost_where_all_can_be_said(schema: Any) -> None:
         # Work for minutes, or for ever, if it were done.
         ({"oneOf": [{"enum": [*map(str, range(5000))]}, {"pattern": "^(a|aa|a*)*b$"}]}, "too many"),
         ({"oneOf": [{"const": "a" * 99}, {"pattern": r"^((a+)+)+\1$"}]}, "regex"),
+        ({"type": "integer", "not": {"enum": [*range(0, 300, 2)]}}, "too many"),
+        (
+            {"type": "object", "not": {"enum": [dict.fromkeys(each, 1) for each in _KEYS]}},
+            "too many",
+        ),
         ({"oneOf": [{"const": "a"}, {"pattern": "((a{1,900}){1,900}){1,900}"}]}, "regex"),
         ({"oneOf": {}}, "a list"),
         ({"allOf": [{"exclusiveMinimum": True}, {}]}, "a number"),

@@ -178,3 +178,20 @@ def test_a_stream_that_is_left_is_no_harm(llm: KVShare) -> None:
     want = llm.generate(_PROMPTS[3], params(8), RequestOptions(reuse="off"))
     output = llm.generate(_PROMPTS[3], params(8))
     assert output.token_ids == want.token_ids and output.provenance.exact > 0
+
+
+def test_a_forward_that_failed_half_way_is_no_answer(llm: KVShare) -> None:
+    """Some layers had taken the token by then: decoded once more, it would be there twice."""
+    want = llm.generate(_PROMPTS[3], params(8), RequestOptions(reuse="off"))
+    calls = iter(range(100))
+
+    def fail(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape[1] == 1 and next(calls) == 3:  # not of the prompt
+            raise torch.OutOfMemoryError("once")
+
+    layer = inside(llm).runner._model.model.layers[-1]
+    with layer.register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="go back"):
+        llm.generate(_PROMPTS[3], params(8))
+    idle(llm)
+    for _ in range(2):
+        assert llm.generate(_PROMPTS[3], params(8)).token_ids == want.token_ids
