@@ -266,6 +266,10 @@ class _Reader:
     def _apart(self, a: Alternative, b: Alternative) -> bool:
         """Whether it is known that nothing fits both."""
         try:
+            if "enum" in a or "enum" in b:
+                a, b = (a, b) if "enum" in a else (b, a)
+                # A format may be a remark only: then every string has it.
+                return not any(map(self._fitting(b, formats=False), a["enum"]))
             return not self._both([a], [b])
         except CannotEnforceError:
             return False

@@ -171,8 +171,17 @@ def _less_numbers(a: Alternative, b: Alternative) -> Left:
         parts.append(_bounded(a, low, min(high, (low_b[0], low_b[1] - 1))))
     if math.isfinite(high_b[0]):
         parts.append(_bounded(a, max(low, (high_b[0], high_b[1] + 1)), high))
+    kept = [part for part in parts if not _let_through(part)]
     # Between two integers there are numbers that no schema can name.
-    return parts, a["type"] == "integer" or b["type"] == "number"
+    exact = a["type"] == "integer" or b["type"] == "number"
+    return kept, exact and len(kept) == len(parts)
+
+
+def _let_through(a: Alternative) -> bool:
+    """Ranges within which llguidance also takes the integer that bounds them and is excluded."""
+    (low, above), (high, below) = bounds(a)
+    out = (above and float(low).is_integer()) or (below and float(high).is_integer())
+    return bool(out) and a["type"] == "number" and high - low < 1
 
 
 # -- strings --------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ _NOT_A = {"type": "string", "not": {"type": "string", "pattern": "^a"}}
 @example({"type": "array", "not": {"minItems": 1, "prefixItems": [_NOT_A]}})
 @example({"allOf": [{"type": "array", "items": {"const": i}} for i in (0, False)]})
 @example({"not": {"enum": [[True], [1]]}})
+@example({"oneOf": [{"type": "string", "format": "date"}, {"enum": [""]}]})
 def test_what_fits_the_plain_one_fits(schema: Any) -> None:
     schema = _with_definitions(schema)
     try:
