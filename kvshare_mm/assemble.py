@@ -160,7 +160,7 @@ def assemble(config: KVShareConfig) -> Parts:
         runner = PlainRunner(loaded, config.max_num_seqs)
     else:
         runner = SlotRunner(loaded, config.max_num_seqs, max_len, chunk, drafts=config.drafts)
-    if config.reuse != "off" and not isinstance(runner, PlainRunner):
+    if config.reuse != "off" and isinstance(runner, SlotRunner):
         donors = _donors(config, loaded, disk, embedder, remote)
     elif config.reuse != "off" and isinstance(runner, StateRunner):
         # By meaning, nothing is found that helps, and states are not shared with other replicas.

@@ -135,12 +135,7 @@ class _Reader:
         )
 
     def _shown(self, alternative: Alternative) -> Any:
-        shown = {name: self._inside(name, value) for name, value in alternative.items()}
-        if patterns := shown.pop("patterns", None):
-            shown["pattern"], *more = patterns
-            if more:
-                shown["allOf"] = [{"pattern": each} for each in more]
-        return shown
+        return _worded({name: self._inside(name, value) for name, value in alternative.items()})
 
     # -- schemas to alternatives --------------------------------------------------------------
 
@@ -310,7 +305,7 @@ class _Reader:
         def nowhere(uri: str) -> Any:
             raise CannotEnforceError(f"$ref to {uri[:60]!r}")
 
-        shown = self._raw(alternative)
+        shown = _worded(alternative)
         if '"$ref": "#"' in str(shown).replace("'", '"'):
             raise CannotEnforceError("$ref to '#' beside enum or const")
         named = {name: self._root[name] for name in _DEFINITIONS if name in self._root}
@@ -331,16 +326,20 @@ class _Reader:
 
         return fits
 
-    def _raw(self, alternative: Alternative) -> dict[str, Any]:
-        shown = dict(alternative)
-        if patterns := shown.pop("patterns", None):
-            shown["allOf"] = [{"pattern": each} for each in patterns]
-        return shown
-
     def _step(self) -> None:
         self._left -= 1
         if self._left < 0:
             raise CannotEnforceError("allOf, oneOf, not and $ref are too many or nested too far")
+
+
+def _worded(alternative: Alternative) -> dict[str, Any]:
+    """An alternative as a schema."""
+    shown = dict(alternative)
+    if patterns := shown.pop("patterns", None):
+        shown["pattern"], *more = patterns
+        if more:
+            shown["allOf"] = [{"pattern": each} for each in more]
+    return shown
 
 
 def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:

@@ -17,9 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class Searcher:
-    """Args:
-    search: looks for donors of a request that has not started.
-    name: of the thread.
+    """One kind of search.
+
+    Args:
+        search: looks for donors of a request that has not started.
+        name: of the thread.
     """
 
     def __init__(self, search: Callable[[SlotRequest], None], name: str) -> None:

@@ -28,7 +28,7 @@ from kvshare_mm.reuse.plan import PlannerOptions, ReusePlan
 from kvshare_mm.reuse.repair import RepairPolicy
 from kvshare_mm.reuse.scheduler import ReuseScheduler
 from kvshare_mm.store.base import NodeKV, StoredNode
-from kvshare_mm.store.shared import Deadline, Head, SharedTier, narrowed, rows_of
+from kvshare_mm.store.shared import Deadline, Head, SharedTier, narrowed, painted, rows_of
 from kvshare_mm.stream import SegmentStream
 
 logger = logging.getLogger(__name__)
@@ -216,9 +216,9 @@ class SharedDonors:
         """Make donors of what was fetched, and of what only borrows from that."""
         tree = self._donors.reuse.catalogue.tree
         owned = {
-            node_id: _painted(
+            node_id: painted(
                 head.node,
-                got[node_id][0] if node_id in got else np.zeros(head.node.num_owned, bool),
+                got[node_id][0] if node_id in got else False,
             )
             for node_id, head in heads.items()
         }
@@ -229,7 +229,7 @@ class SharedDonors:
             node = tree.get(owner)
             if node is None or node.namespace != ns:
                 return np.zeros(length, dtype=bool)
-            return _painted(node, np.ones(node.num_owned, bool))[start : start + length]
+            return painted(node)[start : start + length]
 
         for node_id, head in heads.items():
             if node_id in got:
@@ -259,8 +259,8 @@ class SharedDonors:
             return True
         if len(here) > len(node) or here.exact_len > node.exact_len:
             return False
-        every = _painted(node, np.ones(node.num_owned, bool))
-        mine = _painted(here, np.ones(here.num_owned, bool))
+        every = painted(node)
+        mine = painted(here)
         return bool(every[: len(mine)][mine].all()) and every.sum() > mine.sum()
 
     def _measured(self, num_bytes: int, seconds: float) -> None:
@@ -372,15 +372,6 @@ class SharedDonors:
 @lru_cache(maxsize=1024)
 def _prints(secret: bytes, ns: str) -> Fingerprints:
     return Fingerprints(secret, ns)
-
-
-def _painted(node: Node, rows: np.ndarray) -> np.ndarray:
-    """``[N]`` bool: the positions of these owned rows."""
-    mask = np.zeros(len(node), dtype=bool)
-    at = [np.arange(span.start, span.end) for span in node.own]
-    if at:
-        mask[np.concatenate(at)] = rows
-    return mask
 
 
 def _no_rows(head: Head) -> NodeKV:

@@ -184,8 +184,6 @@ def narrowed(node: Node, rows: np.ndarray, borrowed: Callable[[str, int, int], n
         borrowed: which of `length` positions from `start` an owner's KV is here of:
             ``[length]`` bool.
     """
-    own = np.zeros(len(node), dtype=bool)
-    own[_positions(node.own)] = rows
     pieces = [
         piece._replace(
             owner_start=piece.owner_start + part.start,
@@ -195,7 +193,14 @@ def narrowed(node: Node, rows: np.ndarray, borrowed: Callable[[str, int, int], n
         for piece in node.pieces
         for part in spans_of(borrowed(piece.owner, piece.owner_start, piece.length))
     ]
-    return replace(node, own=spans_of(own), pieces=tuple(pieces))
+    return replace(node, own=spans_of(painted(node, rows)), pieces=tuple(pieces))
+
+
+def painted(node: Node, rows: np.ndarray | bool = True) -> np.ndarray:
+    """``[N]`` bool: the positions of these owned rows (``[num_owned]`` bool, or all)."""
+    mask = np.zeros(len(node), dtype=bool)
+    mask[_positions(node.own)] = rows
+    return mask
 
 
 def rows_of(node: Node, spans: Iterable[Span]) -> np.ndarray:
