@@ -1,8 +1,8 @@
 """File format of one stored node: a safetensors file that checks itself.
 
 Tensors: ``keys`` (uint64 or uint32 ``[N]``), ``own`` (int64 ``[n, 2]``), ``k``, ``v`` and, where
-there are any, ``positions`` (int32 ``[3, N]``), ``attention`` and ``drift`` (float32 ``[P]``) and
-``embedding`` (float32 ``[dim]``). The string metadata
+there are any, ``positions`` (int32 ``[3, N]``), ``attention`` and ``drift`` (float32 ``[P]``),
+``reads`` (int32 ``[R, 2]``) and ``embedding`` (float32 ``[dim]``). The string metadata
 holds the rest of the node as JSON and two xxh3-128 checksums: one over the record (all but K and
 V), so that a tree can be rebuilt without reading gigabytes of KV, and one over K and V.
 
