@@ -230,7 +230,7 @@ def partial_attention(
         if tail is not None:
             tail.add(query[0, :, -1], seen, scale, scoring)
         if reads is not None:
-            reads.add(module.layer_idx, query[0], seen, batch.index, scale, scoring)
+            reads.add(int(module.layer_idx), query[0], seen, batch.index, scale, scoring)
     return out.contiguous()[None], None  # some models view it, others reshape
 
 

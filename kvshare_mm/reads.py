@@ -89,7 +89,8 @@ class Reads:
         if not self._found:
             return np.empty((0, 2), np.int32)
         found = torch.cat(self._found).unique(dim=0)
-        return found.to("cpu", torch.int32).numpy()
+        pairs: np.ndarray = found.to("cpu", torch.int32).numpy()
+        return pairs
 
 
 class _Induction:

@@ -20,7 +20,7 @@ from kvshare_mm.native.inputs import MediaInputs
 from kvshare_mm.native.slots import ModelRunner, SlotRunner
 from kvshare_mm.native.states import StateRunner
 from kvshare_mm.outputs import MediaUse, Provenance, Span
-from kvshare_mm.reads import Reads
+from kvshare_mm.reads import Heads, Reads
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.plan import Decline, PlannerOptions, ReusePlan
 from kvshare_mm.reuse.repair import RepairPolicy
@@ -152,8 +152,9 @@ class Prefiller:
         self._options = options
         self._policy = policy
         self._encoder = encoder
-        watched = donors is not None and isinstance(runner, SlotRunner)
-        self._heads = runner.reading_heads if watched else {}
+        self._heads: Heads = {}
+        if donors is not None and isinstance(runner, SlotRunner):
+            self._heads = runner.reading_heads
 
     def prefill(self, slot: int, stream: SegmentStream, ns: str, **options: Any) -> PrefillResult:
         """Fill `slot` with the KV of a prompt and return its last logits, see `begin`."""
