@@ -230,7 +230,8 @@ def partial_attention(
         if tail is not None:
             tail.add(query[0, :, -1], seen, scale, scoring)
         if reads is not None:
-            reads.add(int(module.layer_idx), query[0], seen, batch.index, scale, scoring)
+            layer: Any = module.layer_idx
+            reads.add(layer, query[0], seen, batch.index, scale, scoring)
     return out.contiguous()[None], None  # some models view it, others reshape
 
 
