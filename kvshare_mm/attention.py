@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -83,10 +83,24 @@ class GivenUp(Exception):
     """A forward that was not finished; what it wrote can be written again."""
 
 
-# The rows of the running forward, and who records the attention of the last one. Not keywords of
-# the forward: some models do not pass theirs on to their attention.
-_running: ContextVar[tuple[RaggedQueries, TailAttention | None] | None] = ContextVar(
-    "kvshare_running", default=None
+class Recorder(Protocol):
+    """Is told of the attention of a forward's rows, layer by layer: see `reads.Reads.add`."""
+
+    def add(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        index: torch.Tensor,
+        scale: float,
+        scoring: Scoring = PLAIN,
+    ) -> None: ...
+
+
+# The rows of the running forward, and who records the attention of the last one and of all. Not
+# keywords of the forward: some models do not pass theirs on to their attention.
+_running: ContextVar[tuple[RaggedQueries, TailAttention | None, Recorder | None] | None] = (
+    ContextVar("kvshare_running", default=None)
 )
 
 
@@ -114,14 +128,20 @@ class SlotCache(Cache):
         self._batch: RaggedQueries | None = None
 
     @contextmanager
-    def forward(self, batch: RaggedQueries, tail: TailAttention | None = None) -> Iterator[None]:
+    def forward(
+        self,
+        batch: RaggedQueries,
+        tail: TailAttention | None = None,
+        reads: Recorder | None = None,
+    ) -> Iterator[None]:
         """The model's forward inside computes the rows of `batch`, whose requests have slots.
 
         Args:
             tail: records the attention of the last row.
+            reads: told of every layer's attention in a forward of one request.
         """
         self._batch = batch
-        token = _running.set((batch.packed() if self._packed else batch, tail))
+        token = _running.set((batch.packed() if self._packed else batch, tail, reads))
         try:
             yield
         finally:
@@ -199,15 +219,19 @@ def partial_attention(
     for name in _UNSUPPORTED:
         if options.get(name) is not None:
             raise RuntimeError(f"{type(module).__name__} changes attention scores ({name})")
-    batch, tail = running
+    batch, tail, reads = running
     scoring = Scoring(sliding_window, _chunk(module), softcap, s_aux)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = dispatch.partial_attention(
         query[0].transpose(0, 1), key, value, batch, scale, backend, scoring
     )
-    if tail is not None and batch.pages is not None:
+    if (tail is not None or reads is not None) and batch.pages is not None:
         seen = key[batch.pages[-1], :, : batch.kv_lens[-1]]
-        tail.add(query[0, :, -1], seen, scale, scoring)
+        if tail is not None:
+            tail.add(query[0, :, -1], seen, scale, scoring)
+        if reads is not None:
+            layer: Any = module.layer_idx
+            reads.add(layer, query[0], seen, batch.index, scale, scoring)
     return out.contiguous()[None], None  # some models view it, others reshape
 
 

@@ -60,6 +60,8 @@ class Node:
             over heads and layers; None if it was not recorded.
         drift: ``[P]`` float16, P <= N: how far the KV of each is from what its context gives (see
             `divergence.passed_on`), 0 behind P; None: nowhere.
+        reads: ``[R, 2]`` int32: a position and one far before it that it reads, see `reads.Reads`;
+            None: unknown.
         risk: the residual risk that it was served with.
         parent: id of the donor this request was edited from (lineage, for people), or None. It may
             be gone.
@@ -81,12 +83,18 @@ class Node:
     media: tuple[Segment, ...] = ()
     drift: np.ndarray | None = field(default=None, repr=False)
     risk: float = 0.0
+    reads: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         # Nodes are many, and all in RAM wherever their KV is.
         if self.align_keys.dtype == np.uint64 and not (self.align_keys >> 32).any():
             object.__setattr__(self, "align_keys", self.align_keys.astype(np.uint32))
-        compact = {"attention": np.float16, "drift": np.float16, "positions": np.int32}
+        compact = {
+            "attention": np.float16,
+            "drift": np.float16,
+            "positions": np.int32,
+            "reads": np.int32,
+        }
         for name, dtype in compact.items():
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, values.astype(dtype, copy=False))
@@ -103,6 +111,8 @@ class Node:
                 raise ValueError(f"node {self.node_id}: more {name} than keys")
         if self.positions is not None and self.positions.shape != (3, len(self.align_keys)):
             raise ValueError(f"node {self.node_id}: positions are not [3, {len(self.align_keys)}]")
+        if self.reads is not None and not _are_reads(self.reads, len(self.align_keys)):
+            raise ValueError(f"node {self.node_id}: reads are not pairs of its positions")
         if any(m.end > len(self.align_keys) for m in self.media):
             raise ValueError(f"node {self.node_id}: media go beyond the keys")
         if list(self.own) != sorted(self.own) or list(self.pieces) != sorted(
@@ -121,7 +131,7 @@ class Node:
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes in RAM wherever its KV is."""
-        arrays = (self.align_keys, self.attention, self.drift, self.positions)
+        arrays = (self.align_keys, self.attention, self.drift, self.positions, self.reads)
         parts = len(self.own) + len(self.pieces) + len(self.media)
         return _NODE_BYTES + _PART_BYTES * parts + sum(a.nbytes for a in arrays if a is not None)
 
@@ -146,6 +156,13 @@ class Node:
                 return row + start - span.start
             row += span.length
         return None
+
+
+def _are_reads(reads: np.ndarray, length: int) -> bool:
+    if reads.ndim != 2 or reads.shape[1] != 2:
+        return False
+    reader, read = reads.T
+    return bool(((read >= 0) & (read < reader) & (reader < length)).all())
 
 
 def spans_of(mask: np.ndarray, offset: int = 0) -> tuple[Span, ...]:

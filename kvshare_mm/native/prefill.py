@@ -20,6 +20,7 @@ from kvshare_mm.native.inputs import MediaInputs
 from kvshare_mm.native.slots import ModelRunner, SlotRunner
 from kvshare_mm.native.states import StateRunner
 from kvshare_mm.outputs import MediaUse, Provenance, Span
+from kvshare_mm.reads import Heads, Reads
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.plan import Decline, PlannerOptions, ReusePlan
 from kvshare_mm.reuse.repair import RepairPolicy
@@ -46,6 +47,7 @@ class PrefillResult:
         media: the prompt's pictures and clips.
         rope_delta: rotary position minus index of the answer's tokens.
         likely: ``[A]`` int64, what may be answered, from what a donor was; empty: nothing is known.
+        reads: ``[R, 2]`` int32, computed positions and what they read far before them.
         shared: ids of the plan's donors that another replica made.
     """
 
@@ -61,6 +63,7 @@ class PrefillResult:
     media: tuple[MediaUse, ...] = ()
     rope_delta: int = 0
     likely: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    reads: np.ndarray | None = None
     shared: frozenset[str] = frozenset()
 
 
@@ -70,6 +73,7 @@ class Prefill:
 
     Attributes:
         tail: records where the last position looks; None: nobody needs that.
+        reads: records what the computed positions read; None: nobody needs that.
         fallback, lookup, planning, edit, likely, shared: see `PrefillResult`.
         done: so many of the plan's positions are computed.
         seconds: that this took, the media's encoders included.
@@ -81,6 +85,7 @@ class Prefill:
     plan: ReusePlan
     media: PromptMedia
     tail: TailAttention | None
+    reads: Reads | None
     fallback: str | None
     lookup: float
     planning: float
@@ -97,7 +102,9 @@ class Prefill:
         part, is_last = left[:most], len(left) <= most
         inputs = self.media.inputs(part)
         tail = self.tail if is_last else None
-        logits = self.runner.prefill(self.slot, self.stream.token_ids, part, tail, inputs)
+        logits = self.runner.prefill(
+            self.slot, self.stream.token_ids, part, tail, inputs, self.reads
+        )
         self.done += len(part)
         self.seconds += time.perf_counter() - start
         if not is_last:
@@ -116,6 +123,7 @@ class Prefill:
             media=self.media.uses,
             rope_delta=self.stream.rope_delta,
             likely=self.likely,
+            reads=self.reads.pairs if self.reads is not None else None,
             shared=self.shared,
         )
 
@@ -144,6 +152,9 @@ class Prefiller:
         self._options = options
         self._policy = policy
         self._encoder = encoder
+        self._heads: Heads = {}
+        if donors is not None and isinstance(runner, SlotRunner):
+            self._heads = runner.reading_heads
 
     def prefill(self, slot: int, stream: SegmentStream, ns: str, **options: Any) -> PrefillResult:
         """Fill `slot` with the KV of a prompt and return its last logits, see `begin`."""
@@ -198,6 +209,7 @@ class Prefiller:
         edit = time.perf_counter() - start
         # Only donors need it; without a pool there will be none.
         tail = TailAttention() if self._donors is not None else None
+        reads = Reads(self._heads) if self._heads else None
         if isinstance(self._runner, StateRunner):
             tail = None
             if self._donors is not None and store and reuse != "off":
@@ -215,6 +227,7 @@ class Prefiller:
             plan,
             media,
             tail,
+            reads,
             fallback,
             lookup,
             planning,
@@ -300,6 +313,7 @@ class Prefiller:
             stream.positions_to(len(keys)),
             stream.media,
             over,
+            result.reads,
         )
 
     def _edit(self, plan: ReusePlan, slot: int, ns: str, stream: SegmentStream) -> None:

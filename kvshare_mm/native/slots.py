@@ -12,16 +12,18 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from kvshare_mm.attention import SlotCache, TailAttention
+from kvshare_mm.attention import Recorder, SlotCache, TailAttention
 from kvshare_mm.kernels.ragged import RaggedQueries
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.models.states import CachedModel
 from kvshare_mm.native.inputs import MediaInputs, decode_positions, model_inputs
+from kvshare_mm.reads import PROBE, Heads, reading_heads
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class ModelRunner(Protocol):
         compute: np.ndarray,
         tail: TailAttention | None = None,
         media: MediaInputs | None = None,
+        reads: Recorder | None = None,
     ) -> torch.Tensor:
         """Compute positions `compute` of a prompt; the others' KV is in the slot already.
 
@@ -58,6 +61,7 @@ class ModelRunner(Protocol):
             compute: ascending positions; what comes before the first is in the slot.
             tail: records where the last one looks, if this runner can tell.
             media: what it holds beyond token ids: features for all media to be computed.
+            reads: is told of the attention of all of them, if this runner can tell.
 
         Returns:
             ``[vocab_size]`` logits of the last one computed.
@@ -141,12 +145,13 @@ class SlotRunner:
         compute: np.ndarray,
         tail: TailAttention | None = None,
         media: MediaInputs | None = None,
+        reads: Recorder | None = None,
     ) -> torch.Tensor:
         ids = torch.from_numpy(token_ids).to(self._device)
         *parts, last = torch.from_numpy(compute).to(self._device).split(self.chunk)
         for part in parts:
-            self._forward(self._cache, slot, ids, part, media)
-        logits: torch.Tensor = self._forward(self._cache, slot, ids, last, media, tail).logits
+            self._forward(slot, ids, part, media, reads=reads)
+        logits: torch.Tensor = self._forward(slot, ids, last, media, tail, reads=reads).logits
         return logits[0, -1]
 
     @torch.inference_mode()
@@ -175,7 +180,7 @@ class SlotRunner:
         ids, index = (torch.from_numpy(a).to(self._device) for a in (token_ids, compute))
         self._cache.given_up = given_up
         try:
-            logits = self._forward(self._cache, slot, ids, index, media, tail, keep).logits
+            logits = self._forward(slot, ids, index, media, tail, keep).logits
         finally:
             self._cache.given_up = None
         return torch.as_tensor(logits[0, -keep:])
@@ -206,21 +211,34 @@ class SlotRunner:
     def release(self, slot: int) -> None:
         """Nothing to do: the next request overwrites what it uses."""
 
+    @cached_property
+    def reading_heads(self) -> Heads:
+        """Heads of the model that look up what stands before, to be watched."""
+        if self._cache.k.shape[3] < 2 * PROBE:
+            return {}
+
+        def probe(ids: torch.Tensor, recorder: Recorder) -> None:
+            index = torch.arange(len(ids), device=self._device)
+            self._forward(0, ids.to(self._device), index, None, reads=recorder)
+
+        with torch.inference_mode():
+            return reading_heads(probe, int(self._model.config.vocab_size))
+
     def _forward(
         self,
-        cache: SlotCache,
         slot: int,
         ids: torch.Tensor,
         index: torch.Tensor,
         media: MediaInputs | None,
         tail: TailAttention | None = None,
         keep: int = 1,
+        reads: Recorder | None = None,
     ) -> Any:
         batch = RaggedQueries.in_slots([slot], [index])
-        with cache.forward(batch, tail):
+        with self._cache.forward(batch, tail, reads):
             return self._model(
                 **model_inputs(self._model, ids, index, media),
-                past_key_values=cache,
+                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=keep,
             )
@@ -249,6 +267,7 @@ class PlainRunner:
         compute: np.ndarray,
         tail: TailAttention | None = None,
         media: MediaInputs | None = None,
+        reads: Recorder | None = None,
     ) -> torch.Tensor:
         if len(compute) != len(token_ids):
             raise ValueError("this model computes whole prompts only")

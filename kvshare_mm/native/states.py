@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import torch
 
-from kvshare_mm.attention import TailAttention
+from kvshare_mm.attention import Recorder, TailAttention
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.models.states import State
 from kvshare_mm.native.inputs import MediaInputs
@@ -69,6 +69,7 @@ class StateRunner(PlainRunner):
         compute: np.ndarray,
         tail: TailAttention | None = None,
         media: MediaInputs | None = None,
+        reads: Recorder | None = None,
     ) -> torch.Tensor:
         start, end = int(compute[0]), int(compute[-1]) + 1
         if len(compute) != end - start or start not in (0, self._lengths.get(slot)):

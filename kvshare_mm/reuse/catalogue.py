@@ -137,6 +137,7 @@ class Catalogue:
         attention: np.ndarray | None = None,
         positions: np.ndarray | None = None,
         media: tuple[Segment, ...] = (),
+        reads: np.ndarray | None = None,
     ) -> Node | None:
         """The node of a finished request, not yet added; None: it is too short to be one.
 
@@ -146,7 +147,15 @@ class Catalogue:
             return None
         with self._lock:
             return self.tree.derive(
-                uuid.uuid4().hex, ns, keys.copy(), plan, time.time(), attention, positions, media
+                uuid.uuid4().hex,
+                ns,
+                keys.copy(),
+                plan,
+                time.time(),
+                attention,
+                positions,
+                media,
+                reads,
             )
 
     def twin(self, node: Node) -> str | None:

@@ -118,6 +118,7 @@ class DonorPool:
         positions: np.ndarray | None = None,
         media: tuple[Segment, ...] = (),
         over: bool = True,
+        reads: np.ndarray | None = None,
     ) -> str | None:
         """Take up a request as a donor, see `ReuseScheduler.save`.
 
@@ -128,7 +129,7 @@ class DonorPool:
         Returns:
             The new node's id, or None if it did not become a donor.
         """
-        node = self.reuse.save(keys, ns, plan, text, attention, positions, media, over)
+        node = self.reuse.save(keys, ns, plan, text, attention, positions, media, over, reads)
         if node is not None:
             report = self.worker.save(node, k, v, over)
             if report.not_saved and not over:

@@ -41,6 +41,7 @@ class Donor:
         positions: ``[3, M]`` rotary positions; None: the index.
         drift: ``[P]`` float32, P <= M: how far the KV of each position is from what its own context
             gives (see `divergence.passed_on`), 0 behind P; None: nothing is approximate.
+        reads: ``[R, 2]`` int32: a position and one far before it that it reads; None: unknown.
     """
 
     donor_id: str
@@ -51,6 +52,7 @@ class Donor:
     attention: np.ndarray | None = field(default=None, repr=False)
     positions: np.ndarray | None = field(default=None, repr=False)
     drift: np.ndarray | None = field(default=None, repr=False)
+    reads: np.ndarray | None = field(default=None, repr=False)
 
 
 class KeptRun(NamedTuple):
@@ -123,6 +125,8 @@ class ReusePlan:
         pictures: ``[num_tokens]`` bool: positions that are pictures; None: none are.
         joined: ``[num_tokens]`` bool: positions whose token goes on with the word before it; None:
             unknown.
+        reads: ``[R, 2]`` int32: a kept position and one that its KV was computed from, far before
+            it; -1 if that is not kept where it was. None: unknown.
         origin: the donor whose approximate reuse was declined, or None.
         promise: what is expected of it; None: nothing is approximate.
         parted: where the target leaves the stored request that begins like it, if that is behind
@@ -139,6 +143,7 @@ class ReusePlan:
     unedited: np.ndarray | None = field(default=None, repr=False)
     pictures: np.ndarray | None = field(default=None, repr=False)
     joined: np.ndarray | None = field(default=None, repr=False)
+    reads: np.ndarray | None = field(default=None, repr=False)
     origin: str | None = None
     promise: Promise | None = None
     parted: int = 0

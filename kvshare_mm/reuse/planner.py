@@ -17,6 +17,7 @@ import numpy as np
 
 from kvshare_mm.reuse.align import align, common_prefix
 from kvshare_mm.reuse.cover import cover
+from kvshare_mm.reuse.dependents import carried_reads
 from kvshare_mm.reuse.divergence import harmless, looked_at
 from kvshare_mm.reuse.plan import (
     Decline,
@@ -116,6 +117,7 @@ def _made(
         inherited=inherited,
         unedited=unedited,
         pictures=pictures,
+        reads=carried_reads(target, runs, donors),
     )
 
 

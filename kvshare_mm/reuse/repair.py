@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from kvshare_mm.reuse.dependents import dependents
 from kvshare_mm.reuse.divergence import (
     TAIL,
     asked_before,
@@ -127,7 +128,7 @@ class MaxDivergence:
             harmless(danger, plan.pictures)
             if not asked_before(plan.pictures):
                 tail = tail[~plan.pictures[tail]]
-        always = np.concatenate((tail, behind))
+        always = np.concatenate((tail, behind, dependents(plan)))
         always = always[~plan.continued[always]]
         danger[always] = 0
         return np.concatenate((riskiest(danger, self.tolerance.risk, plan.continued), always))

@@ -220,6 +220,7 @@ class ReuseScheduler:
         positions: np.ndarray | None = None,
         media: tuple[Segment, ...] = (),
         over: bool = True,
+        reads: np.ndarray | None = None,
     ) -> Node | None:
         """What a request is to be stored as; it is a donor once that is reported.
 
@@ -232,11 +233,12 @@ class ReuseScheduler:
             positions: ``[3, N]`` rotary positions; None: the index.
             media: where its pictures and clips are.
             over: it is finished; else its prompt is stored, and it will come again.
+            reads: ``[R, 2]`` computed positions and what they read far before them, if known.
 
         Returns:
             The node, or None if there is nothing to gain from storing it.
         """
-        node = self.catalogue.derive(keys, ns, plan, attention, positions, media)
+        node = self.catalogue.derive(keys, ns, plan, attention, positions, media, reads)
         if node is None:
             return None
         twin = self.catalogue.twin(node)

@@ -19,6 +19,7 @@ from operator import attrgetter
 import numpy as np
 
 from kvshare_mm.node import Node, Piece, Span, spans_of
+from kvshare_mm.reuse.dependents import all_reads
 from kvshare_mm.reuse.divergence import as_risky_as, passed_on, residual_risk
 from kvshare_mm.reuse.plan import Donor, ReusePlan
 from kvshare_mm.stream import Segment
@@ -71,6 +72,7 @@ class DeltaTree:
         attention: np.ndarray | None = None,
         positions: np.ndarray | None = None,
         media: tuple[Segment, ...] = (),
+        reads: np.ndarray | None = None,
     ) -> Node:
         """The node of a request served with `plan`: it owns only what was computed.
 
@@ -80,6 +82,7 @@ class DeltaTree:
             attention: ``[P]`` float32 of the prompt's last position, if known.
             positions: ``[3, N]`` rotary positions; None: the index.
             media: where its pictures and clips are.
+            reads: ``[R, 2]`` of the computed positions, if known.
 
         Returns:
             A node that is not inserted yet.
@@ -116,6 +119,7 @@ class DeltaTree:
             media=media,
             drift=drift,
             risk=residual_risk(plan),
+            reads=all_reads(plan, reads),
         )
 
     def insert(self, node: Node) -> None:
@@ -207,6 +211,7 @@ class DeltaTree:
             attention,
             node.positions,
             drift,
+            node.reads,
         )
 
     @property

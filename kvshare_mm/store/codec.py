@@ -1,8 +1,8 @@
 """File format of one stored node: a safetensors file that checks itself.
 
 Tensors: ``keys`` (uint64 or uint32 ``[N]``), ``own`` (int64 ``[n, 2]``), ``k``, ``v`` and, where
-there are any, ``positions`` (int32 ``[3, N]``), ``attention`` and ``drift`` (float32 ``[P]``) and
-``embedding`` (float32 ``[dim]``). The string metadata
+there are any, ``positions`` (int32 ``[3, N]``), ``attention`` and ``drift`` (float32 ``[P]``),
+``reads`` (int32 ``[R, 2]``) and ``embedding`` (float32 ``[dim]``). The string metadata
 holds the rest of the node as JSON and two xxh3-128 checksums: one over the record (all but K and
 V), so that a tree can be rebuilt without reading gigabytes of KV, and one over K and V.
 
@@ -40,7 +40,7 @@ TEMP_SUFFIX = ".tmp"
 _KV_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _KV_DTYPE_NAMES = {dtype: name for name, dtype in _KV_DTYPES.items()}
 _KV_NAMES = ("k", "v")
-_RECORD_TENSORS = ("keys", "own", "positions", "attention", "drift", "embedding")
+_RECORD_TENSORS = ("keys", "own", "positions", "attention", "drift", "reads", "embedding")
 _ARRAY_DTYPES = {"U64": "<u8", "U32": "<u4", "I64": "<i8", "I32": "<i4", "F32": "<f4"}
 _ARRAY_DTYPE_NAMES = {dtype: name for name, dtype in _ARRAY_DTYPES.items()}
 
@@ -168,6 +168,7 @@ def _encode(stored: StoredNode) -> list[bytes | memoryview]:
         "positions": node.positions,
         "attention": _float32(node.attention),
         "drift": _float32(node.drift),
+        "reads": node.reads,
         "embedding": _float32(embedding),
     }
     contents: dict[str, bytes | memoryview] = {}
@@ -321,6 +322,7 @@ def _read_record(file: BufferedIOBase, size: int, record_only: bool = False) -> 
         positions=arrays.get("positions"),
         media=tuple(Segment(Modality(m), *rest) for m, *rest in fields.get("media", ())),
         drift=arrays.get("drift"),
+        reads=arrays.get("reads"),
     )
     return _Record(node, arrays.get("embedding"), tensors, data_start, kv_checksum)
 

@@ -1,0 +1,77 @@
+"""Which far positions are read, against transformers' own attention; which heads are watched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvshare_mm.kernels.scoring import Scoring
+from kvshare_mm.native.slots import SlotRunner
+from kvshare_mm.reads import LEAST, NEAR, PROBE, Reads, reading_heads
+
+HEADS = {0: (0, 2), 1: (1,)}
+
+
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_pairs_are_those_of_transformers_attention(tiny: Any, chunk: int) -> None:
+    ids = np.random.default_rng(0).integers(3, 200, 90)
+    runner = SlotRunner(tiny.loaded, 2, 128, chunk)
+    reads = Reads(HEADS)
+    runner.prefill(1, ids, np.arange(len(ids)), reads=reads)
+
+    tiny.reference.set_attn_implementation("eager")
+    with torch.inference_mode():
+        found = tiny.reference(torch.from_numpy(ids)[None], output_attentions=True).attentions
+    most = torch.stack([found[layer][0, head] for layer in HEADS for head in HEADS[layer]]).amax(0)
+    expected = [(i, j) for i, j in (most >= LEAST).nonzero().tolist() if 0 < j <= i - NEAR]
+    assert expected, "nothing is read: the test shows nothing"
+    assert reads.pairs.tolist() == [list(pair) for pair in expected]
+    assert reads.pairs.dtype == np.int32
+
+
+def test_of_some_positions_only_what_they_read(tiny_llama: Any) -> None:
+    ids = np.random.default_rng(1).integers(3, 200, 90)
+    runner = SlotRunner(tiny_llama.loaded, 1, 128, 512)
+    whole, part = Reads(HEADS), Reads(HEADS)
+    runner.prefill(0, ids, np.arange(len(ids)), reads=whole)
+    some = np.array([20, 33, 34, 60, 89])
+    runner.prefill(0, ids, some, reads=part)
+    assert part.pairs.tolist() == [p for p in whole.pairs.tolist() if p[0] in some]
+
+
+def test_layers_that_do_not_see_all_before_read_nothing_far() -> None:
+    reads = Reads({0: (0,)})
+    query, key = torch.ones(1, 40, 4), torch.zeros(1, 40, 4)
+    key[:, 5] = 9
+    for scoring, count in ((Scoring(window=24), 0), (Scoring(softcap=50.0), 40 - 5 - NEAR)):
+        reads.add(0, query, key, torch.arange(40), 1.0, scoring)
+        assert len(reads.pairs) == count
+
+
+def test_nothing_computed_reads_nothing() -> None:
+    assert Reads(HEADS).pairs.shape == (0, 2)
+
+
+def test_heads_that_look_up_what_stood_before_are_chosen() -> None:
+    """Of a head that attends to what followed the same token before, and one that does not."""
+
+    def probe(ids: torch.Tensor, recorder: Any) -> None:
+        n = len(ids)
+        assert n == 2 * PROBE and torch.equal(ids[:PROBE], ids[PROBE:])
+        key = torch.eye(n)[None].repeat(2, 1, 1)
+        query = torch.zeros(4, n, n)
+        for i in range(PROBE, n):
+            query[2, i, i - PROBE + 1] = 30.0  # heads 2 and 3 share the second head of K
+            query[1, i, i - 1] = 30.0
+        for layer in range(3):
+            recorder.add(layer, query if layer == 1 else query * 0, key, torch.arange(n), 1.0)
+
+    assert reading_heads(probe, 1000) == {1: (2,)}
+
+
+def test_a_random_model_has_none(tiny_llama: Any) -> None:
+    assert SlotRunner(tiny_llama.loaded, 1, 2 * PROBE, 512).reading_heads == {}
+    assert SlotRunner(tiny_llama.loaded, 1, PROBE, 512).reading_heads == {}
