@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,19 +129,19 @@ def demo(
     model = config["model"]
     # It knows the drawings and their words, and nothing else.
     sees = model == "tiny-vl"
-    with serving(model, embedder=None) as llm:
-        stories = picture_stories() if sees else None
-        report = showcase.run(llm, console, repeats, max_tokens, picture, stories, show_prompts)
-    told = [*report["stories"]]
-    if not sees and is_installed("tiny-vl"):
-        with serving("tiny-vl", embedder=None) as llm:
-            seen = showcase.run(
-                llm, console, repeats, max_tokens, None, picture_stories(), show_prompts
-            )
-        report["pictures"] = seen
-        told += seen["stories"]
-    console.print()
-    console.print(showcase.summary(told))
+
+    def told(llm: Any, picture: Path | None, stories: Any) -> dict[str, Any]:
+        return showcase.run(llm, console, repeats, max_tokens, picture, stories, show_prompts)
+
+    with ExitStack() as loaded:
+        llm = loaded.enter_context(serving(model, embedder=None))
+        tiny_vl = None
+        if not sees and is_installed("tiny-vl"):
+            tiny_vl = loaded.enter_context(serving("tiny-vl", embedder=None))
+        console.print(showcase.HEADING)
+        report = told(llm, picture, picture_stories() if sees else None)
+        if tiny_vl is not None:
+            report["pictures"] = told(tiny_vl, None, picture_stories())
     if not show_prompts:
         console.print("With --show-prompts: every prompt, coloured by where its KV came from.")
     write_report(report, json_file)
