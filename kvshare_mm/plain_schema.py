@@ -7,9 +7,11 @@ never more: an answer is valid, but some valid ones cannot be given.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 from kvshare_mm.schema_types import (
@@ -31,6 +33,7 @@ from kvshare_mm.schema_types import (
 
 _MAX_STEPS = 3_000  # parts looked at: a third of a second
 _MAX_NEEDED = 20  # items of a list whose schemas are looked at
+_MAX_LISTS = 350  # of different items, written out: all of five values, pairs of eighteen
 _TYPES = ("null", "boolean", "number", "string", "array", "object")
 _ASSERTED = {"type", "enum", "const", "allOf", "anyOf", "oneOf", "not", "if"}.union(
     *KEYWORDS.values()
@@ -76,7 +79,8 @@ def _holds_beside(schema: Mapping[str, Any]) -> bool:
 
 
 def _needs_it(schema: Mapping[str, Any]) -> bool:
-    return bool({"oneOf", "not", "if"} & schema.keys()) or _holds_beside(schema)
+    known = {"oneOf", "not", "if"} & schema.keys() or schema.get("uniqueItems") is True
+    return bool(known) or _holds_beside(schema)
 
 
 class _Reader:
@@ -105,6 +109,7 @@ class _Reader:
             return rest
         alternatives, _ = self.alternatives(schema)
         shown = [self._shown(each) for each in alternatives]
+        shown = [each for each in shown if each.get("enum") != []]
         if not shown:
             return False
         one = shown[0] if len(shown) == 1 else {"anyOf": shown}
@@ -135,6 +140,8 @@ class _Reader:
         )
 
     def _shown(self, alternative: Alternative) -> Any:
+        if alternative.get("uniqueItems") is True:
+            alternative = self._unique(alternative)
         return _worded({name: self._inside(name, value) for name, value in alternative.items()})
 
     # -- schemas to alternatives --------------------------------------------------------------
@@ -215,6 +222,47 @@ class _Reader:
             found += left
             exact = exact and all_of_it
         return found, exact
+
+    # -- lists whose items must differ --------------------------------------------------------
+
+    def _unique(self, a: Alternative) -> Alternative:
+        """The same lists without `uniqueItems`: it holds anyway, or all of them are written out.
+
+        Raises:
+            CannotEnforceError: there are too many.
+        """
+        first, others = a.get("prefixItems", []), a.get("items", True)
+        most = len(first) if others is False else math.inf
+        most = min(most, at_most(a, "maxItems"))
+        if most <= _MAX_NEEDED:
+            pairs = combinations([item(a, i) for i in range(int(most))], 2)
+            if all(self._never_equal(one, other) for one, other in pairs):
+                return {name: value for name, value in a.items() if name != "uniqueItems"}
+        values = self._values([*first, others])
+        least, most = int(at_least(a, "minItems")), int(min(most, len(values)))
+        lengths = range(least, most + 1)
+        if sum(math.perm(len(values), length) for length in lengths) > _MAX_LISTS:
+            raise CannotEnforceError("uniqueItems allows too many lists to be written out")
+        fits = self._fitting(a, formats=True)
+        lists = (list(each) for length in lengths for each in permutations(values, length))
+        return {"enum": [each for each in lists if fits(each)]}
+
+    def _never_equal(self, one: Any, other: Any) -> bool:
+        (some, all_of_some), (others, all_of_others) = map(self.alternatives, (one, other))
+        known = all_of_some and all_of_others
+        return known and all(self._apart(a, b) for a in some for b in others)
+
+    def _values(self, schemas: Sequence[Any]) -> list[Any]:
+        """All that fits any of these schemas, if that is known and not much."""
+        found: dict[str, Any] = {}  # by their JSON: Python's 1 is its True
+        for schema in schemas:
+            alternatives, all_of_it = self.alternatives(schema)
+            if not all_of_it or any("enum" not in each for each in alternatives):
+                raise CannotEnforceError("uniqueItems of items that have more than a few values")
+            found |= {
+                json.dumps(v, sort_keys=True): v for each in alternatives for v in each["enum"]
+            }
+        return [*found.values()]
 
     # -- of alternatives ----------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ KEYWORDS = {"integer": _NUMBERS, "number": _NUMBERS, "string": _STRINGS, "array"
 # What can be met and taken away; the others stay where they stand alone.
 _KNOWN = {"type", "items", "prefixItems", "minItems", "maxItems", "properties", "required",
           "additionalProperties", "minProperties", "maxProperties", "patterns", "minLength",
-          "maxLength", "format", *_NUMBERS} - {"multipleOf"}  # fmt: skip
+          "maxLength", "format", "uniqueItems", *_NUMBERS} - {"multipleOf"}  # fmt: skip
 MAX_PATTERN = 200  # characters
 MAX_ALTERNATIVES = 100
 _MAX_PREFIX = 50
@@ -91,7 +91,7 @@ def meet(a: Alternative, b: Alternative) -> Alternative | None:
 
 def less(a: Alternative, b: Alternative) -> Left:
     """What fits `a` and not `b`, which have a type in common."""
-    if wider := b.keys() - _KNOWN - {"format"}:
+    if wider := b.keys() - (_KNOWN - {"uniqueItems"}) - {"format"}:
         # More is taken away: less is left, which may be.
         if "patternProperties" in wider:
             wider = {*wider, "additionalProperties"}
