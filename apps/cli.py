@@ -130,19 +130,29 @@ def demo(
     # It knows the drawings and their words, and nothing else.
     sees = model == "tiny-vl"
 
-    def told(llm: Any, picture: Path | None, stories: Any) -> dict[str, Any]:
-        return showcase.run(llm, console, repeats, max_tokens, picture, stories, show_prompts)
+    told: list[dict[str, Any]] = []
+
+    def tell(llm: Any, picture: Path | None, stories: Any) -> dict[str, Any]:
+        report = showcase.run(llm, console, repeats, max_tokens, picture, stories, show_prompts)
+        told.extend(report["stories"])
+        return report
 
     with ExitStack() as loaded:
         llm = loaded.enter_context(serving(model, embedder=None))
         tiny_vl = None
         if not sees and is_installed("tiny-vl"):
             tiny_vl = loaded.enter_context(serving("tiny-vl", embedder=None))
-        console.print(showcase.HEADING)
-        report = told(llm, picture, picture_stories() if sees else None)
+        if not show_prompts:
+            console.print(showcase.HEADING)
+        report = tell(llm, picture, picture_stories() if sees else None)
         if tiny_vl is not None:
-            report["pictures"] = told(tiny_vl, None, picture_stories())
-    if not show_prompts:
+            report["pictures"] = tell(tiny_vl, None, picture_stories())
+    if show_prompts:  # each row stood below its prompt; here they are together
+        console.print()
+        console.print(showcase.HEADING)
+        for story in told:
+            console.print(showcase.row(story))
+    else:
         console.print("With --show-prompts: every prompt, coloured by where its KV came from.")
     write_report(report, json_file)
 

@@ -22,6 +22,7 @@ from kvshare_mm.apps import chat as chat_app
 from kvshare_mm.apps import showcase
 from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.stories import STORIES, Story, picture_stories
+from kvshare_mm.apps.token_view import legend
 
 from .conftest import Run
 
@@ -302,7 +303,9 @@ def test_demo_shows_prompts_where_they_are_asked_for(
     result = run("demo", "--model", tiny_folder, *options)
     assert result.exit_code == 0, result.output
     assert "number [/red]" in result.output
-    assert "identical beginning, reused" in result.output
+    assert "identical beginning" in result.output
+    *_, heading, row = result.output.splitlines()
+    assert heading in showcase.HEADING.plain and row.startswith("fox ")
 
 
 def test_the_demos_rows_stand_below_their_headings() -> None:
@@ -316,3 +319,4 @@ def test_the_demos_rows_stand_below_their_headings() -> None:
         assert row.startswith(f"{story.name} ") and row.index("donor's") == heading.index("answer")
         for name, cost in (("prefix caching", row.index("ms")), ("KVShare", row.rindex("ms"))):
             assert cost + len("ms") == heading.index(name) + len(name)  # aligned to the right
+    assert len(legend()) <= 80
