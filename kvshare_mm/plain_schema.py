@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations, permutations
+from itertools import combinations
 from typing import Any
 
 from kvshare_mm.schema_types import (
@@ -23,6 +23,7 @@ from kvshare_mm.schema_types import (
     at_least,
     at_most,
     bounds,
+    different,
     item,
     less,
     less_values,
@@ -33,7 +34,7 @@ from kvshare_mm.schema_types import (
 
 _MAX_STEPS = 3_000  # parts looked at: a third of a second
 _MAX_NEEDED = 20  # items of a list whose schemas are looked at
-_MAX_LISTS = 350  # of different items, written out: all of five values, pairs of eighteen
+_MAX_WRITTEN = 1 << 16  # characters of lists of different items: half a second to read
 _TYPES = ("null", "boolean", "number", "string", "array", "object")
 _ASSERTED = {"type", "enum", "const", "allOf", "anyOf", "oneOf", "not", "if"}.union(
     *KEYWORDS.values()
@@ -93,6 +94,7 @@ class _Reader:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._left = _MAX_STEPS
+        self._room = _MAX_WRITTEN
 
     # -- schemas to schemas -----------------------------------------------------------------
 
@@ -239,13 +241,9 @@ class _Reader:
             if all(self._never_equal(one, other) for one, other in pairs):
                 return {name: value for name, value in a.items() if name != "uniqueItems"}
         values = self._values([*first, others])
-        least, most = int(at_least(a, "minItems")), int(min(most, len(values)))
-        lengths = range(least, most + 1)
-        if sum(math.perm(len(values), length) for length in lengths) > _MAX_LISTS:
-            raise CannotEnforceError("uniqueItems allows too many lists to be written out")
-        fits = self._fitting(a, formats=True)
-        lists = (list(each) for length in lengths for each in permutations(values, length))
-        return {"enum": [each for each in lists if fits(each)]}
+        lists, size = different(values, int(at_least(a, "minItems")), most, self._room)
+        self._room -= size
+        return {"enum": list(filter(self._fitting(a, formats=True), lists))}
 
     def _never_equal(self, one: Any, other: Any) -> bool:
         (some, all_of_some), (others, all_of_others) = map(self.alternatives, (one, other))
@@ -377,7 +375,9 @@ class _Reader:
     def _step(self) -> None:
         self._left -= 1
         if self._left < 0:
-            raise CannotEnforceError("allOf, oneOf, not and $ref are too many or nested too far")
+            raise CannotEnforceError(
+                "allOf, oneOf, not, uniqueItems and $ref are too many or nested too far"
+            )
 
 
 def _worded(alternative: Alternative) -> dict[str, Any]:

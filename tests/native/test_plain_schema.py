@@ -100,6 +100,11 @@ def test_nothing_is_lost_where_all_can_be_said(schema: Any) -> None:
         ({"allOf": [{"uniqueItems": True}, {"type": "array", "minItems": 1}]}, "uniqueItems"),
         (_unique(items={"type": "string"}, maxItems=2), "uniqueItems of items"),
         (_unique(items={"enum": [*range(6)]}), "uniqueItems allows too many"),
+        (
+            _unique(items={"enum": [letter * 99 for letter in "abcde"]}),
+            "uniqueItems allows too many",
+        ),
+        (_unique(prefixItems=[_unique(items={"enum": [*"abcde"]})] * 9), "uniqueItems"),
         (_unique(items={"type": "boolean"}, minItems=3), "nothing that fits"),
         ({"$ref": "#/properties/a", "minimum": 1}, r"\$ref"),
         ({"$ref": "http://127.0.0.1/a.json", "minimum": 1}, r"\$ref"),
