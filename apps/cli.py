@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,20 +129,30 @@ def demo(
     model = config["model"]
     # It knows the drawings and their words, and nothing else.
     sees = model == "tiny-vl"
-    with serving(model, embedder=None) as llm:
-        stories = picture_stories() if sees else None
+
+    told: list[dict[str, Any]] = []
+
+    def tell(llm: Any, picture: Path | None, stories: Any) -> dict[str, Any]:
         report = showcase.run(llm, console, repeats, max_tokens, picture, stories, show_prompts)
-    told = [*report["stories"]]
-    if not sees and is_installed("tiny-vl"):
-        with serving("tiny-vl", embedder=None) as llm:
-            seen = showcase.run(
-                llm, console, repeats, max_tokens, None, picture_stories(), show_prompts
-            )
-        report["pictures"] = seen
-        told += seen["stories"]
-    console.print()
-    console.print(showcase.summary(told))
-    if not show_prompts:
+        told.extend(report["stories"])
+        return report
+
+    with ExitStack() as loaded:
+        llm = loaded.enter_context(serving(model, embedder=None))
+        tiny_vl = None
+        if not sees and is_installed("tiny-vl"):
+            tiny_vl = loaded.enter_context(serving("tiny-vl", embedder=None))
+        if not show_prompts:
+            console.print(showcase.HEADING)
+        report = tell(llm, picture, picture_stories() if sees else None)
+        if tiny_vl is not None:
+            report["pictures"] = tell(tiny_vl, None, picture_stories())
+    if show_prompts:  # each row stood below its prompt; here they are together
+        console.print()
+        console.print(showcase.HEADING)
+        for story in told:
+            console.print(showcase.row(story))
+    else:
         console.print("With --show-prompts: every prompt, coloured by where its KV came from.")
     write_report(report, json_file)
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
+from rich.text import Text
 
 from kvshare_mm.apps.stories import STORIES, Story
 from kvshare_mm.apps.token_view import legend, token_view
@@ -28,6 +27,12 @@ _SOURCES = {
     "features": "known: its encoder does not run",
     "encoder": "new: its encoder runs",
 }
+_ROW = "{:<12} {:>7} {:>15} {:>14} {:>7}  {}"
+# All stories, with the command and a prompt above and below, fit one screen of 80x24.
+HEADING = Text.assemble(
+    ("Tokens computed, time to the first token:\n", ""),
+    (_ROW.format("story", "prompt", "prefix caching", "KVShare", "sooner", "answer"), "bold"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,10 @@ class Told:
 
 
 def tell(llm: KVShare, story: Story, repeats: int, max_tokens: int) -> Told:
-    """Serve a story: the donor once, the target by every method `repeats` times in turn."""
+    """Serve a story: the donor once, the target by every method `repeats` times in turn.
+
+    Prefix caching says its first token alone: it answers as full recompute does.
+    """
     salt = f"demo-{story.name}"
     donor = llm.chat(
         story.messages(story.donor),
@@ -67,7 +75,7 @@ def tell(llm: KVShare, story: Story, repeats: int, max_tokens: int) -> Told:
         for name, reuse in METHODS.items():
             output = llm.chat(
                 story.messages(story.target),
-                SamplingParams(max_tokens=max_tokens if repeat == 0 else 1),
+                SamplingParams(max_tokens=1 if repeat or name == "prefix" else max_tokens),
                 RequestOptions(cache_salt=salt, reuse=reuse, store=False),
             )
             times[name].append(output.metrics.ttft)
@@ -124,41 +132,46 @@ def _print_prompt(llm: KVShare, console: Console, told: Told) -> None:
     console.print(legend())
     view = token_view(llm.tokenizer, shared.prompt_token_ids, shared.provenance)
     console.print(Panel(view, title="the new prompt", title_align="left"))
+    console.print(f"Answer to the earlier one: {_line(told.donor)}", markup=False, highlight=False)
 
 
 def _print(console: Console, told: Told) -> None:
-    shared, full = told.outputs["kvshare"], told.outputs["full"]
-    console.print(f"[bold]{told.story.name}[/]: {told.story.about}")
-    for use in shared.provenance.media:
-        console.print(f"  [dim]{use.modality:14}:[/] {_SOURCES[use.source]} ({use.label})")
-    console.print(f"  [dim]earlier answer:[/] {_line(told.donor)}")
-    console.print(f"  [dim]KVShare       :[/] {_line(shared)}")
+    """A row of the table, and a line on what was asked and answered, cut at the border."""
+    shared = told.outputs["kvshare"]
+    lines = [row(_as_data(told)), Text(f"  {told.story.about}: ", "dim").append(_line(shared), "")]
     if not told.same_answer:
-        console.print(f"  [red]full recompute:[/] {_line(full)}")
+        lines.append(Text(f"  full recompute: {_line(told.outputs['full'])}", "red"))
+    lines += (Text(f"  {what}", "dim") for what in _media(shared))
+    for line in lines:
+        console.print(line, no_wrap=True, overflow="ellipsis")
+
+
+def _media(output: RequestOutput) -> Iterator[str]:
+    """What became of the pictures and sounds, those of the same fate in one line."""
+    for kind in dict.fromkeys((use.modality, use.source) for use in output.provenance.media):
+        yield f"{kind[0]} {_SOURCES[kind[1]]}"
 
 
 def _line(output: RequestOutput) -> str:
-    return escape(" ".join(output.text.split()))
+    return " ".join(output.text.split())
 
 
-def summary(stories: Sequence[Mapping[str, Any]]) -> Table:
-    """All stories (`run`'s) in one table of 80 columns, beside prefix caching."""
-    table = Table(
-        title="tokens computed, time to the first token", title_justify="left", title_style="bold"
-    )
-    for heading in ("story", "prompt", "prefix caching", "KVShare", "sooner", "answer"):
-        table.add_column(heading, justify="left" if heading in ("story", "answer") else "right")
-    for story in stories:
-        prefix, kvshare = story["methods"]["prefix"], story["methods"]["kvshare"]
-        table.add_row(
+def row(story: Mapping[str, Any]) -> Text:
+    """A story (one of `run`'s) beside prefix caching, in less than 80 columns."""
+    prefix, kvshare = story["methods"]["prefix"], story["methods"]["kvshare"]
+    text = Text(
+        _ROW.format(
             story["name"],
-            str(story["tokens"]),
+            story["tokens"],
             _cost(prefix),
             _cost(kvshare),
             f"{prefix['ttft_s'] / kvshare['ttft_s']:.1f}x",
-            story["answer"] if story["answer"] == "right" else f"[red]{story['answer']}[/]",
+            story["answer"],
         )
-    return table
+    )
+    text.stylize("bold", 0, len(story["name"]))
+    text.stylize("green" if story["answer"] == "right" else "red", -len(story["answer"]))
+    return text
 
 
 def _cost(method: Mapping[str, Any]) -> str:
@@ -185,7 +198,7 @@ def _as_data(told: Told) -> dict[str, Any]:
             name: {
                 "ttft_s": told.ttft[name],
                 "computed_tokens": output.provenance.recomputed,
-                "answer": output.text,
+                **({} if name == "prefix" else {"answer": output.text}),
             }
             for name, output in told.outputs.items()
         },

@@ -224,7 +224,7 @@ def conversation(first: int, end: int, question: str) -> Messages:
 STORIES = (
     Story(
         "clock",
-        "the same system prompt a minute later, another customer's order",
+        "a minute later, another customer",
         clocked("10:42:07", "4471: one lamp for 32 euros, sent on Monday", "lamp"),
         clocked("10:43:51", "9032: one helmet for 58 euros, sent on Friday", "helmet"),
         right="58 euros",
@@ -232,7 +232,7 @@ STORIES = (
     ),
     Story(
         "lab report",
-        "the same blood report with another patient's numbers",
+        "another patient",
         lab_report(_DONOR_VALUES, "48210", "Question: What is the haemoglobin value?"),
         lab_report(_TARGET_VALUES, "77345", "Question: What is the haemoglobin value?"),
         right="121",
@@ -240,7 +240,7 @@ STORIES = (
     ),
     Story(
         "exam",
-        "the same exam with another student's answers",
+        "another student",
         exam("1041", {"Everest": "K2"}),
         exam("2216", {"Pacific Ocean": "Atlantic Ocean", "Sahara": "Gobi"}),
         right="Atlantic",
@@ -248,7 +248,7 @@ STORIES = (
     ),
     Story(
         "support",
-        "the same rules behind another customer's name, another question",
+        "another customer and question",
         support("Ada Lund, order 4471", "What does a return cost?"),
         support("Tom Berg, order 9032", "How long do repairs take?"),
         right="10 working days",
@@ -256,7 +256,7 @@ STORIES = (
     ),
     Story(
         "dropped turn",
-        "a conversation without its oldest turn, the next question",
+        "a chat without its oldest turn",
         conversation(0, 14, "How much is the new chain?"),
         conversation(2, 16, "How much is the wheel?"),
         right="25 euros",
@@ -266,29 +266,40 @@ STORIES = (
 
 
 def picture_stories() -> tuple[Story, ...]:
-    """Two requests about drawn product photos, and who asked before."""
-    from kvshare_mm.assets.shop.dialogues import random_customer
+    """Two requests about drawn product photos, and who asked before.
+
+    The time of day stands in front of the rules, and the photos behind them.
+    """
+    from kvshare_mm.assets.shop.dialogues import Request, random_customer
+    from kvshare_mm.assets.shop.phrases import FILLERS
     from kvshare_mm.assets.shop.similar import random_request, similar
 
+    def at(clock: str, request: Request) -> Messages:
+        system, user = request.messages()
+        rules = {"type": "text", "text": f"It is {clock}. {request.system_text()}"}
+        return [{**system, "content": [rules]}, user]
+
     rng = random.Random("stories")
-    photo = random_request(rng, "my_warranty", num_fillers=4)
-    photo = replace(photo, wording=replace(photo.wording, photos_first=False))
-    asked_again = replace(similar(photo, "rephrased", rng), customer=random_customer(rng))
-    policy = random_request(rng, "my_fee", num_fillers=4)
+    both = random_request(rng, "my_warranty", num_photos=2, num_fillers=len(FILLERS))
+    both = replace(both, wording=replace(both.wording, photos_first=False))
+    second = replace(both.question, photo=1 - both.question.photo)
+    asked_again = replace(both, question=second, customer=random_customer(rng))
+    policy = random_request(rng, "my_fee", num_fillers=len(FILLERS))
     other = similar(policy, "other_picture", rng)
     return (
         Story(
-            "same photo",
-            "another customer sends the same photo and asks in other words",
-            photo.messages(),
-            asked_again.messages(),
+            "same photos",
+            "a minute later, about the other one",
+            at("10:42:07", both),
+            at("10:43:51", asked_again),
             right=asked_again.answer(),
+            before=both.answer(),
         ),
         Story(
             "other photo",
-            "the same rules and the same question about another photo",
-            policy.messages(),
-            other.messages(),
+            "a minute later, the same question",
+            at("10:42:07", policy),
+            at("10:43:51", other),
             right=other.answer(),
             before=policy.answer(),
         ),

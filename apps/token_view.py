@@ -44,13 +44,13 @@ def token_view(tokenizer: Any, token_ids: tuple[int, ...], provenance: Provenanc
 
 
 def legend() -> Text:
-    """What the colours mean."""
-    text = Text()
-    for kind, meaning in (
-        ("exact", "identical beginning, reused"),
-        ("reused", "a similar request's, moved"),
-        ("recomputed", "computed now"),
-    ):
-        text.append(f" {kind} ", STYLES[kind])
-        text.append(f" {meaning}   ")
-    return text
+    """What the colours mean, in one line of 80 columns."""
+    meanings = {
+        "exact": "identical beginning",
+        "reused": "similar, moved",
+        "recomputed": "computed now",
+    }
+    return Text("  ").join(
+        Text.assemble((f" {kind} ", STYLES[kind]), f" {meaning}")
+        for kind, meaning in meanings.items()
+    )

@@ -7,6 +7,8 @@ never more: an answer is valid, but some valid ones cannot be given.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
@@ -21,6 +23,7 @@ from kvshare_mm.schema_types import (
     at_least,
     at_most,
     bounds,
+    different,
     item,
     less,
     less_values,
@@ -31,6 +34,7 @@ from kvshare_mm.schema_types import (
 
 _MAX_STEPS = 3_000  # parts looked at: a third of a second
 _MAX_NEEDED = 20  # items of a list whose schemas are looked at
+_MAX_WRITTEN = 1 << 16  # characters of lists of different items: half a second to read
 _TYPES = ("null", "boolean", "number", "string", "array", "object")
 _ASSERTED = {"type", "enum", "const", "allOf", "anyOf", "oneOf", "not", "if"}.union(
     *KEYWORDS.values()
@@ -76,7 +80,8 @@ def _holds_beside(schema: Mapping[str, Any]) -> bool:
 
 
 def _needs_it(schema: Mapping[str, Any]) -> bool:
-    return bool({"oneOf", "not", "if"} & schema.keys()) or _holds_beside(schema)
+    known = {"oneOf", "not", "if"} & schema.keys() or schema.get("uniqueItems") is True
+    return bool(known) or _holds_beside(schema)
 
 
 class _Reader:
@@ -89,6 +94,7 @@ class _Reader:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._left = _MAX_STEPS
+        self._room = _MAX_WRITTEN
 
     # -- schemas to schemas -----------------------------------------------------------------
 
@@ -105,6 +111,7 @@ class _Reader:
             return rest
         alternatives, _ = self.alternatives(schema)
         shown = [self._shown(each) for each in alternatives]
+        shown = [each for each in shown if each.get("enum") != []]
         if not shown:
             return False
         one = shown[0] if len(shown) == 1 else {"anyOf": shown}
@@ -135,6 +142,8 @@ class _Reader:
         )
 
     def _shown(self, alternative: Alternative) -> Any:
+        if alternative.get("uniqueItems") is True:
+            alternative = self._unique(alternative)
         return _worded({name: self._inside(name, value) for name, value in alternative.items()})
 
     # -- schemas to alternatives --------------------------------------------------------------
@@ -215,6 +224,43 @@ class _Reader:
             found += left
             exact = exact and all_of_it
         return found, exact
+
+    # -- lists whose items must differ --------------------------------------------------------
+
+    def _unique(self, a: Alternative) -> Alternative:
+        """The same lists without `uniqueItems`: it holds anyway, or all of them are written out.
+
+        Raises:
+            CannotEnforceError: there are too many.
+        """
+        first, others = a.get("prefixItems", []), a.get("items", True)
+        most = len(first) if others is False else math.inf
+        most = min(most, at_most(a, "maxItems"))
+        if most <= _MAX_NEEDED:
+            pairs = combinations([item(a, i) for i in range(int(most))], 2)
+            if all(self._never_equal(one, other) for one, other in pairs):
+                return {name: value for name, value in a.items() if name != "uniqueItems"}
+        values = self._values([*first, others])
+        lists, size = different(values, int(at_least(a, "minItems")), most, self._room)
+        self._room -= size
+        return {"enum": list(filter(self._fitting(a, formats=True), lists))}
+
+    def _never_equal(self, one: Any, other: Any) -> bool:
+        (some, all_of_some), (others, all_of_others) = map(self.alternatives, (one, other))
+        known = all_of_some and all_of_others
+        return known and all(self._apart(a, b) for a in some for b in others)
+
+    def _values(self, schemas: Sequence[Any]) -> list[Any]:
+        """All that fits any of these schemas, if that is known and not much."""
+        found: dict[str, Any] = {}  # by their JSON: Python's 1 is its True
+        for schema in schemas:
+            alternatives, all_of_it = self.alternatives(schema)
+            if not all_of_it or any("enum" not in each for each in alternatives):
+                raise CannotEnforceError("uniqueItems of items that have more than a few values")
+            found |= {
+                json.dumps(v, sort_keys=True): v for each in alternatives for v in each["enum"]
+            }
+        return [*found.values()]
 
     # -- of alternatives ----------------------------------------------------------------------
 
@@ -329,7 +375,9 @@ class _Reader:
     def _step(self) -> None:
         self._left -= 1
         if self._left < 0:
-            raise CannotEnforceError("allOf, oneOf, not and $ref are too many or nested too far")
+            raise CannotEnforceError(
+                "allOf, oneOf, not, uniqueItems and $ref are too many or nested too far"
+            )
 
 
 def _worded(alternative: Alternative) -> dict[str, Any]:

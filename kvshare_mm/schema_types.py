@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 Alternative = dict[str, Any]
@@ -27,10 +28,11 @@ KEYWORDS = {"integer": _NUMBERS, "number": _NUMBERS, "string": _STRINGS, "array"
 # What can be met and taken away; the others stay where they stand alone.
 _KNOWN = {"type", "items", "prefixItems", "minItems", "maxItems", "properties", "required",
           "additionalProperties", "minProperties", "maxProperties", "patterns", "minLength",
-          "maxLength", "format", *_NUMBERS} - {"multipleOf"}  # fmt: skip
+          "maxLength", "format", "uniqueItems", *_NUMBERS} - {"multipleOf"}  # fmt: skip
 MAX_PATTERN = 200  # characters
 MAX_ALTERNATIVES = 100
 _MAX_PREFIX = 50
+_MAX_LISTS = 350  # of different items: all of five values, pairs of eighteen
 
 
 class CannotEnforceError(ValueError):
@@ -91,7 +93,7 @@ def meet(a: Alternative, b: Alternative) -> Alternative | None:
 
 def less(a: Alternative, b: Alternative) -> Left:
     """What fits `a` and not `b`, which have a type in common."""
-    if wider := b.keys() - _KNOWN - {"format"}:
+    if wider := b.keys() - (_KNOWN - {"uniqueItems"}) - {"format"}:
         # More is taken away: less is left, which may be.
         if "patternProperties" in wider:
             wider = {*wider, "additionalProperties"}
@@ -233,6 +235,25 @@ def item(a: Alternative, index: int) -> Any:
     """The schema of an item."""
     first = a.get("prefixItems", [])
     return first[index] if index < len(first) else a.get("items", True)
+
+
+def different(
+    values: Sequence[Any], least: int, most: float, room: int
+) -> tuple[list[list[Any]], int]:
+    """All lists of `least` to `most` of these values, each once, and their characters.
+
+    Raises:
+        CannotEnforceError: there are too many, or they have more characters than there is room.
+    """
+    lengths = range(least, int(min(most, len(values))) + 1)
+    longest = max((len(json.dumps(value)) + 2 for value in values), default=0)
+    count = size = 0
+    for length in lengths:
+        more = math.perm(len(values), length)
+        count, size = count + more, size + more * length * longest
+        if count > _MAX_LISTS or size > room:
+            raise CannotEnforceError("uniqueItems allows too many lists to be written out")
+    return [list(each) for length in lengths for each in permutations(values, length)], size
 
 
 def _meet_items(met: Alternative, a: Alternative, b: Alternative) -> None:

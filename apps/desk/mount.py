@@ -29,9 +29,16 @@ _ICON = (
 
 def theme() -> gr.themes.Base:
     """Fonts of the reader's own machine: nothing is fetched from elsewhere. Colours that can be
-    read: white on them, and they on white, have a contrast of at least 4.5."""
+    read: white on them, and they on white, have a contrast of at least 4.5. Panels and fields can
+    be told from what is below them: the edge of a field has a contrast of at least 3."""
     fonts = ["system-ui", "Segoe UI", "Roboto", "sans-serif"]
     colours = {
+        "body_background_fill": "*neutral_100",
+        "input_border_color": "*neutral_500",
+        "input_border_width": "1px",
+        "checkbox_border_color": "*neutral_500",
+        "checkbox_label_border_color": "*neutral_300",
+        "checkbox_label_border_width": "1px",
         "block_title_background_fill": "transparent",
         "block_label_background_fill": "transparent",
         "block_title_text_color": "*neutral_600",
@@ -45,6 +52,10 @@ def theme() -> gr.themes.Base:
         "input_placeholder_color": "*neutral_500",
     }
     dark = {
+        "body_background_fill": "*neutral_950",
+        "input_border_color": "*neutral_400",
+        "checkbox_border_color": "*neutral_400",
+        "checkbox_label_border_color": "*neutral_600",
         "block_title_text_color": "*neutral_300",
         "block_label_text_color": "*neutral_300",
         "button_secondary_background_fill_hover": "*neutral_500",

@@ -38,11 +38,14 @@ def words(messages: Any) -> list[list[str]]:
 def test_picture_stories_are_what_they_say() -> None:
     same, other = picture_stories()
     assert np.array_equal(photos(same.donor), photos(same.target))
-    assert words(same.donor)[0] == words(same.target)[0]  # the rules
     for mine, theirs in zip(words(same.donor)[1], words(same.target)[1], strict=True):
         assert mine != theirs  # the customer, the question
-    assert words(other.donor) == words(other.target)
+    assert words(other.donor)[1] == words(other.target)[1]
     assert not np.array_equal(photos(other.donor), photos(other.target))
+    for story in (same, other):
+        assert story.right != story.before
+        rules, since = (words(asked)[0][0] for asked in (story.donor, story.target))
+        assert rules.replace("10:42:07", "10:43:51", 1) == since != rules  # the clock in front
 
 
 def test_every_run_tells_the_same() -> None:
@@ -58,20 +61,16 @@ def test_they_are_told(media_folder: Callable[[str], Path], console: Console) ->
     with KVShare(str(media_folder("qwen2_5_vl")), embedder=None, repair="none") as llm:
         report = showcase.run(llm, console, 1, 4, None, picture_stories(), show_prompts=True)
     shown = console.export_text()
-    assert "known: its KV is reused, its encoder does not run (112x112, seen as 112x112)" in shown
-    assert "new: its encoder runs (112x112, seen as 112x112)" in shown
+    assert shown.count("image known: its KV is reused, its encoder does not run") == 1  # of two
+    assert "image new: its encoder runs" in shown
     assert "[image: 112x112, seen as 112x112]" in shown
     same, other = report["stories"]
     for story in (same, other):
         assert set(story) == FIGURES
         computed = {name: m["computed_tokens"] for name, m in story["methods"].items()}
         assert computed["kvshare"] < computed["full"] == story["tokens"]
-        assert computed["prefix"] < computed["full"]
-        answers = {name: m["answer"] for name, m in story["methods"].items()}
-        assert answers["prefix"] == answers["full"]
-    # A name in front of the photo ends the identical beginning; the photo is known all the same.
-    methods = same["methods"]
-    assert methods["kvshare"]["computed_tokens"] < methods["prefix"]["computed_tokens"] - 16
+        # The clock ends the identical beginning; what is behind it is known all the same.
+        assert computed["kvshare"] < computed["prefix"] / 2
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -95,5 +94,5 @@ def test_the_demo_tells_them_if_their_model_is_installed(
     options = ["--model", str(tiny_folder), "--repeats", "1", "--max-tokens", "3"]
     done = run("demo", *options, "--json", out)
     assert done.exit_code == 0, done.output
-    assert ("same photo" in done.output) == installed
+    assert ("same photos" in done.output) == installed
     assert ('"pictures"' in out.read_text()) == installed

@@ -27,7 +27,8 @@ _LEAVES: st.SearchStrategy[dict[str, Any]] = st.one_of(
          {"type": "string", "format": "uuid"}, {"type": "string", "pattern": "^[a-c]{1,3}$"},
          {"type": "string", "pattern": "[0-9]$"}, {"type": "number", "exclusiveMinimum": 0.5},
          {"type": "integer", "multipleOf": 5}, {"not": {"type": "string"}}, {},
-         {"type": "array", "uniqueItems": True}]
+         {"type": "array", "uniqueItems": True},
+         {"type": "array", "uniqueItems": True, "items": {"enum": ["a", "b", 1, True, None]}}]
     ),
     st.tuples(st.integers(-99, 99), st.integers(0, 99)).map(
         lambda at: {"type": "integer", "minimum": at[0], "maximum": sum(at)}

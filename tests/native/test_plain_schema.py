@@ -17,6 +17,7 @@ from .test_any_schema import _ANY, _with_definitions
 _VALUES: list[Any] = [
     None, True, False, 0, 1, 2, 3, 5, -1, 4.0, 0.5, 2.5, 1e9, "", "a", "ab", "abc", "b7", "a\nb",
     "red", "7", "grün", [], [0], [1], [True], [1, 2], ["a"], [None, "a", 3], [[]], [True] * 4,
+    ["red", "blue"], ["blue", "red"], ["red", "red"], [True, False], [1, True], [1, "a"], [1, 1.0],
     {}, {"a": 1},
     {"a": "x"}, {"b": 2}, {"a": 1, "b": 2}, {"a": None, "b": [], "c": {}}, {"x": 3}, {"x": 11},
     {"kind": "k0", "value": 1}, {"kind": "k1", "value": None}, {"kind": "k0"},
@@ -24,6 +25,12 @@ _VALUES: list[Any] = [
 _KEYS = [[f"{a}{b}" for b in range(12)] for a in "abcdef"]
 _A, _B = ({"type": "object", "properties": {n: {"type": "integer"}}} for n in "ab")
 _NEEDS_A, _NEEDS_B = ({**each, "required": [*each["properties"]]} for each in (_A, _B))
+
+
+def _unique(**keywords: Any) -> dict[str, Any]:
+    return {"type": "array", "uniqueItems": True, **keywords}
+
+
 _EDGES: list[Any] = [
     {"not": {"type": "string"}},
     {"type": "string", "not": {"enum": ["a", "ab", "grün", "a\nb"]}},
@@ -40,6 +47,14 @@ _EDGES: list[Any] = [
     {"if": {"type": "string"}, "then": {"minLength": 2}, "else": {"not": {"type": "object"}}},
     {"not": {"not": {"type": "string", "maxLength": 2}}},
     {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/Colour"}], "not": {"const": "red"}},
+    _unique(items={"enum": ["a", "red", "blue", 1]}),
+    _unique(items={"$ref": "#/$defs/Colour"}, minItems=1),
+    _unique(items={"type": ["boolean", "null"]}, maxItems=2),
+    _unique(items={"enum": [1, 1.0, True]}, contains={"const": 1}),
+    _unique(items={"enum": [*range(19)]}, maxItems=1),
+    _unique(prefixItems=[{"type": "integer"}, {"type": "string"}], items=False),
+    _unique(prefixItems=[{"enum": [1, "a"]}, {"const": "a"}], items=False),
+    {"allOf": [{"uniqueItems": True}, {"type": "array", "maxItems": 1}]},
 ]
 
 
@@ -52,6 +67,8 @@ _NOT_A = {"type": "string", "not": {"type": "string", "pattern": "^a"}}
 @example({"type": "array", "not": {"minItems": 1, "prefixItems": [_NOT_A]}})
 @example({"allOf": [{"type": "array", "items": {"const": i}} for i in (0, False)]})
 @example({"not": {"enum": [[True], [1]]}})
+@example({"type": "array", "items": {"enum": [1, 2]}, "not": {"uniqueItems": True, "minItems": 2}})
+@example(_unique(items={"enum": [1, 1.0, True, [1], [True]]}, maxItems=2))
 @example({"oneOf": [{"type": "string", "format": "date"}, {"enum": [""]}]})
 def test_what_fits_the_plain_one_fits(schema: Any) -> None:
     schema = _with_definitions(schema)
@@ -81,6 +98,14 @@ def test_nothing_is_lost_where_all_can_be_said(schema: Any) -> None:
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "nothing that fits"),
         ({"not": {"oneOf": [{"pattern": "a"}, {"pattern": "b"}]}}, "not around another"),
         ({"allOf": [{"uniqueItems": True}, {"type": "array", "minItems": 1}]}, "uniqueItems"),
+        (_unique(items={"type": "string"}, maxItems=2), "uniqueItems of items"),
+        (_unique(items={"enum": [*range(6)]}), "uniqueItems allows too many"),
+        (
+            _unique(items={"enum": [letter * 99 for letter in "abcde"]}),
+            "uniqueItems allows too many",
+        ),
+        (_unique(prefixItems=[_unique(items={"enum": [*"abcde"]})] * 9), "uniqueItems"),
+        (_unique(items={"type": "boolean"}, minItems=3), "nothing that fits"),
         ({"$ref": "#/properties/a", "minimum": 1}, r"\$ref"),
         ({"$ref": "http://127.0.0.1/a.json", "minimum": 1}, r"\$ref"),
         ({"allOf": [{"const": 1}, {"not": {"$ref": "#"}}]}, "too far"),

@@ -42,6 +42,7 @@ def chromium() -> str:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=_TIMEOUT_MS)
     with sync_playwright() as driver:
         opened = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         yield opened
