@@ -15,8 +15,10 @@ import torch
 from kvshare_mm import __version__
 from kvshare_mm.apps.bench.drift import value_deviation
 from kvshare_mm.apps.bench.methods import FULL, Method
+from kvshare_mm.apps.bench.policies import AtHand, endings
 from kvshare_mm.apps.bench.work import LayerCounter
 from kvshare_mm.assemble import assemble
+from kvshare_mm.attention import TailAttention
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import InvalidRequestError, ModelLoadError
 from kvshare_mm.native.prefill import PrefillResult, PromptMedia
@@ -141,7 +143,7 @@ class Rig:
             stream,
             ns,
             reuse=method.reuse,
-            policy=method.policy(partial(self._drift, slot, stream, ns)),
+            policy=method.policy(self._at_hand(slot, stream, ns)),
             store=store,
         )
         int(result.logits.argmax())
@@ -152,6 +154,13 @@ class Rig:
         if dtype not in self._in_dtypes:
             self._in_dtypes[dtype] = _Rounded(self.config, dtype)
         return self._in_dtypes[dtype]
+
+    def _at_hand(self, slot: int, stream: SegmentStream, ns: str) -> AtHand:
+        return AtHand(
+            partial(self._drift, slot, stream, ns),
+            partial(self._attention, slot, stream, ns),
+            partial(endings, self.loaded.tokenizer, stream.token_ids),
+        )
 
     def _drift(
         self, slot: int, stream: SegmentStream, ns: str, plan: ReusePlan, layer: int
@@ -164,6 +173,26 @@ class Rig:
         inputs = media.inputs(np.arange(start, len(stream)))
         found = value_deviation(self.loaded, kv, stream.token_ids, start, layer, inputs)
         return np.where(plan.approximate, found, np.float32(0))
+
+    def _attention(
+        self, slot: int, stream: SegmentStream, ns: str, plan: ReusePlan, width: int
+    ) -> np.ndarray:
+        """Where a prompt's last `width` positions look, over what a plan reuses.
+
+        They see the placeholders too. Those are work of the prefill, not of this probe: who keeps
+        what is computed here need not compute them again.
+        """
+        self.donors.load(plan, ns, *self.runner.slot_kv(slot), stream.positions)
+        media = PromptMedia(self.encoder, stream, ns, reuse=True, store=False)
+        start = max(0, len(stream) - width)
+        before = plan.placeholders[plan.placeholders < start]
+        if len(before):
+            self.runner.prefill(slot, stream.token_ids, before, None, media.inputs(before))
+            self._counter.forget(len(before))
+        query, tail = np.arange(start, len(stream)), TailAttention(width)
+        self.runner.prefill(slot, stream.token_ids, query, tail, media.inputs(query))
+        assert tail.mass is not None
+        return tail.mass
 
     def save(self, stream: SegmentStream, ns: str, served: Served) -> str | None:
         """Make what is in the slot a donor."""

@@ -38,6 +38,10 @@ class LayerCounter:
         positions, self._positions = self._positions, 0
         return positions / self.num_layers
 
+    def forget(self, positions: int) -> None:
+        """So many went through all layers that do not count."""
+        self._positions -= positions * self.num_layers
+
     def close(self) -> None:
         """Count no more."""
         for hook in self._hooks:

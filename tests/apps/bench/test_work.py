@@ -61,6 +61,9 @@ def test_probes_cost_what_they_run(rig: Rig, pairs: list[dict[str, Any]]) -> Non
     # Layers 0 and 1 of three, over what follows the exact prefix.
     behind = len(target) - probed.result.plan.num_exact
     assert probed.work == pytest.approx(probed.result.plan.num_computed + behind * 2 / 3)
+    # The question runs twice; what is new is work of the prefill alone.
+    asked = rig.serve(target, ns, pick("repair=prophet:0.1")[0])
+    assert asked.work == asked.result.plan.num_computed + 32
     rig.donors.delete(stored)
 
 
