@@ -101,14 +101,12 @@ _METHODS = (
     Method("bfloat16", "full recompute in bfloat16: rounding alone", "off", dtype="bfloat16"),
     Method("prefix", "prefix caching, as in vLLM and SGLang: the identical beginning", "exact"),
     Method("placeholders", "KVShare v1 (arXiv 2503.16525): nothing repaired", "similar", "none"),
-    # The paper keeps a little more at the early layers and narrows the set from layer to layer;
-    # here one choice at layer 1 serves all layers.
     Method(
         "cacheblend",
-        "CacheBlend (arXiv 2405.16444): the positions whose V deviates most at an early layer",
+        "CacheBlend (arXiv 2405.16444): the positions whose V deviates most, fewer in every layer",
         "similar",
-        "deviation:0.15",
-        tuple(f"deviation:{share}" for share in _SHARES),
+        "narrowing:0.15",
+        tuple(f"narrowing:{share}" for share in _SHARES),
     ),
     Method(
         "epic",

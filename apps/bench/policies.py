@@ -7,7 +7,7 @@ over its slot tells, and where its sentences end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -45,8 +45,8 @@ class AtHand:
 class TopDeviation:
     """The `share` of approximate positions whose V drifted most at an early layer.
 
-    CacheBlend's choice (arXiv 2405.16444) with one selection layer, and the prompt's last `tail`
-    positions on top.
+    CacheBlend's choice (arXiv 2405.16444) with one selection layer, as its code makes it, and the
+    prompt's last `tail` positions on top.
     """
 
     request: AtHand
@@ -61,6 +61,33 @@ class TopDeviation:
     def positions(self, plan: ReusePlan) -> np.ndarray:
         found = _top(plan.approximate, self.share, lambda: self.request.drift(plan, self.layer))
         return np.concatenate((found, Tail(self.tail).positions(plan)))
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowing:
+    """CacheBlend as published: see `narrowing`, which carries it out.
+
+    The plan alone tells what runs through all layers in any case: the prompt's last `tail`
+    positions. The paper computes a little more than `share` of the others at the early layers and
+    a little less at the late ones; here 1.2 times falls evenly to 0.8 times.
+    """
+
+    share: float = 0.15
+    tail: int = 8
+    tolerance: ClassVar[Tolerance] = Tail.tolerance
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+
+    def positions(self, plan: ReusePlan) -> np.ndarray:
+        return Tail(self.tail).positions(plan)
+
+    def counts(self, num_layers: int, most: int) -> Iterator[int]:
+        """How many of `most` positions each layer computes: all in the first two, whose V is the
+        first that another context changes."""
+        shares = np.linspace(1.2, 0.8, max(0, num_layers - 2)) * self.share
+        yield from [most] * min(2, num_layers)
+        yield from (min(most, math.ceil(share * most)) for share in shares.tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +181,7 @@ def bench_policies(request: AtHand) -> Mapping[str, Callable[[str], RepairPolicy
     """These policies, as `make_policy` takes them beside the product's."""
     return {
         "deviation": lambda share: TopDeviation(request, float(share or 0.15)),
+        "narrowing": lambda share: Narrowing(float(share or 0.15)),
         "prophet": lambda share: TopAttended(request, float(share or 0.2)),
         "boundary": lambda most: ToBoundary(request, int(most or 64)),
         "earlier": lambda least: EarlierChunks(int(least or 256)),

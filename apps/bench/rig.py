@@ -15,7 +15,8 @@ import torch
 from kvshare_mm import __version__
 from kvshare_mm.apps.bench.drift import value_deviation
 from kvshare_mm.apps.bench.methods import FULL, Method
-from kvshare_mm.apps.bench.policies import AtHand, endings
+from kvshare_mm.apps.bench.narrowing import narrow
+from kvshare_mm.apps.bench.policies import AtHand, Narrowing, endings
 from kvshare_mm.apps.bench.work import LayerCounter
 from kvshare_mm.assemble import assemble
 from kvshare_mm.attention import TailAttention
@@ -24,6 +25,7 @@ from kvshare_mm.errors import InvalidRequestError, ModelLoadError
 from kvshare_mm.native.prefill import PrefillResult, PromptMedia
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.reuse.plan import ReusePlan
+from kvshare_mm.reuse.repair import Union
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.stream import SegmentStream
 
@@ -138,14 +140,16 @@ class Rig:
             return self._rounded(method.dtype).serve(stream)
         self._counter.take()
         start = time.perf_counter()
-        result = self._parts.prefiller.prefill(
-            slot,
-            stream,
-            ns,
-            reuse=method.reuse,
-            policy=method.policy(self._at_hand(slot, stream, ns)),
-            store=store,
+        policy = method.policy(self._at_hand(slot, stream, ns))
+        prefill = self._parts.prefiller.begin(
+            slot, stream, ns, reuse=method.reuse, policy=policy, store=store
         )
+        parts = policy.policies if isinstance(policy, Union) else (policy,)
+        narrowing = next((part for part in parts if isinstance(part, Narrowing)), None)
+        if narrowing is not None:
+            narrow(prefill, narrowing, self.loaded)
+        result = prefill.advance(len(stream))
+        assert result is not None
         int(result.logits.argmax())
         took = time.perf_counter() - start
         return Served(self.runner, slot, result, took, self._counter.take())
