@@ -56,7 +56,7 @@ class TopDeviation:
     tolerance: ClassVar[Tolerance] = Tail.tolerance
 
     def __post_init__(self) -> None:
-        check_share(self.share)
+        _check_share(self.share)
 
     def positions(self, plan: ReusePlan) -> np.ndarray:
         found = _top(plan.approximate, self.share, lambda: self.request.drift(plan, self.layer))
@@ -77,7 +77,7 @@ class Narrowing:
     tolerance: ClassVar[Tolerance] = Tail.tolerance
 
     def __post_init__(self) -> None:
-        check_share(self.share)
+        _check_share(self.share)
 
     def positions(self, plan: ReusePlan) -> np.ndarray:
         return Tail(self.tail).positions(plan)
@@ -104,7 +104,7 @@ class TopAttended:
     tolerance: ClassVar[Tolerance] = Tail.tolerance
 
     def __post_init__(self) -> None:
-        check_share(self.share)
+        _check_share(self.share)
 
     def positions(self, plan: ReusePlan) -> np.ndarray:
         query = Tail(self.query).positions(plan)
@@ -188,7 +188,7 @@ def bench_policies(request: AtHand) -> Mapping[str, Callable[[str], RepairPolicy
     }
 
 
-def check_share(share: float) -> None:
+def _check_share(share: float) -> None:
     if not 0 <= share <= 1:
         raise ValueError(f"share must lie in 0..1, not {share}")
 

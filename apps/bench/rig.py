@@ -39,7 +39,8 @@ class Served:
         slot: which of them.
         result: what the engine was told.
         ttft: seconds until the first token was known.
-        work: positions run through the model, in whole passes; a repair policy's probe counts.
+        work: positions run through the model, in whole passes; a repair policy's probe counts,
+            but for what the prefill computes in any case.
     """
 
     runner: SlotRunner
