@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from kvshare_mm.reuse.align import common_prefix
 from kvshare_mm.reuse.divergence import fronts
-from kvshare_mm.reuse.plan import ReusePlan, Tolerance
+from kvshare_mm.reuse.plan import KeptRun, ReusePlan, Tolerance
 from kvshare_mm.reuse.repair import RepairPolicy, Tail
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class ToBoundary:
 
 @dataclass(frozen=True, slots=True)
 class EarlierChunks:
-    """All but chunks of `least` positions or more that follow the exact prefix without a gap.
+    """Chunks of `least` tokens or more that follow the common prefix, and nothing else.
 
     What llama.cpp's server does with ``--cache-reuse N`` (its pull request #9866): a chunk that
     stands later in the old prompt moves to where the new one goes on, as often as there is one, and
@@ -160,13 +161,19 @@ class EarlierChunks:
             raise ValueError(f"chunks of {self.least} positions are none")
 
     def positions(self, plan: ReusePlan) -> np.ndarray:
-        end = gone = 0
-        for run in plan.runs:
-            kept = run.exact or run.continued or run.length >= self.least
-            if not kept or run.start != end or run.donor_start < gone:
-                break
-            end, gone = run.end, run.donor_start + run.length
-        return np.arange(end, plan.num_tokens)
+        return np.empty(0, np.int64)
+
+    def plan(self, target: np.ndarray, donor_id: str, donor: np.ndarray) -> ReusePlan:
+        """The plan of a target instead of the planner's; both are uint64 keys, the donor exact."""
+        end = head = common_prefix(donor, target[:-1])
+        runs = [KeptRun(donor_id, 0, 0, end, exact=True)] if end else []
+        while head < len(donor) and end < len(target) - 1:
+            same = common_prefix(donor[head:], target[end:-1])
+            if same >= self.least:
+                runs.append(KeptRun(donor_id, head, end, same, exact=False))
+                end += same
+            head += same if same >= self.least else 1
+        return ReusePlan(len(target), tuple(runs))
 
 
 def endings(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> np.ndarray:

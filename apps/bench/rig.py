@@ -16,16 +16,16 @@ from kvshare_mm import __version__
 from kvshare_mm.apps.bench.drift import value_deviation
 from kvshare_mm.apps.bench.methods import FULL, Method
 from kvshare_mm.apps.bench.narrowing import narrow
-from kvshare_mm.apps.bench.policies import AtHand, Narrowing, endings
+from kvshare_mm.apps.bench.policies import AtHand, EarlierChunks, Narrowing, endings
 from kvshare_mm.apps.bench.work import LayerCounter
 from kvshare_mm.assemble import assemble
 from kvshare_mm.attention import TailAttention
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import InvalidRequestError, ModelLoadError
-from kvshare_mm.native.prefill import PrefillResult, PromptMedia
+from kvshare_mm.native.prefill import Prefill, PrefillResult, PromptMedia
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.reuse.plan import ReusePlan
-from kvshare_mm.reuse.repair import Union
+from kvshare_mm.reuse.repair import RepairPolicy, Union
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.stream import SegmentStream
 
@@ -145,10 +145,12 @@ class Rig:
         prefill = self._parts.prefiller.begin(
             slot, stream, ns, reuse=method.reuse, policy=policy, store=store
         )
-        parts = policy.policies if isinstance(policy, Union) else (policy,)
-        narrowing = next((part for part in parts if isinstance(part, Narrowing)), None)
-        if narrowing is not None:
-            narrow(prefill, narrowing, self.loaded)
+        if policy is not None:
+            for part in policy.policies if isinstance(policy, Union) else (policy,):
+                if isinstance(part, Narrowing):
+                    narrow(prefill, part, self.loaded)
+                elif isinstance(part, EarlierChunks):
+                    self._replan(prefill, part, policy, ns)
         result = prefill.advance(len(stream))
         assert result is not None
         int(result.logits.argmax())
@@ -159,6 +161,16 @@ class Rig:
         if dtype not in self._in_dtypes:
             self._in_dtypes[dtype] = _Rounded(self.config, dtype)
         return self._in_dtypes[dtype]
+
+    def _replan(
+        self, prefill: Prefill, chunks: EarlierChunks, policy: RepairPolicy, ns: str
+    ) -> None:
+        """Plan anew with the donor that the planner has found, where that can be."""
+        stream, node = prefill.stream, self.donors.tree.get(prefill.plan.edited_from or "")
+        if node is not None and node.exact_len == len(node) and not stream.items:
+            plan = chunks.plan(stream.align_keys, node.node_id, node.wide_keys)
+            prefill.plan = plan.with_repair(policy.positions(plan))
+            self.donors.load(plan, ns, *self.runner.slot_kv(prefill.slot), None)
 
     def _at_hand(self, slot: int, stream: SegmentStream, ns: str) -> AtHand:
         return AtHand(

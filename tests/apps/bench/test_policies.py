@@ -23,8 +23,7 @@ from kvshare_mm.apps.bench.policies import (
     bench_policies,
     endings,
 )
-from kvshare_mm.reuse.plan import Donor, KeptRun, PlannerOptions, ReusePlan
-from kvshare_mm.reuse.planner import make_plan
+from kvshare_mm.reuse.plan import KeptRun, ReusePlan
 from kvshare_mm.reuse.repair import RepairPolicy, Tail, Union, make_policy
 
 PLAN = ReusePlan(
@@ -128,39 +127,40 @@ def shifted(old: list[int], new: list[int], least: int) -> int:
     return done
 
 
-def planned(old: list[int], new: list[int]) -> ReusePlan:
-    keys = np.array(old, np.uint64)
-    donor = Donor("d", keys, np.ones(len(old), bool), len(old), len(old))
-    options = PlannerOptions(min_gain_tokens=0, min_gain_share=0, max_seconds=60)
-    return make_plan(np.array(new, np.uint64), [donor], options)
+def kept(old: list[int], new: list[int], least: int) -> list[tuple[int, int, int]]:
+    keys = np.array(new, np.uint64), np.array(old, np.uint64)
+    plan = EarlierChunks(least).plan(keys[0], "d", keys[1])
+    for run in plan.runs:
+        assert new[run.start : run.end] == old[run.donor_start : run.donor_start + run.length]
+        assert run.shift < 0 or run.exact
+    return [(run.donor_start, run.start, run.length) for run in plan.runs]
 
 
 @given(st.data())
 def test_chunks_that_moved_to_the_front(data: st.DataObject) -> None:
-    """Blocks of an old prompt left out, moved, and others put in between."""
-    sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=8))
-    bounds = np.cumsum([0, *sizes]).tolist()
-    blocks = [list(range(a, b)) for a, b in pairwise(bounds)]
-    blocks.append(list(range(1000, 1008)))  # in the new prompt alone
-    order = data.draw(st.permutations(range(len(blocks))) | st.just(range(len(blocks) - 1)))
-    chosen = [i for i in order if data.draw(st.booleans())]
-    new = [key for i in chosen for key in blocks[i]] + [2000]
-    least = data.draw(st.integers(4, 20))
-    plan = planned(list(range(bounds[-1])), new)
-    plan = plan.with_repair(EarlierChunks(least).positions(plan))
-    end = shifted(list(range(bounds[-1])), new, least)
-    assert plan.compute.tolist() == list(range(end, len(new)))
+    """Blocks of an old prompt left out, moved, and others put in between; few different tokens, so
+    that there are chunks by chance too."""
+    tokens = data.draw(st.sampled_from([2, 5, 1000]))
+    old = data.draw(st.lists(st.integers(0, tokens), min_size=1, max_size=60))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(old)), max_size=6)))
+    blocks = [old[a:b] for a, b in pairwise([0, *cuts, len(old)])]
+    others = st.lists(st.integers(0, tokens), max_size=5)
+    drawn = data.draw(st.lists(st.sampled_from(blocks) | others, max_size=8))
+    new = [key for block in drawn for key in block] + [data.draw(st.integers(0, tokens))]
+    least = data.draw(st.integers(1, 12))
+    # The last token is computed in any case, and so part of no chunk.
+    runs = kept(old, new, least)
+    assert sum(length for _, _, length in runs) == shifted(old, new[:-1], least)
 
 
 def test_a_replaced_field_ends_it_and_what_is_left_out_does_not() -> None:
     old = list(range(600))
-    plan = planned(old, [*old[:100], 999, *old[101:]])
-    assert repaired(plan, EarlierChunks(64)) == list(range(101, 599))
-    plan = planned(old, old[:100] + old[200:])
-    assert repaired(plan, EarlierChunks(256)) == []
-    assert repaired(plan, EarlierChunks(500)) == list(range(100, 499))
-    moved_back = planned(old, [*old[:100], *range(700, 720), *old[100:]])
-    assert repaired(moved_back, EarlierChunks(64)) == list(range(120, 619))
+    assert kept(old, [*old[:100], 999, *old[101:]], 64) == [(0, 0, 100)]
+    left_out = [*old[:100], *old[200:300], *old[310:]]
+    assert kept(old, left_out, 64) == [(0, 0, 100), (200, 100, 100), (310, 200, 289)]
+    assert kept(old, left_out, 256) == [(0, 0, 100)]
+    assert kept(old, [*old[:100], 700, *old[100:]], 64) == [(0, 0, 100)]
+    assert kept(old, [*old[300:], *old[:300]], 256) == [(300, 0, 300)]
 
 
 # -- in words --------------------------------------------------------------------------------
