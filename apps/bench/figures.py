@@ -72,7 +72,7 @@ def _frontier(report: Report, figure: Any, theme: Theme) -> None:
     axes.set_ylabel("KL of the first token, mean (nats)")
     what = f"{report['pairs']} pairs of {report.get('what', 'similar prompts')}"
     axes.set_title(f"{what}, {model_label(report['model'])}", loc="left")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=4)
 
 
 def _layers(report: Report, figure: Any, theme: Theme) -> None:
