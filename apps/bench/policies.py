@@ -15,7 +15,7 @@ import numpy as np
 
 from kvshare_mm.reuse.align import common_prefix
 from kvshare_mm.reuse.divergence import fronts
-from kvshare_mm.reuse.plan import KeptRun, ReusePlan, Tolerance
+from kvshare_mm.reuse.plan import Decline, KeptRun, ReusePlan, Tolerance
 from kvshare_mm.reuse.repair import RepairPolicy, Tail
 
 if TYPE_CHECKING:
@@ -173,7 +173,9 @@ class EarlierChunks:
                 runs.append(KeptRun(donor_id, head, end, same, exact=False))
                 end += same
             head += same if same >= self.least else 1
-        return ReusePlan(len(target), tuple(runs))
+        found = any(not run.exact for run in runs)
+        declined = None if found else Decline.BELOW_MIN_GAIN
+        return ReusePlan(len(target), tuple(runs), declined=declined)
 
 
 def endings(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> np.ndarray:

@@ -82,7 +82,8 @@ def test_chunks_move_to_the_front_and_nothing_in_them_is_computed(rig: Rig) -> N
     assert served.work == len(target) - chunk.end
     behind = slice(chunk.donor_start, chunk.donor_start + chunk.length)
     assert torch.equal(moved[:, :, chunk.start : chunk.end], stored[:, :, behind])
-    assert too_short.result.plan.runs == (prefix,)
+    assert too_short.result.plan.runs == (prefix,) and too_short.result.plan.declined
+    assert not served.result.plan.declined
     assert repaired.work == served.work + 3
 
 
