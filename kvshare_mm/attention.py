@@ -41,12 +41,16 @@ def attention_name(backend: str) -> str:
 
 
 class TailAttention:
-    """Where the last row of a forward looks: what the first token is made of.
+    """Where the last rows of a forward look: what the first token is made of.
 
-    It costs one query's scores per layer; the attention matrix is never formed.
+    It costs their scores in every layer; the attention matrix is never formed.
+
+    Args:
+        rows: so many, whose tokens follow one another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = 1) -> None:
+        self._rows = rows
         self._sum: torch.Tensor | None = None
         self._layers = 0
 
@@ -56,26 +60,32 @@ class TailAttention:
         """Take up one layer.
 
         Args:
-            query: ``[num_heads, head_dim]`` of the last row.
-            key: ``[num_kv_heads, N, head_dim]`` up to its own.
+            query: ``[num_heads, n, head_dim]`` of a forward's rows; fewer are all taken.
+            key: ``[num_kv_heads, N, head_dim]`` up to the last one's own.
             scale: factor on the scores.
             scoring: windows, sinks and capped scores of the layer.
         """
-        grouped = query.view(key.shape[0], -1, query.shape[-1])
+        query, n = query[:, -self._rows :], key.shape[1]
+        rows = query.shape[1]
+        grouped = query.reshape(key.shape[0], -1, query.shape[-1])
         scores = torch.matmul(grouped * scale, key.transpose(1, 2)).float()
+        scores = scores.view(key.shape[0], -1, rows, n)
         if scoring.softcap is not None:
             scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
-        scores[..., : scoring.first_key(key.shape[1] - 1)] = float("-inf")
+        for row, index in enumerate(range(n - rows, n)):
+            scores[..., row, : scoring.first_key(index)] = float("-inf")
+            scores[..., row, index + 1 :] = float("-inf")
         if scoring.sinks is not None:
-            scores = torch.cat((scores, scoring.sinks.view(*scores.shape[:2], 1).float()), -1)
-        mass = scores.softmax(-1)[..., : key.shape[1]].mean((0, 1))
+            sinks = scoring.sinks.view(*scores.shape[:2], 1, 1).float()
+            scores = torch.cat((scores, sinks.expand(-1, -1, rows, -1)), -1)
+        mass = scores.softmax(-1)[..., :n].mean((0, 1, 2))
         self._sum = mass if self._sum is None else self._sum + mass
         self._layers += 1
 
     @property
     def mass(self) -> np.ndarray | None:
-        """``[N]`` float32 attention on each position, mean over heads and layers: sums to 1, or to
-        what attention sinks leave."""
+        """``[N]`` float32 attention on each position, mean over rows, heads and layers: sums to 1,
+        or to what attention sinks leave."""
         return None if self._sum is None else (self._sum / self._layers).cpu().numpy()
 
 
@@ -97,7 +107,7 @@ class Recorder(Protocol):
     ) -> None: ...
 
 
-# The rows of the running forward, and who records the attention of the last one and of all. Not
+# The rows of the running forward, and who records the attention of the last ones and of all. Not
 # keywords of the forward: some models do not pass theirs on to their attention.
 _running: ContextVar[tuple[RaggedQueries, TailAttention | None, Recorder | None] | None] = (
     ContextVar("kvshare_running", default=None)
@@ -137,7 +147,7 @@ class SlotCache(Cache):
         """The model's forward inside computes the rows of `batch`, whose requests have slots.
 
         Args:
-            tail: records the attention of the last row.
+            tail: records the attention of the last rows.
             reads: told of every layer's attention in a forward of one request.
         """
         self._batch = batch
@@ -228,7 +238,7 @@ def partial_attention(
     if (tail is not None or reads is not None) and batch.pages is not None:
         seen = key[batch.pages[-1], :, : batch.kv_lens[-1]]
         if tail is not None:
-            tail.add(query[0, :, -1], seen, scale, scoring)
+            tail.add(query[0], seen, scale, scoring)
         if reads is not None:
             layer: Any = module.layer_idx
             reads.add(layer, query[0], seen, batch.index, scale, scoring)

@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from kvshare_mm.apps.bench.cli_workloads import Data, Tokens
 from kvshare_mm.apps.bench.terminal import (
     Engine,
     HeldOut,
@@ -111,7 +112,9 @@ def quality(
 
 @measuring
 def frontier(
-    pairs: Pairs,
+    pairs: Annotated[
+        Path | None, typer.Option(help='JSON Lines of {"id", "donor", "target"}; or --workloads')
+    ] = None,
     model: Model = "smollm2",
     methods: Annotated[
         str, typer.Option(help=_METHODS + "; each is run at several budgets")
@@ -119,19 +122,33 @@ def frontier(
     repair: Repair = None,
     held_out: HeldOut = False,
     limit: Limit = None,
+    workloads: Annotated[
+        int | None, typer.Option(min=1, help="so many pairs of each kind of `bench workloads`")
+    ] = None,
+    data: Data = None,
+    tokens: Tokens = 1000,
     json_file: Out = None,
 ) -> Report:
     """Divergence from full recompute against the share computed, every method at several budgets.
     A killed run goes on where it stopped."""
     from kvshare_mm.apps.bench.frontier import run
     from kvshare_mm.apps.bench.journal import Journal
+    from kvshare_mm.apps.bench.material import Material
     from kvshare_mm.apps.bench.methods import pick
     from kvshare_mm.apps.bench.prompts import read_pairs
+    from kvshare_mm.apps.bench.workloads import pairs_of
+    from kvshare_mm.errors import ConfigError
 
-    chosen, rows = pick(methods), read_pairs(pairs, limit, held_out=held_out)
+    if (pairs is None) == (workloads is None):
+        raise ConfigError("the prompts are those of --pairs or of --workloads: give one of the two")
+    chosen = pick(methods)
+    rows = read_pairs(pairs, limit, held_out=held_out) if pairs else []
+    what = "similar prompts" if pairs else f"prompts of {tokens} tokens with small edits"
     with opened_rig(model, repair=repair) as rig:
+        if workloads:
+            rows = pairs_of(Material(data, rig.count, tokens), workloads)
         journal = Journal.beside(json_file, [*rig.settings, "frontier", chosen])
-        return run(rig, rows, chosen, journal=journal)
+        return run(rig, rows, chosen, what=what, journal=journal)
 
 
 @measuring

@@ -16,6 +16,7 @@ Data = Annotated[
         "rag_musique.jsonl; default: small samples of them"
     ),
 ]
+Tokens = Annotated[int, typer.Option(min=500, help="of each prompt of a workload, about")]
 Methods = Annotated[
     str, typer.Option(help="comma-separated; repair=POLICY measures a repair policy")
 ]
@@ -25,7 +26,7 @@ Methods = Annotated[
 def workloads(
     data: Data = None,
     model: Model = "smollm2",
-    tokens: Annotated[int, typer.Option(min=500, help="of each prompt, about")] = 1000,
+    tokens: Tokens = 1000,
     number: Annotated[int, typer.Option("--pairs", min=1, help="pairs of each kind")] = 3,
     methods: Methods = "prefix,kvshare",
     repair: Repair = None,

@@ -1,14 +1,8 @@
-"""CacheBlend's choice of repairs: it measures how far reused KV drifted, with a forward of its own.
-
-The product's policies decide from the plan alone; this one needs a slot to measure in, and is here
-to be compared with.
-"""
+"""How far reused KV drifted, measured with a forward of its own, as CacheBlend does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,45 +11,6 @@ from kvshare_mm.attention import SlotCache
 from kvshare_mm.kernels.ragged import RaggedQueries
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.native.inputs import MediaInputs, model_inputs
-from kvshare_mm.reuse.plan import ReusePlan, Tolerance
-from kvshare_mm.reuse.repair import RepairPolicy, Tail
-
-Measure = Callable[[ReusePlan, int], np.ndarray]
-"""A plan and a layer -> ``[num_tokens]`` float32: how far V of each position is from what the new
-context gives; 0 where nothing is approximate."""
-
-
-@dataclass(frozen=True, slots=True)
-class TopDeviation:
-    """The `share` of approximate positions whose V drifted most at an early layer.
-
-    CacheBlend's choice (arXiv 2405.16444) with one selection layer, and the prompt's last `tail`
-    positions on top.
-    """
-
-    measure: Measure
-    share: float = 0.15
-    layer: int = 1
-    tail: int = 8
-    tolerance: ClassVar[Tolerance] = Tail.tolerance
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share must lie in 0..1, not {self.share}")
-
-    def positions(self, plan: ReusePlan) -> np.ndarray:
-        tail = Tail(self.tail).positions(plan)
-        approximate = np.flatnonzero(plan.approximate)
-        count = int(np.ceil(self.share * len(approximate)))
-        if not count:
-            return tail
-        drift = self.measure(plan, self.layer)[approximate]
-        return np.concatenate((approximate[np.argpartition(-drift, count - 1)[:count]], tail))
-
-
-def measuring_policies(measure: Measure) -> Mapping[str, Callable[[str], RepairPolicy]]:
-    """Policies that measure, as `make_policy` takes them beside the product's."""
-    return {"deviation": lambda share: TopDeviation(measure, float(share or 0.15))}
 
 
 @torch.inference_mode()

@@ -70,10 +70,9 @@ def _frontier(report: Report, figure: Any, theme: Theme) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("work, % of full recompute (probes of a policy included)")
     axes.set_ylabel("KL of the first token, mean (nats)")
-    axes.set_title(
-        f"{report['pairs']} pairs of similar prompts, {model_label(report['model'])}", loc="left"
-    )
-    axes.legend()
+    what = f"{report['pairs']} pairs of {report.get('what', 'similar prompts')}"
+    axes.set_title(f"{what}, {model_label(report['model'])}", loc="left")
+    figure.legend(loc="outside lower center", ncols=4)
 
 
 def _layers(report: Report, figure: Any, theme: Theme) -> None:

@@ -19,6 +19,7 @@ def run(
     pairs: Sequence[dict[str, Any]],
     methods: Sequence[Method],
     *,
+    what: str = "similar prompts",
     journal: Journal | None = None,
 ) -> dict[str, Any]:
     """Serve every pair's target by every method at each of its budgets; nothing is decoded.
@@ -26,6 +27,7 @@ def run(
     Args:
         rig: one slot is enough.
         methods: each at `Method.at_budgets`, and at its own policy.
+        what: the pairs are of.
         journal: results that are known already, and where new ones are kept.
 
     Returns:
@@ -47,6 +49,7 @@ def run(
         "kind": "frontier",
         "model": rig.loaded.name,
         "pairs": len(rows),
+        "what": what,
         "skipped": skipped,
         "methods": {
             name: sorted(those, key=lambda p: p["work_share"]) for name, those in found.items()

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
+from typing import Any, Protocol
 
 from kvshare_mm.apps.bench import gptcache
+from kvshare_mm.apps.bench.policies import AtHand, bench_policies
 from kvshare_mm.config import Reuse
 from kvshare_mm.errors import ConfigError
-from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.reuse.repair import RepairPolicy, make_policy
-
-if TYPE_CHECKING:
-    from kvshare_mm.apps.bench.drift import Measure
 
 _POLICY = "repair="
 
 
-def _unmeasured(plan: ReusePlan, layer: int) -> np.ndarray:
-    raise ConfigError("this repair policy measures KV, and no model is running")
+def _unknown(*_: Any) -> Any:
+    raise ConfigError("this repair policy looks at a request, and there is none")
+
+
+_NOBODY = AtHand(_unknown, _unknown, _unknown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +44,15 @@ class Method:
     budgets: tuple[str, ...] = ()
     dtype: str | None = None
 
-    def policy(self, measure: Measure = _unmeasured) -> RepairPolicy | None:
+    def policy(self, request: AtHand = _NOBODY) -> RepairPolicy | None:
         """How it repairs; None: as the project does. Raises ValueError: there is no such policy.
 
         Args:
-            measure: drift of the slot that a request is served in.
+            request: that is served.
         """
         if self.repair is None:
             return None
-        from kvshare_mm.apps.bench.drift import measuring_policies  # torch: not for `--help`
-
-        return make_policy(self.repair, measuring_policies(measure))
+        return make_policy(self.repair, bench_policies(request))
 
     def at_budgets(self) -> tuple[Method, ...]:
         """The method at each of its budgets, named ``method@policy``."""
@@ -105,14 +101,12 @@ _METHODS = (
     Method("bfloat16", "full recompute in bfloat16: rounding alone", "off", dtype="bfloat16"),
     Method("prefix", "prefix caching, as in vLLM and SGLang: the identical beginning", "exact"),
     Method("placeholders", "KVShare v1 (arXiv 2503.16525): nothing repaired", "similar", "none"),
-    # The paper keeps a little more at the early layers and narrows the set from layer to layer;
-    # here one choice at layer 1 serves all layers.
     Method(
         "cacheblend",
-        "CacheBlend (arXiv 2405.16444): the positions whose V deviates most at an early layer",
+        "CacheBlend (arXiv 2405.16444): the positions whose V deviates most, fewer in every layer",
         "similar",
-        "deviation:0.15",
-        tuple(f"deviation:{share}" for share in _SHARES),
+        "narrowing:0.15",
+        tuple(f"narrowing:{share}" for share in _SHARES),
     ),
     Method(
         "epic",
@@ -120,6 +114,34 @@ _METHODS = (
         "similar",
         "window:16",
         tuple(f"window:{width}" for width in (2, 4, 8, 16, 32, 64)),
+    ),
+    Method(
+        "window32",
+        "a contiguous window of 32 behind every edit (arXiv 2609.17983)",
+        "similar",
+        "window:32",
+    ),
+    Method(
+        "boundary",
+        "from every edit to the end of the line or sentence, 64 at most (arXiv 2609.17983)",
+        "similar",
+        "boundary:64",
+        tuple(f"boundary:{most}" for most in (16, 32, 64)),
+    ),
+    # The paper's question is computed in any case, and nothing else of the prompt is new.
+    Method(
+        "prophetkv",
+        "ProphetKV (arXiv 2602.02579): the last 32 positions and the 20% they look at most",
+        "similar",
+        "prophet:0.2",
+        tuple(f"prophet:{share}" for share in (0.05, 0.1, 0.2, 0.3, 0.5)),
+    ),
+    Method(
+        "llamacpp",
+        "llama.cpp --cache-reuse 256 (#9866): long chunks that moved to the front, unrepaired",
+        "similar",
+        "earlier:256",
+        ("earlier:256", "earlier:64"),
     ),
     # Between the two: the window catches what looks back on an edit for the price of no
     # measurement, the deviation finds the rest.

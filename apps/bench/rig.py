@@ -15,13 +15,17 @@ import torch
 from kvshare_mm import __version__
 from kvshare_mm.apps.bench.drift import value_deviation
 from kvshare_mm.apps.bench.methods import FULL, Method
+from kvshare_mm.apps.bench.narrowing import narrow
+from kvshare_mm.apps.bench.policies import AtHand, EarlierChunks, Narrowing, endings
 from kvshare_mm.apps.bench.work import LayerCounter
 from kvshare_mm.assemble import assemble
+from kvshare_mm.attention import TailAttention
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import InvalidRequestError, ModelLoadError
-from kvshare_mm.native.prefill import PrefillResult, PromptMedia
+from kvshare_mm.native.prefill import Prefill, PrefillResult, PromptMedia
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.reuse.plan import ReusePlan
+from kvshare_mm.reuse.repair import RepairPolicy, Union
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.stream import SegmentStream
 
@@ -35,7 +39,8 @@ class Served:
         slot: which of them.
         result: what the engine was told.
         ttft: seconds until the first token was known.
-        work: positions run through the model, in whole passes; a repair policy's probe counts.
+        work: positions run through the model, in whole passes; a repair policy's probe counts,
+            but for what the prefill computes in any case.
     """
 
     runner: SlotRunner
@@ -136,14 +141,18 @@ class Rig:
             return self._rounded(method.dtype).serve(stream)
         self._counter.take()
         start = time.perf_counter()
-        result = self._parts.prefiller.prefill(
-            slot,
-            stream,
-            ns,
-            reuse=method.reuse,
-            policy=method.policy(partial(self._drift, slot, stream, ns)),
-            store=store,
+        policy = method.policy(self._at_hand(slot, stream, ns))
+        prefill = self._parts.prefiller.begin(
+            slot, stream, ns, reuse=method.reuse, policy=policy, store=store
         )
+        if policy is not None:
+            for part in policy.policies if isinstance(policy, Union) else (policy,):
+                if isinstance(part, Narrowing):
+                    narrow(prefill, part, self.loaded)
+                elif isinstance(part, EarlierChunks):
+                    self._replan(prefill, part, policy, ns)
+        result = prefill.advance(len(stream))
+        assert result is not None
         int(result.logits.argmax())
         took = time.perf_counter() - start
         return Served(self.runner, slot, result, took, self._counter.take())
@@ -152,6 +161,23 @@ class Rig:
         if dtype not in self._in_dtypes:
             self._in_dtypes[dtype] = _Rounded(self.config, dtype)
         return self._in_dtypes[dtype]
+
+    def _replan(
+        self, prefill: Prefill, chunks: EarlierChunks, policy: RepairPolicy, ns: str
+    ) -> None:
+        """Plan anew with the donor that the planner has found, where that can be."""
+        stream, node = prefill.stream, self.donors.tree.get(prefill.plan.edited_from or "")
+        if node is not None and node.exact_len == len(node) and not stream.items:
+            plan = chunks.plan(stream.align_keys, node.node_id, node.wide_keys)
+            prefill.plan = plan.with_repair(policy.positions(plan))
+            self.donors.load(plan, ns, *self.runner.slot_kv(prefill.slot), None)
+
+    def _at_hand(self, slot: int, stream: SegmentStream, ns: str) -> AtHand:
+        return AtHand(
+            partial(self._drift, slot, stream, ns),
+            partial(self._attention, slot, stream, ns),
+            partial(endings, self.loaded.tokenizer, stream.token_ids),
+        )
 
     def _drift(
         self, slot: int, stream: SegmentStream, ns: str, plan: ReusePlan, layer: int
@@ -164,6 +190,26 @@ class Rig:
         inputs = media.inputs(np.arange(start, len(stream)))
         found = value_deviation(self.loaded, kv, stream.token_ids, start, layer, inputs)
         return np.where(plan.approximate, found, np.float32(0))
+
+    def _attention(
+        self, slot: int, stream: SegmentStream, ns: str, plan: ReusePlan, width: int
+    ) -> np.ndarray:
+        """Where a prompt's last `width` positions look, over what a plan reuses.
+
+        They see the placeholders too. Those are work of the prefill, not of this probe: who keeps
+        what is computed here need not compute them again.
+        """
+        self.donors.load(plan, ns, *self.runner.slot_kv(slot), stream.positions)
+        media = PromptMedia(self.encoder, stream, ns, reuse=True, store=False)
+        start = max(0, len(stream) - width)
+        before = plan.placeholders[plan.placeholders < start]
+        if len(before):
+            self.runner.prefill(slot, stream.token_ids, before, None, media.inputs(before))
+            self._counter.forget(len(before))
+        query, tail = np.arange(start, len(stream)), TailAttention(width)
+        self.runner.prefill(slot, stream.token_ids, query, tail, media.inputs(query))
+        assert tail.mass is not None
+        return tail.mass
 
     def save(self, stream: SegmentStream, ns: str, served: Served) -> str | None:
         """Make what is in the slot a donor."""

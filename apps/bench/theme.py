@@ -46,6 +46,10 @@ _METHODS = (
     ("placeholders", "#bc4c00", "#f0883e"),
     ("cacheblend", "#0969da", "#58a6ff"),
     ("epic", "#8250df", "#bc8cff"),
+    ("window32", "#bf3989", "#f778ba"),
+    ("boundary", "#1a7f37", "#56d364"),
+    ("prophetkv", "#0a3069", "#a5d6ff"),
+    ("llamacpp", "#7d4e00", "#e3b341"),
     ("deviation", "#1b7c83", "#39c5cf"),
     ("kvshare", "#cf222e", "#ff7b72"),
     ("gptcache", "#9a6700", "#d29922"),
@@ -61,11 +65,16 @@ LABELS = {
     "placeholders": "placeholders only",
     "cacheblend": "CacheBlend-style",
     "epic": "EPIC-style",
+    "window32": "window of 32",
+    "boundary": "to the boundary",
+    "prophetkv": "ProphetKV-style",
+    "llamacpp": "llama.cpp-style",
     "deviation": "deviation",
     "kvshare": "KVShare",
     "gptcache": "GPTCache",
 }
 _MARKERS = {"prefix": "s", "placeholders": "X", "cacheblend": "o", "epic": "^", "deviation": "D",
+            "window32": "*", "boundary": "<", "prophetkv": "P", "llamacpp": "p",
             "kvshare": "o"}  # fmt: skip
 
 # Draws on a matplotlib figure.

@@ -161,6 +161,25 @@ KINDS: dict[str, Callable[[Material, int, random.Random], Pair]] = {
 }
 
 
+def pairs_of(material: Material, number: int) -> list[dict[str, Any]]:
+    """So many pairs of every kind, as files of pairs have them.
+
+    Raises:
+        ConfigError: the data are too few for prompts of this length.
+    """
+    pairs = []
+    for kind, make in KINDS.items():
+        for i in range(number):
+            try:
+                donor, target = make(material, i, random.Random(f"{kind} {i}"))
+            except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+                if isinstance(error, ConfigError):
+                    raise
+                raise ConfigError(f"{kind}: the data have another form: {error!r}") from error
+            pairs.append({"id": f"{kind}/{i}", "donor": donor, "target": target})
+    return pairs
+
+
 def run(
     rig: Rig,
     material: Material,
@@ -185,16 +204,7 @@ def run(
         ConfigError: the data are too few for prompts of this length.
     """
     methods = measured_methods(methods)
-    pairs = []
-    for kind, make in KINDS.items():
-        for i in range(number):
-            try:
-                donor, target = make(material, i, random.Random(f"{kind} {i}"))
-            except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-                if isinstance(error, ConfigError):
-                    raise
-                raise ConfigError(f"{kind}: the data have another form: {error!r}") from error
-            pairs.append({"id": f"{kind}/{i}", "donor": donor, "target": target})
+    pairs = pairs_of(material, number)
     rows, skipped = measured_pairs(
         rig,
         pairs,

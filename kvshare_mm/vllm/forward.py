@@ -176,7 +176,7 @@ class PartialForward:
 
         def see(name: str, query: torch.Tensor, *_: torch.Tensor) -> None:
             layer, key = self._layers[name], keys[name][:, : last + 1]
-            tail.add(query.view(-1, key.shape[-1]), key, layer.impl.scale, _scoring(layer))
+            tail.add(query.view(-1, 1, key.shape[-1]), key, layer.impl.scale, _scoring(layer))
 
         ids = np.zeros(last + 1, np.int64)
         ids[last] = token_id

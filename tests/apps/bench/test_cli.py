@@ -102,6 +102,22 @@ def test_a_killed_run_goes_on(
     assert not (tmp_path / "frontier.json.partial").exists()
 
 
+def test_frontier_of_workloads(
+    bench: Run, tiny_folder: Path, pairs: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvshare_mm.apps.bench import workloads
+
+    # The tiny model's context is too short for those of the samples.
+    monkeypatch.setattr(workloads, "pairs_of", lambda material, number: pairs[:number])
+    report, shown = measured(
+        bench, tmp_path / "f.json", "frontier", "--workloads", 2, "--model", tiny_folder,
+        "--methods", "prophetkv,boundary,window32,llamacpp",
+    )  # fmt: skip
+    assert (report["pairs"], report["what"]) == (2, "prompts of 1000 tokens with small edits")
+    assert [len(points) for points in report["methods"].values()] == [5, 3, 1, 2]
+    assert "ProphetKV-style" in shown
+
+
 def test_reuse_by_all_methods_and_other_settings_do_not_go_on(
     bench: Run, tiny_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
@@ -196,6 +212,8 @@ def test_what_is_wrong_is_said(
     refused(bench("quality", "--task", "exams", "--methods", "magic", *model), "'magic'")
     refused(bench("quality", "--task", "exams", "--repair", "magic", *model), "'magic'")
     refused(bench("frontier", "--pairs", stream_file, *model), "donor")
+    refused(bench("frontier", *model), "--pairs", "--workloads")
+    refused(bench("frontier", "--pairs", pairs_file, "--workloads", 1, *model), "--workloads")
     refused(bench("reuse", "--pairs", stream_file, "--methods", "gptcache", *model), "gptcache")
     wrong = tmp_path / "wrong[bold].jsonl"
     wrong.write_text('{"donor": "a", "target": "b"}\n{"donor": "a"}\n')

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from kvshare_mm import ConfigError
-from kvshare_mm.apps.bench.drift import measuring_policies
 from kvshare_mm.apps.bench.gptcache import GPTCacheStore, counts_as_hit
 from kvshare_mm.apps.bench.methods import METHODS, Method, pick, pick_any
-from kvshare_mm.reuse.plan import ReusePlan
+from kvshare_mm.apps.bench.policies import AtHand, bench_policies
 from kvshare_mm.reuse.repair import make_policy
 
 needs_gptcache = pytest.mark.skipif(
@@ -22,8 +21,11 @@ needs_gptcache = pytest.mark.skipif(
 )
 
 
-def unmeasured(plan: ReusePlan, layer: int) -> np.ndarray:
+def nothing(*_: Any) -> Any:
     raise AssertionError("nothing is served here")
+
+
+NOBODY = AtHand(nothing, nothing, nothing)
 
 
 def test_every_budget_is_a_policy_and_names_its_point() -> None:
@@ -35,9 +37,7 @@ def test_every_budget_is_a_policy_and_names_its_point() -> None:
             continue
         for spec, point in zip(method.budgets, points, strict=True):
             assert (point.repair, point.reuse) == (spec, method.reuse)
-            assert str(point.policy(unmeasured)) == str(
-                make_policy(spec, measuring_policies(unmeasured))
-            )
+            assert point.policy(NOBODY) == make_policy(spec, bench_policies(NOBODY))
             assert point.name == f"{method.name}@{spec}"
 
 

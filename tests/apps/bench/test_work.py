@@ -61,7 +61,30 @@ def test_probes_cost_what_they_run(rig: Rig, pairs: list[dict[str, Any]]) -> Non
     # Layers 0 and 1 of three, over what follows the exact prefix.
     behind = len(target) - probed.result.plan.num_exact
     assert probed.work == pytest.approx(probed.result.plan.num_computed + behind * 2 / 3)
+    # The question runs twice; what is new is work of the prefill alone.
+    asked = rig.serve(target, ns, pick("repair=prophet:0.1")[0])
+    assert asked.work == asked.result.plan.num_computed + 32
     rig.donors.delete(stored)
+
+
+def test_chunks_move_to_the_front_and_nothing_in_them_is_computed(rig: Rig) -> None:
+    first, gone, last = "Report one. ", "It is not known who wrote this. ", "Value 3 is 7 g/L. " * 3
+    donor, target = encode(rig, first + gone + last), encode(rig, first + last)
+    ns = rig.namespace("chunks")
+    with rig.known(donor, ns):
+        stored = rig.runner.slot_kv(0)[1].clone()
+        served = rig.serve(target, ns, pick("repair=earlier:8")[0])
+        moved = rig.runner.slot_kv(0)[1].clone()
+        too_short = rig.serve(target, ns, pick("repair=earlier:200")[0])
+        repaired = rig.serve(target, ns, pick("repair=earlier:8+window:3")[0])
+    prefix, chunk = served.result.plan.runs
+    assert chunk.start == prefix.end and chunk.shift < 0
+    assert served.work == len(target) - chunk.end
+    behind = slice(chunk.donor_start, chunk.donor_start + chunk.length)
+    assert torch.equal(moved[:, :, chunk.start : chunk.end], stored[:, :, behind])
+    assert too_short.result.plan.runs == (prefix,) and too_short.result.plan.declined
+    assert not served.result.plan.declined
+    assert repaired.work == served.work + 3
 
 
 def test_answers_of_a_batch_are_those_of_one_by_one(rig: Rig, pairs: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from kvshare_mm.apps.bench.material import Material
 from kvshare_mm.apps.bench.methods import pick
 from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.apps.bench.tables import TABLES
-from kvshare_mm.apps.bench.workloads import KINDS, run
+from kvshare_mm.apps.bench.workloads import KINDS, pairs_of, run
 from kvshare_mm.errors import ConfigError
 
 TOKENS = 600  # of words, here
@@ -87,6 +87,12 @@ def test_what_moves_is_all_there(material: Material) -> None:
     ):
         donor, target = KINDS[kind](material, 1, random.Random(0))
         assert sorted(said(donor)) == sorted(said(target)), kind
+
+
+def test_pairs_of_every_kind(material: Material) -> None:
+    pairs = pairs_of(material, 2)
+    assert [pair["id"] for pair in pairs] == [f"{kind}/{i}" for kind in KINDS for i in (0, 1)]
+    assert all(pair["donor"] != pair["target"] for pair in pairs)
 
 
 def test_a_clock_stands_before_everything(material: Material) -> None:
