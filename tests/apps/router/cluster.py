@@ -70,7 +70,13 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, num_replicas: int, *options: str, model: str) -> Iterator[Cluster]:
+def cluster(
+    folder: Path,
+    num_replicas: int,
+    *options: str,
+    model: str,
+    router_options: Sequence[str] = (),
+) -> Iterator[Cluster]:
     """Start all, with options of replicas; logs and stores lie in `folder`."""
     started: list[Server] = []
 
@@ -86,7 +92,8 @@ def cluster(folder: Path, num_replicas: int, *options: str, model: str) -> Itera
         with ThreadPoolExecutor(num_replicas) as pool:
             replicas = list(pool.map(replica, range(num_replicas)))
         urls = ",".join(each.url for each in replicas)
-        started.append(router := Command(folder / "router.log", "route", "--replicas", urls))
+        words = ("route", "--replicas", urls, *router_options)
+        started.append(router := Command(folder / "router.log", *words))
         yield Cluster(redis, milvus, replicas, router)
     finally:
         for each in started:
