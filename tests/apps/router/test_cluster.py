@@ -26,14 +26,14 @@ pytestmark = pytest.mark.e2e
 
 _REPLICAS = int(os.environ.get("KVSHARE_REPLICAS", "2"))
 _KILLS = int(os.environ.get("KVSHARE_KILLS", "1"))
-_PATIENT = ("--shared-deadline-ms", "1000")  # the machine is busy
+_OPTIONS = ("--host-gib", "0.5", "--shared-deadline-ms", "1000")  # the machine is busy
 _UNSTORED = {"reuse": "off", "store": False}
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    with cluster(folder, _REPLICAS, *_PATIENT, model="smollm2") as found:
+    with cluster(folder, _REPLICAS, *_OPTIONS, model="smollm2") as found:
         yield found
 
 
