@@ -248,12 +248,12 @@ def _open(uri: str, path: str | None, token: str, timeout: float) -> Any:
     # Here, because importing it takes half a second.
     from pymilvus import MilvusClient
 
-    # It brings handlers of its own; its messages belong where all others go.
+    # It brings handlers of its own; what fails is raised, and need not be told with a trace.
     for name in ("pymilvus", "pymilvus.milvus_client"):
         theirs = logging.getLogger(name)
         theirs.handlers.clear()
         theirs.propagate = True
-        theirs.setLevel(logging.WARNING)
+        theirs.setLevel(logging.CRITICAL)
     if path is None:
         # Dedicated: the shared connection of pymilvus outlives its clients.
         return MilvusClient(
