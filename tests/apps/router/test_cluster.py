@@ -38,7 +38,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def test_a_stream_is_answered_as_by_one(running: Cluster) -> None:
-    texts = families(4, 4, 80)
+    texts = families(2 * _REPLICAS, 4, 80)
     one = sent(bodies(texts, "one"), lambda _: running.replicas[0].url)
     routed = sent(bodies(texts, "routed"), lambda _: running.router.url)
     spread = sent(bodies(texts, "spread"), lambda i: running.replicas[i % _REPLICAS].url)
