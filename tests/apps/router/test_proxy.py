@@ -342,6 +342,7 @@ def test_a_stream_that_is_lost_before_its_first_byte_is_answered_by_another(
     url = f"{routed.url}/v1/chat/completions"
     with httpx2.stream("POST", url, json={}, timeout=30) as reply:
         assert reply.status_code == 200  # the head is there
+        until(lambda: all(r.healthy for r in routed.replicas))
         go.set()
         if got is None:
             with pytest.raises(httpx2.RemoteProtocolError):
