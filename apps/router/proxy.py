@@ -21,7 +21,7 @@ from kvshare_mm.apps.router.metrics import RouterMetrics
 from kvshare_mm.apps.router.plan import Choice, choose
 from kvshare_mm.apps.router.prompt import PATHS, Prompt, prompt_of
 from kvshare_mm.apps.router.replicas import Replica, typical_seconds
-from kvshare_mm.apps.router.upstream import Asked, LostError, Whole, pass_on
+from kvshare_mm.apps.router.upstream import Asked, Client, LostError, Whole, pass_on
 from kvshare_mm.apps.server.answering import unless_gone
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.json_bodies import parsed
@@ -87,14 +87,17 @@ class Proxy:
                 body,
             )
             with suppress(OSError):  # the client went while it was written to
-                await unless_gone(receive, scope, self._answer(scope, asked, send))
+                await unless_gone(receive, scope, self._answer(scope, asked, Client(send)))
         except ClientDisconnect:
             scope["state"]["client_gone"] = True
         finally:
             body.release()
 
-    async def _answer(self, scope: Scope, asked: Asked, send: Send) -> None:
-        """Ask replicas, each once at most, until one answers. Raises ApiError: none did."""
+    async def _answer(self, scope: Scope, asked: Asked, client: Client) -> None:
+        """Ask replicas, each once at most, until one answers. Raises ApiError: none did.
+
+        A client that has a head gets no error: the end is missing, and the connection says so.
+        """
         begun = time.perf_counter()
         prompt = await self._prompt(scope, asked)
         refused: list[Whole] = []
@@ -106,13 +109,13 @@ class Proxy:
                 self._metrics.decisions.observe(time.perf_counter() - begun)
             tried.add(choice.replica)
             try:
-                reply = await self._ask(prompt, choice, asked, send, len(tried) > 1)
+                reply = await self._ask(prompt, choice, asked, client, len(tried) > 1)
             except LostError as error:
                 logger.warning("replica %d was lost: %s", choice.replica, error)
                 self._metrics.lost.labels(str(choice.replica), str(error.begun).lower()).inc()
-                if error.begun:
-                    return  # the answer's end is missing, and the connection says so
                 lost += error.reached
+                if error.begun or (client.headed and lost == _MOST_LOST):
+                    return
                 if lost == _MOST_LOST:
                     raise ApiError(502, "no replica survived this request", code="lost") from error
                 continue
@@ -121,13 +124,15 @@ class Proxy:
             refused.append(reply)
             if reply.is_final:
                 break
+        if client.headed:
+            return
         if not refused:
             raise ApiError(503, "no replica answers", code="no_replica", retry_after=2)
         # Where some are full, the client waits for one of them.
-        await next((r for r in refused if r.status == 429), refused[-1]).send(send)
+        await next((r for r in refused if r.status == 429), refused[-1]).send(client.send)
 
     async def _ask(
-        self, prompt: Prompt | None, choice: Choice, asked: Asked, send: Send, again: bool
+        self, prompt: Prompt | None, choice: Choice, asked: Asked, client: Client, again: bool
     ) -> Whole | None:
         replica = next(r for r in self._replicas if r.number == choice.replica)
         reason = "retry" if again else choice.reason
@@ -136,7 +141,7 @@ class Proxy:
         known = self._remember(prompt, replica)
         flight = replica.begin(choice)
         try:
-            return await pass_on(self._pool, replica, asked, flight, send, self._timeout_s)
+            return await pass_on(self._pool, replica, asked, flight, client, self._timeout_s)
         except LostError as error:
             if not error.reached:
                 replica.healthy = False  # until it says otherwise

@@ -90,9 +90,9 @@ class Replica:
     def add(self, prompt: float = 0.0, answer: float = 0.0, requests: int = 0) -> None:
         """More is in flight, or less: words to be computed, and of answers."""
         self.in_flight += requests
-        # From nothing on it is counted anew: sums of floats drift.
-        self._ahead = self._ahead + prompt if self.in_flight else 0.0
-        self._work = self._work + prompt + answer if self.in_flight else 0.0
+        # From nothing on it is counted anew: sums of floats drift, below nothing too.
+        self._ahead = max(0.0, self._ahead + prompt) if self.in_flight else 0.0
+        self._work = max(0.0, self._work + prompt + answer) if self.in_flight else 0.0
 
 
 class Flight:

@@ -39,6 +39,21 @@ class LostError(Exception):
         self.begun = begun
 
 
+class Client:
+    """Where an answer goes.
+
+    Args:
+        send: to it.
+
+    Attributes:
+        headed: whether it has the head of a stream: what it gets can only be another stream.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self.send = send
+        self.headed = False
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A request as a replica gets it; `target` is its path and query."""
@@ -89,14 +104,14 @@ async def pass_on(
     replica: Replica,
     asked: Asked,
     flight: Flight,
-    send: Send,
+    client: Client,
     timeout_s: float,
 ) -> Whole | None:
     """Ask a replica and pass its answer on.
 
     Args:
         flight: told when the answer begins.
-        send: to the client.
+        client: gets the answer; of a stream perhaps the head alone, before the replica is lost.
         timeout_s: between two pieces of the answer, and until the first.
 
     Returns:
@@ -110,7 +125,8 @@ async def pass_on(
     start = time.perf_counter()
     try:
         async with _asked(pool, replica, asked, timeout_s) as reply:
-            if reply.status in {429, 503}:
+            stream = reply.status == 200 and _is_stream(reply)
+            if reply.status in {429, 503} or (client.headed and not stream):
                 return await _whole(reply, replica, _MOST_HELD)
             chunks = reply.aiter_stream().__aiter__()
             first = asyncio.ensure_future(_next(chunks))
@@ -118,25 +134,29 @@ async def pass_on(
                 await asyncio.wait({first}, timeout=_HEAD_AFTER_S)
                 if first.done():
                     first.result()  # while another replica can still be asked
+                begun = first.done() or not stream
+                if not client.headed:
+                    client.headed = True
+                    headers = to_client(reply.headers, replica.number)
+                    await client.send(
+                        {"type": "http.response.start", "status": reply.status, "headers": headers}
+                    )
+                chunk = await first
                 begun = True
                 asked.body.release()
-                headers = to_client(reply.headers, replica.number)
-                await send(
-                    {"type": "http.response.start", "status": reply.status, "headers": headers}
-                )
-                chunk = await first
             finally:
                 first.cancel()
                 await asyncio.gather(first, return_exceptions=True)
             if reply.status == 200:
-                flight.first(time.perf_counter() - start, not _is_stream(reply))
+                flight.first(time.perf_counter() - start, not stream)
             while chunk:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await client.send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunk = await _next(chunks)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await client.send({"type": "http.response.body", "body": b"", "more_body": False})
             return None
     except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException) as error:
-        raise _lost(error, begun) from error
+        late = isinstance(error, httpcore2.ReadTimeout | httpcore2.WriteTimeout)
+        raise _lost(error, begun or (late and client.headed)) from error
 
 
 def _asked(

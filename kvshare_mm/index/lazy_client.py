@@ -68,6 +68,10 @@ class LazyClient:
         # Client libraries raise their own errors, grpc's, and ValueError for a closed channel.
         except Exception as error:
             self._drop(client)
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            logger.warning(
+                "%s: %s: %s; left alone for %.0f s", self._name, action, why, self._retry_after
+            )
             raise IndexUnavailableError(f"{self._name}: {action}: {error}") from error
 
     def close(self) -> None:

@@ -37,14 +37,14 @@ _EF = 1024
 
 PATIENCE = 60.0
 """Seconds for writes, and for all of Milvus Lite: it runs in this process, where it can be busy
-(it builds sparse indexes while searching) but not unreachable."""
+but not unreachable."""
 
 _lite_lock = threading.Lock()
 _lite_users: Counter[str] = Counter()
 
 
 class MilvusIndex:
-    """One row per node.
+    """One row per node: its embedding, and nothing else of its prompt.
 
     Connects at first use, not when made. Safe to use from many threads. Whatever goes wrong with
     Milvus raises `IndexUnavailableError`, with the cause attached.
@@ -100,13 +100,11 @@ class MilvusIndex:
         pending = 1
         while pending:
             with self._milvus.use("describe index") as client:
-                found = [client.describe_index(self.collection, f) for f in ("dense", "sparse")]
-            pending = sum(int(index["pending_index_rows"]) for index in found)
+                index = client.describe_index(self.collection, "dense")
+            pending = int(index["pending_index_rows"])
             if pending and time.monotonic() > deadline:
                 raise IndexUnavailableError(f"{pending} rows still not indexed after {timeout} s")
             time.sleep(0.05 if pending else 0.0)
-        # Milvus Lite builds sparse indexes during the first search: half a millisecond per row.
-        self.search_sparse("", np.arange(8, dtype=np.uint64), 1)
 
     def add(self, records: Sequence[IndexRecord]) -> None:
         """Store records, replacing those known; they are found at once (soon, on a server).
@@ -144,15 +142,14 @@ class MilvusIndex:
         milvus_rows.check_dim(embedding, self._dim)
         condition = f"{milvus_rows.within(namespace)} and embedded == true"
         params = {"params": {"ef": max(_EF, limit)}}
-        return self._search("dense", np.asarray(embedding, np.float32), condition, params, limit)
-
-    def search_sparse(
-        self, namespace: str, keys: NDArray[np.uint64], limit: int
-    ) -> list[Candidate]:
-        """Nodes of `namespace` by the n-grams shared with ``keys [N]`` uint64, best first."""
-        query = milvus_rows.fingerprint(keys)
-        condition = milvus_rows.within(namespace)
-        return self._search("sparse", query, condition, {}, limit) if query else []
+        if limit < 1:
+            return []
+        options: dict[str, Any] = {"anns_field": "dense", "filter": condition, "limit": limit}
+        options |= {"search_params": params, "timeout": self._patience}
+        query = np.asarray(embedding, np.float32)
+        with self._milvus.use("search") as client:
+            [hits] = client.search(self.collection, [query], **options)
+        return [Candidate(hit["node_id"], hit["distance"]) for hit in hits]
 
     def ids(self) -> set[str]:
         """All nodes of the collection, of every namespace."""
@@ -213,17 +210,6 @@ class MilvusIndex:
         """Number of nodes. Asks Milvus."""
         return len(self.ids())
 
-    def _search(
-        self, field: str, query: Any, condition: str, params: dict[str, Any], limit: int
-    ) -> list[Candidate]:
-        if limit < 1:
-            return []
-        options: dict[str, Any] = {"anns_field": field, "filter": condition, "limit": limit}
-        options |= {"search_params": params, "timeout": self._patience}
-        with self._milvus.use(f"search {field}") as client:
-            [hits] = client.search(self.collection, [query], **options)
-        return [Candidate(hit["node_id"], hit["distance"]) for hit in hits]
-
     def _connect(self) -> Any:
         if self._path is not None:
             # The file's server runs in this process. It has no AllocTimestamp, which clients do
@@ -262,12 +248,12 @@ def _open(uri: str, path: str | None, token: str, timeout: float) -> Any:
     # Here, because importing it takes half a second.
     from pymilvus import MilvusClient
 
-    # It brings handlers of its own; its messages belong where all others go.
+    # It brings handlers of its own; what fails is raised, and need not be told with a trace.
     for name in ("pymilvus", "pymilvus.milvus_client"):
         theirs = logging.getLogger(name)
         theirs.handlers.clear()
         theirs.propagate = True
-        theirs.setLevel(logging.WARNING)
+        theirs.setLevel(logging.CRITICAL)
     if path is None:
         # Dedicated: the shared connection of pymilvus outlives its clients.
         return MilvusClient(
@@ -300,9 +286,7 @@ def _create_collection(client: Any, name: str, dim: int) -> None:
     schema.add_field("namespace", DataType.VARCHAR, max_length=milvus_rows.NAMESPACE_LENGTH)
     schema.add_field("embedded", DataType.BOOL)
     schema.add_field("dense", DataType.FLOAT_VECTOR, dim=dim)
-    schema.add_field("sparse", DataType.SPARSE_FLOAT_VECTOR)
     indexes = client.prepare_index_params()
     hnsw = {"M": 16, "efConstruction": 100}
     indexes.add_index("dense", index_type="HNSW", metric_type="IP", params=hnsw)
-    indexes.add_index("sparse", index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
     client.create_collection(name, schema=schema, index_params=indexes, timeout=PATIENCE)

@@ -1,4 +1,4 @@
-"""What a record looks like in Milvus: rows, fingerprints and literals. Knows no client."""
+"""What a record looks like in Milvus: rows and literals. Knows no client."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 from kvshare_mm.identity import DIGEST_SIZE, text_identity
 from kvshare_mm.index.base import IndexRecord
-from kvshare_mm.index.ngrams import smallest_ngrams
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Part of the collection's name: raise it whenever fields, indexes or what is in them change."""
 
 ID_LENGTH = 256
@@ -19,27 +18,6 @@ ID_LENGTH = 256
 
 NAMESPACE_LENGTH = 2 * DIGEST_SIZE
 """Bytes of a row's namespace."""
-
-_FINGERPRINT = 256
-"""Dimensions of a fingerprint. 64 find the pairs as well, but lose donors that differ from their
-neighbours in a few fields of one template (recall at 4: 0.64 with 64, 0.97 with 256)."""
-
-_NO_NGRAMS = (1 << 32) - 2
-"""The one dimension of a row without n-grams: Milvus wants vectors that are not empty."""
-
-
-def fingerprint(keys: NDArray[np.uint64]) -> dict[int, float]:
-    """The sparse vector of a prompt: its inner product with another counts n-grams in common.
-
-    Args:
-        keys: ``[N]`` uint64 alignment keys.
-
-    Returns:
-        At most 256 dimensions (n-gram hashes below ``2**32 - 2``) of weight 1; empty if the prompt
-        is too short for an n-gram.
-    """
-    ngrams, _ = smallest_ngrams(keys, _FINGERPRINT)
-    return dict.fromkeys((ngrams % np.uint64(_NO_NGRAMS)).tolist(), 1.0)
 
 
 def row(record: IndexRecord, dim: int) -> dict[str, Any]:
@@ -58,7 +36,6 @@ def row(record: IndexRecord, dim: int) -> dict[str, Any]:
         "namespace": text_identity(record.namespace),
         "embedded": record.embedding is not None,
         "dense": np.asarray(dense, np.float32),
-        "sparse": fingerprint(record.align_keys) or {_NO_NGRAMS: 1.0},
     }
 
 

@@ -9,14 +9,11 @@ with its reason.
 from __future__ import annotations
 
 import logging
-import queue
 import secrets
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -25,6 +22,7 @@ from kvshare_mm.index.base import IndexUnavailableError
 from kvshare_mm.index.shared import Fingerprints, SharedCatalogue
 from kvshare_mm.node import Node, Span
 from kvshare_mm.reuse.plan import PlannerOptions, ReusePlan
+from kvshare_mm.reuse.publish import Publisher
 from kvshare_mm.reuse.repair import RepairPolicy
 from kvshare_mm.reuse.scheduler import ReuseScheduler
 from kvshare_mm.store.base import NodeKV, StoredNode
@@ -38,8 +36,6 @@ _SECRET = "kvshare:secret"
 _LEAST_COMPUTED = 64
 # Tokens a second that are computed, until it was measured, and how fast a measurement replaces it.
 _FIRST_RATE, _NEW_SHARE = 2000.0, 0.3
-_MAX_QUEUED, _BATCH = 256, 16
-_PURGE_S = 60.0
 
 MoreTime = Callable[[float], bool]
 """Asks for so many seconds from now; False: the request has started, or nobody waits for it."""
@@ -78,11 +74,9 @@ class SharedDonors:
         self._mine = secrets.token_bytes(32)
         self._tokens_per_s = _FIRST_RATE
         self._bytes_per_s: float | None = None
-        self._queue: queue.Queue[tuple[str, str, bool] | None] = queue.Queue()
-        self._closing = threading.Event()
-        self._purged = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="kvshare-publish", daemon=True)
-        self._thread.start()
+        self._publisher = Publisher(
+            donors.stored, tier, catalogue, self._fingerprints, self.taken, self._counters
+        )
 
     def computed(self, tokens: int, seconds: float) -> None:
         """So long it took to compute so many tokens: what taking over has to beat."""
@@ -185,6 +179,8 @@ class SharedDonors:
                 if error.reason == "shared_down":
                     raise
                 missing = error
+                if error.reason == "evicted" and node_id in node_ids:
+                    self._publisher.check(node_id, ns)  # or it would hide others that are there
                 continue
             if self._gives_more(head.node):
                 heads[node_id] = head
@@ -279,94 +275,23 @@ class SharedDonors:
 
     def publish(self, node_id: str, ns: str) -> None:
         """Share a donor, or its new version, some time later."""
-        self._order(node_id, ns, True)
+        self._publisher.publish(node_id, ns)
 
     def withdraw(self, node_id: str, ns: str) -> None:
         """Share a donor no longer. Replicas that have taken it over keep it, and who took it over
         does not withdraw it."""
         if node_id not in self.taken:
-            self._order(node_id, ns, False)
+            self._publisher.withdraw(node_id, ns)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was given so far is published, or failed; False: time ran out."""
-        with self._queue.all_tasks_done:
-            return self._queue.all_tasks_done.wait_for(
-                lambda: not self._queue.unfinished_tasks, timeout_s
-            )
+        return self._publisher.flush(timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Publish what is left, for a few seconds at most, then stop."""
-        self.flush(timeout_s)
-        self._closing.set()
-        self._queue.put(None)
-        self._thread.join(timeout_s)
+        self._publisher.close(timeout_s)
         self._catalogue.close()
         self._tier.remote.close()
-
-    def _order(self, node_id: str, ns: str, publish: bool) -> None:
-        if publish and self._queue.qsize() >= _MAX_QUEUED:  # what is deleted is never forgotten
-            self._counters["shared_write_queue_full"] += 1
-        else:
-            self._queue.put((node_id, ns, publish))
-
-    def _run(self) -> None:
-        while not self._closing.is_set():
-            orders = [self._queue.get()]
-            while len(orders) < _BATCH and not self._queue.empty():
-                orders.append(self._queue.get())
-            try:
-                self._carry_out([order for order in orders if order is not None])
-            except Exception:
-                self._counters["shared_error"] += 1
-                logger.exception("shared donors: not published")
-            finally:
-                for _ in orders:
-                    self._queue.task_done()
-
-    def _carry_out(self, orders: Sequence[tuple[str, str, bool]]) -> None:
-        rows: dict[str, dict[str, Any]] = {}
-        gone: list[str] = []
-        for node_id, ns, publish in orders:
-            try:
-                if not publish:
-                    self._tier.delete(node_id, ns)
-                    rows.pop(node_id, None)
-                    gone.append(node_id)
-                    continue
-                prints = self._fingerprints(ns)
-                for node in self._put(node_id, ns):
-                    if (row := self._catalogue.row(node, prints)) is not None:
-                        rows[node.node_id] = row
-            except KVUnavailableError as error:
-                self._counters[f"shared_write_{error.reason}"] += 1
-                if not publish:
-                    gone.append(node_id)
-        try:
-            if rows:
-                self._catalogue.add(list(rows.values()))
-                self._counters["shared_published"] += len(rows)
-            if gone:
-                self._catalogue.remove(gone)
-            if time.monotonic() - self._purged > _PURGE_S:
-                self._purged = time.monotonic()
-                self._catalogue.remove_expired()
-        except IndexUnavailableError as error:
-            self._counters["shared_write_catalogue_down"] += 1
-            logger.info("shared donors: %s", error)
-
-    def _put(self, node_id: str, ns: str) -> list[Node]:
-        """Publish a node, and those it borrows from that are not, or no longer, shared: without
-        them it would be full of holes. Returns those published."""
-        stored = self._donors.stored(node_id, ns)
-        self._tier.put(stored)
-        nodes = [stored.node]
-        for owner in stored.node.owners:
-            if owner not in self.taken and not self._tier.keep(owner, ns):
-                with suppress(KVUnavailableError):  # it is gone from here, too
-                    owned = self._donors.stored(owner, ns)
-                    self._tier.put(owned)
-                    nodes.append(owned.node)
-        return nodes
 
 
 @lru_cache(maxsize=1024)

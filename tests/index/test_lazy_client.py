@@ -48,12 +48,13 @@ def test_connects_once_and_only_when_used() -> None:
     assert server.closed == [1]
 
 
-def test_after_the_wait_a_new_connection_is_made() -> None:
+def test_after_the_wait_a_new_connection_is_made(caplog: pytest.LogCaptureFixture) -> None:
     server = Server()
     client = server.client(0)
     assert use(client) == 1
     with pytest.raises(IndexUnavailableError, match="out of memory"), client.use("ask"):
-        raise RuntimeError("out of memory")
+        raise RuntimeError("out of memory\nand a long trace")
+    assert caplog.messages == ["the server: ask: out of memory; left alone for 0 s"]
     assert server.closed == [1]
     assert use(client) == 2
 

@@ -62,13 +62,8 @@ def dense(index: MilvusIndex, number: int, limit: int = 3, namespace: str = "ns"
     return [c.node_id for c in index.search_dense(namespace, embedding(number), limit)]
 
 
-def sparse(index: MilvusIndex, number: int, limit: int = 5, namespace: str = "ns") -> list[str]:
-    return [c.node_id for c in index.search_sparse(namespace, record(number).align_keys, limit)]
-
-
 def test_an_empty_index_finds_nothing(index: MilvusIndex) -> None:
     assert dense(index, 0) == []
-    assert sparse(index, 0) == []
     assert index.ids() == set()
     assert len(index) == 0
     index.add([])
@@ -77,18 +72,14 @@ def test_an_empty_index_finds_nothing(index: MilvusIndex) -> None:
 
 
 @pytest.mark.parametrize("flushed", [False, True])
-def test_both_searches_rank_and_stay_in_the_namespace(index: MilvusIndex, flushed: bool) -> None:
+def test_search_ranks_and_stays_in_the_namespace(index: MilvusIndex, flushed: bool) -> None:
     index.add([record(i) for i in range(12)])
     index.add([record(20, 'other"; 1 == 1'), record(21, "")])
     if flushed:
         index.wait_ready()
     assert dense(index, 5)[0] == "node-5"
     assert set(dense(index, 5)[1:]) == {"node-4", "node-6"}
-    assert sparse(index, 5)[0] == "node-5"
-    assert set(sparse(index, 5)[1:]) == {"node-4", "node-6"}
-    assert index.search_sparse("ns", record(5).align_keys, 1)[0].score == pytest.approx(38)
     assert index.search_dense("ns", embedding(5), 1)[0].score == pytest.approx(1, abs=1e-5)
-    assert sparse(index, 20) == []
     assert dense(index, 20, namespace='other"; 1 == 1') == ["node-20"]
     assert dense(index, 21, namespace="") == ["node-21"]
     assert dense(index, 5, namespace="nobody") == []
@@ -99,7 +90,7 @@ def test_flushing_on_the_way_loses_nothing(open_index: Open) -> None:
     index = open_index(flush_every=3)
     for i in range(10):
         index.add([record(i)])
-        assert sparse(index, i)[0] == dense(index, i)[0] == f"node-{i}"
+        assert dense(index, i)[0] == f"node-{i}"
     assert index.ids() == {f"node-{i}" for i in range(10)}
 
 
@@ -109,27 +100,25 @@ def test_removed_nodes_are_gone(index: MilvusIndex) -> None:
     index.add([record(i) for i in range(6, 9)])
     index.remove(["node-4", "node-7", 'x" or 1 == 1 or node_id == "', "back\\slash\n"])
     assert len(index) == 7
-    assert "node-4" not in sparse(index, 4)
+    assert "node-4" not in dense(index, 4)
     assert "node-7" not in dense(index, 7)
     index.remove(f"node-{i}" for i in range(9))
     assert index.ids() == set()
 
 
-def test_records_without_embedding_are_only_found_by_words(index: MilvusIndex) -> None:
+def test_records_without_embedding_are_not_found(index: MilvusIndex) -> None:
     index.add([record(1, embedded=False), record(2)])
-    assert sparse(index, 1)[0] == "node-1"
     assert dense(index, 1) == ["node-2"]
     index.add([record(1)])
     assert dense(index, 1)[0] == "node-1"
     assert len(index) == 2
 
 
-def test_prompts_too_short_for_an_ngram_are_kept(index: MilvusIndex) -> None:
-    tiny = IndexRecord("tiny", "ns", np.array([1], dtype=np.uint64), embedding(1))
-    index.add([tiny, IndexRecord("empty", "ns", np.array([], dtype=np.uint64))])
-    assert index.search_sparse("ns", tiny.align_keys, 5) == []
-    assert dense(index, 1) == ["tiny"]
-    assert index.ids() == {"tiny", "empty"}
+def test_rows_say_nothing_of_a_prompt_but_its_embedding(index: MilvusIndex) -> None:
+    index.add([record(1)])
+    with index._milvus.use("list") as client:
+        [row] = client.query(index.collection, filter='node_id != ""', output_fields=["*"])
+    assert row.keys() == {"node_id", "namespace", "embedded", "dense"}
 
 
 def test_what_was_added_survives_closing(open_index: Open) -> None:
@@ -141,7 +130,7 @@ def test_what_was_added_survives_closing(open_index: Open) -> None:
     second = open_index()
     second.wait_ready()
     assert second.ids() == {f"node-{i}" for i in range(5)}
-    assert sparse(second, 2)[0] == dense(second, 2)[0] == "node-2"
+    assert dense(second, 2)[0] == "node-2"
 
 
 def test_two_users_of_one_file_in_a_process_do_not_close_it_on_each_other(open_index: Open) -> None:
@@ -166,7 +155,7 @@ def test_namespaces_made_to_collide_are_two(index: MilvusIndex) -> None:
     index.add([record(1, mine), record(2, theirs)])
     index.flush()
     assert dense(index, 1, namespace=mine) == ["node-1"]
-    assert sparse(index, 1, namespace=theirs) == ["node-2"]
+    assert dense(index, 2, namespace=theirs) == ["node-2"]
 
 
 def test_another_embedder_or_version_starts_afresh(
@@ -194,7 +183,7 @@ def test_an_unreachable_server_is_one_short_failure(open_index: Open) -> None:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     index = open_index(f"http://127.0.0.1:{port}", timeout=0.5, retry_after=60)
-    with pytest.raises(IndexUnavailableError, match="search dense") as info:
+    with pytest.raises(IndexUnavailableError, match="search") as info:
         dense(index, 1)
     assert info.value.__cause__ is not None
     for call in (index.ids, index.flush, index.wait_ready, lambda: index.add([record(1)])):
@@ -206,7 +195,7 @@ def test_a_server_that_never_answers_is_given_up(open_index: Open) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         index = open_index(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.5)
         with pytest.raises(IndexUnavailableError):
-            sparse(index, 1)
+            dense(index, 1)
 
 
 def test_a_file_that_cannot_be_opened_is_unavailable(open_index: Open, tmp_path: Path) -> None:

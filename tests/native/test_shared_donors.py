@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput
-from kvshare_mm.reuse import shared
+from kvshare_mm.reuse import publish, shared
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.reuse.shared import SharedDonors
 from kvshare_mm.store.remote_redis import RedisStore
 from kvshare_mm.store.shared import SharedTier
 
+from ..helpers import until
 from ..remote_servers import RedisServer, free_port, milvus_server, redis_server
 from .asking import _DONOR, _TARGET, Gate, Inbox, inside, params
 
@@ -264,8 +265,22 @@ def test_a_full_redis_costs_the_sharing_and_nothing_else(
     assert ask(one, _TARGET).provenance.reused > 0
 
 
+def test_donors_that_redis_evicted_hide_others_once(
+    replica: OpenReplica, server: RedisServer
+) -> None:
+    one, two = replica(), replica()
+    ask(one, _DONOR.replace("fox", "dog"))
+    kept = server.nodes()
+    for number in range(10):  # more than are looked at, and all of them more alike
+        ask(one, f"{_TARGET} {number}")
+    server.client.delete(*set(server.nodes()) - set(kept))
+    assert ask(two, _TARGET, store=False).provenance.shared == 0
+    assert events(two)["shared_read_evicted"] == 1
+    until(lambda: ask(two, _TARGET, store=False).provenance.shared > 0)
+
+
 def test_publishing_never_blocks(replica: OpenReplica, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "_MAX_QUEUED", 1)
+    monkeypatch.setattr(publish, "_MAX_QUEUED", 1)
     one = replica()
     gate = Gate(inside(one).donors.shared._tier, "put")
     for number in range(4):

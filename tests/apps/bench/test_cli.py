@@ -189,7 +189,7 @@ def test_lookup(
     assert (report["pairs"], report["records"]) == (2, 2 + 2 + 8)
     for found in report["methods"].values():
         assert found["recall"]["4"] == 1
-    for text in ("2 donors among 12 prompts", "recall at 8", "3-grams, Milvus", "1.000"):
+    for text in ("2 donors among 12 prompts", "recall at 8", "embedding, Milvus", "1.000"):
         assert text in shown
 
 

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
+from kvshare_mm.apps.router import upstream as upstream_module
 from kvshare_mm.apps.router.headers import is_passed_on, to_client, to_replica
 from kvshare_mm.apps.server.hosts import allowed_hosts
 
@@ -304,6 +305,51 @@ def test_an_answer_that_breaks_off_is_not_repeated(upstreams: Upstreams, route: 
     with pytest.raises(httpx2.RemoteProtocolError):
         routed.chat("hi")
     assert sum(sent_to(behind)) == 1
+    assert all(r.in_flight == 0 for r in routed.replicas)
+
+
+@pytest.mark.parametrize(
+    ("other", "got"),
+    [
+        (b"data: whole\n\n", b"data: whole\n\n"),
+        (b"", None),  # it has no room, which a client that has a head cannot be told
+    ],
+)
+def test_a_stream_that_is_lost_before_its_first_byte_is_answered_by_another(
+    upstreams: Upstreams, route: Route, monkeypatch: pytest.MonkeyPatch, other: bytes, got: Any
+) -> None:
+    monkeypatch.setattr(upstream_module, "_HEAD_AFTER_S", 0.05)
+    head = [(b"content-type", b"text/event-stream")]
+    behind = upstreams(2)
+    go = threading.Event()
+
+    async def leaving(upstream: Any, scope: Any, send: Any, receive: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await asyncio.to_thread(go.wait)
+
+    async def answering(upstream: Any, scope: Any, send: Any, receive: Any) -> None:
+        if len(behind[0].asked) + len(behind[1].asked) == 1:
+            await leaving(upstream, scope, send, receive)
+        elif other:
+            await send({"type": "http.response.start", "status": 200, "headers": head})
+            await send({"type": "http.response.body", "body": other})
+        else:
+            await refusing(503, b"", (b"retry-after", b"3"))(upstream, scope, send, receive)
+
+    for upstream in behind:
+        upstream.answer = answering
+    routed = route([u.url for u in behind])
+    url = f"{routed.url}/v1/chat/completions"
+    with httpx2.stream("POST", url, json={}, timeout=30) as reply:
+        assert reply.status_code == 200  # the head is there
+        until(lambda: all(r.healthy for r in routed.replicas))
+        go.set()
+        if got is None:
+            with pytest.raises(httpx2.RemoteProtocolError):
+                reply.read()
+        else:
+            assert reply.read() == got
+    assert sum(sent_to(behind)) == 2
     assert all(r.in_flight == 0 for r in routed.replicas)
 
 

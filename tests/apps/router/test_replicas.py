@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.apps.router.plan import ANSWER, Choice
+from kvshare_mm.apps.router.plan import ANSWER, Choice, choose
 from kvshare_mm.apps.router.replicas import Replica, typical_seconds
 
 from ...helpers import Clock
@@ -54,3 +56,17 @@ def test_speed_is_measured_by_what_was_ahead_and_soon_forgotten() -> None:
 def test_a_path_leads_to_no_other_server() -> None:
     url = Replica(1, "https://[::1]:2").url("/v1/x?y")
     assert (url.scheme, url.host, url.port, url.target) == (b"https", b"::1", 2, b"/v1/x?y")
+
+
+@given(st.lists(st.floats(0, 1e5), max_size=8), st.randoms())
+def test_a_replica_can_be_chosen_whatever_its_sums_drift_to(
+    sizes: list[float], draw: random.Random
+) -> None:
+    replica = Replica(1, "http://a")
+    replica.begin(Choice(1, "donor", 0.0))  # it is never without a request
+    flights = [replica.begin(Choice(1, "load", size)) for size in sizes]
+    for flight in draw.sample(flights, len(flights)):
+        flight.first(1.0, False)
+    standing = replica.standing(share=1.0)
+    assert standing.ahead >= 0
+    assert choose(10, [standing], draw).replica == 1

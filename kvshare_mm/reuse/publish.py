@@ -1,0 +1,190 @@
+"""Gives a replica's donors to others, and takes them back, behind the answers."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum
+from typing import Any
+
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.index.base import IndexUnavailableError
+from kvshare_mm.index.shared import Fingerprints, SharedCatalogue
+from kvshare_mm.node import Node
+from kvshare_mm.store.base import StoredNode
+from kvshare_mm.store.shared import SharedTier
+
+logger = logging.getLogger(__name__)
+
+_MAX_QUEUED, _BATCH = 256, 16
+_PURGE_S = 60.0
+_RETRY_S = 5.0
+
+
+class _Do(Enum):
+    PUBLISH = "publish"
+    WITHDRAW = "withdraw"
+    CHECK = "check"
+
+
+_Order = tuple[_Do, str, str]
+"""What to do with the node of an id and a namespace."""
+
+
+class Publisher:
+    """A thread that writes to the store and the catalogue that replicas share.
+
+    What fails because one of them is down is done later where it must be: deletions, and rows of
+    donors whose KV was written. A donor whose KV was not is published with the next that borrows
+    from it.
+
+    Args:
+        stored: gives a donor with its KV. Raises KVUnavailableError.
+        tier: KV of all replicas.
+        catalogue: rows of all.
+        fingerprints: of a namespace. Raises KVUnavailableError.
+        foreign: ids of donors here that other replicas made.
+        counters: events by name are counted here.
+    """
+
+    def __init__(
+        self,
+        stored: Callable[[str, str], StoredNode],
+        tier: SharedTier,
+        catalogue: SharedCatalogue,
+        fingerprints: Callable[[str], Fingerprints],
+        foreign: set[str],
+        counters: Counter[str],
+    ) -> None:
+        self._stored = stored
+        self._tier = tier
+        self._catalogue = catalogue
+        self._fingerprints = fingerprints
+        self._foreign = foreign
+        self._counters = counters
+        self._queue: queue.Queue[_Order | None] = queue.Queue()
+        self._rows: dict[str, dict[str, Any]] = {}  # to be added, by node
+        self._unlisted: set[str] = set()  # whose rows are to be removed
+        self._deleted: dict[str, str] = {}  # namespaces of nodes whose KV is to be deleted
+        self._closing = threading.Event()
+        self._purged = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="kvshare-publish", daemon=True)
+        self._thread.start()
+
+    def publish(self, node_id: str, ns: str) -> None:
+        """Share a donor, or its new version, some time later."""
+        if self._queue.qsize() >= _MAX_QUEUED:
+            self._counters["shared_write_queue_full"] += 1
+        else:
+            self._queue.put((_Do.PUBLISH, node_id, ns))
+
+    def withdraw(self, node_id: str, ns: str) -> None:
+        """Share a donor no longer. Replicas that have taken it over keep it."""
+        self._queue.put((_Do.WITHDRAW, node_id, ns))
+
+    def check(self, node_id: str, ns: str) -> None:
+        """Remove the row of a node if its KV is gone."""
+        if self._queue.qsize() < _MAX_QUEUED:
+            self._queue.put((_Do.CHECK, node_id, ns))
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until all that was given so far was done, or has failed; False: time ran out."""
+        with self._queue.all_tasks_done:
+            return self._queue.all_tasks_done.wait_for(
+                lambda: not self._queue.unfinished_tasks, timeout_s
+            )
+
+    def close(self, timeout_s: float) -> None:
+        """Do what is left, for so many seconds at most, then stop."""
+        self.flush(timeout_s)
+        self._closing.set()
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+        if self._deleted:
+            logger.warning("%d deleted donors stay shared until they expire", len(self._deleted))
+
+    @property
+    def _late(self) -> bool:
+        return bool(self._rows or self._unlisted or self._deleted)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            orders: list[_Order | None] = []
+            with suppress(queue.Empty):
+                orders.append(self._queue.get(timeout=_RETRY_S if self._late else None))
+                while len(orders) < _BATCH:
+                    orders.append(self._queue.get_nowait())
+            try:
+                for order in orders:
+                    if order is not None:
+                        self._take(*order)
+                self._write()
+            except Exception:
+                self._counters["shared_error"] += 1
+                logger.exception("shared donors: not published")
+            finally:
+                for _ in orders:
+                    self._queue.task_done()
+
+    def _take(self, do: _Do, node_id: str, ns: str) -> None:
+        """Carry out an order, but for what `_write` does."""
+        try:
+            if do is _Do.WITHDRAW:
+                self._rows.pop(node_id, None)
+                self._unlisted.add(node_id)
+                self._deleted[node_id] = ns
+            elif do is _Do.CHECK:
+                if not self._tier.keep(node_id, ns):
+                    self._unlisted.add(node_id)
+            else:
+                prints = self._fingerprints(ns)
+                for node in self._put(node_id, ns):
+                    if (row := self._catalogue.row(node, prints)) is not None:
+                        self._rows[node.node_id] = row
+        except KVUnavailableError as error:
+            self._counters[f"shared_write_{error.reason}"] += 1
+        while len(self._rows) > _MAX_QUEUED:
+            del self._rows[next(iter(self._rows))]
+            self._counters["shared_write_queue_full"] += 1
+
+    def _write(self) -> None:
+        """Delete KV, and bring the catalogue up to date; what fails is left for the next time."""
+        try:
+            for node_id, ns in [*self._deleted.items()]:
+                self._tier.delete(node_id, ns)
+                del self._deleted[node_id]
+        except KVUnavailableError as error:
+            self._counters[f"shared_write_{error.reason}"] += 1
+        try:
+            if self._rows:
+                self._catalogue.add([*self._rows.values()])
+                self._counters["shared_published"] += len(self._rows)
+                self._rows.clear()
+            if self._unlisted:
+                self._catalogue.remove(self._unlisted)
+                self._unlisted.clear()
+            if time.monotonic() - self._purged > _PURGE_S:
+                self._purged = time.monotonic()
+                self._catalogue.remove_expired()
+        except IndexUnavailableError as error:
+            self._counters["shared_write_catalogue_down"] += 1
+            logger.info("shared donors: %s", error)
+
+    def _put(self, node_id: str, ns: str) -> list[Node]:
+        """Publish a node, and those it borrows from that are not, or no longer, shared: without
+        them it would be full of holes. Returns those published."""
+        stored = self._stored(node_id, ns)
+        self._tier.put(stored)
+        nodes = [stored.node]
+        for owner in stored.node.owners:
+            if owner not in self._foreign and not self._tier.keep(owner, ns):
+                with suppress(KVUnavailableError):  # it is gone from here, too
+                    owned = self._stored(owner, ns)
+                    self._tier.put(owned)
+                    nodes.append(owned.node)
+        return nodes

@@ -1,0 +1,146 @@
+"""Replicas that share Redis and Milvus, and a router before them: each a process to be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from kvshare_mm.apps.bench.serve import Sample, ask, client_of
+
+from ...remote_servers import MilvusServer, RedisServer, Server, free_port
+
+_START_S = 300.0  # the first on a machine converts the model
+
+
+class Command(Server):
+    """A `kvshare` command that serves HTTP."""
+
+    def __init__(self, log: Path, *words: str) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "kvshare_mm.apps.cli", *words, "--port", str(port)]
+        super().__init__(command, port, log)
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + _START_S
+        while self.status() != httpx2.codes.OK:
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                raise TimeoutError(f"{self._command} did not start")
+            time.sleep(0.1)
+
+    def status(self) -> int:
+        """What its /health says; 0: nothing."""
+        try:
+            return httpx2.get(f"{self.url}/health", timeout=5).status_code
+        except httpx2.HTTPError:
+            return 0
+
+    def metric(self, line: str) -> float:
+        """The value of a line of /metrics that begins so; 0 if there is none."""
+        for found in httpx2.get(f"{self.url}/metrics", timeout=30).text.splitlines():
+            if found.startswith(line):
+                return float(found.rsplit(" ", 1)[1])
+        return 0.0
+
+    def events(self) -> dict[str, int]:
+        """What happened to its donors, by name."""
+        begin = 'kvshare:donor_events_total{event="'
+        lines = httpx2.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        found = [line[len(begin) :].split('"', 1) for line in lines if line.startswith(begin)]
+        return {name: int(float(rest.rsplit(" ", 1)[1])) for name, rest in found}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """All of it, running."""
+
+    redis: RedisServer
+    milvus: MilvusServer
+    replicas: list[Command]
+    router: Command
+
+
+@contextmanager
+def cluster(
+    folder: Path,
+    num_replicas: int,
+    *options: str,
+    model: str,
+    router_options: Sequence[str] = (),
+) -> Iterator[Cluster]:
+    """Start all, with options of replicas; logs and stores lie in `folder`."""
+    started: list[Server] = []
+
+    def replica(number: int) -> Command:
+        shared = ("--shared-store", redis.url, "--index-uri", milvus.url, "--embedder", "none")
+        store = ("--store-dir", str(folder / f"store-{number}"), "--served-model-name", "m")
+        log = folder / f"replica-{number}.log"
+        started.append(Command(log, "serve", model, *shared, *store, *options))
+        return started[-1]
+
+    try:
+        started += [redis := RedisServer(), milvus := MilvusServer(folder / "milvus")]
+        with ThreadPoolExecutor(num_replicas) as pool:
+            replicas = list(pool.map(replica, range(num_replicas)))
+        urls = ",".join(each.url for each in replicas)
+        words = ("route", "--replicas", urls, *router_options)
+        started.append(router := Command(folder / "router.log", *words))
+        yield Cluster(redis, milvus, replicas, router)
+    finally:
+        for each in started:
+            each.go_on()
+            each.kill()
+
+
+def bodies(texts: Sequence[str], salt: str, tokens: int = 6, **ours: Any) -> list[dict[str, Any]]:
+    """Chats of these texts; `ours` are options of KVShare."""
+    return [
+        {
+            "model": "m",
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "cache_salt": salt,
+            "kvshare": ours,
+        }
+        for text in texts
+    ]
+
+
+def sent(
+    asked: Sequence[dict[str, Any]], url_of: Callable[[int], str], concurrency: int = 1
+) -> list[Sample]:
+    """Answers to requests that are sent in their order, so many at a time, the i-th to
+    `url_of(i)`."""
+    samples: dict[int, Sample] = {}
+    left = iter(enumerate(asked))
+
+    async def client() -> None:
+        for i, body in left:
+            async with client_of(url_of(i)) as http:
+                samples[i] = await ask(http, body)
+
+    async def clients() -> None:
+        await asyncio.gather(*(client() for _ in range(concurrency)))
+
+    asyncio.run(clients())
+    return [samples[i] for i in range(len(asked))]
+
+
+def plan(sample: Sample) -> list[int]:
+    """Tokens of a prompt by where their KV came from: exact, reused, computed."""
+    return [sample.reuse[origin] for origin in ("exact", "reused", "recomputed")]
+
+
+def shared_tokens(samples: Sequence[Sample]) -> int:
+    """Tokens of prompts that were not computed."""
+    return sum(sum(plan(sample)[:2]) for sample in samples)

@@ -1,0 +1,153 @@
+"""What is given to other replicas and taken back, while Redis and Milvus come and go."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.index.base import IndexUnavailableError
+from kvshare_mm.index.shared import Fingerprints, SharedCatalogue
+from kvshare_mm.node import Node, Span
+from kvshare_mm.reuse import publish
+from kvshare_mm.reuse.publish import Publisher
+from kvshare_mm.store.base import NodeKV, StoredNode
+from kvshare_mm.store.remote_redis import RedisStore
+from kvshare_mm.store.shared import SharedTier
+
+from ..helpers import until
+from ..remote_servers import MilvusServer, RedisServer, redis_server
+
+_PRINTS = Fingerprints(b"s" * 32, "ns")
+_KEYS = np.arange(100, dtype=np.uint64)
+
+
+@pytest.fixture
+def redis() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture
+def milvus(tmp_path: Path) -> Iterator[MilvusServer]:
+    server = MilvusServer(tmp_path)
+    yield server
+    server.kill()
+
+
+class Replica:
+    """What publishes, and what another one would find."""
+
+    def __init__(self, redis: RedisServer, milvus: MilvusServer) -> None:
+        self.counters: Counter[str] = Counter()
+        self.tier = SharedTier(RedisStore(redis.url, retry_after_s=0.1), 1000.0)
+        self.other = SharedCatalogue(milvus.url, "other", 1000.0, timeout=20, retry_after=0.1)
+        self.own = SharedCatalogue(milvus.url, "own", 1000.0, timeout=20, retry_after=0.1)
+        self.kept = {f"{i:032x}" for i in range(40)}
+        self.publisher = Publisher(
+            self._stored, self.tier, self.own, lambda _: _PRINTS, set(), self.counters
+        )
+
+    def _stored(self, node_id: str, ns: str) -> StoredNode:
+        if node_id not in self.kept:
+            raise KVUnavailableError("evicted", "it is gone")
+        kv = torch.zeros(1, 1, len(_KEYS), 4)
+        return StoredNode(Node(node_id, ns, _KEYS, (Span(0, len(_KEYS)),)), NodeKV(kv, kv))
+
+    def publish(self, *numbers: int) -> None:
+        for number in numbers:
+            self.publisher.publish(f"{number:032x}", "ns")
+        assert self.publisher.flush(60)
+
+    def withdraw(self, *numbers: int) -> None:
+        for number in numbers:
+            self.kept.discard(f"{number:032x}")
+            self.publisher.withdraw(f"{number:032x}", "ns")
+        assert self.publisher.flush(60)
+
+    def found(self) -> set[int]:
+        """By another replica."""
+        return {int(i, 16) for i in self.other.search(_PRINTS, _PRINTS.of(_KEYS, ()), 100)}
+
+    def close(self) -> None:
+        self.publisher.close(5)
+        for catalogue in (self.own, self.other):
+            catalogue.close()
+        self.tier.remote.close()
+
+
+@pytest.fixture
+def replica(
+    redis: RedisServer, milvus: MilvusServer, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Replica]:
+    monkeypatch.setattr(publish, "_RETRY_S", 0.1)
+    made = Replica(redis, milvus)
+    yield made
+    made.close()
+
+
+def test_what_was_deleted_while_redis_hung_is_deleted_when_it_goes_on(
+    replica: Replica, redis: RedisServer
+) -> None:
+    replica.publish(1, 2)
+    redis.hang()
+    replica.withdraw(1)
+    assert replica.counters["shared_write_shared_down"]
+    assert replica.found() == {2}
+    redis.go_on()
+    until(lambda: len(redis.nodes()) == 1)
+    assert replica.tier.head(f"{2:032x}", "ns").node.node_id == f"{2:032x}"
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["rows kept", "rows lost"])
+def test_what_was_written_while_milvus_was_down_is_found_when_it_is_back(
+    replica: Replica, milvus: MilvusServer, tmp_path: Path, lost: bool
+) -> None:
+    replica.publish(1, 2)
+    milvus.kill()
+    replica.publish(3)
+    replica.withdraw(1)
+    assert replica.counters["shared_write_catalogue_down"]
+    if lost:
+        for path in tmp_path.iterdir():
+            path.rename(path.with_suffix(".lost"))
+    milvus.start()
+
+    def found() -> set[int]:
+        try:
+            return replica.found()
+        except IndexUnavailableError:
+            return set()
+
+    until(lambda: found() == ({3} if lost else {2, 3}))
+
+
+def test_rows_of_what_redis_evicted_are_removed_when_somebody_meets_them(
+    replica: Replica, redis: RedisServer
+) -> None:
+    replica.publish(1, 2)
+    redis.client.delete(*redis.nodes())
+    replica.publish(2)
+    for number in (1, 2):
+        replica.publisher.check(f"{number:032x}", "ns")
+    assert replica.publisher.flush(60)
+    assert replica.found() == {2}
+
+
+def test_what_waits_for_milvus_is_bounded(
+    replica: Replica, milvus: MilvusServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "_MAX_QUEUED", 4)
+    milvus.kill()
+    for number in range(8):
+        replica.publish(number)
+    assert list(replica.publisher._rows) == [f"{i:032x}" for i in range(4, 8)]
+    assert replica.counters["shared_write_queue_full"] == 4
+    milvus.start()
+    until(lambda: not replica.publisher._rows)
+    assert replica.found() == {4, 5, 6, 7}
