@@ -156,9 +156,10 @@ class WorkerSide:
         with torch.inference_mode():
             for first in range(0, len(layers), step):
                 some = layers[first : first + step]
-                staged = [x[: len(some)] for x in (k, v)]
-                self._worker.write(placement, *(x.transpose(1, 2) for x in staged), first)
-                for layer, of_k, of_v in zip(some, *staged, strict=True):
+                of_some = k[: len(some)], v[: len(some)]
+                slot_k, slot_v = (x.transpose(1, 2) for x in of_some)
+                self._worker.write(placement, slot_k, slot_v, first)
+                for layer, of_k, of_v in zip(some, *of_some, strict=True):
                     layer.impl.do_kv_cache_update(layer, of_k, of_v, layer.kv_cache, slots)
 
     def _advance(self) -> bool:
