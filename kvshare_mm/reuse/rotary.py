@@ -68,7 +68,8 @@ def rerotate(
     torch.mul(b, cos, out=moved_b).addcmul_(a, sin)
     if not direct:
         out[..., :dim] = moved
-    out[..., dim:] = k[..., dim:]
+    if dim < k.shape[-1]:
+        out[..., dim:] = k[..., dim:]
     return out
 
 

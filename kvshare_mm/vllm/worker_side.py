@@ -28,9 +28,9 @@ from kvshare_mm.vllm.pages import PageLayout
 
 logger = logging.getLogger(__name__)
 
-# What is edited before it goes into the pages: on a CPU no more than stays in its cache; elsewhere
-# every round costs launches.
-_STAGED_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
+# What is edited before it goes into the pages: on a CPU little, which stays in its caches;
+# elsewhere every round costs launches.
+_STAGED_BYTES = {"cpu": 16 << 20, "gpu": 256 << 20}
 
 
 @dataclass(slots=True)
