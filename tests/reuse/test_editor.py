@@ -240,7 +240,7 @@ def test_a_few_layers_after_the_others(
 ) -> None:
     monkeypatch.setattr("kvshare_mm.reuse.editor._BLOCK_BYTES", block)
     nodes = {x: _stored(x, ((0, 30),), torch.float32) for x in "ab"}
-    pieces = [Piece("a", 1, 4, 3), Piece("b", 9, 10, 5), Piece("a", 6, 6, 2)]
+    pieces = [Piece("a", 1, 4, 3), Piece("b", 9, 10, 5), Piece("a", 20, 20, 2)]
     turns = torch.stack([INV_FREQ, torch.zeros_like(INV_FREQ)])
     which = tuple(i % 2 for i in range(LAYERS))
     editor = KVEditor(RotarySpec(turns, layers=which), backend)
