@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.reuse.orders import Report
-from kvshare_mm.vllm import compat
+from kvshare_mm.vllm import compat, worker_side
 from kvshare_mm.vllm.meta import Orders, Save, WorkerReport
 
 from .engines import (
@@ -60,7 +60,11 @@ def fresh(engine: Shared) -> Iterator[None]:
         yield
 
 
-def test_an_exact_donor_gives_stock_tokens(engine: Shared, stock: Any) -> None:
+@pytest.mark.parametrize("staged", [1, 16 << 20])
+def test_an_exact_donor_gives_stock_tokens(
+    engine: Shared, stock: Any, staged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(worker_side._STAGED_BYTES, "cpu", staged)
     prompt = ids(230)
     engine.serve(prompt)
     assert engine.llm.reset_prefix_cache()
