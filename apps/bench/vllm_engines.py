@@ -1,9 +1,12 @@
-"""`kvshare bench reuse|template --engine vllm`: vLLM as it comes beside vLLM with KVShare in it.
+"""`kvshare bench reuse|template|workloads --engine vllm`: vLLM as it comes beside it with KVShare.
 
 Both are real engines with processes of their own, started alike and with prefix caching on. They
 take turns, so that a noisy machine is noisy for both; half of the repeats are made after starting
 them in the other order; and each measurement has a cache salt of its own: what an engine knows when
 the target comes is the donor, and nothing of earlier rounds.
+
+The ideal is stock vLLM's first token when just as many tokens as KVShare computed stand behind a
+beginning that its prefix cache has: no lookup, no plan, no load, and one forward.
 """
 
 from __future__ import annotations
@@ -71,7 +74,8 @@ def run(
     """Measure every case, with its donor known and (the miss) with an unrelated one known.
 
     Returns:
-        Medians in seconds and tokens by origin for each case, JSON-ready.
+        Medians in seconds and tokens by origin for each case, JSON-ready. ``of_ideal`` is how many
+        times the ideal KVShare's first token takes.
 
     Raises:
         ConfigError: vLLM is not installed.
@@ -102,6 +106,7 @@ def run(
         "repeats": repeats,
         "max_new_tokens": max_new_tokens,
         "times_sooner": {"median": statistics.median(sooner), "least": min(sooner)},
+        "of_ideal": statistics.median(row["of_ideal"] for row in rows),
         "miss_overhead": statistics.median(row["miss_overhead"] for row in rows),
         "answers_same": statistics.mean(row["answer_same"] for row in rows),
         "cases": rows,
@@ -133,7 +138,10 @@ def _measure(
     stranger = Case(case.name, _shuffled(case.donor), case.target)
     hits, misses = [], []
     for i in range(repeats):
-        hits.append(_round(engines, case, f"{case.name} {i}", max_new_tokens, turn=i))
+        salt = f"{case.name} {i}"
+        found = _round(engines, case, salt, max_new_tokens, turn=i)
+        found["ideal"] = _ideal(engines["stock"], case.target, found["kvshare"], salt)
+        hits.append(found)
         misses.append(_round(engines, stranger, f"{case.name} {i} miss", max_new_tokens, turn=i))
     return hits, misses
 
@@ -142,13 +150,14 @@ def _row(
     case: Case, hits: list[dict[str, RequestOutput]], misses: list[dict[str, RequestOutput]]
 ) -> dict[str, Any]:
     last = hits[-1]
-    hit, miss = _medians(hits), _medians(misses)
+    hit, miss = _medians(hits, *_WAYS, "ideal"), _medians(misses, *_WAYS)
     use = last["kvshare"].provenance
     return {
         "name": case.name,
         "tokens": len(case.target),
         "ttft_s": hit,
         "times_sooner": hit["stock"] / hit["kvshare"],
+        "of_ideal": statistics.median(_ratio(found, "kvshare", "ideal") for found in hits),
         "stock_cached": last["stock"].provenance.exact,
         "exact": use.exact,
         "reused": use.reused,
@@ -158,9 +167,7 @@ def _row(
         "miss_ttft_s": miss,
         "miss_reused": misses[-1]["kvshare"].provenance.reused,
         # Of neighbours in time: what slows a round down slows both.
-        "miss_overhead": statistics.median(
-            r["kvshare"].metrics.ttft / r["stock"].metrics.ttft - 1 for r in misses
-        ),
+        "miss_overhead": statistics.median(_ratio(r, "kvshare", "stock") - 1 for r in misses),
     }
 
 
@@ -179,6 +186,17 @@ def _round(
     return found
 
 
+def _ideal(
+    stock: VLLMEngine, target: SegmentStream, use: RequestOutput, salt: str
+) -> RequestOutput:
+    """As many fresh tokens as `use` computed, behind as much of `target`, which was just served."""
+    computed = use.provenance.recomputed
+    known = (len(target) - computed) // stock.block_size * stock.block_size
+    ids = target.token_ids.tolist()
+    fresh = _shuffled(target).token_ids.tolist()[:computed]
+    return _serve(stock, text_stream([*ids[:known], *fresh]), salt, 1)
+
+
 def _serve(
     engine: VLLMEngine, stream: SegmentStream, salt: str, max_new_tokens: int
 ) -> RequestOutput:
@@ -189,8 +207,12 @@ def _serve(
     return answers(engine, [spec])[0]
 
 
-def _medians(rounds: Sequence[dict[str, RequestOutput]]) -> dict[str, float]:
-    return {way: statistics.median(r[way].metrics.ttft for r in rounds) for way in _WAYS}
+def _medians(rounds: Sequence[dict[str, RequestOutput]], *ways: str) -> dict[str, float]:
+    return {way: statistics.median(r[way].metrics.ttft for r in rounds) for way in ways}
+
+
+def _ratio(found: dict[str, RequestOutput], way: str, other: str) -> float:
+    return found[way].metrics.ttft / found[other].metrics.ttft
 
 
 def _shuffled(stream: SegmentStream) -> SegmentStream:

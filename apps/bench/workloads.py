@@ -161,22 +161,27 @@ KINDS: dict[str, Callable[[Material, int, random.Random], Pair]] = {
 }
 
 
-def pairs_of(material: Material, number: int) -> list[dict[str, Any]]:
-    """So many pairs of every kind, as files of pairs have them.
+def pairs_of(
+    material: Material, number: int, kinds: Sequence[str] = tuple(KINDS)
+) -> list[dict[str, Any]]:
+    """`number` pairs of each of `kinds`, as `prompts.read_pairs` gives them.
 
     Raises:
-        ConfigError: the data are too few for prompts of this length.
+        ConfigError: there is no such kind, or the data are too few for prompts of this length.
     """
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ConfigError(f"no kind {unknown[0]!r}: {', '.join(KINDS)}")
     pairs = []
-    for kind, make in KINDS.items():
+    for kind in kinds:
         for i in range(number):
             try:
-                donor, target = make(material, i, random.Random(f"{kind} {i}"))
+                donor, target = KINDS[kind](material, i, random.Random(f"{kind} {i}"))
             except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
                 if isinstance(error, ConfigError):
                     raise
                 raise ConfigError(f"{kind}: the data have another form: {error!r}") from error
-            pairs.append({"id": f"{kind}/{i}", "donor": donor, "target": target})
+            name = kind if number == 1 else f"{kind}/{i}"
+            pairs.append({"id": name, "donor": donor, "target": target})
     return pairs
 
 
@@ -187,6 +192,7 @@ def run(
     *,
     number: int,
     max_new_tokens: int,
+    kinds: Sequence[str] = tuple(KINDS),
     journal: Journal | None = None,
 ) -> dict[str, Any]:
     """Measure every method on pairs of every kind, beyond the first token.
@@ -194,6 +200,7 @@ def run(
     Args:
         rig: with a slot for each of `measured_methods`.
         number: pairs of each kind.
+        kinds: those of `KINDS` to measure.
 
     Returns:
         The report as JSON-ready data: by kind and method what was computed, the first token against
@@ -201,22 +208,21 @@ def run(
         full recompute's answers are.
 
     Raises:
-        ConfigError: the data are too few for prompts of this length.
+        ConfigError: see `pairs_of`.
     """
     methods = measured_methods(methods)
-    pairs = pairs_of(material, number)
     rows, skipped = measured_pairs(
         rig,
-        pairs,
+        pairs_of(material, number, kinds),
         lambda asked: _measure(rig, asked, methods, max_new_tokens),
         journal,
         answer=max_new_tokens,
     )
-    kinds: dict[str, Any] = {}
-    for kind in KINDS:
-        mine = [row for row in rows if row["id"].startswith(f"{kind}/")]
+    found: dict[str, Any] = {}
+    for kind in kinds:
+        mine = [row for row in rows if row["id"].partition("/")[0] == kind]
         if mine:
-            kinds[kind] = {
+            found[kind] = {
                 "pairs": len(mine),
                 "tokens": statistics.mean(row["tokens"] for row in mine),
                 "methods": {m.name: _summary(m.name, mine) for m in methods},
@@ -230,7 +236,7 @@ def run(
         "max_new_tokens": max_new_tokens,
         "skipped": skipped,
         "actions": {name: actions.count(name) for name in ("call", "command", "text")},
-        "kinds": kinds,
+        "kinds": found,
         "per_pair": rows,
     }
 

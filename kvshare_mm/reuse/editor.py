@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from kvshare_mm.reuse.plan import uniform_shift
 from kvshare_mm.reuse.rotary import RotarySpec, rerotate
 from kvshare_mm.store.base import StoredNode
 
+# Bytes of keys that are moved at a time on a CPU: what its cache holds is not fetched twice.
+_BLOCK_BYTES = 2 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
@@ -26,6 +29,10 @@ class _Placed:
     row: int
     target: int
     shift: int
+
+
+# Donors, and where their pieces go.
+Placement = Sequence[tuple[StoredNode, Sequence[_Placed]]]
 
 
 class KVEditor:
@@ -71,6 +78,18 @@ class KVEditor:
         Raises:
             ValueError: a piece that its owner does not own, or whose positions do not move as one.
         """
+        self.write(self.place(pieces, read, positions, rows), k, v)
+        moved = sum(p.length for p in pieces)
+        return moved * (_position_bytes(k) + _position_bytes(v))
+
+    def place(
+        self,
+        pieces: Sequence[Piece],
+        read: Callable[[str], StoredNode],
+        positions: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
+    ) -> Placement:
+        """Read the donors of `pieces`: all of `edit` that can fail. Args and errors: see there."""
         owners = {owner: read(owner) for owner in dict.fromkeys(p.owner for p in pieces)}
         placed: dict[str, list[_Placed]] = {owner: [] for owner in owners}
         for piece in pieces:
@@ -79,72 +98,87 @@ class KVEditor:
             placed[piece.owner].append(_place(piece, node, positions, target))
         if self._spec is None and any(p.shift for part in placed.values() for p in part):
             raise ValueError("a shifted piece needs the model's rotation")
-        backend = resolve(self._backend, k.device)
-        move = self._move if backend == "torch" else self._move_at_once
-        for owner, stored in owners.items():
-            move(stored, placed[owner], k, v)
-        moved = sum(p.length for p in pieces)
-        return moved * (_position_bytes(k) + _position_bytes(v))
+        return [(stored, placed[owner]) for owner, stored in owners.items()]
 
-    def _move(
-        self,
-        stored: StoredNode,
-        placed: Sequence[_Placed],
-        k: torch.Tensor,
-        v: torch.Tensor,
-    ) -> None:
-        """Write one donor's pieces."""
-        for part in placed:
-            piece, row = part.piece, part.row
-            part_k = stored.kv.k[:, :, row : row + piece.length].to(k.device, k.dtype)
-            part_v = stored.kv.v[:, :, row : row + piece.length].to(v.device, v.dtype)
-            if part.shift:
-                assert self._spec is not None
-                shift = torch.full((piece.length,), part.shift)
-                if self._spec.of_values:
-                    part_v = rerotate(part_v, shift, self._spec)
+    def write(self, placement: Placement, k: torch.Tensor, v: torch.Tensor, first: int = 0) -> None:
+        """Write what was placed.
+
+        Args:
+            k, v: see `edit`; they may hold some of the donors' layers alone.
+            first: the first of these.
+        """
+        layers = slice(first, first + len(k))
+        spec = self._spec
+        if spec is not None and spec.layers is not None:
+            spec = replace(spec, layers=spec.layers[layers])
+        move = _move if resolve(self._backend, k.device) == "torch" else _move_at_once
+        for stored, placed in placement:
+            move(spec, stored.kv.k[layers], stored.kv.v[layers], placed, k, v)
+
+
+def _move(
+    spec: RotarySpec | None,
+    donor_k: torch.Tensor,
+    donor_v: torch.Tensor,
+    placed: Sequence[_Placed],
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> None:
+    """Write one donor's pieces, `_BLOCK_BYTES` after `_BLOCK_BYTES`."""
+    turned, still = ((donor_k, k), (donor_v, v))
+    if spec is not None and spec.of_values:
+        turned, still = still, turned
+    for part in placed:
+        source = slice(part.row, part.row + part.piece.length)
+        target = slice(part.target, part.target + part.piece.length)
+        step = max(1, len(k) * _BLOCK_BYTES // (_position_bytes(k) * part.piece.length))
+        for first in range(0, len(k), step):
+            layers = slice(first, first + step)
+            for (donor, slot), shift in ((turned, part.shift), (still, 0)):
+                before, after = donor[layers, :, source], slot[layers, :, target]
+                if shift:
+                    assert spec is not None
+                    own = spec if spec.layers is None else replace(spec, layers=spec.layers[layers])
+                    before = before.to(after.device, after.dtype)
+                    rerotate(before, torch.tensor([shift]), own, out=after)
                 else:
-                    part_k = rerotate(part_k, shift, self._spec)
-            k[:, :, part.target : part.target + piece.length] = part_k
-            v[:, :, part.target : part.target + piece.length] = part_v
+                    after.copy_(before)
 
-    def _move_at_once(
-        self,
-        stored: StoredNode,
-        placed: Sequence[_Placed],
-        k: torch.Tensor,
-        v: torch.Tensor,
-    ) -> None:
-        """`_move` with one copy to the device and one launch."""
-        device = k.device
-        pieces = [p.piece for p in placed]
-        first = min(p.row for p in placed)
-        rows = [p.row - first for p in placed]
-        last = max(p.row + p.piece.length for p in placed)
-        shift = torch.tensor([p.shift for p in placed])
-        spec = self._spec or RotarySpec(torch.empty(1, 0))
-        cos, sin = rotation_table(shift, spec.inv_freq.cpu())
-        lengths = torch.tensor([piece.length for piece in pieces])
-        edit = KVEdit(
-            torch.cat(
-                [torch.arange(r, r + p.length) for p, r in zip(pieces, rows, strict=True)]
-            ).to(device),
-            torch.cat([torch.arange(p.target, p.target + p.piece.length) for p in placed]).to(
-                device
-            ),
-            torch.arange(len(placed), dtype=torch.int32).repeat_interleave(lengths).to(device),
-            cos.to(device),
-            sin.to(device),
-            spec.interleaved,
-            None if spec.layers is None else torch.tensor(spec.layers).int().to(device),
-        )
-        source_k, source_v = (
-            x[:, :, first:last].to(device)[:, None] for x in (stored.kv.k, stored.kv.v)
-        )
-        if spec.of_values:
-            edit_kv(source_v, source_k, v[:, None], k[:, None], edit, "triton")
-        else:
-            edit_kv(source_k, source_v, k[:, None], v[:, None], edit, "triton")
+
+def _move_at_once(
+    spec: RotarySpec | None,
+    donor_k: torch.Tensor,
+    donor_v: torch.Tensor,
+    placed: Sequence[_Placed],
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> None:
+    """`_move` with one copy to the device and one launch."""
+    device = k.device
+    pieces = [p.piece for p in placed]
+    first = min(p.row for p in placed)
+    rows = [p.row - first for p in placed]
+    last = max(p.row + p.piece.length for p in placed)
+    shift = torch.tensor([p.shift for p in placed])
+    spec = spec or RotarySpec(torch.empty(1, 0))
+    cos, sin = rotation_table(shift, spec.inv_freq.cpu())
+    lengths = torch.tensor([piece.length for piece in pieces])
+    edit = KVEdit(
+        torch.cat([torch.arange(r, r + p.length) for p, r in zip(pieces, rows, strict=True)]).to(
+            device
+        ),
+        torch.cat([torch.arange(p.target, p.target + p.piece.length) for p in placed]).to(device),
+        torch.arange(len(placed), dtype=torch.int32).repeat_interleave(lengths).to(device),
+        cos.to(device),
+        sin.to(device),
+        spec.interleaved,
+        None if spec.layers is None else torch.tensor(spec.layers).int().to(device),
+    )
+    source_k, source_v = (x[:, :, first:last].to(device)[:, None] for x in (donor_k, donor_v))
+    if spec.of_values:
+        edit_kv(source_v, source_k, v[:, None], k[:, None], edit, "triton")
+    else:
+        edit_kv(source_k, source_v, k[:, None], v[:, None], edit, "triton")
 
 
 def _place(piece: Piece, owner: Node, positions: np.ndarray | None, target: int) -> _Placed:

@@ -39,32 +39,43 @@ class RotarySpec:
         return 2 * self.inv_freq.shape[1]
 
 
-def rerotate(k: torch.Tensor, shift: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
+def rerotate(
+    k: torch.Tensor, shift: torch.Tensor, spec: RotarySpec, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Keys moved by `shift` positions.
 
     Args:
         k: ``[..., num_tokens, head_dim]`` rotated keys, any floating dtype;
             ``[num_layers, num_kv_heads, num_tokens, head_dim]`` where `spec` tells layers apart.
-        shift: ``[num_tokens]`` integer positions to move by, negative allowed.
+        shift: ``[num_tokens]`` integer positions to move by, negative allowed; or ``[1]``: all by
+            as many.
         spec: the model's rotation.
+        out: of k's shape, written; it shares no memory with k. None: a new tensor of k's dtype.
 
     Returns:
-        A new tensor of k's shape and dtype; the arithmetic is done in float32.
+        `out`; the arithmetic is done in float32.
     """
     angle = shift.to(spec.inv_freq.device, torch.float64)[:, None] * spec.inv_freq.double()[:, None]
     angle = angle[0] if spec.layers is None else angle[list(spec.layers), None]
     cos, sin = angle.cos().float(), angle.sin().float()
     dim = spec.rotary_dim
+    out = torch.empty_like(k) if out is None else out
     x = k[..., :dim].float()
-    if spec.interleaved:
-        a, b = x[..., 0::2], x[..., 1::2]
-    else:
-        a, b = x[..., : dim // 2], x[..., dim // 2 :]
-    moved_a, moved_b = a * cos - b * sin, b * cos + a * sin
-    if spec.interleaved:
-        moved = torch.stack((moved_a, moved_b), dim=-1).flatten(-2)
-    else:
-        moved = torch.cat((moved_a, moved_b), dim=-1)
-    if dim == k.shape[-1]:
-        return moved.to(k.dtype)
-    return torch.cat((moved.to(k.dtype), k[..., dim:]), dim=-1)
+    direct = out.dtype == torch.float32
+    moved = out[..., :dim] if direct else torch.empty_like(x)
+    (a, b), (moved_a, moved_b) = (_halves(y, spec.interleaved) for y in (x, moved))
+    torch.mul(a, cos, out=moved_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=moved_b).addcmul_(a, sin)
+    if not direct:
+        out[..., :dim] = moved
+    if dim < k.shape[-1]:
+        out[..., dim:] = k[..., dim:]
+    return out
+
+
+def _halves(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Firsts and seconds of the pairs, views."""
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]

@@ -11,7 +11,7 @@ import torch
 
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.node import Node, Piece
-from kvshare_mm.reuse.editor import KVEditor
+from kvshare_mm.reuse.editor import KVEditor, Placement
 from kvshare_mm.reuse.orders import Report
 from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.tiered import TieredStore
@@ -55,15 +55,37 @@ class ReuseWorker:
             KVUnavailableError: a donor cannot be had, or is not of this model.
         """
         layers, heads, _, dim = k.shape
+        placement = self.place(pieces, ns, (layers, heads, dim), positions, rows)
+        self.write(placement, k, v)
+
+    def place(
+        self,
+        pieces: Sequence[Piece],
+        ns: str,
+        shape: tuple[int, int, int],
+        positions: np.ndarray | None,
+        rows: np.ndarray | None = None,
+    ) -> Placement:
+        """Read the donors of `pieces`: all of `load` that can fail.
+
+        Args:
+            shape: layers, KV heads and head dim of the model.
+
+        Others, and errors: see `load`.
+        """
 
         def read(node_id: str) -> StoredNode:
             stored = self.store.get(node_id, ns)
-            if stored.kv.k.shape[:2] + stored.kv.k.shape[3:] != (layers, heads, dim):
+            if stored.kv.k.shape[:2] + stored.kv.k.shape[3:] != shape:
                 raise KVUnavailableError("corrupt", f"node {node_id} is not of this model")
             return stored
 
+        return self._editor.place(pieces, read, positions, rows)
+
+    def write(self, placement: Placement, k: torch.Tensor, v: torch.Tensor, first: int = 0) -> None:
+        """Write what was placed; see `KVEditor.write`."""
         with torch.inference_mode():
-            self._editor.edit(pieces, read, k, v, positions, rows)
+            self._editor.write(placement, k, v, first)
 
     def save(self, node: Node, k: torch.Tensor, v: torch.Tensor, lasting: bool = True) -> Report:
         """Keep what a node owns of a request's KV, and tell what became of that.

@@ -150,6 +150,9 @@ class VLLMEngine:
     Args:
         arguments: vLLM's `EngineArgs` by name.
 
+    Attributes:
+        block_size: tokens of a block of vLLM's prefix cache.
+
     Raises:
         ConfigError: vLLM knows no such argument.
         ModelLoadError: vLLM cannot serve the model.
@@ -171,6 +174,7 @@ class VLLMEngine:
             self._stop_loop()
             raise
         self.max_model_len = int(self._llm.model_config.max_model_len)
+        self.block_size = int(self._llm.vllm_config.cache_config.block_size)
 
     def submit(self, spec: RequestSpec, sink: Sink) -> str:
         """Hand a request to vLLM; chunks and at last its output, or an error, go to `sink`.

@@ -8,6 +8,7 @@ the ranks agree on it.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -19,12 +20,17 @@ import torch
 
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.node import Span
+from kvshare_mm.reuse.editor import Placement
 from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.vllm.forward import Part, PartialForward
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.pages import PageLayout
 
 logger = logging.getLogger(__name__)
+
+# What is edited before it goes into the pages: on a CPU little, which stays in its caches;
+# elsewhere every round costs launches.
+_STAGED_BYTES = {"cpu": 16 << 20, "gpu": 256 << 20}
 
 
 @dataclass(slots=True)
@@ -111,9 +117,9 @@ class WorkerSide:
     def _begin(self, load: Load) -> None:
         """Put the donors' KV of a load into its pages."""
         reason = None
-        staged = None
+        placement = None
         try:
-            staged = self._staged(load)
+            placement = self._placed(load)
         except KVUnavailableError as error:
             logger.info("computing %s in full: %s", load.request_id, error)
             reason = error.reason
@@ -121,28 +127,40 @@ class WorkerSide:
             # A cache problem is never a request's problem.
             logger.exception("loading %s failed; computing it in full", load.request_id)
             reason = "edit_error"
-        if not self._agree(reason is None) or staged is None:
+        if not self._agree(reason is None) or placement is None:
             self._report.failed[load.request_id] = reason or "other_rank"
             self._received.add(load.request_id)
             return
-        slots = self._forward.slots(load.kept, load.block_ids)
-        with torch.inference_mode():
-            for layer, k, v in zip(self._layers.values(), *staged, strict=True):
-                layer.impl.do_kv_cache_update(layer, k, v, layer.kv_cache, slots)
+        self._fill(load, placement)
         self._loads.append(_Running(load, deque(load.compute)))
 
-    def _staged(self, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
-        """Donors' KV of what is kept, edited: two ``[layers, num_kept, heads, head_dim]``."""
-        like = next(iter(self._layers.values())).kv_cache
-        rows = np.zeros(load.end, np.int64)
+    def _placed(self, load: Load) -> Placement:
+        """Donors of what is kept, whose KV goes into rows one behind the other."""
+        kept = np.zeros(load.end, np.int64)
         for span in load.kept:
-            rows[span.start : span.end] = 1
-        shape = (len(self._layers), int(rows.sum()), like.shape[1], like.shape[3] // 2)
-        k, v = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
-        slot = k.transpose(1, 2), v.transpose(1, 2)
-        rows = rows.cumsum() - rows
-        self._worker.load(load.pieces, load.namespace, *slot, load.positions, rows)
-        return k, v
+            kept[span.start : span.end] = 1
+        cache = next(iter(self._layers.values())).kv_cache
+        shape = len(self._layers), cache.shape[1], cache.shape[3] // 2
+        rows = kept.cumsum() - kept
+        return self._worker.place(load.pieces, load.namespace, shape, load.positions, rows)
+
+    def _fill(self, load: Load, placement: Placement) -> None:
+        """Write what is kept into its pages, a few layers after the others."""
+        layers = list(self._layers.values())
+        slots = self._forward.slots(load.kept, load.block_ids)
+        like = layers[0].kv_cache
+        shape = len(slots), like.shape[1], like.shape[3] // 2
+        room = _STAGED_BYTES["cpu" if like.device.type == "cpu" else "gpu"]
+        step = min(len(layers), max(1, room // (2 * math.prod(shape) * like.itemsize)))
+        k, v = torch.empty((2, step, *shape), dtype=like.dtype, device=like.device)
+        with torch.inference_mode():
+            for first in range(0, len(layers), step):
+                some = layers[first : first + step]
+                of_some = k[: len(some)], v[: len(some)]
+                slot_k, slot_v = (x.transpose(1, 2) for x in of_some)
+                self._worker.write(placement, slot_k, slot_v, first)
+                for layer, of_k, of_v in zip(some, *of_some, strict=True):
+                    layer.impl.do_kv_cache_update(layer, of_k, of_v, layer.kv_cache, slots)
 
     def _advance(self) -> bool:
         """Begin and compute loads as far as the budget allows, in one forward; False: there are

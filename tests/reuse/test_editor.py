@@ -231,3 +231,26 @@ def test_a_piece_whose_axes_part_is_refused_before_anything_is_written() -> None
         )
     assert torch.equal(k, before[0])
     assert torch.equal(v, before[1])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("block", [1, 2 << 20])
+def test_a_few_layers_after_the_others(
+    backend: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvshare_mm.reuse.editor._BLOCK_BYTES", block)
+    nodes = {x: _stored(x, ((0, 30),), torch.float32) for x in "ab"}
+    pieces = [Piece("a", 1, 4, 3), Piece("b", 9, 10, 5), Piece("a", 20, 20, 2)]
+    turns = torch.stack([INV_FREQ, torch.zeros_like(INV_FREQ)])
+    which = tuple(i % 2 for i in range(LAYERS))
+    editor = KVEditor(RotarySpec(turns, layers=which), backend)
+    whole, parts = _slot(torch.float32), _slot(torch.float32)
+    placement = editor.place(pieces, _reading(nodes))
+    editor.write(placement, *whole)
+    for first in range(LAYERS):
+        editor.write(placement, *(x[first : first + 1] for x in parts), first)
+    for x, y in zip(whole, parts, strict=True):
+        assert torch.equal(x, y)
+    moved = whole[0][1, :, 4:7]  # in a layer that does not turn
+    assert torch.equal(moved, nodes["a"].kv.k[1, :, 1:4])
+    assert not torch.allclose(whole[0][0, :, 4:7], nodes["a"].kv.k[0, :, 1:4])

@@ -31,6 +31,7 @@ def test_both_engines_answer_and_only_one_reuses(
     assert case["exact"] + case["reused"] + case["computed"] == case["tokens"]
     assert case["miss_reused"] == 0, "what was stored before is unlike it"
     assert min(case["ttft_s"].values()) > 0
+    assert case["of_ideal"] == pytest.approx(case["ttft_s"]["kvshare"] / case["ttft_s"]["ideal"])
     assert report["times_sooner"]["median"] == pytest.approx(
         case["ttft_s"]["stock"] / case["ttft_s"]["kvshare"]
     )

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.reuse.orders import Report
-from kvshare_mm.vllm import compat
-from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
+from kvshare_mm.vllm import compat, worker_side
+from kvshare_mm.vllm.meta import Orders, Save, WorkerReport
 
 from .engines import (
     Shared,
@@ -60,7 +60,11 @@ def fresh(engine: Shared) -> Iterator[None]:
         yield
 
 
-def test_an_exact_donor_gives_stock_tokens(engine: Shared, stock: Any) -> None:
+@pytest.mark.parametrize("staged", [1, 16 << 20])
+def test_an_exact_donor_gives_stock_tokens(
+    engine: Shared, stock: Any, staged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(worker_side._STAGED_BYTES, "cpu", staged)
     prompt = ids(230)
     engine.serve(prompt)
     assert engine.llm.reset_prefix_cache()
@@ -116,15 +120,14 @@ def test_no_step_forward_or_copy_is_wasted_on_loads(
     engine: Shared, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     engine.serve(ids(300))
-    staged: list[int] = []
-    stage = engine.runner._staged
+    staged = [0]
+    write = engine.runner._worker.write
 
-    def count(load: Load) -> Any:
-        kv = stage(load)
-        staged.append(sum(x.nbytes for x in kv))
-        return kv
+    def count(placement: Any, k: Any, v: Any, first: int) -> None:
+        staged[0] += k.nbytes + v.nbytes
+        write(placement, k, v, first)
 
-    monkeypatch.setattr(engine.runner, "_staged", count)
+    monkeypatch.setattr(engine.runner._worker, "write", count)
     gaps = [5 + i for i in range(together)]
     for new in gaps:
         engine.add(str(new), edited(ids(300), new=new), 1, repair="none")
@@ -151,7 +154,7 @@ def test_no_step_forward_or_copy_is_wasted_on_loads(
     _, heads, _, both = layer.shape
     kept = 4 + 200 - 1  # behind three blocks of vLLM's own cache
     size = kept * len(engine.runner._layers) * heads * both * layer.itemsize
-    assert staged == [size] * together
+    assert staged == [size * together]
 
 
 def test_who_ends_together_is_saved_one_a_step(

@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 
+from kvshare_mm.apps.bench import vllm_engines
 from kvshare_mm.apps.bench.material import Material
 from kvshare_mm.apps.bench.methods import pick
 from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.apps.bench.tables import TABLES
-from kvshare_mm.apps.bench.workloads import KINDS, pairs_of, run
+from kvshare_mm.apps.bench.workloads import KINDS, pairs_of
+from kvshare_mm.apps.bench.workloads import run as measured
 from kvshare_mm.errors import ConfigError
+
+from ..conftest import Run
 
 TOKENS = 600  # of words, here
 
@@ -116,14 +120,13 @@ def test_too_little_data_is_said(folder: Path) -> None:
         Material(folder / "none", len, 100)
 
 
-def test_the_report(rig: Rig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in set(KINDS) - {"a document added in front", "file edited in the middle"}:
-        monkeypatch.delitem(KINDS, kind)
+def test_the_report(rig: Rig, folder: Path) -> None:
+    kinds = ["a document added in front", "file edited in the middle"]
     # The tiny model's context holds 512.
     short = Material(folder, lambda text: len(rig.loaded.tokenizer.encode(text)), 300)
-    report = run(rig, short, pick("kvshare"), number=1, max_new_tokens=4)
+    report = measured(rig, short, pick("kvshare"), number=1, max_new_tokens=4, kinds=kinds)
     assert report["skipped"] == []
-    assert list(report["kinds"]) == list(KINDS)
+    assert list(report["kinds"]) == kinds
     for found in report["kinds"].values():
         prefix, kvshare = (found["methods"][name] for name in ("prefix", "kvshare"))
         assert kvshare["computed_share"] <= prefix["computed_share"]
@@ -135,6 +138,38 @@ def test_the_report(rig: Rig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert added["kvshare"]["computed_share"] < 0.9
     headings, *rows = TABLES["workloads"].rows(report)
     assert len(rows) == 2 and len(headings) == len(rows[0])
+
+
+def test_only_the_kinds_that_were_asked_for(material: Material) -> None:
+    pairs = pairs_of(material, 2, ["oldest turns dropped"])
+    assert [pair["id"] for pair in pairs] == ["oldest turns dropped/0", "oldest turns dropped/1"]
+    with pytest.raises(ConfigError, match=r"'none'.* oldest turns dropped"):
+        pairs_of(material, 1, ["none"])
+
+
+def test_inside_vllm_the_same_prompts(
+    run: Run, tiny_folder: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def engines(model: str, cases: list[vllm_engines.Case], **asked: Any) -> dict[str, Any]:
+        seen.update(cases=cases, **asked)
+        return {"kind": "vllm", "vllm": "0", "model": model, "cases": []}
+
+    monkeypatch.setattr(vllm_engines, "run", engines)
+    kinds = ["documents in another order", "clock or request id at the top"]
+    asked = ["--data", folder, "--model", tiny_folder, "--pairs", "1", "--repeats", "2"]
+    which = [word for kind in kinds for word in ("--kind", kind)]
+    out = tmp_path / "report.json"
+    result = run("bench", "workloads", "--engine", "vllm", *asked, *which, "--json", out)
+    assert result.exit_code == 0, result.output
+    assert [case.name for case in seen["cases"]] == kinds
+    assert seen["repeats"] == 2
+    for case in seen["cases"]:
+        donor, target = case.donor.token_ids, case.target.token_ids
+        assert 500 < len(target) < 1500
+        assert donor.tolist() != target.tolist()
+    assert json.loads(out.read_text())["kind"] == "vllm"
 
 
 def test_a_long_example_does_not_end_the_others(folder: Path, tmp_path: Path) -> None:
