@@ -14,6 +14,8 @@ from kvshare_mm.stream import Segment
 
 # Of Python's objects: a node with its ids and the heads of its arrays; a span, piece or medium.
 _NODE_BYTES, _PART_BYTES = 1200, 170
+# Pairs of one position: six heads give 30% of their attention to three others at most.
+_MOST_READS = 18
 
 
 class Span(NamedTuple):
@@ -89,6 +91,8 @@ class Node:
         # Nodes are many, and all in RAM wherever their KV is.
         if self.align_keys.dtype == np.uint64 and not (self.align_keys >> 32).any():
             object.__setattr__(self, "align_keys", self.align_keys.astype(np.uint32))
+        if self.reads is not None and not _are_reads(self.reads, len(self.align_keys)):
+            raise ValueError(f"node {self.node_id}: reads are not pairs of its positions")
         compact = {
             "attention": np.float16,
             "drift": np.float16,
@@ -111,8 +115,6 @@ class Node:
                 raise ValueError(f"node {self.node_id}: more {name} than keys")
         if self.positions is not None and self.positions.shape != (3, len(self.align_keys)):
             raise ValueError(f"node {self.node_id}: positions are not [3, {len(self.align_keys)}]")
-        if self.reads is not None and not _are_reads(self.reads, len(self.align_keys)):
-            raise ValueError(f"node {self.node_id}: reads are not pairs of its positions")
         if any(m.end > len(self.align_keys) for m in self.media):
             raise ValueError(f"node {self.node_id}: media go beyond the keys")
         if list(self.own) != sorted(self.own) or list(self.pieces) != sorted(
@@ -159,10 +161,11 @@ class Node:
 
 
 def _are_reads(reads: np.ndarray, length: int) -> bool:
-    if reads.ndim != 2 or reads.shape[1] != 2:
+    if reads.ndim != 2 or reads.shape[1] != 2 or not np.issubdtype(reads.dtype, np.integer):
         return False
     reader, read = reads.T
-    return bool(((read >= 0) & (read < reader) & (reader < length)).all())
+    some = bool(((read >= 0) & (read < reader) & (reader < length)).all())
+    return some and len(reads) <= _MOST_READS * length
 
 
 def spans_of(mask: np.ndarray, offset: int = 0) -> tuple[Span, ...]:

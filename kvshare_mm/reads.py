@@ -75,8 +75,13 @@ class Reads:
         for rows in torch.arange(len(index), device=index.device).split(max(1, at_once)):
             here = index[rows]
             last = int(here[-1]) + 1
+            if last <= NEAR + 1:
+                continue
             scores = _scores(query[heads][:, rows] * scale, keys[..., :last], here, scoring)
-            enough = scores.logsumexp(-1, keepdim=True) + math.log(LEAST)
+            whole = scores.logsumexp(-1, keepdim=True)
+            if scoring.sinks is not None:
+                whole = torch.logaddexp(whole, scoring.sinks[heads, None, None].float())
+            enough = whole + math.log(LEAST)
             # The first token is where heads look that look for nothing.
             row, read = (scores[..., 1 : last - NEAR] >= enough).any(0).nonzero(as_tuple=True)
             reader, read = here[row].long(), read + 1
@@ -88,9 +93,10 @@ class Reads:
         """``[R, 2]`` int32: a position and one that it reads, each pair once, ascending."""
         if not self._found:
             return np.empty((0, 2), np.int32)
-        found = torch.cat(self._found).unique(dim=0)
-        pairs: np.ndarray = found.to("cpu", torch.int32).numpy()
-        return pairs
+        found = torch.cat(self._found)
+        each = (found[:, 0] << 32 | found[:, 1]).unique()
+        pairs = torch.stack((each >> 32, each & 0xFFFFFFFF), dim=1).to("cpu", torch.int32)
+        return np.asarray(pairs.numpy())
 
 
 class _Induction:
@@ -110,7 +116,11 @@ class _Induction:
     ) -> None:
         if scoring.span == (0, 0):
             keys = key.repeat_interleave(len(query) // len(key), 0).transpose(1, 2)
-            mass = _scores(query * scale, keys, index, scoring).softmax(-1)
+            scores = _scores(query * scale, keys, index, scoring)
+            if scoring.sinks is not None:
+                sinks = scoring.sinks[:, None, None].float().expand(-1, len(index), 1)
+                scores = torch.cat((scores, sinks), -1)
+            mass = scores.softmax(-1)
             again = torch.arange(PROBE, 2 * PROBE - 1, device=key.device)
             self.found[layer] = mass[:, again, again - PROBE + 1].mean(1)
 
@@ -135,7 +145,8 @@ def reading_heads(probe: Callable[[torch.Tensor, Any], None], vocab_size: int) -
         probe: runs a forward of the model over ``[n]`` token ids, with a recorder.
     """
     chosen = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size // 50, vocab_size // 2, (PROBE,), generator=chosen)
+    low = vocab_size // 50
+    ids = torch.randint(low, max(low + 1, vocab_size // 2), (PROBE,), generator=chosen)
     found = _Induction()
     probe(ids.repeat(2), found)
     scores = {

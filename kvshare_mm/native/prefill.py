@@ -209,7 +209,7 @@ class Prefiller:
         edit = time.perf_counter() - start
         # Only donors need it; without a pool there will be none.
         tail = TailAttention() if self._donors is not None else None
-        reads = Reads(self._heads) if self._heads else None
+        reads = Reads(self._heads) if self._heads and store else None
         if isinstance(self._runner, StateRunner):
             tail = None
             if self._donors is not None and store and reuse != "off":

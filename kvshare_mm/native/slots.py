@@ -213,7 +213,8 @@ class SlotRunner:
 
     @cached_property
     def reading_heads(self) -> Heads:
-        """Heads of the model that look up what stands before, to be watched."""
+        """Heads of the model that look up what stands before, to be watched; none if it has none,
+        or they cannot be found."""
         if self._cache.k.shape[3] < 2 * PROBE:
             return {}
 
@@ -221,8 +222,12 @@ class SlotRunner:
             index = torch.arange(len(ids), device=self._device)
             self._forward(0, ids.to(self._device), index, None, reads=recorder)
 
-        with torch.inference_mode():
-            return reading_heads(probe, int(self._model.config.vocab_size))
+        try:
+            with torch.inference_mode():
+                return reading_heads(probe, self._model.get_input_embeddings().num_embeddings)
+        except Exception as error:  # whatever a model does with random tokens: it serves without
+            logger.warning("who reads what will not be known: %s", error)
+            return {}
 
     def _forward(
         self,

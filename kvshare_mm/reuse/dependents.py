@@ -37,14 +37,21 @@ def carried_reads(
         mine = [run for run in runs if run.donor == donor.donor_id]
         if donor.reads is None or not mine:
             continue
-        place = np.full(len(donor.align_keys), -1, np.int32)
         # The beginning is another's run, and the same.
         shared = min(common_prefix(donor.align_keys, target), prefix)
-        place[:shared] = np.arange(shared)
-        for run in mine:
-            place[run.donor_start : run.donor_start + run.length] = np.arange(run.start, run.end)
-        pairs = place[donor.reads]
-        found.append(pairs[pairs[:, 0] >= 0])
+        parts = [(0, shared, 0)]
+        parts += [
+            (run.donor_start, run.donor_start + run.length, run.shift)
+            for run in mine
+            if run.end > shared
+        ]
+        reader, read = donor.reads.T
+        # What is kept further behind is not there to be read; of what is kept twice, the last is.
+        place = np.full(len(donor.align_keys), -1, np.int32)
+        for start, end, shift in parts:
+            place[start:end] = np.arange(start + shift, end + shift)
+            its = (reader >= start) & (reader < end)
+            found.append(np.stack((reader[its] + shift, place[read[its]]), axis=1))
     return np.concatenate(found) if found else None
 
 
@@ -53,22 +60,29 @@ def dependents(plan: ReusePlan) -> np.ndarray:
     with those around them."""
     if plan.reads is None:
         return np.empty(0, np.int64)
-    stale = np.zeros(plan.num_tokens, dtype=bool)
-    open_ = plan.approximate
-    reader, read = plan.reads.T
-    gone = read < 0
-    while True:
-        new = reader[(gone | stale[read]) & open_[reader] & ~stale[reader]]
-        if not len(new):
-            break
-        stale[new] = True
-    found = np.flatnonzero(stale)
+    found = np.flatnonzero(_stale(plan.reads, plan.approximate))
     if not len(found):
         return found
     parts = np.split(found, np.flatnonzero(np.diff(found) > _BETWEEN) + 1)
     wide = [np.arange(max(0, p[0] - _BEFORE), p[-1] + 1 + _BEHIND) for p in parts]
     near = np.unique(np.concatenate(wide))
     return near[near < plan.num_tokens]
+
+
+def _stale(reads: np.ndarray, may_be: np.ndarray) -> np.ndarray:
+    """``[N]`` bool: readers of what is gone, and of those, among the positions that `may_be`. Each
+    pair is looked at once, however long the chains are."""
+    n = len(may_be)
+    reader, read = reads[np.argsort(reads[:, 1], kind="stable")].T
+    first = np.searchsorted(read, np.arange(n + 1))
+    stale = np.zeros(n, dtype=bool)
+    new = reader[: first[0]]
+    while len(new := np.unique(new[may_be[new] & ~stale[new]])):
+        stale[new] = True
+        counts = first[new + 1] - first[new]
+        begun = np.cumsum(counts) - counts
+        new = reader[np.repeat(first[new] - begun, counts) + np.arange(counts.sum())]
+    return stale
 
 
 def all_reads(plan: ReusePlan, computed: np.ndarray | None) -> np.ndarray | None:
@@ -78,10 +92,10 @@ def all_reads(plan: ReusePlan, computed: np.ndarray | None) -> np.ndarray | None
     Args:
         computed: ``[R, 2]``, or None.
     """
-    if computed is None:
-        return None
-    if plan.reads is None:
+    if computed is None or not plan.runs:
         return computed
+    if plan.reads is None:
+        return None
     reader, read = plan.reads.T
     left = np.ones(plan.num_tokens, dtype=bool)
     left[plan.compute] = False

@@ -216,7 +216,9 @@ class ReusePlan:
     def only_exact(self, declined: Decline) -> ReusePlan:
         """The plan without its approximate runs, and why."""
         exact = tuple(run for run in self.runs if run.exact)
-        return ReusePlan(self.num_tokens, exact, declined=declined, origin=self.edited_from)
+        return ReusePlan(
+            self.num_tokens, exact, declined=declined, reads=self.reads, origin=self.edited_from
+        )
 
     def resumed_at(self, length: int, declined: Decline) -> ReusePlan:
         """The exact prefix, cut to the `length` that can be gone on from; why no more is reused."""

@@ -34,7 +34,7 @@ from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.stream import Modality, Segment
 
 FORMAT = "kvshare_mm.node"
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "5"  # odd: a flipped last bit makes it an older one, not a newer one
 TEMP_SUFFIX = ".tmp"
 
 _KV_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

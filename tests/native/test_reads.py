@@ -51,6 +51,36 @@ def test_layers_that_do_not_see_all_before_read_nothing_far() -> None:
         assert len(reads.pairs) == count
 
 
+def test_a_head_that_looks_at_its_sink_reads_nothing() -> None:
+    query, key = torch.ones(1, 40, 4), torch.zeros(1, 40, 4)
+    key[:, 5] = 9
+    for sink, count in ((-9.0, 40 - 5 - NEAR), (99.0, 0)):
+        reads = Reads({0: (0,)})
+        sinks = Scoring(sinks=torch.tensor([sink]))
+        reads.add(0, query, key, torch.arange(40), 1.0, sinks)
+        assert len(reads.pairs) == count
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 50])
+def test_the_probe_has_tokens_of_any_vocabulary(vocab: int) -> None:
+    seen = []
+    assert reading_heads(lambda ids, _: seen.append(ids), vocab) == {}
+    assert seen[0].min() >= 0
+    assert seen[0].max() < vocab
+
+
+def test_a_model_that_fails_in_the_probe_serves_without(
+    tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = SlotRunner(tiny_llama.loaded, 1, 2 * PROBE, 512)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such tokens")
+
+    monkeypatch.setattr(runner, "_forward", fail)
+    assert runner.reading_heads == {}
+
+
 def test_nothing_computed_reads_nothing() -> None:
     assert Reads(HEADS).pairs.shape == (0, 2)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm.reuse.dependents import all_reads, carried_reads, dependents
-from kvshare_mm.reuse.plan import KeptRun, ReusePlan
+from kvshare_mm.reuse.plan import Decline, KeptRun, ReusePlan
 from kvshare_mm.reuse.planner import make_plan
-from kvshare_mm.reuse.repair import MaxDivergence, repaired_plan
+from kvshare_mm.reuse.repair import BoundaryWindow, MaxDivergence, NoRepair, repaired_plan
+from kvshare_mm.reuse.tree import DeltaTree
 
-from .plans import EAGER, donor_of, to_keys
+from .plans import EAGER, blocks, donor_of, to_keys
 
 # A record with a value at 4, a sentence on it at 100, one on that sentence at 200; 300 positions.
 N = 300
@@ -109,3 +110,56 @@ def test_reads_of_a_prefix_have_their_places() -> None:
     found = carried_reads(to_keys(DONOR), runs, [donor])
     assert found is not None
     assert found.tolist() == READS.tolist()
+
+
+def test_what_now_stands_behind_its_reader_is_gone() -> None:
+    # Two blocks change places; the second had read the first.
+    first, second, rest = DONOR[:100], DONOR[100:200], DONOR[200:]
+    reads = np.array([[180, 80], [250, 80]], np.int32)
+    donor = replace(donor_of(DONOR), reads=reads)
+    plan = make_plan(to_keys([*second, *first, *rest]), [donor], EAGER)
+    assert plan.reads is not None
+    assert sorted(plan.reads.tolist()) == [[80, -1], [250, 180]]
+    assert 80 in dependents(plan)
+
+
+def test_of_text_that_is_kept_twice_the_one_before_is_read() -> None:
+    target = [7, *DONOR[:200], *DONOR[:100], *DONOR[200:]]
+    reads = np.array([[180, 80], [250, 80]], np.int32)
+    plan = make_plan(to_keys(target), [replace(donor_of(DONOR), reads=reads)], EAGER)
+    assert plan.reads is not None
+    assert sorted(plan.reads.tolist()) == [[181, 81], [351, 281]]
+
+
+def test_a_plan_that_is_declined_keeps_what_its_beginning_reads() -> None:
+    target = [*DONOR[:200], *range(50), *DONOR[200:]]
+    plan = _plan(target).only_exact(Decline.DIVERGENCE)
+    now = np.array([[220, 110]], np.int32)
+    found = all_reads(plan, now)
+    assert found is not None
+    assert found.tolist() == [[60, 50], [SENTENCE, VALUE], [220, 110]]
+
+
+def test_what_an_unknown_donor_reads_makes_all_of_it_unknown() -> None:
+    assert all_reads(_plan(_edited(), None), READS[:1]) is None
+    alone = all_reads(ReusePlan(N), READS)
+    assert alone is READS
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_any_history_of_moved_text_can_be_stored(data: st.DataObject) -> None:
+    """Prompts of blocks in any order and number, each planned with all before it."""
+    names = st.lists(st.sampled_from("abcdef"), min_size=2, max_size=7)
+    tree = DeltaTree()
+    for number in range(4):
+        keys = to_keys([*blocks(*data.draw(names), length=30), 10**6 + number])
+        donors = [tree.donor(f"n{i}") for i in range(number)]
+        policy = data.draw(st.sampled_from([NoRepair(), BoundaryWindow(4), MaxDivergence(0.1)]))
+        plan = repaired_plan(make_plan(keys, donors, EAGER), policy)
+        readers = plan.compute[plan.compute > 16]
+        pairs = np.stack((readers, readers // 2), axis=1)
+        node = tree.derive(f"n{number}", "ns", keys, plan, 0.0, reads=pairs)  # or it raises
+        tree.insert(node)
+        assert node.reads is not None
+        assert set(map(tuple, pairs.tolist())) <= set(map(tuple, node.reads.tolist()))
