@@ -36,6 +36,7 @@ def _by_vllm(port: int) -> list[str]:
     # `vllm serve`, as the builds for CPUs can be started.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     options = ["--served-model-name", "smollm2", "--port", str(port), "--max-model-len", "1024"]
+    options += ["--dtype", "float32"]  # bfloat16 answers otherwise on some CPUs
     connector = ["--kv-transfer-config", json.dumps(kv_transfer_config())]
     command += ["--model", locate("smollm2")]
     return [*command, *options, "--enable-prompt-tokens-details", *connector, *SMALL]
