@@ -125,6 +125,8 @@ def _move(
     v: torch.Tensor,
 ) -> None:
     """Write one donor's pieces, `_BLOCK_BYTES` after `_BLOCK_BYTES`."""
+    if not len(k):  # a model without attention
+        return
     turned, still = ((donor_k, k), (donor_v, v))
     if spec is not None and spec.of_values:
         turned, still = still, turned

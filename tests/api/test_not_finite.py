@@ -54,10 +54,12 @@ def broken_model(monkeypatch: pytest.MonkeyPatch, *, logits: bool = True) -> Ite
     """What is computed gets K and V of NaN from the second layer on, and such logits if asked."""
     forward = SlotRunner._forward
 
-    def spoil(self: Any, cache: Any, slot: int, ids: Any, index: torch.Tensor, *rest: Any) -> Any:
-        out = forward(self, cache, slot, ids, index, *rest)
-        for tensor in (cache.k, cache.v):
-            tensor[1:, slot, :, index] = float("nan")
+    def spoil(
+        self: Any, slot: int, ids: Any, index: torch.Tensor, *rest: Any, **recorders: Any
+    ) -> Any:
+        out = forward(self, slot, ids, index, *rest, **recorders)
+        for tensor in self.slot_kv(slot):
+            tensor[1:, :, index] = float("nan")
         if logits:
             out.logits[:] = float("nan")
         return out
