@@ -22,7 +22,8 @@ from kvshare_mm.assemble import assemble
 from kvshare_mm.attention import TailAttention
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import InvalidRequestError, ModelLoadError
-from kvshare_mm.native.prefill import Prefill, PrefillResult, PromptMedia
+from kvshare_mm.native.media import PromptMedia
+from kvshare_mm.native.prefill import Prefill, PrefillResult
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.reuse.repair import RepairPolicy, Union

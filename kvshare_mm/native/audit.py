@@ -26,7 +26,7 @@ from kvshare_mm.attention import GivenUp, TailAttention
 from kvshare_mm.errors import ModelOutputError
 from kvshare_mm.native.encoder import MediaEncoder
 from kvshare_mm.native.inputs import MediaInputs
-from kvshare_mm.native.prefill import PromptMedia
+from kvshare_mm.native.media import PromptMedia
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.request import RequestSpec
 from kvshare_mm.reuse.calibration import Calibration
