@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,18 +93,8 @@ class GivenUp(Exception):
     """A forward that was not finished; what it wrote can be written again."""
 
 
-class Recorder(Protocol):
-    """Is told of the attention of a forward's rows, layer by layer: see `reads.Reads.add`."""
-
-    def add(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        index: torch.Tensor,
-        scale: float,
-        scoring: Scoring = PLAIN,
-    ) -> None: ...
+Recorder = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float, Scoring], None]
+"""Is told of the attention of a forward's rows, layer by layer: see `reads.Reads.add`."""
 
 
 # The rows of the running forward, and who records the attention of the last ones and of all. Not
@@ -241,7 +231,7 @@ def partial_attention(
             tail.add(query[0], seen, scale, scoring)
         if reads is not None:
             layer: Any = module.layer_idx
-            reads.add(layer, query[0], seen, batch.index, scale, scoring)
+            reads(layer, query[0], seen, batch.index, scale, scoring)
     return out.contiguous()[None], None  # some models view it, others reshape
 
 

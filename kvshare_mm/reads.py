@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 
+from kvshare_mm.attention import Recorder
 from kvshare_mm.kernels.scoring import PLAIN, Scoring
 
 Heads = Mapping[int, tuple[int, ...]]
@@ -69,7 +69,9 @@ class Reads:
         if layer not in self._heads or scoring.span != (0, 0):
             return
         heads = list(self._heads[layer])
+        own = query[heads] * scale
         keys = key[[head * len(key) // len(query) for head in heads]].transpose(1, 2)
+        sinks = None if scoring.sinks is None else scoring.sinks[heads]
         most = _SCORES_CPU if key.device.type == "cpu" else _SCORES_GPU
         at_once = most // (len(heads) * key.shape[1])
         for rows in torch.arange(len(index), device=index.device).split(max(1, at_once)):
@@ -77,11 +79,8 @@ class Reads:
             last = int(here[-1]) + 1
             if last <= NEAR + 1:
                 continue
-            scores = _scores(query[heads][:, rows] * scale, keys[..., :last], here, scoring)
-            whole = scores.logsumexp(-1, keepdim=True)
-            if scoring.sinks is not None:
-                whole = torch.logaddexp(whole, scoring.sinks[heads, None, None].float())
-            enough = whole + math.log(LEAST)
+            scores = _scores(own[:, rows], keys[..., :last], here, scoring)
+            enough = _whole(scores, sinks) + math.log(LEAST)
             # The first token is where heads look that look for nothing.
             row, read = (scores[..., 1 : last - NEAR] >= enough).any(0).nonzero(as_tuple=True)
             reader, read = here[row].long(), read + 1
@@ -99,32 +98,6 @@ class Reads:
         return np.asarray(pairs.numpy())
 
 
-class _Induction:
-    """How much of each head's attention goes to what followed the same token before."""
-
-    def __init__(self) -> None:
-        self.found: dict[int, torch.Tensor] = {}
-
-    def add(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        index: torch.Tensor,
-        scale: float,
-        scoring: Scoring = PLAIN,
-    ) -> None:
-        if scoring.span == (0, 0):
-            keys = key.repeat_interleave(len(query) // len(key), 0).transpose(1, 2)
-            scores = _scores(query * scale, keys, index, scoring)
-            if scoring.sinks is not None:
-                sinks = scoring.sinks[:, None, None].float().expand(-1, len(index), 1)
-                scores = torch.cat((scores, sinks), -1)
-            mass = scores.softmax(-1)
-            again = torch.arange(PROBE, 2 * PROBE - 1, device=key.device)
-            self.found[layer] = mass[:, again, again - PROBE + 1].mean(1)
-
-
 def _scores(
     query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, scoring: Scoring
 ) -> torch.Tensor:
@@ -138,7 +111,13 @@ def _scores(
     return scores
 
 
-def reading_heads(probe: Callable[[torch.Tensor, Any], None], vocab_size: int) -> Heads:
+def _whole(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """``[h, n, 1]``: the logarithm of what attention is a share of; `sinks` are ``[h]``."""
+    whole = scores.logsumexp(-1, keepdim=True)
+    return whole if sinks is None else torch.logaddexp(whole, sinks[:, None, None].float())
+
+
+def reading_heads(probe: Callable[[torch.Tensor, Recorder], None], vocab_size: int) -> Heads:
     """The heads of a model that look up what stands before; none if it has none.
 
     Args:
@@ -147,11 +126,28 @@ def reading_heads(probe: Callable[[torch.Tensor, Any], None], vocab_size: int) -
     chosen = torch.Generator().manual_seed(0)
     low = vocab_size // 50
     ids = torch.randint(low, max(low + 1, vocab_size // 2), (PROBE,), generator=chosen)
-    found = _Induction()
-    probe(ids.repeat(2), found)
+    # How much of each head's attention goes to what followed the same token before.
+    found: dict[int, torch.Tensor] = {}
+
+    def record(
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        index: torch.Tensor,
+        scale: float,
+        scoring: Scoring,
+    ) -> None:
+        if scoring.span == (0, 0):
+            keys = key.repeat_interleave(len(query) // len(key), 0).transpose(1, 2)
+            scores = _scores(query * scale, keys, index, scoring)
+            mass = (scores - _whole(scores, scoring.sinks)).exp()
+            again = torch.arange(PROBE, 2 * PROBE - 1, device=key.device)
+            found[layer] = mass[:, again, again - PROBE + 1].mean(1)
+
+    probe(ids.repeat(2), record)
     scores = {
         (layer, head): score
-        for layer, row in found.found.items()
+        for layer, row in found.items()
         for head, score in enumerate(row.tolist())
         if score >= _LEAST_INDUCTION
     }

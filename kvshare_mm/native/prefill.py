@@ -102,9 +102,8 @@ class Prefill:
         part, is_last = left[:most], len(left) <= most
         inputs = self.media.inputs(part)
         tail = self.tail if is_last else None
-        logits = self.runner.prefill(
-            self.slot, self.stream.token_ids, part, tail, inputs, self.reads
-        )
+        reads = self.reads.add if self.reads is not None else None
+        logits = self.runner.prefill(self.slot, self.stream.token_ids, part, tail, inputs, reads)
         self.done += len(part)
         self.seconds += time.perf_counter() - start
         if not is_last:

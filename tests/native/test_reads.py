@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvshare_mm.kernels.scoring import Scoring
+from kvshare_mm.kernels.scoring import PLAIN, Scoring
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.reads import LEAST, NEAR, PROBE, Reads, reading_heads
 
@@ -20,7 +20,7 @@ def test_pairs_are_those_of_transformers_attention(tiny: Any, chunk: int) -> Non
     ids = np.random.default_rng(0).integers(3, 200, 90)
     runner = SlotRunner(tiny.loaded, 2, 128, chunk)
     reads = Reads(HEADS)
-    runner.prefill(1, ids, np.arange(len(ids)), reads=reads)
+    runner.prefill(1, ids, np.arange(len(ids)), reads=reads.add)
 
     tiny.reference.set_attn_implementation("eager")
     with torch.inference_mode():
@@ -36,9 +36,9 @@ def test_of_some_positions_only_what_they_read(tiny_llama: Any) -> None:
     ids = np.random.default_rng(1).integers(3, 200, 90)
     runner = SlotRunner(tiny_llama.loaded, 1, 128, 512)
     whole, part = Reads(HEADS), Reads(HEADS)
-    runner.prefill(0, ids, np.arange(len(ids)), reads=whole)
+    runner.prefill(0, ids, np.arange(len(ids)), reads=whole.add)
     some = np.array([20, 33, 34, 60, 89])
-    runner.prefill(0, ids, some, reads=part)
+    runner.prefill(0, ids, some, reads=part.add)
     assert part.pairs.tolist() == [p for p in whole.pairs.tolist() if p[0] in some]
 
 
@@ -97,7 +97,7 @@ def test_heads_that_look_up_what_stood_before_are_chosen() -> None:
             query[2, i, i - PROBE + 1] = 30.0  # heads 2 and 3 share the second head of K
             query[1, i, i - 1] = 30.0
         for layer in range(3):
-            recorder.add(layer, query if layer == 1 else query * 0, key, torch.arange(n), 1.0)
+            recorder(layer, query if layer == 1 else query * 0, key, torch.arange(n), 1.0, PLAIN)
 
     assert reading_heads(probe, 1000) == {1: (2,)}
 
