@@ -229,8 +229,8 @@ def test_a_model_that_cannot_be_loaded_is_said(caplog: pytest.LogCaptureFixture)
         raise ModelLoadError("there is no such model")
 
     running = start(load)
-    until(lambda: running.service.failure is not None)
-    assert "there is no such model" in caplog.text
+    until(lambda: "there is no such model" in caplog.text)
+    assert running.service.failure is not None
     running.stop()
 
 
