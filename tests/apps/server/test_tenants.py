@@ -84,7 +84,7 @@ def test_the_log_says_whose_request_it_was(
     caplog.set_level(logging.INFO)
     file, keys = ring
     running = serve(keys_file=file, scope="tenant", admin_key=None)
-    assert "tiny is ready after" in caplog.text
+    until(lambda: "tiny is ready after" in caplog.text)
     assert running.chat("x", keys["b"]).status_code == 200
     assert running.chat("x").status_code == 401
 
