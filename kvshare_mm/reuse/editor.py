@@ -11,6 +11,7 @@ import torch
 from kvshare_mm.kernels.backend import resolve
 from kvshare_mm.kernels.dispatch import edit_kv
 from kvshare_mm.kernels.edits import KVEdit, rotation_table
+from kvshare_mm.kernels.q8 import unpack
 from kvshare_mm.node import Node, Piece
 from kvshare_mm.reuse.plan import uniform_shift
 from kvshare_mm.reuse.rotary import RotarySpec, rerotate
@@ -137,7 +138,8 @@ def _move(
         for first in range(0, len(k), step):
             layers = slice(first, first + step)
             for (donor, slot), shift in ((turned, part.shift), (still, 0)):
-                before, after = donor[layers, :, source], slot[layers, :, target]
+                after = slot[layers, :, target]
+                before = _unpacked(donor[layers, :, source], after)
                 if shift:
                     assert spec is not None
                     own = spec if spec.layers is None else replace(spec, layers=spec.layers[layers])
@@ -176,11 +178,18 @@ def _move_at_once(
         spec.interleaved,
         None if spec.layers is None else torch.tensor(spec.layers).int().to(device),
     )
-    source_k, source_v = (x[:, :, first:last].to(device)[:, None] for x in (donor_k, donor_v))
+    source_k, source_v = (
+        _unpacked(x[:, :, first:last].to(device), slot)[:, None]
+        for x, slot in ((donor_k, k), (donor_v, v))
+    )
     if spec.of_values:
         edit_kv(source_v, source_k, v[:, None], k[:, None], edit, "triton")
     else:
         edit_kv(source_k, source_v, k[:, None], v[:, None], edit, "triton")
+
+
+def _unpacked(donor: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    return unpack(donor, slot.shape[-1], slot.dtype) if donor.dtype == torch.int8 else donor
 
 
 def _place(piece: Piece, owner: Node, positions: np.ndarray | None, target: int) -> _Placed:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kvshare_mm.errors import NotFiniteError
+from kvshare_mm.kernels.q8 import scales_of
 from kvshare_mm.node import Node
 
 
@@ -17,8 +18,9 @@ class NodeKV:
     """K and V of the positions a node owns, in the order of `Node.own`.
 
     Attributes:
-        k: ``[num_layers, num_kv_heads, num_owned, head_dim]``, rotated at the node's positions.
-        v: ``[num_layers, num_kv_heads, num_owned, head_dim]`` (head_dim may differ from k's).
+        k: ``[num_layers, num_kv_heads, num_owned, head_dim]``, rotated at the node's positions;
+            int8 and as wide as `q8.pack` makes it, where eight bits are kept.
+        v: the same (head_dim may differ from k's).
     """
 
     k: torch.Tensor
@@ -64,8 +66,9 @@ def check_finite(node: Node, embedding: np.ndarray | None, kv: NodeKV | None = N
     if math.isnan(node.risk) or (node.drift is not None and np.isnan(node.drift).any()):
         raise _not_finite(node, "drift")
     for name, tensor in (("K", kv.k), ("V", kv.v)) if kv is not None else ():
+        numbers = scales_of(tensor) if tensor.dtype == torch.int8 else tensor
         # The extremes: a NaN becomes both, and they do not overflow as a sum would.
-        if tensor.numel() and not all(math.isfinite(x) for x in torch.aminmax(tensor)):
+        if numbers.numel() and not all(math.isfinite(x) for x in torch.aminmax(numbers)):
             raise _not_finite(node, name)
 
 

@@ -37,7 +37,12 @@ FORMAT = "kvshare_mm.node"
 FORMAT_VERSION = "5"  # odd: a flipped last bit makes it an older one, not a newer one
 TEMP_SUFFIX = ".tmp"
 
-_KV_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_KV_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I8": torch.int8,  # of `q8`
+}
 _KV_DTYPE_NAMES = {dtype: name for name, dtype in _KV_DTYPES.items()}
 _KV_NAMES = ("k", "v")
 _RECORD_TENSORS = ("keys", "own", "positions", "attention", "drift", "reads", "embedding")
@@ -70,7 +75,7 @@ def write_node(path: Path, stored: StoredNode, *, durable: bool = False) -> int:
 
     Args:
         path: the file to create or to replace.
-        stored: the node; K and V bfloat16, float16 or float32, on the CPU.
+        stored: the node; K and V bfloat16, float16, float32 or packed to int8, on the CPU.
         durable: also flush to the device, to survive a power cut and not only a killed process.
 
     Returns:
@@ -148,7 +153,7 @@ def _check_kv(stored: StoredNode) -> None:
         if tensor.dtype not in _KV_DTYPE_NAMES or tensor.device.type != "cpu":
             raise ValueError(
                 f"node {stored.node.node_id}: {name} is {tensor.dtype} on {tensor.device}; the"
-                " store takes bfloat16, float16 and float32 on the CPU"
+                " store takes bfloat16, float16, float32 and packed int8 on the CPU"
             )
         if tensor.dim() != 4 or tensor.shape[2] != stored.node.num_owned:
             raise ValueError(
