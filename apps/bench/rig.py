@@ -22,7 +22,6 @@ from kvshare_mm.assemble import assemble
 from kvshare_mm.attention import TailAttention
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import InvalidRequestError, ModelLoadError
-from kvshare_mm.kernels.q8 import pack
 from kvshare_mm.native.media import PromptMedia
 from kvshare_mm.native.prefill import Prefill, PrefillResult
 from kvshare_mm.native.slots import SlotRunner
@@ -170,7 +169,7 @@ class Rig:
         whole = [keep.get(node.node_id, ns) for node in mine]
         try:
             for each in whole:
-                keep.put(replace(each, kv=NodeKV(pack(each.kv.k), pack(each.kv.v))))
+                keep.put(replace(each, kv=NodeKV.packed(each.kv.k, each.kv.v)))
             yield
         finally:
             for each in whole:

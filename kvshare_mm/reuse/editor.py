@@ -32,6 +32,9 @@ class _Placed:
     shift: int
 
 
+# K or V of a donor, and what it was packed with.
+_Donor = tuple[torch.Tensor, torch.Tensor | None]
+
 # Donors, and where their pieces go.
 Placement = Sequence[tuple[StoredNode, Sequence[_Placed]]]
 
@@ -114,13 +117,15 @@ class KVEditor:
             spec = replace(spec, layers=spec.layers[layers])
         move = _move if resolve(self._backend, k.device) == "torch" else _move_at_once
         for stored, placed in placement:
-            move(spec, stored.kv.k[layers], stored.kv.v[layers], placed, k, v)
+            exponents = stored.kv.k_exponents
+            donor_k = stored.kv.k[layers], None if exponents is None else exponents[layers]
+            move(spec, donor_k, (stored.kv.v[layers], None), placed, k, v)
 
 
 def _move(
     spec: RotarySpec | None,
-    donor_k: torch.Tensor,
-    donor_v: torch.Tensor,
+    donor_k: _Donor,
+    donor_v: _Donor,
     placed: Sequence[_Placed],
     k: torch.Tensor,
     v: torch.Tensor,
@@ -139,7 +144,9 @@ def _move(
             layers = slice(first, first + step)
             for (donor, slot), shift in ((turned, part.shift), (still, 0)):
                 after = slot[layers, :, target]
-                before = _unpacked(donor[layers, :, source], after)
+                kept, exponents = donor
+                exponents = None if exponents is None else exponents[layers]
+                before = _unpacked((kept[layers, :, source], exponents), after)
                 if shift:
                     assert spec is not None
                     own = spec if spec.layers is None else replace(spec, layers=spec.layers[layers])
@@ -151,8 +158,8 @@ def _move(
 
 def _move_at_once(
     spec: RotarySpec | None,
-    donor_k: torch.Tensor,
-    donor_v: torch.Tensor,
+    donor_k: _Donor,
+    donor_v: _Donor,
     placed: Sequence[_Placed],
     k: torch.Tensor,
     v: torch.Tensor,
@@ -179,8 +186,8 @@ def _move_at_once(
         None if spec.layers is None else torch.tensor(spec.layers).int().to(device),
     )
     source_k, source_v = (
-        _unpacked(x[:, :, first:last].to(device), slot)[:, None]
-        for x, slot in ((donor_k, k), (donor_v, v))
+        _unpacked((x[:, :, first:last].to(device), exponents), slot)[:, None]
+        for (x, exponents), slot in ((donor_k, k), (donor_v, v))
     )
     if spec.of_values:
         edit_kv(source_v, source_k, v[:, None], k[:, None], edit, "triton")
@@ -188,8 +195,13 @@ def _move_at_once(
         edit_kv(source_k, source_v, k[:, None], v[:, None], edit, "triton")
 
 
-def _unpacked(donor: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    return unpack(donor, slot.shape[-1], slot.dtype) if donor.dtype == torch.int8 else donor
+def _unpacked(donor: _Donor, slot: torch.Tensor) -> torch.Tensor:
+    kept, exponents = donor
+    if kept.dtype != torch.int8:
+        return kept
+    if exponents is not None:
+        exponents = exponents.to(kept.device)
+    return unpack(kept, slot.shape[-1], slot.dtype, exponents)
 
 
 def _place(piece: Piece, owner: Node, positions: np.ndarray | None, target: int) -> _Placed:

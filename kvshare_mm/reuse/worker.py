@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kvshare_mm.errors import KVUnavailableError
-from kvshare_mm.kernels.q8 import pack, packed_width
+from kvshare_mm.kernels.q8 import packed_width
 from kvshare_mm.node import Node, Piece
 from kvshare_mm.reuse.editor import KVEditor, Placement
 from kvshare_mm.reuse.orders import Report
@@ -127,10 +127,8 @@ class ReuseWorker:
 
     def _owned(self, node: Node, k: torch.Tensor, v: torch.Tensor) -> NodeKV:
         """The rows that a node owns of ``[layers, heads, >= N, dim]``, copied to the CPU."""
-        owned = (torch.cat([x[:, :, s.start : s.end] for s in node.own], dim=2) for x in (k, v))
-        # Packed where it is: less is copied from a GPU.
-        k, v = ((pack(x) if self._packed else x).cpu().contiguous() for x in owned)
-        return NodeKV(k, v)
+        k, v = (torch.cat([x[:, :, s.start : s.end] for s in node.own], dim=2) for x in (k, v))
+        return NodeKV.packed(k, v) if self._packed else NodeKV(k.cpu(), v.cpu())
 
     def carry_out(self, touched: Sequence[str], dropped: Sequence[str]) -> None:
         """Nodes that were asked for again, and nodes to be deleted."""

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvshare_mm.kernels.q8 import pack, packed_width, scales_of, unpack
+from kvshare_mm.kernels.q8 import exponents_of, pack, packed_width, scales_of, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -71,8 +71,29 @@ def test_an_outlier_takes_the_precision_of_its_group_alone() -> None:
     assert (found - values)[:, 32:].abs().max() > 0.5
 
 
+def test_channels_of_different_size_keep_their_own_precision() -> None:
+    sizes = torch.tensor([2.0**i for i in range(-8, 9)]).repeat(4)[:64]
+    keys = torch.randn(3, 2, 200, 64) * sizes
+    exponents = exponents_of(keys)
+    assert exponents.dtype == torch.int8 and exponents.shape == (3, 2, 64)
+    found = unpack(pack(keys, exponents), 64, torch.float32, exponents)
+    assert ((found - keys).abs() / sizes).max() < 0.05
+    plain = unpack(pack(keys), 64, torch.float32)
+    assert ((plain - keys).abs() / sizes).max() > 0.5
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-38, 3e30])
+def test_channels_at_the_edges(largest: float) -> None:
+    keys = torch.full((2, 5, 64), largest)
+    exponents = exponents_of(keys)
+    found = unpack(pack(keys, exponents), 64, torch.float32, exponents)
+    assert torch.allclose(found, keys, rtol=0.01, atol=1e-36)
+
+
 def test_no_rows() -> None:
-    assert unpack(pack(torch.empty(2, 1, 0, 64)), 64, torch.bfloat16).shape == (2, 1, 0, 64)
+    none = torch.empty(2, 1, 0, 64)
+    exponents = exponents_of(none)
+    assert unpack(pack(none, exponents), 64, torch.bfloat16, exponents).shape == (2, 1, 0, 64)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e9])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm.errors import KVUnavailableError
-from kvshare_mm.kernels.q8 import pack, unpack
+from kvshare_mm.kernels.q8 import unpack
 from kvshare_mm.node import Node, Piece, Span
 from kvshare_mm.reuse.editor import KVEditor
 from kvshare_mm.reuse.rotary import RotarySpec
@@ -265,14 +265,14 @@ def test_packed_donors_are_edited_as_what_they_hold(
     owners, pieces = edits
     whole = {name: _stored(name, own, torch.float32) for name, own in owners.items()}
     packed = {
-        name: replace(each, kv=NodeKV(pack(each.kv.k), pack(each.kv.v)))
-        for name, each in whole.items()
+        name: replace(each, kv=NodeKV.packed(each.kv.k, each.kv.v)) for name, each in whole.items()
     }
     rounded = {
         name: replace(
             each,
             kv=NodeKV(
-                unpack(each.kv.k, KEY_DIM, slot_dtype), unpack(each.kv.v, VALUE_DIM, slot_dtype)
+                unpack(each.kv.k, KEY_DIM, slot_dtype, each.kv.k_exponents),
+                unpack(each.kv.v, VALUE_DIM, slot_dtype),
             ),
         )
         for name, each in packed.items()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvshare_mm.kernels.q8 import pack, unpack
+from kvshare_mm.kernels.q8 import unpack
 from kvshare_mm.store.base import NodeKV
 
 from .engines import Engine, Native, nodes, told
@@ -35,8 +35,12 @@ def test_answers_are_those_of_rounded_kv(
         engine.ask(DONOR)
     (node,) = nodes(whole)
     stored = whole.store.get(node.node_id, node.namespace)
-    rounded = [unpack(pack(x), x.shape[-1], x.dtype) for x in (stored.kv.k, stored.kv.v)]
-    whole.store.put(replace(stored, kv=NodeKV(*rounded)))
+    kv = NodeKV.packed(stored.kv.k, stored.kv.v)
+    dims = stored.kv.k.shape[-1], stored.kv.v.shape[-1]
+    rounded = NodeKV(
+        unpack(kv.k, dims[0], torch.float32, kv.k_exponents), unpack(kv.v, dims[1], torch.float32)
+    )
+    whole.store.put(replace(stored, kv=rounded))
     answers = [engine.ask(prompt, **LOOSE) for engine in (packed, whole)]
     whole.close()
     assert [told(answer) for answer in answers] == [reused, reused]
@@ -53,7 +57,8 @@ def test_they_take_half_the_bytes_of_16_bits(packed: Engine) -> None:
     kv = packed.store.get(node.node_id, node.namespace).kv
     assert kv.k.dtype == torch.int8 and kv.k.shape[3] % 34 == 0
     values = kv.k.shape[3] // 34 * 32 * kv.k[..., 0].numel() * 2
-    assert kv.num_bytes == pytest.approx(values * 34 / 32)
+    assert kv.k_exponents is not None
+    assert kv.num_bytes == pytest.approx(values * 34 / 32 + kv.k_exponents.numel())
 
 
 def test_whole_and_packed_donors_of_a_folder_are_apart(

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from kvshare_mm.errors import NotFiniteError
-from kvshare_mm.kernels.q8 import pack
 from kvshare_mm.store.base import NodeKV, StoredNode
 from kvshare_mm.store.codec import write_node
 
@@ -136,8 +135,8 @@ def test_a_record_that_holds_it_is_deleted_when_it_is_found(open_store, make_sto
 def test_it_is_seen_in_eight_bits(open_store, make_stored, where, value):
     store = open_store(disk_bytes=None)
     good = make_stored("a", 9)
-    store.put(replace(good, kv=NodeKV(pack(good.kv.k), pack(good.kv.v))))
+    store.put(replace(good, kv=NodeKV.packed(good.kv.k, good.kv.v)))
     bad = spoiled(make_stored("b", 9), where, value)
     with pytest.raises(NotFiniteError):
-        store.put(replace(bad, kv=NodeKV(pack(bad.kv.k), pack(bad.kv.v))))
+        store.put(replace(bad, kv=NodeKV.packed(bad.kv.k, bad.kv.v)))
     assert store.ids() == ["a"]
