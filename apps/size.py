@@ -55,7 +55,7 @@ def size(
     host_gib: Annotated[float, typer.Option(min=0, help="`--host-gib` of the server")] = 2,
     disk_gib: Annotated[float, typer.Option(min=0, help="`--disk-gib` of the server")] = 20,
     dtype: Annotated[
-        str, typer.Option(help="of the KV; auto: as the model's config has it")
+        str, typer.Option(help="of the KV; auto: as the model's config has it; or q8_0")
     ] = "auto",
     gpu_tflops: Annotated[float, typer.Option(min=1e-3, help="that prefill reaches")] = 100,
     gpu_gbps: Annotated[
@@ -100,13 +100,14 @@ def measure_size(
     from kvshare_mm.models.check import check_model
     from kvshare_mm.models.loader import DTYPES
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    packed = dtype == "q8_0"
+    if dtype != "auto" and not packed and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is none of auto, q8_0, {', '.join(DTYPES)}")
     known = check_model(model)
     if known.shape is None:
         raise ConfigError(f"KV of {model} cannot be shared: {known.reason}")
-    kv_dtype = known.dtype if dtype == "auto" else DTYPES[dtype]
-    per_token = known.shape.bytes_per_token(kv_dtype)
+    kv_dtype = DTYPES.get(dtype, known.dtype)
+    per_token = known.shape.bytes_per_token(kv_dtype, packed)
     per_request = per_token * (prompt_tokens + answer_tokens)
     computing_s = 2 * known.parameters / (tflops * 1e12)
     curve = None if similarity is None else read_curve(similarity)
@@ -127,7 +128,7 @@ def measure_size(
         stores[name] = entry
     return {
         "model": model,
-        "dtype": str(kv_dtype).removeprefix("torch."),
+        "dtype": dtype if packed else str(kv_dtype).removeprefix("torch."),
         "parameters": known.parameters,
         "layers": known.shape.num_layers,
         "kv_heads": known.shape.num_kv_heads,
@@ -166,7 +167,7 @@ def _table(found: dict[str, Any]) -> Table:
     table = Table(show_header=False, title=found["model"], title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    size_of = {"float32": 4}.get(found["dtype"], 2)
+    size_of = {"float32": "4", "q8_0": "34/32"}.get(found["dtype"], "2")
     table.add_row(
         "KV of a token",
         f"{found['bytes_per_token']:,} bytes = {found['layers']} layers x {found['kv_heads']} heads"

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +143,7 @@ def assemble(config: KVShareConfig) -> Parts:
         trust_remote_code=config.trust_remote_code,
         attention_backend=config.attention_backend,
     )
+    loaded = replace(loaded, fingerprint=config.fingerprint(loaded.fingerprint))
     embedder = text_embedder(config) if config.embedder else None
     max_len = min(config.max_model_len or _DEFAULT_MAX_LEN, loaded.context_len)
     if config.max_model_len and config.max_model_len > loaded.context_len:
@@ -264,10 +265,11 @@ def _donors(
     remote: RemoteStore | None,
 ) -> DonorPool:
     shape, only_exact = loaded.kv_shape, None
+    packed = config.packed and loaded.states is None
     if loaded.states is not None:
         shape, stateful = loaded.states.kv_shape, bool(loaded.states.states)
         only_exact = Decline.RECURRENT_LAYERS if stateful else Decline.UNSUPPORTED_MODEL
-    per_token = shape.bytes_per_token(loaded.dtype) if shape else 0
+    per_token = shape.bytes_per_token(loaded.dtype, packed) if shape else 0
     budget = config.host_budget(per_token)
     if per_token:
         logger.info(
@@ -282,6 +284,7 @@ def _donors(
         config.max_candidates,
         joining_tokens(loaded.tokenizer),
         only_exact,
+        packed,
     )
     if remote is not None:
         ttl_s = config.shared_ttl_s

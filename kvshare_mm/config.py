@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kvshare_mm.errors import ConfigError, InvalidRequestError, nearest
+from kvshare_mm.identity import text_identity
 from kvshare_mm.reuse.plan import PlannerOptions
 from kvshare_mm.reuse.repair import MaxDivergence, RepairPolicy, policy_of
 
@@ -156,6 +157,11 @@ class KVShareConfig(BaseModel):
         "default: 65,536 tokens of the model's KV, but 2 GiB at least, and beyond that a quarter "
         "of the RAM at most (inside vLLM 2 GiB)",
     )
+    donor_dtype: Literal["auto", "q8_0"] = Field(
+        "auto",
+        description="how donors' K and V are kept: auto is as the model computes them, q8_0 eight "
+        "bits (half the bytes of 16-bit KV, and then `exact` is but for that rounding)",
+    )
     disk_bytes: int = Field(20 << 30, ge=1 << 20, description="budget of donor KV on disk")
     index_uri: str | None = Field(
         None,
@@ -233,6 +239,16 @@ class KVShareConfig(BaseModel):
             return cls(**options)
         except ValidationError as error:
             raise wrong_options(error, cls.model_fields) from error
+
+    @property
+    def packed(self) -> bool:
+        """Whether donors' KV is kept in eight bits."""
+        return self.donor_dtype == "q8_0"
+
+    def fingerprint(self, model: str) -> str:
+        """What namespaces begin with, of a model's own: KV that was rounded, or computed from
+        such, is never taken for the other."""
+        return text_identity(f"{model} {self.donor_dtype}") if self.packed else model
 
     @property
     def policy(self) -> RepairPolicy:

@@ -30,7 +30,11 @@ def run(rig: Rig, *, num_requests: int = 100) -> dict[str, Any]:
         text = lab_report(random_values(rng), str(10_000 + i), "Question: What is the urea value?")
         stream = encode(rig, text)
         rig.save(stream, ns, rig.serve(stream, ns, METHODS["kvshare"]))
-    per_token = rig.loaded.kv_shape.bytes_per_token(rig.loaded.dtype) if rig.loaded.kv_shape else 0
+    shape, dtype = rig.loaded.kv_shape, rig.loaded.dtype
+    per_token, packed = (
+        (shape.bytes_per_token(dtype, in_eight_bits) if shape else 0)
+        for in_eight_bits in (False, True)
+    )
     saved = rig.donors.tree.num_tokens_owned * per_token
     whole = rig.donors.tree.num_tokens_whole * per_token
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -41,6 +45,7 @@ def run(rig: Rig, *, num_requests: int = 100) -> dict[str, Any]:
         "donors": len(rig.donors.tree),
         "bytes_held": rig.donors.store.bytes_by_tier(),
         "bytes_owned": saved,
+        "bytes_packed": rig.donors.tree.num_tokens_owned * packed,
         "bytes_whole": whole,
         "times_less": whole / saved,
         "rss_before_bytes": before,

@@ -35,6 +35,7 @@ class Method:
         budgets: the same for a few budgets from cheap to dear: its points on the frontier.
             Empty: the method has one point.
         dtype: what the model computes in; None: as the others do.
+        packed: donors' KV is kept in eight bits.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Method:
     repair: str | None = None
     budgets: tuple[str, ...] = ()
     dtype: str | None = None
+    packed: bool = False
 
     def policy(self, request: AtHand = _NOBODY) -> RepairPolicy | None:
         """How it repairs; None: as the project does. Raises ValueError: there is no such policy.
@@ -159,6 +161,7 @@ _METHODS = (
         None,
         tuple(f"auto:{divergence}" for divergence in (0.1, 0.03, 0.01, 0.003, 0.001)),
     ),
+    Method("q8", "the same with donors' KV in eight bits (Q8_0)", "similar", packed=True),
 )
 METHODS: dict[str, Method] = {m.name: m for m in _METHODS}
 ANSWER_METHODS: dict[str, AnswerMethod] = {

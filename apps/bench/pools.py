@@ -67,7 +67,7 @@ class PlannedPool:
         self._policy = policy
         self._whole = whole
         self._window = _Window(self._donors, size)
-        self._kv = torch.zeros((1, 1, 1, 1), dtype=torch.int8)
+        self._kv = torch.zeros((1, 1, 1, 1), dtype=torch.uint8)
 
     def admit(self, stream: SegmentStream) -> tuple[ReusePlan, float]:
         found = self._donors.reuse.find(stream, "plan-only", self._options, self._policy)

@@ -28,6 +28,7 @@ from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.reuse.repair import RepairPolicy, Union
 from kvshare_mm.reuse.scheduler import namespace
+from kvshare_mm.store.base import NodeKV
 from kvshare_mm.stream import SegmentStream
 
 
@@ -140,6 +141,9 @@ class Rig:
         """
         if method.dtype is not None:
             return self._rounded(method.dtype).serve(stream)
+        if method.packed:
+            with self._packed(ns):
+                return self.serve(stream, ns, replace(method, packed=False), slot, store)
         self._counter.take()
         start = time.perf_counter()
         policy = method.policy(self._at_hand(slot, stream, ns))
@@ -157,6 +161,19 @@ class Rig:
         int(result.logits.argmax())
         took = time.perf_counter() - start
         return Served(self.runner, slot, result, took, self._counter.take())
+
+    @contextmanager
+    def _packed(self, ns: str) -> Iterator[None]:
+        """Donors' KV in eight bits, as long as this lasts."""
+        keep, mine = self.donors.store, [n for n in self.donors.nodes() if n.namespace == ns]
+        whole = [keep.get(node.node_id, ns) for node in mine]
+        try:
+            for each in whole:
+                keep.put(replace(each, kv=NodeKV.packed(each.kv.k, each.kv.v)))
+            yield
+        finally:
+            for each in whole:
+                keep.put(each)
 
     def _rounded(self, dtype: str) -> _Rounded:
         if dtype not in self._in_dtypes:

@@ -248,6 +248,7 @@ TABLES: dict[str, Kind] = {
         {
             "requests stored": "{requests}",
             "in the DELTA tree": "{bytes_owned:MiB}",
+            "and in 8 bits": "{bytes_packed:MiB}",
             "each stored whole": "{bytes_whole:MiB}",
             "times less": "{times_less:.1f}",
             "the process grew by": "{grown:MiB}",

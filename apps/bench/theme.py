@@ -71,6 +71,7 @@ LABELS = {
     "llamacpp": "llama.cpp-style",
     "deviation": "deviation",
     "kvshare": "KVShare",
+    "q8": "KVShare, donors in 8 bits",
     "gptcache": "GPTCache",
 }
 _MARKERS = {"prefix": "s", "placeholders": "X", "cacheblend": "o", "epic": "^", "deviation": "D",

@@ -33,7 +33,7 @@ def _renamed(value: str | None) -> None:
     {
         _ENGINE: (
             *("engine", "store_dir", "max_model_len", "max_num_seqs", "max_queue"),
-            *("repair", "max_divergence", "reuse", "host_bytes", "disk_bytes"),
+            *("repair", "max_divergence", "reuse", "host_bytes", "disk_bytes", "donor_dtype"),
             *("audit_share", "audit_budget", "calibration"),
             *("shared_store", "shared_ttl_s", "shared_deadline_ms"),
             *("index_uri", "embedder", "media_embedder", "dtype", "device"),

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvshare_mm.kernels.q8 import packed_width
+
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
@@ -16,6 +18,8 @@ class KVShape:
     key_dim: int
     value_dim: int
 
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
-        per_layer = self.num_kv_heads * (self.key_dim + self.value_dim)
-        return self.num_layers * per_layer * dtype.itemsize
+    def bytes_per_token(self, dtype: torch.dtype, packed: bool = False) -> int:
+        """What a store needs for it: of `dtype`, or packed to eight bits."""
+        dims = self.key_dim, self.value_dim
+        size = sum(packed_width(d) if packed else d * dtype.itemsize for d in dims)
+        return self.num_layers * self.num_kv_heads * size

@@ -59,10 +59,11 @@ class DonorPool:
         max_candidates: int = 4,
         joining: np.ndarray | None = None,
         only_exact: Decline | None = None,
+        packed: bool = False,
     ) -> None:
         self.store = TieredStore(host, disk, self.forget)
         self.states = StateStore(self.store)
-        self.worker = ReuseWorker(self.store, editor)
+        self.worker = ReuseWorker(self.store, editor, packed)
         self.reuse = ReuseScheduler(self.store.host_bytes, max_candidates)
         self.reuse.catalogue.joining = joining
         self.reuse.only_exact = only_exact

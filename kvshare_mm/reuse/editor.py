@@ -11,6 +11,7 @@ import torch
 from kvshare_mm.kernels.backend import resolve
 from kvshare_mm.kernels.dispatch import edit_kv
 from kvshare_mm.kernels.edits import KVEdit, rotation_table
+from kvshare_mm.kernels.q8 import unpack
 from kvshare_mm.node import Node, Piece
 from kvshare_mm.reuse.plan import uniform_shift
 from kvshare_mm.reuse.rotary import RotarySpec, rerotate
@@ -30,6 +31,9 @@ class _Placed:
     target: int
     shift: int
 
+
+# K or V of a donor, and what it was packed with.
+_Donor = tuple[torch.Tensor, torch.Tensor | None]
 
 # Donors, and where their pieces go.
 Placement = Sequence[tuple[StoredNode, Sequence[_Placed]]]
@@ -113,13 +117,15 @@ class KVEditor:
             spec = replace(spec, layers=spec.layers[layers])
         move = _move if resolve(self._backend, k.device) == "torch" else _move_at_once
         for stored, placed in placement:
-            move(spec, stored.kv.k[layers], stored.kv.v[layers], placed, k, v)
+            exponents = stored.kv.k_exponents
+            donor_k = stored.kv.k[layers], None if exponents is None else exponents[layers]
+            move(spec, donor_k, (stored.kv.v[layers], None), placed, k, v)
 
 
 def _move(
     spec: RotarySpec | None,
-    donor_k: torch.Tensor,
-    donor_v: torch.Tensor,
+    donor_k: _Donor,
+    donor_v: _Donor,
     placed: Sequence[_Placed],
     k: torch.Tensor,
     v: torch.Tensor,
@@ -137,7 +143,10 @@ def _move(
         for first in range(0, len(k), step):
             layers = slice(first, first + step)
             for (donor, slot), shift in ((turned, part.shift), (still, 0)):
-                before, after = donor[layers, :, source], slot[layers, :, target]
+                after = slot[layers, :, target]
+                kept, exponents = donor
+                exponents = None if exponents is None else exponents[layers]
+                before = _unpacked((kept[layers, :, source], exponents), after)
                 if shift:
                     assert spec is not None
                     own = spec if spec.layers is None else replace(spec, layers=spec.layers[layers])
@@ -149,8 +158,8 @@ def _move(
 
 def _move_at_once(
     spec: RotarySpec | None,
-    donor_k: torch.Tensor,
-    donor_v: torch.Tensor,
+    donor_k: _Donor,
+    donor_v: _Donor,
     placed: Sequence[_Placed],
     k: torch.Tensor,
     v: torch.Tensor,
@@ -176,11 +185,23 @@ def _move_at_once(
         spec.interleaved,
         None if spec.layers is None else torch.tensor(spec.layers).int().to(device),
     )
-    source_k, source_v = (x[:, :, first:last].to(device)[:, None] for x in (donor_k, donor_v))
+    source_k, source_v = (
+        _unpacked((x[:, :, first:last].to(device), exponents), slot)[:, None]
+        for (x, exponents), slot in ((donor_k, k), (donor_v, v))
+    )
     if spec.of_values:
         edit_kv(source_v, source_k, v[:, None], k[:, None], edit, "triton")
     else:
         edit_kv(source_k, source_v, k[:, None], v[:, None], edit, "triton")
+
+
+def _unpacked(donor: _Donor, slot: torch.Tensor) -> torch.Tensor:
+    kept, exponents = donor
+    if kept.dtype != torch.int8:
+        return kept
+    if exponents is not None:
+        exponents = exponents.to(kept.device)
+    return unpack(kept, slot.shape[-1], slot.dtype, exponents)
 
 
 def _place(piece: Piece, owner: Node, positions: np.ndarray | None, target: int) -> _Placed:

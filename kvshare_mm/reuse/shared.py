@@ -306,4 +306,4 @@ def _no_rows(head: Head) -> NodeKV:
         torch.empty((*t.shape[:2], 0, t.shape[3]), dtype=t.dtype)
         for t in (head.types["k"], head.types["v"])
     )
-    return NodeKV(k, v)
+    return NodeKV(k, v, head.k_exponents)

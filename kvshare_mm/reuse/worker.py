@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.kernels.q8 import packed_width
 from kvshare_mm.node import Node, Piece
 from kvshare_mm.reuse.editor import KVEditor, Placement
 from kvshare_mm.reuse.orders import Report
@@ -26,11 +27,13 @@ class ReuseWorker:
     Args:
         store: the donors' KV, or this rank's share of it.
         editor: re-rotates donors' keys.
+        packed: keep K and V in eight bits.
     """
 
-    def __init__(self, store: TieredStore, editor: KVEditor) -> None:
+    def __init__(self, store: TieredStore, editor: KVEditor, packed: bool = False) -> None:
         self.store = store
         self._editor = editor
+        self._packed = packed
 
     def load(
         self,
@@ -76,7 +79,9 @@ class ReuseWorker:
 
         def read(node_id: str) -> StoredNode:
             stored = self.store.get(node_id, ns)
-            if stored.kv.k.shape[:2] + stored.kv.k.shape[3:] != shape:
+            layers, heads, _, width = stored.kv.k.shape
+            dim = packed_width(shape[2]) if stored.kv.k.dtype == torch.int8 else shape[2]
+            if (layers, heads, width) != (*shape[:2], dim):
                 raise KVUnavailableError("corrupt", f"node {node_id} is not of this model")
             return stored
 
@@ -97,8 +102,7 @@ class ReuseWorker:
         """
         node_id = node.node_id
         try:
-            kv = NodeKV(_owned_rows(k, node), _owned_rows(v, node))
-            self.store.put(StoredNode(node, kv), lasting)
+            self.store.put(StoredNode(node, self._owned(node, k, v)), lasting)
         except Exception:
             # A cache problem is never a request's problem.
             logger.exception("%s could not be stored", node_id)
@@ -118,9 +122,13 @@ class ReuseWorker:
             NotFiniteError: the KV is no numbers; the node stays as it was.
         """
         before = self.store.get(node.node_id, node.namespace)
-        kv = NodeKV(_owned_rows(k, node), _owned_rows(v, node))
-        self.store.put(replace(before, node=node, kv=kv))
+        self.store.put(replace(before, node=node, kv=self._owned(node, k, v)))
         return self.store.resident(node.node_id) is not None
+
+    def _owned(self, node: Node, k: torch.Tensor, v: torch.Tensor) -> NodeKV:
+        """The rows that a node owns of ``[layers, heads, >= N, dim]``, copied to the CPU."""
+        k, v = (torch.cat([x[:, :, s.start : s.end] for s in node.own], dim=2) for x in (k, v))
+        return NodeKV.packed(k, v) if self._packed else NodeKV(k.cpu(), v.cpu())
 
     def carry_out(self, touched: Sequence[str], dropped: Sequence[str]) -> None:
         """Nodes that were asked for again, and nodes to be deleted."""
@@ -128,9 +136,3 @@ class ReuseWorker:
             self.store.touch(node_id)
         for node_id in dropped:
             self.store.delete(node_id)
-
-
-def _owned_rows(tensor: torch.Tensor, node: Node) -> torch.Tensor:
-    """The rows a node owns of ``[layers, heads, >= N, dim]``, copied to the CPU."""
-    parts = [tensor[:, :, s.start : s.end] for s in node.own]
-    return torch.cat(parts, dim=2).cpu().contiguous()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kvshare_mm.errors import NotFiniteError
+from kvshare_mm.kernels.q8 import exponents_of, pack, scales_of
 from kvshare_mm.node import Node
 
 
@@ -17,16 +18,27 @@ class NodeKV:
     """K and V of the positions a node owns, in the order of `Node.own`.
 
     Attributes:
-        k: ``[num_layers, num_kv_heads, num_owned, head_dim]``, rotated at the node's positions.
-        v: ``[num_layers, num_kv_heads, num_owned, head_dim]`` (head_dim may differ from k's).
+        k: ``[num_layers, num_kv_heads, num_owned, head_dim]``, rotated at the node's positions;
+            int8 and as wide as `q8.pack` makes it, where eight bits are kept.
+        v: the same (head_dim may differ from k's).
+        k_exponents: ``[num_layers, num_kv_heads, head_dim]`` int8 that k was packed with.
     """
 
     k: torch.Tensor
     v: torch.Tensor
+    k_exponents: torch.Tensor | None = None
+
+    @classmethod
+    def packed(cls, k: torch.Tensor, v: torch.Tensor) -> NodeKV:
+        """K and V in eight bits, on the CPU."""
+        exponents = exponents_of(k)
+        # Packed where they are: less is copied from a GPU.
+        return cls(pack(k, exponents).cpu(), pack(v).cpu(), exponents.cpu())
 
     @property
     def num_bytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        more = 0 if self.k_exponents is None else self.k_exponents.nbytes
+        return self.k.nbytes + self.v.nbytes + more
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +76,9 @@ def check_finite(node: Node, embedding: np.ndarray | None, kv: NodeKV | None = N
     if math.isnan(node.risk) or (node.drift is not None and np.isnan(node.drift).any()):
         raise _not_finite(node, "drift")
     for name, tensor in (("K", kv.k), ("V", kv.v)) if kv is not None else ():
+        numbers = scales_of(tensor) if tensor.dtype == torch.int8 else tensor
         # The extremes: a NaN becomes both, and they do not overflow as a sum would.
-        if tensor.numel() and not all(math.isfinite(x) for x in torch.aminmax(tensor)):
+        if numbers.numel() and not all(math.isfinite(x) for x in torch.aminmax(numbers)):
             raise _not_finite(node, name)
 
 

@@ -2,9 +2,10 @@
 
 Tensors: ``keys`` (uint64 or uint32 ``[N]``), ``own`` (int64 ``[n, 2]``), ``k``, ``v`` and, where
 there are any, ``positions`` (int32 ``[3, N]``), ``attention`` and ``drift`` (float32 ``[P]``),
-``reads`` (int32 ``[R, 2]``) and ``embedding`` (float32 ``[dim]``). The string metadata
-holds the rest of the node as JSON and two xxh3-128 checksums: one over the record (all but K and
-V), so that a tree can be rebuilt without reading gigabytes of KV, and one over K and V.
+``reads`` (int32 ``[R, 2]``), ``embedding`` (float32 ``[dim]``) and ``k_exponents`` (int8, see
+`NodeKV`). The string metadata holds the rest of the node as JSON and two xxh3-128 checksums: one
+over the record (all but K and V), so that a tree can be rebuilt without reading gigabytes of KV,
+and one over K and V.
 
 The safetensors library opens these files, but does not read or write them here: its `safe_open`
 maps the file, and a bad sector, or another process that truncates it, then kills us with SIGBUS
@@ -37,11 +38,32 @@ FORMAT = "kvshare_mm.node"
 FORMAT_VERSION = "5"  # odd: a flipped last bit makes it an older one, not a newer one
 TEMP_SUFFIX = ".tmp"
 
-_KV_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_KV_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I8": torch.int8,  # of `q8`
+}
 _KV_DTYPE_NAMES = {dtype: name for name, dtype in _KV_DTYPES.items()}
 _KV_NAMES = ("k", "v")
-_RECORD_TENSORS = ("keys", "own", "positions", "attention", "drift", "reads", "embedding")
-_ARRAY_DTYPES = {"U64": "<u8", "U32": "<u4", "I64": "<i8", "I32": "<i4", "F32": "<f4"}
+_RECORD_TENSORS = (
+    "keys",
+    "own",
+    "positions",
+    "attention",
+    "drift",
+    "reads",
+    "embedding",
+    "k_exponents",
+)
+_ARRAY_DTYPES = {
+    "U64": "<u8",
+    "U32": "<u4",
+    "I64": "<i8",
+    "I32": "<i4",
+    "F32": "<f4",
+    "I8": "|i1",
+}
 _ARRAY_DTYPE_NAMES = {dtype: name for name, dtype in _ARRAY_DTYPES.items()}
 
 _Layout = dict[str, dict[str, Any]]  # tensor name -> its entry in a safetensors header
@@ -60,6 +82,7 @@ class _Record:
 
     node: Node
     embedding: np.ndarray | None
+    k_exponents: torch.Tensor | None
     tensors: _Layout
     data_start: int
     kv_checksum: str
@@ -70,7 +93,7 @@ def write_node(path: Path, stored: StoredNode, *, durable: bool = False) -> int:
 
     Args:
         path: the file to create or to replace.
-        stored: the node; K and V bfloat16, float16 or float32, on the CPU.
+        stored: the node; K and V bfloat16, float16, float32 or packed to int8, on the CPU.
         durable: also flush to the device, to survive a power cut and not only a killed process.
 
     Returns:
@@ -114,7 +137,8 @@ def read_node(path: Path) -> StoredNode:
     """Read a node and verify every byte of it; raises as `read_record` does."""
     with _reading(path) as file:
         record = _read_record(file, os.fstat(file.fileno()).st_size)
-        kv = NodeKV(k=_read_tensor(file, record, "k"), v=_read_tensor(file, record, "v"))
+        k, v = (_read_tensor(file, record, name) for name in _KV_NAMES)
+        kv = NodeKV(k, v, record.k_exponents)
     if _kv_checksum(tensor_bytes(kv.k), tensor_bytes(kv.v)) != record.kv_checksum:
         raise _corrupt(path, "the checksum of K and V does not match")
     return StoredNode(record.node, kv, record.embedding)
@@ -130,8 +154,9 @@ def record_bytes(stored: StoredNode) -> bytes:
     return b"".join(_encode(stored)[: -len(_KV_NAMES)])
 
 
-def record_of(content: bytes) -> tuple[Node, dict[str, KVType]]:
-    """Read what `record_bytes` wrote: the node, and shape and dtype of its K and V by name.
+def record_of(content: bytes) -> tuple[Node, dict[str, KVType], torch.Tensor | None]:
+    """Read what `record_bytes` wrote: the node, shape and dtype of its K and V by name, and what K
+    was packed with.
 
     Raises:
         KVUnavailableError: "corrupt", or "newer_format".
@@ -140,7 +165,7 @@ def record_of(content: bytes) -> tuple[Node, dict[str, KVType]]:
         record = _read_record(BytesIO(content), len(content), record_only=True)
         entries = {name: record.tensors[name] for name in _KV_NAMES}
         types = {n: KVType(tuple(e["shape"]), _KV_DTYPES[e["dtype"]]) for n, e in entries.items()}
-    return record.node, types
+    return record.node, types, record.k_exponents
 
 
 def _check_kv(stored: StoredNode) -> None:
@@ -148,7 +173,7 @@ def _check_kv(stored: StoredNode) -> None:
         if tensor.dtype not in _KV_DTYPE_NAMES or tensor.device.type != "cpu":
             raise ValueError(
                 f"node {stored.node.node_id}: {name} is {tensor.dtype} on {tensor.device}; the"
-                " store takes bfloat16, float16 and float32 on the CPU"
+                " store takes bfloat16, float16, float32 and packed int8 on the CPU"
             )
         if tensor.dim() != 4 or tensor.shape[2] != stored.node.num_owned:
             raise ValueError(
@@ -170,6 +195,7 @@ def _encode(stored: StoredNode) -> list[bytes | memoryview]:
         "drift": _float32(node.drift),
         "reads": node.reads,
         "embedding": _float32(embedding),
+        "k_exponents": None if kv.k_exponents is None else kv.k_exponents.numpy(),
     }
     contents: dict[str, bytes | memoryview] = {}
     types: dict[str, tuple[str, Sequence[int]]] = {}
@@ -324,7 +350,9 @@ def _read_record(file: BufferedIOBase, size: int, record_only: bool = False) -> 
         drift=arrays.get("drift"),
         reads=arrays.get("reads"),
     )
-    return _Record(node, arrays.get("embedding"), tensors, data_start, kv_checksum)
+    exponents = arrays.get("k_exponents")
+    k_exponents = None if exponents is None else torch.from_numpy(exponents)
+    return _Record(node, arrays.get("embedding"), k_exponents, tensors, data_start, kv_checksum)
 
 
 def _read_tensor(file: BufferedIOBase, record: _Record, name: str) -> torch.Tensor:

@@ -60,11 +60,13 @@ class Head:
         node: the node as it was published.
         types: shape and dtype of K and V.
         checksums: of each block of `BLOCK` owned rows.
+        k_exponents: what K was packed with.
     """
 
     node: Node
     types: dict[str, KVType]
     checksums: tuple[bytes, ...]
+    k_exponents: torch.Tensor | None
 
     def num_bytes(self, rows: np.ndarray) -> int:
         """Bytes that fetching these owned rows (``[num_owned]`` bool) takes."""
@@ -119,7 +121,7 @@ class SharedTier:
         body = content[_HEAD.size :]
         if _head_checksum(blocks, body) != checksum:
             raise _corrupt(node_id, "the checksum of its record does not match")
-        node, types = record_of(body[16 * blocks :])
+        node, types, k_exponents = record_of(body[16 * blocks :])
         if (node.node_id, node.namespace) != (node_id, namespace):
             raise KVUnavailableError("wrong_namespace", f"{node_id} is {node.node_id} of another")
         if any(kind.shape[2] != node.num_owned for kind in types.values()):
@@ -128,7 +130,7 @@ class SharedTier:
         found = tuple(body[16 * i : 16 * (i + 1)] for i in range(blocks))
         if blocks != -(-node.num_owned // BLOCK):
             raise _corrupt(node_id, "blocks are missing")
-        return Head(node, types, found)
+        return Head(node, types, found, k_exponents)
 
     def rows(
         self, head: Head, wanted: np.ndarray, clock: Callable[[], None] = lambda: None
@@ -165,7 +167,7 @@ class SharedTier:
             size = min(BLOCK, head.node.num_owned - block * BLOCK)
             _place(content, tensors, at, size, node_id)
             at += size
-        return got, NodeKV(tensors["k"], tensors["v"])
+        return got, NodeKV(tensors["k"], tensors["v"], head.k_exponents)
 
     def keep(self, node_id: str, namespace: str) -> bool:
         """Keep a node for another while; False: it is not there. Raises KVUnavailableError."""

@@ -35,7 +35,7 @@ def build_scheduler(
     merge = picture_merge(vllm_config)
     scheduler = SchedulerSide(
         options,
-        compat.fingerprint(vllm_config),
+        options.core.fingerprint(compat.fingerprint(vllm_config)),
         int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size),
         int(vllm_config.parallel_config.world_size),
         merge,
@@ -54,7 +54,7 @@ def build_scheduler(
         if options.core.embedder:
             from kvshare_mm.assemble import open_dense
 
-            opened = open_dense(options.core, compat.fingerprint(vllm_config))
+            opened = open_dense(options.core, scheduler.fingerprint)
             scheduler.reuse.semantic = SemanticIndex(
                 opened, [], lambda node_id, embedding: True, scheduler.counters
             )
@@ -89,7 +89,8 @@ def build_runner(
     ranks = int(parallel.world_size)
     disk = None
     if options.core.store_dir is not None:
-        name = f"vllm-{compat.fingerprint(vllm_config)[:16]}-{parallel.rank}of{ranks}"
+        fingerprint = options.core.fingerprint(compat.fingerprint(vllm_config))
+        name = f"vllm-{fingerprint[:16]}-{parallel.rank}of{ranks}"
         disk = DiskTier(options.core.store_dir / name, options.core.disk_bytes // ranks)
     gone: deque[str] = deque()
     store = TieredStore(HostTier(options.core.host_budget() // ranks), disk, gone.append)
@@ -97,7 +98,7 @@ def build_runner(
         layers,
         PageLayout(next(iter(layers.values()))),
         forward,
-        ReuseWorker(store, KVEditor(rotary)),
+        ReuseWorker(store, KVEditor(rotary), options.core.packed),
         gone,
         _agreement(ranks),
         options.recompute_per_step,

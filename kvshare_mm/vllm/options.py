@@ -15,6 +15,7 @@ SHARED_OPTIONS = frozenset(
     {
         "cache_salt",
         "disk_bytes",
+        "donor_dtype",
         "embedder",
         "host_bytes",
         "index_token",

@@ -101,7 +101,7 @@ class SchedulerSide:
         self.obstacle: str | None = None
         self.tokenizer: Any = None
         self._options = options
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._block_size = block_size
         self._merge = merge
         self._planner = core.planner
@@ -117,7 +117,7 @@ class SchedulerSide:
         """Begin looking for donors."""
         salt = f"{self._options.core.cache_salt}\0{request.cache_salt or ''}"
         lookup = _Lookup(
-            namespace=namespace(self._fingerprint, salt),
+            namespace=namespace(self.fingerprint, salt),
             options=RequestOptions(),
             deadline=time.monotonic() + self._options.lookup_deadline_s,
         )

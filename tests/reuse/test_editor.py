@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.kernels.q8 import unpack
 from kvshare_mm.node import Node, Piece, Span
 from kvshare_mm.reuse.editor import KVEditor
 from kvshare_mm.reuse.rotary import RotarySpec
@@ -254,3 +255,31 @@ def test_a_few_layers_after_the_others(
     moved = whole[0][1, :, 4:7]  # in a layer that does not turn
     assert torch.equal(moved, nodes["a"].kv.k[1, :, 1:4])
     assert not torch.allclose(whole[0][0, :, 4:7], nodes["a"].kv.k[0, :, 1:4])
+
+
+@settings(max_examples=25)
+@given(edits=_edits(), slot_dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_packed_donors_are_edited_as_what_they_hold(
+    edits: tuple[dict[str, tuple[tuple[int, int], ...]], list[Piece]], slot_dtype: torch.dtype
+) -> None:
+    owners, pieces = edits
+    whole = {name: _stored(name, own, torch.float32) for name, own in owners.items()}
+    packed = {
+        name: replace(each, kv=NodeKV.packed(each.kv.k, each.kv.v)) for name, each in whole.items()
+    }
+    rounded = {
+        name: replace(
+            each,
+            kv=NodeKV(
+                unpack(each.kv.k, KEY_DIM, slot_dtype, each.kv.k_exponents),
+                unpack(each.kv.v, VALUE_DIM, slot_dtype),
+            ),
+        )
+        for name, each in packed.items()
+    }
+    for backend in ("torch", "triton"):
+        editor = KVEditor(RotarySpec(INV_FREQ[None]), backend)
+        found, want = _slot(slot_dtype), _slot(slot_dtype)
+        editor.edit(pieces, _reading(packed), *found)
+        editor.edit(pieces, _reading(rounded), *want)
+        assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])

@@ -86,6 +86,11 @@ def assert_same() -> Callable[[StoredNode, StoredNode], None]:
             assert (a.dtype, a.shape) == (b.dtype, b.shape)
             # Bytes, because NaN payloads and signed zeros must survive too.
             assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        if want.kv.k_exponents is None:
+            assert got.kv.k_exponents is None
+        else:
+            assert got.kv.k_exponents is not None
+            assert torch.equal(got.kv.k_exponents, want.kv.k_exponents)
         if want.embedding is None:
             assert got.embedding is None
         else:

@@ -22,7 +22,7 @@ from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.node import Node, Piece, Span
 from kvshare_mm.store import codec
 from kvshare_mm.store.base import NodeKV, StoredNode
-from kvshare_mm.store.codec import read_node, read_record, write_node
+from kvshare_mm.store.codec import read_node, read_record, record_bytes, record_of, write_node
 from kvshare_mm.store.media import as_node, features_of, is_media, media_id, media_namespace
 from kvshare_mm.stream import MediaItem, Modality, Segment
 
@@ -320,3 +320,12 @@ def test_features_of_namespaces_made_to_collide_are_apart():
     item = MediaItem(Modality.IMAGE, "ab" * 32, 6, (2, 3), "56x84", dict)
     one, other = twin_texts()
     assert media_id(one, item) != media_id(other, item)
+
+
+def test_eight_bits_come_back_as_they_were(tmp_path, make_stored, assert_same):
+    stored = make_stored("a", 9, heads=3, k_dim=40, v_dim=8)
+    stored = replace(stored, kv=NodeKV.packed(stored.kv.k, stored.kv.v))
+    write_node(tmp_path / "node", stored)
+    assert_same(read_node(tmp_path / "node"), stored)
+    _, types, exponents = record_of(record_bytes(stored))
+    assert types["k"].shape == (2, 3, 9, 68) and torch.equal(exponents, stored.kv.k_exponents)

@@ -128,3 +128,15 @@ def test_a_record_that_holds_it_is_deleted_when_it_is_found(open_store, make_sto
     write_node(opened._disk._path("b"), spoiled(make_stored("b"), where))  # after the opening
     assert list(opened.records()) == []
     assert opened._disk.num_corrupt == 2
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_it_is_seen_in_eight_bits(open_store, make_stored, where, value):
+    store = open_store(disk_bytes=None)
+    good = make_stored("a", 9)
+    store.put(replace(good, kv=NodeKV.packed(good.kv.k, good.kv.v)))
+    bad = spoiled(make_stored("b", 9), where, value)
+    with pytest.raises(NotFiniteError):
+        store.put(replace(bad, kv=NodeKV.packed(bad.kv.k, bad.kv.v)))
+    assert store.ids() == ["a"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,15 @@ def test_a_node_comes_back_as_it_was(
     tier: SharedTier, make_stored: Make, assert_same: Callable, num_tokens: int, dtype: torch.dtype
 ) -> None:
     stored = make_stored("a", num_tokens, dtype=dtype, heads=3, k_dim=6, exact_len=1)
+    tier.put(stored)
+    assert_same(all_of(tier, "a"), stored)
+
+
+def test_eight_bits_come_back_as_they_were(
+    tier: SharedTier, make_stored: Make, assert_same: Callable
+) -> None:
+    stored = make_stored("a", BLOCK + 9, heads=3, k_dim=40)
+    stored = replace(stored, kv=NodeKV.packed(stored.kv.k, stored.kv.v))
     tier.put(stored)
     assert_same(all_of(tier, "a"), stored)
 

@@ -27,7 +27,8 @@ def template(tokens: int) -> dict[str, Any]:
 
 MEMORY = {
     "kind": "memory", "model": "smollm2", "requests": 100, "bytes_owned": 197 << 20,
-    "bytes_whole": 2054 << 20, "times_less": 10.43, "within_budget": True,
+    "bytes_packed": 52 << 20, "bytes_whole": 2054 << 20, "times_less": 10.43,
+    "within_budget": True,
     "rss_before_bytes": 1 << 20, "rss_peak_bytes": 209 << 20,
 }  # fmt: skip
 PAGE = """A
@@ -53,7 +54,7 @@ def test_blocks_are_filled_and_filled_again() -> None:
     assert filled(page, results) == (page, ["c"])
     page, missing = filled(page, {"a": template(5), "b": template(6), "c": MEMORY})
     assert missing == []
-    assert "| 100 | 197 MiB | 2054 MiB | 10.4 | 208 MiB | yes |" in page
+    assert "| 100 | 197 MiB | 52 MiB | 2054 MiB | 10.4 | 208 MiB | yes |" in page
     assert "471" not in page
 
 

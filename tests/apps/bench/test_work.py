@@ -118,3 +118,19 @@ def test_memory_is_what_donors_own(rig: Rig, monkeypatch: pytest.MonkeyPatch) ->
     assert report["donors"] - before == 2
     assert report["bytes_owned"] < report["bytes_whole"]
     assert report["budget_bytes"]["host"] == rig.config.host_budget()
+
+
+def test_donors_are_packed_for_one_method_alone(rig: Rig) -> None:
+    donor, target = (encode(rig, "g/L " * 60 + last) for last in ("mmol", "and so on"))
+    ns = rig.namespace("packed")
+    with rig.known(donor, ns):
+        (node,) = (n for n in rig.donors.nodes() if n.namespace == ns)
+        before = rig.donors.store.get(node.node_id, ns)
+        whole = rig.serve(target, ns, METHODS["kvshare"]).result
+        packed = rig.serve(target, ns, METHODS["q8"]).result
+        assert packed.plan.num_computed == whole.plan.num_computed < len(target) / 2
+        assert not torch.equal(packed.logits, whole.logits)
+        assert torch.allclose(packed.logits, whole.logits, atol=0.2)
+        again = rig.serve(target, ns, METHODS["kvshare"]).result
+        assert torch.equal(again.logits, whole.logits)
+        assert torch.equal(rig.donors.store.get(node.node_id, ns).kv.k, before.kv.k)
