@@ -98,8 +98,9 @@ class Reads:
             return np.empty((0, 2), np.int32)
         found = torch.cat(self._found)
         each = (found[:, 0] << 32 | found[:, 1]).unique()
-        pairs = np.asarray(torch.stack((each >> 32, each & 0xFFFFFFFF), dim=1).cpu().numpy())
-        return pairs[telling(pairs, keys)].astype(np.int32)
+        pairs = torch.stack((each >> 32, each & 0xFFFFFFFF), dim=1).to("cpu", torch.int32)
+        found: np.ndarray = pairs.numpy()
+        return found[telling(found, keys)]
 
 
 def telling(pairs: np.ndarray, keys: np.ndarray) -> np.ndarray:

@@ -32,6 +32,11 @@ def test_pairs_are_those_of_transformers_attention(tiny: Any, chunk: int) -> Non
     assert expected, "nothing is read: the test shows nothing"
     assert reads.pairs(KEYS).tolist() == [list(pair) for pair in expected]
     assert reads.pairs(KEYS).dtype == np.int32
+    few = (ids % 9).astype(np.uint64)
+    tells = telling(np.array(expected), few)
+    told = [pair for pair, does in zip(expected, tells, strict=True) if does]
+    assert 0 < len(told) < len(expected)
+    assert reads.pairs(few).tolist() == [list(pair) for pair in told]
 
 
 def test_of_some_positions_only_what_they_read(tiny_llama: Any) -> None:
