@@ -98,9 +98,10 @@ class Reads:
             return np.empty((0, 2), np.int32)
         found = torch.cat(self._found)
         each = (found[:, 0] << 32 | found[:, 1]).unique()
-        pairs = torch.stack((each >> 32, each & 0xFFFFFFFF), dim=1).to("cpu", torch.int32)
-        found: np.ndarray = pairs.numpy()
-        return found[telling(found, keys)]
+        both = torch.stack((each >> 32, each & 0xFFFFFFFF), dim=1).to("cpu", torch.int32)
+        pairs = both.numpy()
+        told: np.ndarray = pairs[telling(pairs, keys)]
+        return told
 
 
 def telling(pairs: np.ndarray, keys: np.ndarray) -> np.ndarray:
