@@ -117,14 +117,21 @@ def test_reads_of_a_prefix_have_their_places() -> None:
     assert found.tolist() == READS.tolist()
 
 
-def test_what_now_stands_behind_its_reader_is_gone() -> None:
+def test_what_now_stands_behind_its_reader_is_not_gone() -> None:
     # Two blocks change places; the second had read the first.
     first, second, rest = DONOR[:100], DONOR[100:200], DONOR[200:]
     reads = np.array([[180, 80], [250, 80]], np.int32)
     donor = replace(donor_of(DONOR), reads=reads)
     plan = make_plan(to_keys([*second, *first, *rest]), [donor], EAGER)
     assert plan.reads is not None
-    assert sorted(plan.reads.tolist()) == [[80, -1], [250, 180]]
+    assert sorted(plan.reads.tolist()) == [[80, 180], [250, 180]]
+    assert not len(dependents(plan))
+    pairs = all_reads(plan, np.empty((0, 2), np.int32))
+    assert pairs is not None and pairs.tolist() == [[250, 180]]
+    # But what moved and is computed again takes its reader with it.
+    new = [*second, *first[:78], 3, 5, 7, 9, *first[82:], *rest]
+    plan = make_plan(to_keys(new), [donor], EAGER)
+    assert plan.reads is not None
     assert 80 in dependents(plan)
 
 
