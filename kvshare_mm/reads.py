@@ -5,6 +5,10 @@ behind an earlier mention of what is before them (induction and retrieval heads,
 2404.15574). What such a head reads at a position is in that position's KV from then on. So whoever
 has read a value must be computed again when the value is edited, however far behind it stands.
 
+Most of this tells how a text goes on that repeats itself: the frame of the next turn, the labels of
+the next form. What was read there stands there as well, so that nobody needs to have read it; those
+reads are left out (see `telling`).
+
 Heads are found once, with a forward over random tokens that repeat themselves, and watched when a
 prompt is computed.
 """
@@ -23,10 +27,10 @@ from kvshare_mm.kernels.scoring import PLAIN, Scoring
 Heads = Mapping[int, tuple[int, ...]]
 """Numbers of query heads by layer."""
 
-# What is nearer stands behind an edit, and is repaired as such.
-NEAR = 16
+# What is nearer is the same phrase: its end is repaired with the edit.
+NEAR = 4
 # Of a head's attention: less is no reading.
-LEAST = 0.3
+LEAST = 0.25
 # Heads that are watched, those first that look up most: in all, and of one layer, whose heads look
 # up much the same. Each costs its scores.
 _MOST_HEADS, _MOST_OF_LAYER = 6, 2
@@ -87,15 +91,36 @@ class Reads:
             far = read <= reader - NEAR
             self._found.append(torch.stack((reader[far], read[far]), dim=1))
 
-    @property
-    def pairs(self) -> np.ndarray:
-        """``[R, 2]`` int32: a position and one that it reads, each pair once, ascending."""
+    def pairs(self, keys: np.ndarray) -> np.ndarray:
+        """``[R, 2]`` int32: a position and one that it reads, each pair once, ascending; those that
+        are `telling` in a prompt of these ``[N]`` uint64 keys."""
         if not self._found:
             return np.empty((0, 2), np.int32)
         found = torch.cat(self._found)
         each = (found[:, 0] << 32 | found[:, 1]).unique()
-        pairs = torch.stack((each >> 32, each & 0xFFFFFFFF), dim=1).to("cpu", torch.int32)
-        return np.asarray(pairs.numpy())
+        both = torch.stack((each >> 32, each & 0xFFFFFFFF), dim=1).to("cpu", torch.int32)
+        pairs = both.numpy()
+        told: np.ndarray = pairs[telling(pairs, keys)]
+        return told
+
+
+def telling(pairs: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """``[R]`` bool: which of `pairs` (``[R, 2]``: a position and an earlier one that it reads, not
+    the first) tell what is not said where they are read.
+
+    Those do not that read the reader's own token or the one behind it, or what followed the
+    reader's token when it was said before: what follows it now stands there, the same or another.
+
+    Args:
+        keys: ``[N]`` of the prompt.
+    """
+    reader, read = pairs.T
+    own = keys[reader]
+    behind = np.minimum(reader + 1, len(keys) - 1)
+    found: np.ndarray = own != keys[read]
+    found &= own != keys[read - 1]
+    found &= (keys[behind] != keys[read]) | (behind == reader)
+    return found
 
 
 def _scores(

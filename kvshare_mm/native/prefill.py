@@ -122,7 +122,7 @@ class Prefill:
             media=self.media.uses,
             rope_delta=self.stream.rope_delta,
             likely=self.likely,
-            reads=self.reads.pairs if self.reads is not None else None,
+            reads=self.reads.pairs(self.stream.align_keys) if self.reads is not None else None,
             shared=self.shared,
         )
 

@@ -20,6 +20,9 @@ from kvshare_mm.reuse.plan import Donor, KeptRun, ReusePlan
 # still say the old.
 _BEFORE, _BEHIND = 1, 2
 _BETWEEN = 8
+# What was read is noted again at the end of the sentence and where the next one begins: without
+# that, little of a fact that follows from an edit is recovered (`kvshare bench derived`).
+_PASSED_ON = 12
 
 
 def carried_reads(
@@ -46,12 +49,18 @@ def carried_reads(
             if run.end > shared
         ]
         reader, read = donor.reads.T
-        # What is kept further behind is not there to be read; of what is kept twice, the last is.
-        place = np.full(len(donor.align_keys), -1, np.int32)
+        # Of what is kept twice, the last before its reader is meant. What is kept further behind is
+        # not gone either: what was read is said there.
+        before = np.full(len(donor.align_keys), -1, np.int32)
+        behind = before.copy()
         for start, end, shift in parts:
-            place[start:end] = np.arange(start + shift, end + shift)
+            behind[start:end] = np.arange(start + shift, end + shift)
+        for start, end, shift in parts:
+            before[start:end] = np.arange(start + shift, end + shift)
             its = (reader >= start) & (reader < end)
-            found.append(np.stack((reader[its] + shift, place[read[its]]), axis=1))
+            place = before[read[its]]
+            place = np.where(place < 0, behind[read[its]], place)
+            found.append(np.stack((reader[its] + shift, place), axis=1))
     return np.concatenate(found) if found else None
 
 
@@ -64,7 +73,10 @@ def dependents(plan: ReusePlan) -> np.ndarray:
     if not len(found):
         return found
     parts = np.split(found, np.flatnonzero(np.diff(found) > _BETWEEN) + 1)
-    wide = [np.arange(max(0, p[0] - _BEFORE), p[-1] + 1 + _BEHIND) for p in parts]
+    wide = [
+        np.arange(max(0, p[0] - _BEFORE), max(p[0] + _PASSED_ON, p[-1] + _BEHIND) + 1)
+        for p in parts
+    ]
     near = np.unique(np.concatenate(wide))
     return near[near < plan.num_tokens]
 
@@ -99,5 +111,6 @@ def all_reads(plan: ReusePlan, computed: np.ndarray | None) -> np.ndarray | None
     reader, read = plan.reads.T
     left = np.ones(plan.num_tokens, dtype=bool)
     left[plan.compute] = False
-    pairs = np.concatenate((plan.reads[(read >= 0) & left[reader]], computed))
+    kept = (read >= 0) & (read < reader) & left[reader]
+    pairs = np.concatenate((plan.reads[kept], computed))
     return np.unique(pairs.astype(np.int32), axis=0)

@@ -10,9 +10,11 @@ import torch
 
 from kvshare_mm.kernels.scoring import PLAIN, Scoring
 from kvshare_mm.native.slots import SlotRunner
-from kvshare_mm.reads import LEAST, NEAR, PROBE, Reads, reading_heads
+from kvshare_mm.reads import LEAST, NEAR, PROBE, Reads, reading_heads, telling
 
 HEADS = {0: (0, 2), 1: (1,)}
+# No token is said twice: all that is read tells something.
+KEYS = np.arange(90, dtype=np.uint64)
 
 
 @pytest.mark.parametrize("chunk", [7, 512])
@@ -28,8 +30,13 @@ def test_pairs_are_those_of_transformers_attention(tiny: Any, chunk: int) -> Non
     most = torch.stack([found[layer][0, head] for layer in HEADS for head in HEADS[layer]]).amax(0)
     expected = [(i, j) for i, j in (most >= LEAST).nonzero().tolist() if 0 < j <= i - NEAR]
     assert expected, "nothing is read: the test shows nothing"
-    assert reads.pairs.tolist() == [list(pair) for pair in expected]
-    assert reads.pairs.dtype == np.int32
+    assert reads.pairs(KEYS).tolist() == [list(pair) for pair in expected]
+    assert reads.pairs(KEYS).dtype == np.int32
+    few = (ids % 9).astype(np.uint64)
+    tells = telling(np.array(expected), few)
+    told = [pair for pair, does in zip(expected, tells, strict=True) if does]
+    assert 0 < len(told) < len(expected)
+    assert reads.pairs(few).tolist() == [list(pair) for pair in told]
 
 
 def test_of_some_positions_only_what_they_read(tiny_llama: Any) -> None:
@@ -39,7 +46,8 @@ def test_of_some_positions_only_what_they_read(tiny_llama: Any) -> None:
     runner.prefill(0, ids, np.arange(len(ids)), reads=whole.add)
     some = np.array([20, 33, 34, 60, 89])
     runner.prefill(0, ids, some, reads=part.add)
-    assert part.pairs.tolist() == [p for p in whole.pairs.tolist() if p[0] in some]
+    found = [pair for pair in whole.pairs(KEYS).tolist() if pair[0] in some]
+    assert found and part.pairs(KEYS).tolist() == found
 
 
 def test_layers_that_do_not_see_all_before_read_nothing_far() -> None:
@@ -48,7 +56,7 @@ def test_layers_that_do_not_see_all_before_read_nothing_far() -> None:
     key[:, 5] = 9
     for scoring, count in ((Scoring(window=24), 0), (Scoring(softcap=50.0), 40 - 5 - NEAR)):
         reads.add(0, query, key, torch.arange(40), 1.0, scoring)
-        assert len(reads.pairs) == count
+        assert len(reads.pairs(KEYS[:40])) == count
 
 
 def test_a_head_that_looks_at_its_sink_reads_nothing() -> None:
@@ -58,7 +66,28 @@ def test_a_head_that_looks_at_its_sink_reads_nothing() -> None:
         reads = Reads({0: (0,)})
         sinks = Scoring(sinks=torch.tensor([sink]))
         reads.add(0, query, key, torch.arange(40), 1.0, sinks)
-        assert len(reads.pairs) == count
+        assert len(reads.pairs(KEYS[:40])) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "reader", "read", "told"),
+    [
+        # A status is looked up where it is not said.
+        ("status : closed . told the status of it", 7, 2, True),
+        # The text repeats itself: what is read stands behind the reader,
+        ("a user : hi . a user : hi", 7, 3, False),
+        # or another value in its place, or it is the reader itself.
+        ("sodium : 121 . sodium : 135", 5, 2, False),
+        ("a closed b c d closed", 5, 1, False),
+        # What comes behind the prompt's end nobody knows.
+        ("status : closed and a status :", 6, 2, False),
+        ("status : closed and a status", 5, 2, True),
+    ],
+)
+def test_what_repeats_itself_tells_nothing(text: str, reader: int, read: int, told: bool) -> None:
+    words = text.split()
+    keys = np.array([words.index(word) for word in words], np.uint64)
+    assert telling(np.array([[reader, read]]), keys).tolist() == [told]
 
 
 @pytest.mark.parametrize("vocab", [1, 3, 50])
@@ -82,7 +111,7 @@ def test_a_model_that_fails_in_the_probe_serves_without(
 
 
 def test_nothing_computed_reads_nothing() -> None:
-    assert Reads(HEADS).pairs.shape == (0, 2)
+    assert Reads(HEADS).pairs(KEYS).shape == (0, 2)
 
 
 def test_heads_that_look_up_what_stood_before_are_chosen() -> None:
