@@ -41,6 +41,7 @@ def test_a_prefill_that_raises_fails_alone(open_llm: OpenLLM, alone: list[Reques
         return prefill(slot, token_ids, *rest)
 
     inside(llm).runner.prefill = prefill_or_raise
+    inside(llm).runner.packs = Mock(return_value=False)
     inboxes = [Inbox(llm, p, params()) for p in _PROMPTS]
     for i, inbox in enumerate(inboxes):
         if i == 3:
@@ -155,7 +156,7 @@ def test_what_one_prompt_alone_makes_fail_is_no_illness(open_llm: OpenLLM) -> No
     assert llm.healthy
 
 
-@pytest.mark.parametrize("part", ["_decode", "_charge"])  # in its slot; between queue and slot
+@pytest.mark.parametrize("part", ["_compute", "_charge"])  # in its slot; between queue and slot
 def test_nobody_waits_for_an_engine_that_died(
     open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
