@@ -203,7 +203,7 @@ class NativeEngine:
             gone = self._waiting.drop_gone()
             request = self._next()
             if request is not None:
-                self._waiting.remove(request.spec.options.tenant, request)
+                self._waiting.start(request)
                 slot = self._free.pop()
             idle = not (self._active or request or gone)
         for dropped in gone:
@@ -310,10 +310,11 @@ class NativeEngine:
             number = self._saver.last[ns]
             waiting = list(self._waiting)
         # Nobody who submits waits while prompts are compared.
-        alike = [r for r in waiting if r.is_like(request)]
+        overlaps = [(r, r.overlap_with(request)) for r in waiting if r.is_like(request)]
         with self._changed:
-            for other in alike:
+            for other, overlap in overlaps:
                 self._waiting.hold(other, number)
+                other.overlap = max(other.overlap, overlap)
 
     def _take(self, request: SlotRequest, rows: torch.Tensor) -> None:
         """The answer goes on: with what of the draft is right, and a token behind that."""
