@@ -295,7 +295,8 @@ class NativeEngine:
             request.audit = self._auditor.draw(request.spec, plan, request.token_ids)
         self._accept(request, result.logits)
         if request in self._active and self._runner.can_draft:
-            family = self._donors and self._donors.reuse.catalogue.family(plan.edited_from)
+            donors = self._donors
+            family = donors.reuse.catalogue.family(plan.edited_from) if donors else None
             acceptance = self._families.acceptance(request.spec.namespace, family)
             request.drafter = Drafter(request.spec.stream.token_ids, result.likely, acceptance)
             request.drafter.add(request.token_ids)

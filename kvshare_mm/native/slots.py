@@ -156,8 +156,9 @@ class SlotRunner:
         self._cache = SlotCache(k, v, packed=latent)
         # A latent is expanded for all requests of a forward, up to the end of the longest.
         self._can_pack = not latent
-        packed = beside is not None and self._can_pack
-        self._beside = min(chunk, beside) if packed else chunk // SMALLER
+        if beside is None or not self._can_pack:
+            beside = chunk // SMALLER
+        self._beside = min(chunk, beside)
 
     @property
     def max_bytes(self) -> int:
@@ -239,11 +240,12 @@ class SlotRunner:
     def _doubled(self) -> float:
         """Tokens of context with which a position's attention is as much work as its weights."""
         embedded: int = self._model.get_input_embeddings().weight.numel()
-        weights = sum(p.numel() for p in self._model.parameters()) - embedded
+        weights: int = sum(p.numel() for p in self._model.parameters()) - embedded
         layers, _, kv_heads, _, dim = self._cache.k.shape
         heads = getattr(self._model.config.get_text_config(), "num_attention_heads", kv_heads)
         heads = heads if isinstance(heads, int) else kv_heads
-        return max(1.0, weights / (layers * heads * (dim + self._cache.v.shape[-1])))
+        each: int = layers * heads * (dim + self._cache.v.shape[-1])
+        return max(1.0, weights / each)
 
     def packs(self, chunk: Chunk) -> bool:
         """Whether a chunk can be in one forward with answers."""
