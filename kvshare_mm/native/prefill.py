@@ -100,6 +100,11 @@ class Prefill:
         """What the next position to compute has before it."""
         return int(self.plan.compute[self.done])
 
+    @property
+    def left(self) -> int:
+        """Positions that are still to be computed."""
+        return len(self.plan.compute) - self.done
+
     def advance(self, most: int) -> PrefillResult | None:
         """Compute the next `most` positions, or those that are left; None: some still are."""
         return self.compute(self.next(most))
@@ -135,7 +140,7 @@ class Prefill:
             start: `time.perf_counter` when it was begun.
         """
         self.done += len(chunk.compute)
-        is_last = self.done == len(self.plan.compute)
+        is_last = not self.left
         if not is_last:
             logits[0].item()  # a GPU has done it then: who comes now waits for the next at most
         self.seconds += time.perf_counter() - start

@@ -87,6 +87,8 @@ class WaitingRequests(FairQueue[SlotRequest]):
 
     def _passes(self, request: SlotRequest, long: SlotRequest, *others: SlotRequest) -> bool:
         """Whether a request of one chunk, as far as it is computed, may come between those of a
-        long prompt: one at a time, and none that had better wait and reuse it."""
-        fits = request.expected_tokens <= self._chunk < len(long.spec.stream)
+        long prompt, or of one that is far from done: one at a time, and none that had better wait
+        and reuse it."""
+        few, left = request.expected_tokens, long.computing.left if long.computing else 0
+        fits = few <= self._chunk and (self._chunk < len(long.spec.stream) or 2 * few <= left)
         return fits and not others and not request.is_like(long)

@@ -97,6 +97,19 @@ def test_a_burst_of_several_families_is_sooner_done_on_the_mean() -> None:
     assert mean_end(0.9) < 0.9 * mean_end(0.0)
 
 
+@pytest.mark.parametrize(
+    ("length", "overlap", "left", "passes"),
+    [(100, 0.0, 200, True), (100, 0.0, 199, False), (400, 0.8, 200, True), (600, 0.0, 5000, False)],
+)
+def test_a_prompt_is_passed_by_who_has_half_as_much_to_compute(
+    length: int, overlap: float, left: int, passes: bool
+) -> None:
+    one, running = request(length, overlap), request(500)
+    one.sketch, running.sketch = np.array([1]), np.array([2])
+    running.computing = Mock(left=left)
+    assert queue(one).first([running]) is (one if passes else None)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_waiting_request_is_told_what_a_stored_donor_has(open_llm: OpenLLM, known: bool) -> None:
     llm = open_llm(max_num_seqs=1)
