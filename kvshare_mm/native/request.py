@@ -74,7 +74,8 @@ class SlotRequest(Request):
     @property
     def expected_tokens(self) -> float:
         """Of its prompt, those that are to be computed, as far as is known before it starts."""
-        return (1 - self.overlap) * len(self.spec.stream)
+        saved = self.overlap if self.spec.options.reuse != "exact" else 0.0
+        return (1 - saved) * len(self.spec.stream)
 
     def is_like(self, other: SlotRequest) -> bool:
         """Whether it may find the other as a donor, so much do the two have in common."""

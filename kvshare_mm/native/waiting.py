@@ -38,12 +38,12 @@ class WaitingRequests(FairQueue[SlotRequest]):
         request.after, request.held = save, time.perf_counter()
 
     def choose(self, able: Sequence[SlotRequest]) -> SlotRequest:
-        best, room = able[0], math.inf
+        best, most, room = able[0], 0.0, math.inf
         for request in able:
-            saving = request.overlap * len(request.spec.stream)
-            if request.expected_tokens <= room and saving > best.overlap * len(best.spec.stream):
-                best = request
-            room = min(room, len(request.spec.stream) - request.overtaken)
+            length, expected = len(request.spec.stream), request.expected_tokens
+            if expected <= room and length - expected > most:
+                best, most = request, length - expected
+            room = min(room, length - request.overtaken)
         return best
 
     def start(self, request: SlotRequest) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.config import RequestOptions
+from kvshare_mm.config import RequestOptions, Reuse
 from kvshare_mm.native.request import SlotRequest
 from kvshare_mm.native.waiting import WaitingRequests
 from kvshare_mm.request import RequestSpec
@@ -19,9 +19,11 @@ from kvshare_mm.stream import text_stream
 from .asking import _DONOR, _PROMPTS, _TARGET, Gate, Inbox, OpenLLM, inside, params
 
 
-def request(length: int, overlap: float = 0.0, tenant: str = "") -> SlotRequest:
-    stream = text_stream(np.arange(length))
-    spec = RequestSpec(stream, "", SamplingParams(), "ns", RequestOptions(tenant=tenant))
+def request(
+    length: int, overlap: float = 0.0, tenant: str = "", reuse: Reuse = "similar"
+) -> SlotRequest:
+    options = RequestOptions(tenant=tenant, reuse=reuse)
+    spec = RequestSpec(text_stream(np.arange(length)), "", SamplingParams(), "ns", options)
     return SlotRequest(spec, Mock(), overlap=overlap)
 
 
@@ -42,8 +44,9 @@ def started(waiting: WaitingRequests) -> SlotRequest:
 
 def test_most_expected_to_be_reused_goes_first_and_else_who_came_first() -> None:
     new, little, much, also = request(800), request(100, 0.9), request(800, 0.9), request(800)
-    waiting = queue(new, little, much, also)
-    assert [started(waiting) for _ in range(4)] == [much, little, new, also]
+    exact = request(800, 0.95, reuse="exact")  # whose identical beginning may be short
+    waiting = queue(new, exact, little, much, also)
+    assert [started(waiting) for _ in range(5)] == [much, little, new, exact, also]
 
 
 @given(
