@@ -41,7 +41,7 @@ def attention_name(backend: str) -> str:
 
 
 class TailAttention:
-    """Where the last rows of a forward look: what the first token is made of.
+    """Where the last rows of a prompt look: what the first token is made of.
 
     It costs their scores in every layer; the attention matrix is never formed.
 
@@ -60,7 +60,7 @@ class TailAttention:
         """Take up one layer.
 
         Args:
-            query: ``[num_heads, n, head_dim]`` of a forward's rows; fewer are all taken.
+            query: ``[num_heads, n, head_dim]`` of a prompt's rows; fewer are all taken.
             key: ``[num_kv_heads, N, head_dim]`` up to the last one's own.
             scale: factor on the scores.
             scoring: windows, sinks and capped scores of the layer.
@@ -97,8 +97,8 @@ Recorder = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float, Scori
 """Is told of the attention of a forward's rows, layer by layer: see `reads.Reads.add`."""
 
 
-# The rows of the running forward, and who records the attention of the last ones and of all. Not
-# keywords of the forward: some models do not pass theirs on to their attention.
+# The rows of the running forward, and who records the attention of its first request: of the last
+# rows, and of all. Not keywords: some models do not pass a forward's on to their attention.
 _running: ContextVar[tuple[RaggedQueries, TailAttention | None, Recorder | None] | None] = (
     ContextVar("kvshare_running", default=None)
 )
@@ -137,8 +137,8 @@ class SlotCache(Cache):
         """The model's forward inside computes the rows of `batch`, whose requests have slots.
 
         Args:
-            tail: records the attention of the last rows.
-            reads: told of every layer's attention in a forward of one request.
+            tail: records the attention of the first request's last rows.
+            reads: told of every layer's attention of the first request.
         """
         self._batch = batch
         token = _running.set((batch.packed() if self._packed else batch, tail, reads))
@@ -226,12 +226,12 @@ def partial_attention(
         query[0].transpose(0, 1), key, value, batch, scale, backend, scoring
     )
     if (tail is not None or reads is not None) and batch.pages is not None:
-        seen = key[batch.pages[-1], :, : batch.kv_lens[-1]]
+        seen, rows = key[batch.pages[0], :, : batch.kv_lens[0]], batch.lengths[0]
         if tail is not None:
-            tail.add(query[0], seen, scale, scoring)
+            tail.add(query[0, :, :rows], seen, scale, scoring)
         if reads is not None:
             layer: Any = module.layer_idx
-            reads(layer, query[0], seen, batch.index, scale, scoring)
+            reads(layer, query[0, :, :rows], seen, batch.index[:rows], scale, scoring)
     return out.contiguous()[None], None  # some models view it, others reshape
 
 

@@ -75,8 +75,15 @@ class KVShareConfig(BaseModel):
     prefill_chunk: int | None = Field(
         None,
         ge=16,
-        description="most tokens of a prompt computed at once, a quarter of it while others are "
-        "answered; default: 512 on a CPU, 2048 on a GPU",
+        description="most tokens of a prompt computed at once; default: 512 on a CPU, 2048 on "
+        "a GPU",
+    )
+    prefill_beside: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens of a prompt computed together with the next token of running "
+        "answers, fewer behind a long beginning: fewer keep the answers faster, more are sooner "
+        "done; default: 32 on a CPU, 512 on a GPU",
     )
 
     drafts: bool = Field(

@@ -18,6 +18,7 @@ from kvshare_mm.apps.bench.cli_fidelity import (
     quality,
     reuse,
 )
+from kvshare_mm.apps.bench.cli_load import burst, streams
 from kvshare_mm.apps.bench.cli_workloads import derived, workloads
 from kvshare_mm.apps.bench.terminal import (
     Embedder,
@@ -35,7 +36,18 @@ from kvshare_mm.apps.bench.terminal import (
 from kvshare_mm.apps.terminal import console, plain_errors, report_file
 
 bench = typer.Typer(help="Measure: speed, fidelity, lookup, overhead.", no_args_is_help=True)
-for command in (workloads, derived, reuse, quality, frontier, calibrate, hitrate, pictures):
+for command in (
+    workloads,
+    derived,
+    reuse,
+    quality,
+    frontier,
+    calibrate,
+    hitrate,
+    pictures,
+    streams,
+    burst,
+):
     bench.command()(command)
 
 Url = Annotated[

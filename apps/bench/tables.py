@@ -243,6 +243,34 @@ TABLES: dict[str, Kind] = {
         },
         lambda report: [{"what": what, **found} for what, found in report["kinds"].items()],
     ),
+    "streams": Kind(
+        "{streams} answers beside a prompt of {tokens} tokens, {model:model}",
+        {
+            "chunks of": "{what}",
+            "a token usually": "{usual_s[p50]:ms1}",
+            "beside it, p50": "{beside_s[p50]:ms1}",
+            "p99": "{beside_s[p99]:ms1}",
+            "times usual": "{times_usual:.1f}",
+            "first token, short": "{short_ttft_s:ms}",
+            "long": "{long_ttft_s:ms}",
+            "tokens/s": "{tokens_s:.0f}",
+            "of the whole's": "{throughput_of_whole:.0%}",
+        },
+        lambda report: [{"what": what, **found} for what, found in report["chunks"].items()],
+    ),
+    "burst": Kind(
+        "{requests} similar requests of {tokens} tokens at once, {model:model}: "
+        "{computed_share:.0%} computed, p50 {times_sooner:.1f} times sooner",
+        {
+            "reuse": "{what}",
+            "tokens computed": "{computed}",
+            "declined": "{declined}",
+            "first token, p50": "{ttft_s[p50]:ms}",
+            "p90": "{ttft_s[p90]:ms}",
+            "all done": "{total_s:ms}",
+        },
+        lambda report: [{"what": what, **found} for what, found in report["ways"].items()],
+    ),
     "memory": Kind(
         "Memory of lab reports, {model:model}",
         {

@@ -66,14 +66,25 @@ def pair(*, reports: int, values: int) -> dict[str, str]:
 
 def prompts(reports: int, values: int, rng: random.Random) -> tuple[str, str]:
     """Lab reports with a question behind them; again with `values` other numbers, evenly spread."""
+    first, second = variants(reports, values, 2, rng)
+    return first, second
+
+
+def variants(reports: int, values: int, number: int, rng: random.Random) -> list[str]:
+    """Lab reports with a question behind them, and so many prompts in all that differ from the
+    first in the patients and in `values` numbers, the same ones, evenly spread."""
     before = [random_values(rng) for _ in range(reports)]
-    after = [list(row) for row in before]
     per_report = len(before[0])
-    for at in np.linspace(0, reports * per_report - 1, values).astype(int):
-        row, column = divmod(int(at), per_report)
-        after[row][column] = random_values(rng)[column]
+    places = np.linspace(0, reports * per_report - 1, values).astype(int)
     question = "Question: What is the urea value of the first report?"
-    return _text(before, 48210, question), _text(after, 77345, question)
+    texts = [_text(before, 48210, question)]
+    for other in range(1, number):
+        after = [list(row) for row in before]
+        for at in places:
+            row, column = divmod(int(at), per_report)
+            after[row][column] = random_values(rng)[column]
+        texts.append(_text(after, 48210 + 29135 * other, question))
+    return texts
 
 
 def _text(rows: list[list[str]], patient: int, question: str) -> str:

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvshare_mm.native.acceptance import Acceptance
+
 _LONGEST = 8  # tokens of what was said last that are looked for
 _MOST = 8  # tokens of a draft
 # Fewest tokens that have to agree: where a donor's answer goes on, and elsewhere in the prompt.
 _LEAST_DONOR, _LEAST_SELF = 3, 2
-# A forward with drafts is dearer by a third or so: those that bring less than this on the mean are
-# worth it only where much agrees.
-_WORTH = 0.5
-_SURE = 6
-_MEMORY = 0.8  # weight of what was known before the last draft
+_SURE = 6  # where so many agree in the prompt, what follows is likely to
 
 
 class Drafter:
@@ -27,21 +25,25 @@ class Drafter:
     Args:
         prompt: ``[N]`` int64 token ids.
         answer: ``[A]`` int64: what a request like this one was answered, with this one's values.
+        acceptance: how often drafts are right; default: nothing is known.
     """
 
-    def __init__(self, prompt: np.ndarray, answer: np.ndarray) -> None:
+    def __init__(
+        self, prompt: np.ndarray, answer: np.ndarray, acceptance: Acceptance | None = None
+    ) -> None:
+        self._acceptance = acceptance or Acceptance()
         self._said = np.concatenate((prompt, np.empty(64, np.int64)))
         self._length = len(prompt)
         self._answer = np.concatenate((prompt[-_LONGEST:], answer))
         self._goes_on = min(_LONGEST, len(prompt))  # where the donor's answer is expected to
-        self._brings = 1.0  # tokens that a draft brought on the mean, lately
-        self._drafted = 0
+        self._drafted = ("", 0)  # the last draft's kind and length
 
     def add(self, tokens: Sequence[int]) -> None:
         """The answer goes on: with what of the last draft was right, and a token behind that."""
-        if self._drafted:
-            self._learn(len(tokens) - 1)
-            self._drafted = 0
+        kind, drafted = self._drafted
+        if drafted:
+            self._acceptance.learn(kind, drafted, min(drafted, len(tokens) - 1))
+            self._drafted = ("", 0)
         self._goes_on += len(tokens)
         while self._length + len(tokens) > len(self._said):
             self._said = np.concatenate((self._said, np.empty_like(self._said)))
@@ -54,7 +56,7 @@ class Drafter:
             return []
         said = self._said[: self._length]
         agree, at = _found(self._answer[:-1], said, self._goes_on)
-        source = self._answer
+        source, kind = self._answer, "donor"
         if agree >= _LEAST_DONOR:
             self._goes_on = at
         else:
@@ -62,15 +64,11 @@ class Drafter:
         own, place = _found(said[:-1], said, self._length)
         if own > agree and own >= _LEAST_SELF:
             agree, at, source = own, place, said
-        if self._brings < _WORTH and agree < _SURE:
-            self._brings += _WORTH / 64  # tried again in a while
-            return []
-        found: list[int] = source[at : at + min(most, _MOST, 2 * agree)].tolist() if agree else []
-        self._drafted = len(found)
-        return found
-
-    def _learn(self, brought: float) -> None:
-        self._brings = _MEMORY * self._brings + (1 - _MEMORY) * brought
+            kind = "sure" if own >= _SURE else "unsure"
+        most = min(most, _MOST, 2 * agree, len(source) - at)
+        most = self._acceptance.length(kind, most)
+        self._drafted = (kind, most)
+        return source[at : at + most].tolist()  # type: ignore[no-any-return]
 
 
 def _found(source: np.ndarray, said: np.ndarray, near: int) -> tuple[int, int]:

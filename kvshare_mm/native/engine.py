@@ -24,15 +24,16 @@ from kvshare_mm.errors import (
     QueueFullError,
 )
 from kvshare_mm.models.loader import LoadedModel
+from kvshare_mm.native.acceptance import Families
 from kvshare_mm.native.audit import Audit, Auditor
-from kvshare_mm.native.decode import decode_step
 from kvshare_mm.native.drafts import Drafter
 from kvshare_mm.native.fair_queue import ANSWER_TOKEN, PROMPT_TOKEN
-from kvshare_mm.native.prefill import Prefiller, provenance
+from kvshare_mm.native.prefill import Prefiller, PrefillResult, provenance
 from kvshare_mm.native.request import SlotRequest
 from kvshare_mm.native.saver import Saver, save_request
 from kvshare_mm.native.searcher import Searches
 from kvshare_mm.native.slots import ModelRunner, works
+from kvshare_mm.native.step import step
 from kvshare_mm.native.waiting import WaitingRequests
 from kvshare_mm.outputs import FinishReason, count_use
 from kvshare_mm.request import RequestSpec, Sink
@@ -44,8 +45,6 @@ logger = logging.getLogger(__name__)
 _MAX_FAILURES = 3
 # Drafted tokens in a decode step, all requests together: few rows cost little more than one.
 _MOST_DRAFTED = 16
-# While others are answered, a chunk is so many times smaller: they wait for it at every token.
-_SMALLER = 4
 
 
 class NativeEngine:
@@ -88,6 +87,7 @@ class NativeEngine:
         self._known: dict[str, SlotRequest] = {}
         self._closing = False
         self._failures = 0
+        self._families = Families()
         self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
         self._thread.start()
         self._searches = Searches(donors, prefiller, self._changed, help_s)
@@ -203,7 +203,7 @@ class NativeEngine:
             gone = self._waiting.drop_gone()
             request = self._next()
             if request is not None:
-                self._waiting.remove(request.spec.options.tenant, request)
+                self._waiting.start(request)
                 slot = self._free.pop()
             idle = not (self._active or request or gone)
         for dropped in gone:
@@ -211,8 +211,7 @@ class NativeEngine:
         if request is not None:
             self._start(request, slot)
         if self._active:
-            self._advance()
-            self._decode()
+            self._compute()
         if idle:
             self._audit()
         return True
@@ -258,34 +257,48 @@ class NativeEngine:
         except Exception as failure:
             self._fail(request, failure)
 
-    def _advance(self) -> None:
-        """Compute a chunk of a prompt; with its last one comes the first token."""
-        request = next((r for r in self._active if r.computing and not r.cancelled), None)
-        if request is None:
+    def _compute(self) -> None:
+        """A chunk of a prompt, with its last one the first token, and all answers' next tokens."""
+        for request in [r for r in self._active if r.cancelled]:
+            self._finish(request, "abort")
+        batch = [r for r in self._active if r.prefill is not None]
+        for request in batch:
+            request.propose(_MOST_DRAFTED // len(batch))
+        begun = next((r for r in self._active if r.computing), None)
+        prompt = begun.computing if begun else None
+        done = prompt.done if prompt else 0
+        result, logits = step(self._runner, prompt, batch, alone=len(self._active) == 1)
+        for request, rows in zip(batch, logits, strict=True):
+            if isinstance(rows, Exception):
+                self._fail(request, rows)
+            else:
+                self._take(request, rows)
+        if begun is None or prompt is None:
             return
-        computing = request.computing
-        assert computing is not None
-        most = self._runner.chunk if len(self._active) == 1 else self._runner.chunk // _SMALLER
-        done = computing.done
-        try:
-            request.prefill = computing.advance(most)
-        except Exception as failure:
-            self._fail(request, failure)
-            return
-        self._charge(request, PROMPT_TOKEN * (computing.done - done))
-        if request.prefill is None:
-            self._active.append(self._active.pop(self._active.index(request)))  # the others' turn
-            return
+        self._charge(begun, PROMPT_TOKEN * (prompt.done - done))
+        if isinstance(result, Exception):
+            self._fail(begun, result)
+        elif result is not None:
+            self._prefilled(begun, result)
+        else:
+            self._active.append(self._active.pop(self._active.index(begun)))  # the others' turn
+
+    def _prefilled(self, request: SlotRequest, result: PrefillResult) -> None:
+        """A prompt is computed."""
+        request.prefill = result
         request.computing = None
-        plan = request.prefill.plan
-        self._searches.computed(request.prefill)
-        count_use(self.counters, provenance(request.prefill))
+        plan = result.plan
+        self._searches.computed(result)
+        count_use(self.counters, provenance(result))
         self.counters["prompt_tokens"] += plan.num_tokens
         if self._auditor is not None:
             request.audit = self._auditor.draw(request.spec, plan, request.token_ids)
-        self._accept(request, request.prefill.logits)
+        self._accept(request, result.logits)
         if request in self._active and self._runner.can_draft:
-            request.drafter = Drafter(request.spec.stream.token_ids, request.prefill.likely)
+            donors = self._donors
+            family = donors.reuse.catalogue.family(plan.edited_from) if donors else None
+            acceptance = self._families.acceptance(request.spec.namespace, family)
+            request.drafter = Drafter(request.spec.stream.token_ids, result.likely, acceptance)
             request.drafter.add(request.token_ids)
         if request in self._active and self._donors is not None and request.becomes_donor:
             self._save_prompt(request)
@@ -298,24 +311,11 @@ class NativeEngine:
             number = self._saver.last[ns]
             waiting = list(self._waiting)
         # Nobody who submits waits while prompts are compared.
-        alike = [r for r in waiting if r.is_like(request)]
+        overlaps = [(r, r.overlap_with(request)) for r in waiting if r.is_like(request)]
         with self._changed:
-            for other in alike:
+            for other, overlap in overlaps:
                 self._waiting.hold(other, number)
-
-    def _decode(self) -> None:
-        for request in [r for r in self._active if r.cancelled]:
-            self._finish(request, "abort")
-        batch = [r for r in self._active if r.prefill is not None]
-        if not batch:
-            return
-        for request in batch:
-            request.propose(_MOST_DRAFTED // len(batch))
-        for request, rows in zip(batch, decode_step(self._runner, batch), strict=True):
-            if isinstance(rows, Exception):
-                self._fail(request, rows)
-            else:
-                self._take(request, rows)
+                other.overlap = max(other.overlap, overlap)
 
     def _take(self, request: SlotRequest, rows: torch.Tensor) -> None:
         """The answer goes on: with what of the draft is right, and a token behind that."""

@@ -9,7 +9,7 @@ be. Who comes back after a pause begins where the others are: nobody saves up fo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from kvshare_mm.errors import QueueFullError
@@ -71,14 +71,18 @@ class FairQueue(Generic[T]):
         self._size += 1
 
     def next(self, ready: Callable[[T], bool]) -> T | None:
-        """The longest waiting request that can start, of the tenant that was served least."""
+        """A request that can start, of the tenant that was served least: see `choose`."""
         # Of equal ones, who has waited longest since the last time that nothing of theirs waited.
         for tenant in sorted(self._waiting, key=lambda t: self._served[t]):
-            found = next(filter(ready, self._waiting[tenant]), None)
-            if found is not None:
+            able = list(filter(ready, self._waiting[tenant]))
+            if able:
                 self._floor = max(self._floor, min(self._served[t] for t in self._waiting))
-                return found
+                return self.choose(able)
         return None
+
+    def choose(self, able: Sequence[T]) -> T:
+        """Of a tenant's requests that can start, longest waiting first, the one that does."""
+        return able[0]
 
     def remove(self, tenant: str, request: T) -> None:
         """A request starts, or is given up."""

@@ -63,3 +63,13 @@ def model_inputs(
 def decode_positions(index: torch.Tensor, rope_deltas: torch.Tensor) -> torch.Tensor:
     """Rotary positions of answer tokens, ``[1, n]``: on every axis what follows the largest."""
     return (index + rope_deltas)[None]
+
+
+def followed_by(prompt: dict[str, Any], answers: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Keywords of a forward over positions of a prompt, none of them media, and answers' tokens
+    behind them."""
+    at, behind = prompt["position_ids"], answers["position_ids"]
+    return {
+        "input_ids": torch.cat((prompt["input_ids"], answers["input_ids"]), dim=1),
+        "position_ids": torch.cat((at, behind.expand(*at.shape[:-1], -1)), dim=-1),
+    }

@@ -17,7 +17,7 @@ from kvshare_mm.config import Reuse
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.native.encoder import MediaEncoder
 from kvshare_mm.native.media import PromptMedia
-from kvshare_mm.native.slots import ModelRunner, SlotRunner
+from kvshare_mm.native.slots import Chunk, ModelRunner, SlotRunner
 from kvshare_mm.native.states import StateRunner
 from kvshare_mm.outputs import MediaUse, Provenance, Span
 from kvshare_mm.reads import Heads, Reads
@@ -95,19 +95,56 @@ class Prefill:
     done: int = 0
     seconds: float = 0.0
 
+    @property
+    def context(self) -> int:
+        """What the next position to compute has before it."""
+        return int(self.plan.compute[self.done])
+
+    @property
+    def left(self) -> int:
+        """Positions that are still to be computed."""
+        return len(self.plan.compute) - self.done
+
     def advance(self, most: int) -> PrefillResult | None:
         """Compute the next `most` positions, or those that are left; None: some still are."""
+        return self.compute(self.next(most))
+
+    def next(self, most: int) -> Chunk:
+        """The next `most` positions, or those that are left; encodes the media among them."""
         start = time.perf_counter()
         left = self.plan.compute[self.done :]
-        part, is_last = left[:most], len(left) <= most
-        inputs = self.media.inputs(part)
-        tail = self.tail if is_last else None
-        reads = self.reads.add if self.reads is not None else None
-        logits = self.runner.prefill(self.slot, self.stream.token_ids, part, tail, inputs, reads)
-        self.done += len(part)
+        chunk = Chunk(
+            self.slot,
+            self.stream.token_ids,
+            left[:most],
+            self.tail if len(left) <= most else None,
+            self.media.inputs(left[:most]),
+            self.reads.add if self.reads is not None else None,
+        )
         self.seconds += time.perf_counter() - start
+        return chunk
+
+    def compute(self, chunk: Chunk) -> PrefillResult | None:
+        """Compute a chunk in a forward of its own; None: it is not the last."""
+        start = time.perf_counter()
+        logits = self.runner.prefill(
+            chunk.slot, chunk.token_ids, chunk.compute, chunk.tail, chunk.media, chunk.reads
+        )
+        return self.computed(chunk, logits, start)
+
+    def computed(self, chunk: Chunk, logits: torch.Tensor, start: float) -> PrefillResult | None:
+        """Take up a chunk that was computed; None: it is not the last.
+
+        Args:
+            logits: ``[vocab_size]`` of its last position.
+            start: `time.perf_counter` when it was begun.
+        """
+        self.done += len(chunk.compute)
+        is_last = not self.left
         if not is_last:
             logits[0].item()  # a GPU has done it then: who comes now waits for the next at most
+        self.seconds += time.perf_counter() - start
+        if not is_last:
             return None
         return PrefillResult(
             logits=logits,

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # n-grams that tell whether two prompts are alike.
 _SKETCH = 64
+_ALIKE = 0.25
 
 
 @dataclass(eq=False, slots=True)
@@ -35,6 +36,8 @@ class SlotRequest(Request):
         held: `time.perf_counter` from when it waits for that.
         help_until: `time.perf_counter` until when it waits for donors of other replicas.
         sketch: of its prompt, once it was compared with another's.
+        overlap: share of its prompt that a donor is expected to have.
+        overtaken: tokens computed for others of its tenant that came later and started before it.
         node_id: what its prompt was stored as while it is answered; None: it was not, or not yet.
         longest: tokens that its answer may have.
         computing: its prompt while it is prefilled; then that is `prefill`.
@@ -47,6 +50,8 @@ class SlotRequest(Request):
     held: float = 0.0
     help_until: float = 0.0
     sketch: np.ndarray | None = None
+    overlap: float = 0.0
+    overtaken: float = 0.0
     node_id: str | None = None
     similar: tuple[str, ...] = ()
     cancelled: bool = False
@@ -66,13 +71,23 @@ class SlotRequest(Request):
         """Positions whose KV is in the slot: the prompt and all answer tokens but the last."""
         return len(self.spec.stream) + max(0, len(self.token_ids) - 1)
 
+    @property
+    def expected_tokens(self) -> float:
+        """Of its prompt, those that are to be computed, as far as is known before it starts."""
+        saved = self.overlap if self.spec.options.reuse != "exact" else 0.0
+        return (1 - saved) * len(self.spec.stream)
+
     def is_like(self, other: SlotRequest) -> bool:
         """Whether it may find the other as a donor, so much do the two have in common."""
+        return self.overlap_with(other) > _ALIKE
+
+    def overlap_with(self, other: SlotRequest) -> float:
+        """Share of its prompt's n-grams that are in the other's, 0 to 1; 0: they share nothing."""
         if self.spec.options.reuse == "off" or self.spec.namespace != other.spec.namespace:
-            return False
+            return 0.0
         mine, theirs = self._sketched(), other._sketched()
         both = np.intersect1d(mine, theirs, assume_unique=True)
-        return len(both) > len(mine) // 4
+        return len(both) / max(1, len(mine))
 
     def _sketched(self) -> np.ndarray:
         if self.sketch is None:

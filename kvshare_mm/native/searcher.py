@@ -101,8 +101,11 @@ class Searches:
 
     def _by_meaning(self, request: SlotRequest) -> None:
         if self._donors is not None:
-            spec = request.spec
-            request.similar = self._donors.reuse.similar(spec.text, spec.namespace)
+            spec, reuse = request.spec, self._donors.reuse
+            overlap = reuse.catalogue.overlap(spec.namespace, spec.stream.align_keys)
+            with self._changed:
+                request.overlap = max(request.overlap, overlap)
+            request.similar = reuse.similar(spec.text, spec.namespace)
 
     def _at_others(self, request: SlotRequest) -> None:
         """Take over others' donors; the request waits as long as that is faster than computing."""

@@ -1,17 +1,16 @@
 """Model runners: the forward passes of the engine, over slots.
 
-`SlotRunner` runs PartialAttention and is what similar reuse needs. `PlainRunner` serves models that
-it cannot run, with transformers' own cache, whole prompts only; `states.StateRunner` what follows
-an identical beginning.
+`SlotRunner` runs PartialAttention and is what similar reuse needs. What it cannot run is served
+with transformers' own cache: by `plain.PlainRunner` whole prompts only, by `states.StateRunner`
+what follows an identical beginning.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import sys
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -21,11 +20,31 @@ import torch
 from kvshare_mm.attention import Recorder, SlotCache, TailAttention
 from kvshare_mm.kernels.ragged import RaggedQueries
 from kvshare_mm.models.loader import LoadedModel
-from kvshare_mm.models.states import CachedModel
-from kvshare_mm.native.inputs import MediaInputs, decode_positions, model_inputs
+from kvshare_mm.native.inputs import (
+    MediaInputs,
+    decode_positions,
+    followed_by,
+    model_inputs,
+)
 from kvshare_mm.reads import PROBE, Heads, reading_heads
 
 logger = logging.getLogger(__name__)
+
+
+# So many times smaller is a chunk beside answers that takes a forward of its own.
+SMALLER = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Positions of a prompt that one forward computes, see `ModelRunner.prefill`."""
+
+    slot: int
+    token_ids: np.ndarray
+    compute: np.ndarray
+    tail: TailAttention | None = None
+    media: MediaInputs | None = None
+    reads: Recorder | None = None
 
 
 class ModelRunner(Protocol):
@@ -82,6 +101,10 @@ class ModelRunner(Protocol):
             rope_deltas: rotary position minus index of each; None: no difference.
         """
 
+    def beside(self, context: int) -> int:
+        """Most positions of a prompt, behind `context` others, that are computed at once while
+        others are answered, who wait for them at every token."""
+
     def release(self, slot: int) -> None:
         """The slot's request is over."""
 
@@ -99,10 +122,18 @@ class SlotRunner:
         chunk: most positions of one forward; longer prefills run in several, which bounds the
             memory of activations, and lets others be served between them.
         drafts: see `can_draft`.
+        beside: most positions of a prompt in one forward with others' answers, where it begins;
+            default: a quarter of `chunk`.
     """
 
     def __init__(
-        self, loaded: LoadedModel, num_slots: int, max_len: int, chunk: int, drafts: bool = True
+        self,
+        loaded: LoadedModel,
+        num_slots: int,
+        max_len: int,
+        chunk: int,
+        drafts: bool = True,
+        beside: int | None = None,
     ) -> None:
         shape = loaded.kv_shape
         if shape is None:
@@ -123,6 +154,11 @@ class SlotRunner:
         )
         latent = loaded.rotary is not None and loaded.rotary.of_values
         self._cache = SlotCache(k, v, packed=latent)
+        # A latent is expanded for all requests of a forward, up to the end of the longest.
+        self._can_pack = not latent
+        if beside is None or not self._can_pack:
+            beside = chunk // SMALLER
+        self._beside = min(chunk, beside)
 
     @property
     def max_bytes(self) -> int:
@@ -193,18 +229,80 @@ class SlotRunner:
         positions: Sequence[int],
         rope_deltas: Sequence[int] | None = None,
     ) -> torch.Tensor:
+        return self._packed(None, slots, token_ids, positions, rope_deltas)
+
+    def beside(self, context: int) -> int:
+        """As many as take the time that they take where a prompt begins: attention makes each
+        dearer."""
+        return max(1, int(self._beside / (1 + context / self._doubled)))
+
+    @cached_property
+    def _doubled(self) -> float:
+        """Tokens of context with which a position's attention is as much work as its weights."""
+        embedded: int = self._model.get_input_embeddings().weight.numel()
+        weights: int = sum(p.numel() for p in self._model.parameters()) - embedded
+        layers, _, kv_heads, _, dim = self._cache.k.shape
+        heads = getattr(self._model.config.get_text_config(), "num_attention_heads", kv_heads)
+        heads = heads if isinstance(heads, int) else kv_heads
+        each: int = layers * heads * (dim + self._cache.v.shape[-1])
+        return max(1.0, weights / each)
+
+    def packs(self, chunk: Chunk) -> bool:
+        """Whether a chunk can be in one forward with answers."""
+        return self._can_pack and not (chunk.media and chunk.media.features)
+
+    @torch.inference_mode()
+    def step(
+        self,
+        chunk: Chunk,
+        slots: Sequence[int],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        rope_deltas: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """A chunk of a prompt and a decode step in one forward, which reads the weights once.
+
+        Args:
+            chunk: one that `packs`, of a slot that is not among `slots`.
+            slots, token_ids, positions, rope_deltas: see `decode`.
+
+        Returns:
+            ``[1 + len(slots), vocab_size]`` logits of the chunk's last position, and of each token.
+        """
+        return self._packed(chunk, slots, token_ids, positions, rope_deltas)
+
+    def _packed(
+        self,
+        chunk: Chunk | None,
+        slots: Sequence[int],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        rope_deltas: Sequence[int] | None,
+    ) -> torch.Tensor:
         index = torch.tensor(positions, device=self._device)
         ahead = torch.tensor(rope_deltas or [0] * len(slots), device=self._device)
         rows = [(slot, len(list(same))) for slot, same in itertools.groupby(slots)]
-        batch = RaggedQueries.in_slots(
-            [slot for slot, _ in rows], index.split([count for _, count in rows])
-        )
-        with self._cache.forward(batch):
+        pages = [slot for slot, _ in rows]
+        indices = list(index.split([count for _, count in rows]))
+        inputs = {
+            "input_ids": torch.tensor([token_ids], device=self._device),
+            "position_ids": decode_positions(index, ahead),
+        }
+        tail = reads = None
+        if chunk is not None:
+            tail, reads = chunk.tail, chunk.reads
+            ids, here = (
+                torch.from_numpy(a).to(self._device) for a in (chunk.token_ids, chunk.compute)
+            )
+            inputs = followed_by(model_inputs(self._model, ids, here, chunk.media), inputs)
+            pages, indices = [chunk.slot, *pages], [here, *indices]
+        batch = RaggedQueries.in_slots(pages, indices)
+        with self._cache.forward(batch, tail, reads):
             logits: torch.Tensor = self._model(
-                input_ids=torch.tensor([token_ids], device=self._device),
-                position_ids=decode_positions(index, ahead),
+                **inputs,
                 past_key_values=self._cache,
                 use_cache=True,
+                logits_to_keep=len(slots) + (chunk is not None),
             ).logits
         return logits[0]
 
@@ -247,86 +345,6 @@ class SlotRunner:
                 use_cache=True,
                 logits_to_keep=keep,
             )
-
-
-class PlainRunner:
-    """Whole prompts with transformers' own cache, one request after the other."""
-
-    def __init__(self, loaded: LoadedModel, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.can_draft = False
-        self.chunk = sys.maxsize  # some of these models cannot go on with half a prompt
-        self._model = loaded.model
-        self._forward = CachedModel(loaded.model)
-        self._device = loaded.device
-        self._caches: dict[int, Any] = {}
-        self._lengths: dict[int, int] = {}
-        self._logits: dict[int, torch.Tensor] = {}
-        self._broken: set[int] = set()
-        self.moved_s = 0.0
-
-    def prefill(
-        self,
-        slot: int,
-        token_ids: np.ndarray,
-        compute: np.ndarray,
-        tail: TailAttention | None = None,
-        media: MediaInputs | None = None,
-        reads: Recorder | None = None,
-    ) -> torch.Tensor:
-        if len(compute) != len(token_ids):
-            raise ValueError("this model computes whole prompts only")
-        self._empty(slot)
-        return self._compute(slot, token_ids, compute, media)
-
-    def decode(
-        self,
-        slots: Sequence[int],
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        rope_deltas: Sequence[int] | None = None,
-    ) -> torch.Tensor:
-        logits = []
-        for slot, token, position, rope_delta in zip(
-            slots, token_ids, positions, rope_deltas or [0] * len(slots), strict=True
-        ):
-            if slot in self._broken:
-                raise RuntimeError("a forward failed here, and its states cannot go back")
-            # A step that failed for another slot is repeated.
-            if self._lengths[slot] == position:
-                at = torch.tensor([[position + rope_delta]], device=self._device)
-                token_id = torch.tensor([[token]], device=self._device)
-                self._step(slot, {"input_ids": token_id, "position_ids": at}, position + 1)
-            logits.append(self._logits[slot])
-        return torch.stack(logits)
-
-    def release(self, slot: int) -> None:
-        for known in (self._caches, self._lengths, self._logits):
-            known.pop(slot, None)
-        self._broken.discard(slot)
-
-    def _empty(self, slot: int) -> None:
-        self._broken.discard(slot)
-        self._caches[slot] = self._forward.new_cache()
-
-    @torch.inference_mode()
-    def _compute(
-        self, slot: int, token_ids: np.ndarray, compute: np.ndarray, media: MediaInputs | None
-    ) -> torch.Tensor:
-        ids, index = (torch.from_numpy(a).to(self._device) for a in (token_ids, compute))
-        inputs = model_inputs(self._model, ids, index, media)
-        return self._step(slot, inputs, int(compute[-1]) + 1)
-
-    def _step(self, slot: int, inputs: dict[str, Any], length: int) -> torch.Tensor:
-        """The slot holds `length` positions then."""
-        try:
-            logits, self._caches[slot] = self._forward(self._caches[slot], inputs)
-        except BaseException:
-            self._broken.add(slot)  # some of its layers have taken the tokens
-            raise
-        self._lengths[slot], self._logits[slot] = length, logits
-        self.moved_s = time.perf_counter()
-        return logits
 
 
 def works(runner: ModelRunner, slot: int) -> bool:

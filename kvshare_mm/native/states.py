@@ -11,7 +11,8 @@ from kvshare_mm.attention import Recorder, TailAttention
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.models.states import State
 from kvshare_mm.native.inputs import MediaInputs
-from kvshare_mm.native.slots import PlainRunner
+from kvshare_mm.native.plain import PlainRunner
+from kvshare_mm.native.slots import SMALLER
 
 # A state that saves fewer tokens than that, beside the one before it, is not worth its room.
 _LEAST_TOKENS = 16
@@ -113,6 +114,9 @@ class StateRunner(PlainRunner):
         found = [(n, state) for n, state in kept.items() if state is not None]
         kept.clear()
         return found
+
+    def beside(self, context: int) -> int:
+        return max(1, self.chunk // SMALLER)
 
     def release(self, slot: int) -> None:
         super().release(slot)

@@ -1,7 +1,13 @@
-"""Requests that wait: for a slot, for a save, for a long prompt that is being computed."""
+"""Requests that wait: for a slot, for a save, for a long prompt that is being computed.
+
+Of a tenant's requests the one starts first that is expected to reuse most: it is soon done, and its
+donor is at hand. Whoever is overtaken loses no more time than its own prompt takes in full.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Sequence
 
@@ -30,6 +36,22 @@ class WaitingRequests(FairQueue[SlotRequest]):
     def hold(self, request: SlotRequest, save: int) -> None:
         """Have a request wait until a save is done."""
         request.after, request.held = save, time.perf_counter()
+
+    def choose(self, able: Sequence[SlotRequest]) -> SlotRequest:
+        best, most, room = able[0], 0.0, math.inf
+        for request in able:
+            length, expected = len(request.spec.stream), request.expected_tokens
+            if expected <= room and length - expected > most:
+                best, most = request, length - expected
+            room = min(room, length - request.overtaken)
+        return best
+
+    def start(self, request: SlotRequest) -> None:
+        """Take out a request that starts."""
+        tenant = request.spec.options.tenant
+        for earlier in itertools.takewhile(lambda r: r is not request, self._waiting[tenant]):
+            earlier.overtaken += request.expected_tokens
+        self.remove(tenant, request)
 
     @property
     def gone(self) -> list[SlotRequest]:
@@ -64,7 +86,9 @@ class WaitingRequests(FairQueue[SlotRequest]):
         )
 
     def _passes(self, request: SlotRequest, long: SlotRequest, *others: SlotRequest) -> bool:
-        """Whether a request of one chunk may be computed between those of a long prompt: one at a
-        time, and none that had better wait and reuse it."""
-        fits = len(request.spec.stream) <= self._chunk < len(long.spec.stream)
+        """Whether a request of one chunk, as far as it is computed, may come between those of a
+        long prompt, or of one that is far from done: one at a time, and none that had better wait
+        and reuse it."""
+        few, left = request.expected_tokens, long.computing.left if long.computing else 0
+        fits = few <= self._chunk and (self._chunk < len(long.spec.stream) or 2 * few <= left)
         return fits and not others and not request.is_like(long)

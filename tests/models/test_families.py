@@ -18,7 +18,8 @@ from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.models.loader import load_model
 from kvshare_mm.native.encoder import MediaEncoder
 from kvshare_mm.native.inputs import MediaInputs
-from kvshare_mm.native.slots import PlainRunner, SlotRunner
+from kvshare_mm.native.plain import PlainRunner
+from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.stream import Modality, SegmentStream
 
 from ..media_models import FAMILIES, HEARS, SEES, tokenizer

@@ -11,7 +11,7 @@ import torch
 
 from kvshare_mm.models.states import CachedModel
 from kvshare_mm.models.support import check_support
-from kvshare_mm.native.slots import PlainRunner
+from kvshare_mm.native.plain import PlainRunner
 from kvshare_mm.native.states import StateRunner
 
 from .test_support import ATOL, MOE, UNSUPPORTED, _answer, _build, _generate, _ids, _loaded

@@ -16,7 +16,8 @@ from kvshare_mm.kernels.ragged import RaggedQueries
 from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.models.shape import KVShape
 from kvshare_mm.models.support import check_support
-from kvshare_mm.native.slots import PlainRunner, SlotRunner
+from kvshare_mm.native.plain import PlainRunner
+from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.reuse.rotary import rerotate
 
 ATOL = 1e-4

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvshare_mm import RequestOptions, RequestOutput
+from kvshare_mm.native.slots import Chunk
 
 from .. import references
 from .asking import _PROMPTS, Inbox, OpenLLM, inside, outcomes, params
@@ -37,7 +38,14 @@ def test_eight_requests_over_two_slots_answer_as_one_by_one(
         assert len(set(slots)) == len(slots)
         return decode(slots, *rest)
 
-    inside(llm).runner.decode = recorded
+    step = inside(llm).runner.step
+
+    def stepped(chunk: Chunk, slots: Any, *rest: Any) -> torch.Tensor:
+        widths.append(len(slots))
+        assert chunk.slot not in slots
+        return step(chunk, slots, *rest)
+
+    inside(llm).runner.decode, inside(llm).runner.step = recorded, stepped
     outputs = llm.generate(_PROMPTS, params(), RequestOptions(reuse=reuse))
     assert [o.token_ids for o in outputs] == [o.token_ids for o in alone]
     assert [o.text for o in outputs] == [o.text for o in alone]

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from kvshare_mm import EngineClosedError, KVShare, RequestOptions, RequestOutput
 from kvshare_mm.native.prefill import Prefill, PrefillResult
+from kvshare_mm.native.slots import Chunk
 from kvshare_mm.stream import text_stream
 
 from .asking import (
@@ -30,13 +32,13 @@ from .asking import (
 from .donor_server import ATOL, NS, Server, _edited, _ids
 
 _CHUNK = 16
-_SMALL = 4  # of a chunk while others are answered
+_SMALL = 4  # of a chunk beside answers
 _OFF = RequestOptions(reuse="off")
 
 
 class Steps:
-    """What a server's model computes, in order: the prompt's first token and how many positions of
-    a chunk; the number of answers of a decode step.
+    """What a server's model computes, in order: the prompt and how many positions of a chunk; the
+    number of answers of a decode step. Both of a forward that computes both, the chunk first.
 
     Attributes:
         before: called before a chunk with its number among those of its prompt, from 1.
@@ -46,15 +48,23 @@ class Steps:
         self.log: list[tuple[tuple[int, ...], int] | int] = []
         self.before: Callable[[tuple[int, ...], int], None] = lambda prompt, number: None
         runner = inside(llm).runner
-        self._prefill, self._decode = runner.prefill, runner.decode
-        runner.prefill, runner.decode = self._prefilled, self._decoded
+        self._prefill, self._decode, self._step = runner.prefill, runner.decode, runner.step
+        runner.prefill, runner.decode, runner.step = self._prefilled, self._decoded, self._stepped
 
     def _prefilled(self, slot: int, ids: np.ndarray, compute: np.ndarray, *rest: Any) -> Any:
-        prompt = tuple(ids.tolist())
         if len(ids) > 1:  # else it is tried whether the model works at all
-            self.log.append((prompt, len(compute)))
-            self.before(prompt, len(self.chunks(prompt)))
+            self._begin(ids, compute)
         return self._prefill(slot, ids, compute, *rest)
+
+    def _stepped(self, chunk: Chunk, slots: Any, *rest: Any) -> Any:
+        self._begin(chunk.token_ids, chunk.compute)
+        self.log.append(len(set(slots)))
+        return self._step(chunk, slots, *rest)
+
+    def _begin(self, ids: np.ndarray, compute: np.ndarray) -> None:
+        prompt = tuple(ids.tolist())
+        self.log.append((prompt, len(compute)))
+        self.before(prompt, len(self.chunks(prompt)))
 
     def _decoded(self, slots: Any, *rest: Any) -> Any:
         self.log.append(len(set(slots)))
@@ -86,7 +96,7 @@ def _first_step(llm: KVShare, prompt: str, max_tokens: int = 400) -> Inbox:
 
 @pytest.fixture
 def chunked(open_llm: OpenLLM) -> KVShare:
-    return open_llm(max_num_seqs=3, prefill_chunk=_CHUNK)
+    return open_llm(max_num_seqs=3, prefill_chunk=_CHUNK, prefill_beside=_SMALL)
 
 
 @pytest.fixture
@@ -102,13 +112,26 @@ def test_a_decode_step_is_made_between_any_two_chunks(
     steps = Steps(chunked)
     running = [_first_step(chunked, prompt) for prompt in _PROMPTS[1:3]]
     Inbox(chunked, _DONOR, params(1)).result()
-    assert set(steps.chunks(long)[:-1]) == {_SMALL}
+    assert max(steps.chunks(long)) == steps.chunks(long)[0] == _SMALL
     assert sum(steps.chunks(long)) == len(long)
     for one, other in pairwise(steps.places(long)):
         assert steps.log[one + 1 : other] == [2]
     for inbox in running:
         assert not inbox.done
         chunked.cancel(inbox.request_id)
+
+
+def test_a_chunk_that_fails_beside_answers_is_computed_alone(
+    chunked: KVShare, long: tuple[int, ...]
+) -> None:
+    want = chunked.generate(_DONOR, params(8), _OFF).token_ids
+    steps = Steps(chunked)
+    inside(chunked).runner.step = Mock(side_effect=RuntimeError("out of memory, or so"))
+    running = _first_step(chunked, _PROMPTS[1])
+    assert Inbox(chunked, _DONOR, params(8), _OFF).result().token_ids == want
+    assert max(steps.chunks(long)) == steps.chunks(long)[0] == _SMALL
+    assert inside(chunked).runner.step.called
+    chunked.cancel(running.request_id)
 
 
 def test_a_prompt_alone_is_computed_in_whole_chunks(
@@ -160,7 +183,7 @@ def test_an_error_in_a_chunk_fails_its_request_alone(
     steps = Steps(chunked)
 
     def fail(prompt: tuple[int, ...], number: int) -> None:
-        if (prompt, number) == (long, 3):
+        if prompt == long and number >= 3:  # beside the answer, and alone
             raise RuntimeError("out of memory, or so")
 
     steps.before = fail
@@ -168,6 +191,7 @@ def test_an_error_in_a_chunk_fails_its_request_alone(
     inbox = Inbox(chunked, _DONOR, params())
     with pytest.raises(RuntimeError, match="out of memory"):
         inbox.result()
+    steps.before = lambda prompt, number: None
     assert running.result().token_ids == alone[0].token_ids
     idle(chunked)
     assert chunked.flush()
@@ -197,7 +221,7 @@ def test_closing_does_not_wait_for_a_long_prompt(chunked: KVShare, long: tuple[i
 def test_short_prompts_pass_a_long_one_which_goes_on_between_them(
     open_llm: OpenLLM, alone: list[RequestOutput]
 ) -> None:
-    llm = open_llm(max_num_seqs=4, prefill_chunk=32)
+    llm = open_llm(max_num_seqs=4, prefill_chunk=32, prefill_beside=8)
     long, steps = tuple(llm.tokenize(_DONOR)), Steps(llm)
     shorts = [i for i, output in enumerate(alone) if len(output.prompt_token_ids) <= 32][:4]
     gate = held(steps, long, 1)
@@ -223,7 +247,7 @@ def test_who_can_reuse_a_long_prompt_waits_for_it(open_llm: OpenLLM) -> None:
     tokenize = open_llm(max_num_seqs=1).tokenize
     donor, target = tuple(tokenize(_TARGET)), tokenize(_DONOR)
     assert len(target) < len(donor)
-    llm = open_llm(max_num_seqs=4, prefill_chunk=len(target))
+    llm = open_llm(max_num_seqs=4, prefill_chunk=len(target), prefill_beside=len(target) // 4)
     running, steps = _first_step(llm, _PROMPTS[3]), Steps(llm)
     gate = held(steps, donor, 1)
     first = Inbox(llm, _TARGET, params(2))

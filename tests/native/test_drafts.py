@@ -37,13 +37,13 @@ def test_a_donors_answer_goes_on_where_it_was_left() -> None:
     one.add([56])
     assert one.draft(8) == []
     one.add([57])
-    assert one.draft(8) == [58, 59, 60, 61, 62, 63]
+    assert one.draft(8) == [58, 59, 60, 61]  # 6 at most where 3 agree; some have been wrong
 
 
 def test_without_a_donor_what_the_prompt_says_is_drafted() -> None:
     one = drafter([1, 2, 3, 4, 5, 6, 9, 2, 3])
-    assert one.draft(8) == [4, 5, 6, 9]
-    one.add([4, 5, 7])
+    assert one.draft(8) == [4, 5]
+    one.add([4, 7])
     assert one.draft(8) == []
 
 
@@ -69,7 +69,7 @@ def test_long_answers_are_remembered() -> None:
     one = drafter([1])
     one.add(list(range(100, 400)))
     one.add([150, 151])
-    assert one.draft(4) == [152, 153, 154, 155]
+    assert one.draft(4) == [152, 153]
 
 
 def test_nothing_is_drafted_of_nothing() -> None:
@@ -212,7 +212,7 @@ def test_a_step_that_fails_is_tried_request_by_request_with_its_drafts(
 
 
 def test_models_without_partial_prefill_get_no_drafts(llm: KVShare) -> None:
-    from kvshare_mm.native.slots import PlainRunner
+    from kvshare_mm.native.plain import PlainRunner
 
     assert inside(llm).runner.can_draft
     assert not PlainRunner(inside(llm).loaded, 1).can_draft

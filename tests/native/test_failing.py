@@ -16,7 +16,6 @@ from kvshare_mm import (
 )
 from kvshare_mm.native.detokenizer import Detokenizer
 
-from ..helpers import until
 from .asking import (
     _DONOR,
     _PROMPTS,
@@ -41,6 +40,7 @@ def test_a_prefill_that_raises_fails_alone(open_llm: OpenLLM, alone: list[Reques
         return prefill(slot, token_ids, *rest)
 
     inside(llm).runner.prefill = prefill_or_raise
+    inside(llm).runner.packs = Mock(return_value=False)
     inboxes = [Inbox(llm, p, params()) for p in _PROMPTS]
     for i, inbox in enumerate(inboxes):
         if i == 3:
@@ -101,9 +101,8 @@ def test_who_makes_decoding_fail_fails_alone(open_llm: OpenLLM, alone: list[Requ
     engine = inside(llm).engine
     gate = Gate(inside(llm).runner, "decode")
     inboxes = [Inbox(llm, p, params()) for p in _PROMPTS[:3]]
-    until(lambda: len(engine._active) == 1)
     gate.wait()
-    culprit = engine._active[0]
+    culprit = next(r for r in engine._active if r.prefill is not None)
     Broken(inside(llm).runner, "decode", times=2, slots={culprit.slot})
     gate.open()
     outputs = []
@@ -155,7 +154,7 @@ def test_what_one_prompt_alone_makes_fail_is_no_illness(open_llm: OpenLLM) -> No
     assert llm.healthy
 
 
-@pytest.mark.parametrize("part", ["_decode", "_charge"])  # in its slot; between queue and slot
+@pytest.mark.parametrize("part", ["_take", "_charge"])  # in its slot; between queue and slot
 def test_nobody_waits_for_an_engine_that_died(
     open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
