@@ -14,12 +14,14 @@ from typing import Any, NamedTuple, Self
 from kvshare_mm.json_places import Places
 
 _MOST_TRIED = 10_000  # bytes, to find a way behind one token
+_MASK = 20  # bytes that are tried in the time that it takes to tell which may come
 _MOST_DEPTH = 200  # of what is in a list whose items must differ
-_LONGEST_NUMBER = 40  # characters that are tried
+_LONGEST_NUMBER = 20  # characters that are tried; more digits make no other number
 _LARGEST = 1e300  # numbers beyond are taken to be equal
 _BLANK = frozenset(b" \t\n\r")
 _DIGITS = frozenset(b"-0123456789")
-_ENDS_FIRST = b'"]},'
+_ENDS = b'"]},'
+_ORDER = bytes(dict.fromkeys(_ENDS + b"9876543210" + bytes(range(256))))
 
 
 class _List(NamedTuple):
@@ -32,7 +34,8 @@ class _List(NamedTuple):
         said: items so far, as JSON in one spelling.
         texts: as they came, each text and number in one spelling, without blanks.
         text: of the item that comes, so far.
-        alike: those of `texts` that begin with it, up to a number that has not ended: 1.0 is 1.
+        alike: those of `texts` that begin with it, up to what will be spelled in another way when
+            it has ended: a number (1.0 is 1), a text with a backslash.
     """
 
     places: Places
@@ -66,6 +69,11 @@ class _State(NamedTuple):
     def decided(self) -> bool:
         """Whether every open item differs from the earlier ones, however it ends."""
         return not any(each.alike for each in self.open)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether that is not so of items alone that have not begun."""
+        return not any(each.alike and each.text for each in self.open)
 
 
 class UniqueItems:
@@ -122,42 +130,67 @@ class UniqueItems:
     # -- ways to differ -------------------------------------------------------------------------
 
     def _search(self, start: _State) -> bytes:
-        """Bytes that may come and decide it; none: there are none."""
-        path, tried = b"", [self._steps(start)]
+        """Bytes that may come and decide it; none: there are none.
+
+        Of lists that must have many items, that the next one differs too is enough.
+        """
+        path: list[bytes] = []
+        another = [_depth(start, 0)]
+        tried = [self._steps(start, another[-1])]
         while tried:
-            byte, after = next(tried[-1], (None, start))
-            if byte is None:
+            said, after = next(tried[-1], (b"", start))
+            if not said:
                 tried.pop()
-                self._matcher.rollback(len(path[-1:]))
-                path = path[:-1]
-            elif after.decided:
-                self._matcher.rollback(len(path))
-                return path + bytes([byte])
+                another.pop()
+                if path:
+                    self._matcher.rollback(len(path.pop()))
+            elif _is_found(after, another[-1]):
+                self._matcher.rollback(sum(map(len, path)))
+                return b"".join([*path, said])
             else:
-                self._matcher.consume_token(byte)
-                path += bytes([byte])
-                tried.append(self._steps(after))
+                self._matcher.consume_tokens([*said])
+                path.append(said)
+                another.append(_depth(after, another[-1]))
+                tried.append(self._steps(after, another[-1]))
         return b""
 
-    def _steps(self, state: _State) -> Iterator[tuple[int, _State]]:
-        """A byte that may come and what is then: one that decides it, or all that do not."""
+    def _steps(self, state: _State, another: int) -> Iterator[tuple[bytes, _State]]:
+        """What may come and what is then: one with which it is found, or all others."""
+        self._left -= _MASK
+        if forced := self._matcher.compute_ff_bytes():
+            yield from self._forced(state, forced, another)
+            return
         bias = self._matcher.compute_logit_bias()
-        may = [byte for byte in (*_ENDS_FIRST, *range(256)) if bias[byte]]
+        may = [byte for byte in _ORDER if bias[byte]]
         if not state.text and state.open:
             may = [byte for byte in may if byte not in _BLANK] or may
             if len(state.token) >= _LONGEST_NUMBER:
-                may = [byte for byte in may if byte in _ENDS_FIRST]
+                may = [byte for byte in may if byte in _ENDS]
         others = []
         for byte in may:
             self._left -= 1
             self._check()
             after = self._read(state, byte)
-            if after is not None and after.decided:
-                yield byte, after
+            if after is not None and _is_found(after, another):
+                yield bytes([byte]), after
                 return
             if after is not None:
-                others.append((byte, after))
+                others.append((bytes([byte]), after))
         yield from others
+
+    def _forced(self, state: _State, forced: bytes, another: int) -> Iterator[tuple[bytes, _State]]:
+        """All that must come, or so much of it as is needed."""
+        after: _State | None = state
+        for i, byte in enumerate(forced):
+            self._left -= 1
+            self._check()
+            after = self._read(after, byte)
+            if after is None:
+                return
+            if _is_found(after, another):
+                yield forced[: i + 1], after
+                return
+        yield forced, after
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -167,7 +200,8 @@ class UniqueItems:
             return self._before(state.token + bytes([byte]))
         if state.text:
             token = state.token + bytes([byte])
-            state = state._replace(open=_more(state.open, byte), token=token)
+            opened = _more(state.open, byte, b"\\" in token)
+            state = state._replace(open=opened, token=token)
             if state.escaped or byte != ord('"'):
                 return state._replace(escaped=not state.escaped and byte == ord("\\"))
             opened = _respelled(state.open, token)
@@ -199,6 +233,7 @@ class UniqueItems:
             assert state.root is not None
             return _State((_begun(state.root, state.root.root, byte),))
         last = opened[-1]
+        assert last.at is not None  # a name is no list
         return _State((*opened, _begun(last.places, last.places.inside(last.place, last.at), byte)))
 
     def _before(self, text: bytes) -> _State:
@@ -208,17 +243,26 @@ class UniqueItems:
         return _State(token=text[-self._longest :])
 
 
+def _is_found(state: _State, another: int) -> bool:
+    return state.decided or (state.fresh and another == len(state.open))
+
+
+def _depth(state: _State, before: int) -> int:
+    """Of the list that has come to its next item last."""
+    return len(state.open) if state.fresh else before
+
+
 def _begun(places: Places, place: tuple[int, ...], byte: int) -> _List:
     is_list = byte == ord("[")
     return _List(places, place, 0 if is_list else None, is_list and places.unique(place))
 
 
-def _more(opened: tuple[_List, ...], byte: int, number: bool = False) -> tuple[_List, ...]:
+def _more(opened: tuple[_List, ...], byte: int, respelled: bool = False) -> tuple[_List, ...]:
     """The item that comes in each list goes on."""
     if not any(each.unique for each in opened):
         return opened
     said = bytes([byte])
-    if number:
+    if respelled:
         return tuple(each._replace(text=each.text + said) for each in opened)
     return tuple(_going_on(each, each.text + said, each.alike) for each in opened)
 
