@@ -180,17 +180,17 @@ class UniqueItems:
 
     def _forced(self, state: _State, forced: bytes, another: int) -> Iterator[tuple[bytes, _State]]:
         """All that must come, or so much of it as is needed."""
-        after: _State | None = state
         for i, byte in enumerate(forced):
             self._left -= 1
             self._check()
-            after = self._read(after, byte)
+            after = self._read(state, byte)
             if after is None:
                 return
             if _is_found(after, another):
                 yield forced[: i + 1], after
                 return
-        yield forced, after
+            state = after
+        yield forced, state
 
     # -- reading --------------------------------------------------------------------------------
 
