@@ -13,8 +13,9 @@ from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.json_places import Places
 from kvshare_mm.plain_schema import multiplies, plain
-from kvshare_mm.schema_types import MAX_PATTERN, CannotEnforceError
+from kvshare_mm.schema_types import MAX_PATTERN, UNIQUE, CannotEnforceError
 from kvshare_mm.tools import SEPARATORS, Style, Tools, closed, spelled
 
 _MAX_SCHEMA = 1 << 15  # characters: one of 2500 properties, which takes half a second to read
@@ -75,7 +76,19 @@ def source(form: Form | None, tools: Tools | None, style: Style) -> tuple[str, s
         raise InvalidRequestError(f"{field}: no JSON: {error}", field) from error
 
 
-def grammar(asked: str) -> str:
+class Written(NamedTuple):
+    """A grammar.
+
+    Attributes:
+        text: as llguidance reads it.
+        unique: what stands before each JSON that has lists marked with `UNIQUE`, and its schema.
+    """
+
+    text: str
+    unique: Sequence[tuple[bytes, Places]] = ()
+
+
+def grammar(asked: str) -> Written:
     """llguidance's grammar of what `source` says.
 
     Raises:
@@ -97,7 +110,7 @@ def grammar(asked: str) -> str:
             value = _enforceable(value)
         if costly := _too_costly([*read["calls"].values(), *([value] if kind == "json" else [])]):
             raise InvalidRequestError(f"{field}: {costly}", field)
-        return _written(kind, value, read)
+        return Written(_written(kind, value, read), _unique(kind, value, read))
     except InvalidRequestError:
         raise
     except Exception as error:  # the reader of GBNF raises what it likes
@@ -135,6 +148,22 @@ def _written(kind: str | None, value: Any, read: Mapping[str, Any]) -> str:
     if kind == "choice":
         return _as_lark("start: " + " | ".join(json.dumps(each) for each in value))
     return _as_lark(str(grammar_from("grammar", value)))
+
+
+def _unique(kind: str | None, value: Any, read: Mapping[str, Any]) -> list[tuple[bytes, Places]]:
+    """What must be followed beside the grammar.
+
+    Raises:
+        CannotEnforceError: it is not known where it begins.
+    """
+    calls = {spelled(read["style"], name)[0]: each for name, each in read["calls"].items()}
+    if kind == "json" and UNIQUE in json.dumps(value):
+        if calls:
+            raise CannotEnforceError("uniqueItems of an answer that may be a call instead")
+        return [(b"", Places(value))]
+    if UNIQUE not in json.dumps([*calls.values()]):
+        return []
+    return [(before.encode(), Places(schema)) for before, schema in calls.items()]
 
 
 def _as_lark(text: str) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left, bisect_right
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.errors import InvalidRequestError
-from kvshare_mm.forms import Form, grammar, source
+from kvshare_mm.forms import Form, Written, grammar, source
 from kvshare_mm.tools import Style, Tools
+from kvshare_mm.unique_items import UniqueItems
 
 _KEPT = 32
 _MAX_STATES = 50_000  # of an answer's lexer: 100 MB
@@ -22,24 +24,67 @@ _MAX_WAYS = 500
 _MAX_BLANKS = 16  # tokens in a row
 
 
+class Vocabulary(NamedTuple):
+    """What a tokenizer's tokens say.
+
+    Attributes:
+        tokens: llguidance's `LLTokenizer`.
+        texts: by token id; none for those that end an answer and the like.
+        blank: ``[vocabulary]`` bool: tokens of nothing but white space.
+        order: ``[vocabulary]`` int64: token ids in the order of their texts.
+        ordered: the texts in this order.
+    """
+
+    tokens: Any
+    texts: list[bytes]
+    blank: torch.Tensor
+    order: torch.Tensor
+    ordered: list[bytes]
+
+    @classmethod
+    def of(cls, tokens: Any) -> Self:
+        """Looked through."""
+        texts = [tokens.decode_bytes([i]) for i in range(tokens.vocab_size)]
+        # llguidance's mark of special tokens is no text.
+        texts = [b"" if tokens.is_special_token(i) else text for i, text in enumerate(texts)]
+        order = sorted(range(len(texts)), key=texts.__getitem__)
+        blank = torch.tensor([text.isspace() for text in texts])
+        return cls(tokens, texts, blank, torch.tensor(order), [texts[i] for i in order])
+
+    def beginning(self, text: bytes) -> torch.Tensor:
+        """Ids of the tokens that begin so."""
+        start = bisect_left(self.ordered, text)
+        end = bisect_right(self.ordered, text, start, key=lambda token: token[: len(text)])
+        return self.order[start:end]
+
+
 class Grammar:
     """What may come next in one answer.
 
     Args:
         matcher: llguidance's `LLMatcher`.
-        blank: ``[vocabulary]`` bool: tokens of nothing but white space.
+        vocabulary: of its tokenizer.
         field: of the request, for errors.
+        unique: follows lists whose items must differ; None: there are none.
     """
 
-    def __init__(self, matcher: Any, blank: torch.Tensor, field: str) -> None:
+    def __init__(
+        self,
+        matcher: Any,
+        vocabulary: Vocabulary,
+        field: str,
+        unique: UniqueItems | None = None,
+    ) -> None:
         self._matcher = matcher
-        self._blank = blank
+        self._vocabulary = vocabulary
         self._field = field
+        self._unique = unique
         self._num_blanks = 0
 
     def copy(self) -> Self:
         """The same for another answer; from the start, if this one has not begun."""
-        return type(self)(self._matcher.deep_copy(), self._blank, self._field)
+        unique = None if self._unique is None else self._unique.copy()
+        return type(self)(self._matcher.deep_copy(), self._vocabulary, self._field, unique)
 
     @property
     def complete(self) -> bool:
@@ -59,27 +104,45 @@ class Grammar:
         found = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         self._check()
         mask = found != 0
-        if self._num_blanks >= _MAX_BLANKS and (others := mask & ~self._blank).any():
+        if self._num_blanks >= _MAX_BLANKS and (others := mask & ~self._vocabulary.blank).any():
             mask = others
         allowed = torch.zeros(vocab_size, dtype=torch.bool)
         allowed[: len(mask)] = mask[:vocab_size]
         return allowed
 
-    def add(self, token: int) -> None:
-        """The answer goes on with this token, one of `allowed`.
+    def add(self, token: int) -> torch.Tensor | None:
+        """The answer goes on with this token, one of `allowed`, if items differ with it.
+
+        Returns:
+            None: it does. Otherwise ids of tokens that must not come either, this one among them,
+            and nothing is added.
 
         Raises:
             InvalidRequestError: it takes too long to tell what may follow.
         """
+        if self._unique is not None:
+            text = self._vocabulary.texts[token]
+            try:
+                refused = self._unique.add(text)
+            except TimeoutError as error:
+                self._fail(str(error))
+            if refused is not None:
+                return self._vocabulary.beginning(text[: refused + 1])
         self._matcher.consume_token(token)
-        self._num_blanks = self._num_blanks + 1 if self._blank[token] else 0
+        self._num_blanks = self._num_blanks + 1 if self._vocabulary.blank[token] else 0
         self._check()
+        return None
+
+    def none_left(self) -> NoReturn:
+        """Raises InvalidRequestError: nothing may come, as all that could was refused."""
+        self._fail("uniqueItems of a list that has all items that it can have and must have more")
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InvalidRequestError(
-                f"{self._field}: it cannot be followed: {_reason(self._matcher)}", self._field
-            )
+            self._fail(_reason(self._matcher))
+
+    def _fail(self, reason: str) -> NoReturn:
+        raise InvalidRequestError(f"{self._field}: it cannot be followed: {reason}", self._field)
 
 
 class Grammars:
@@ -94,7 +157,7 @@ class Grammars:
         self._tokenizer = tokenizer
         self._eos = sorted(i for i in eos_token_ids if i < len(tokenizer))
         self._lock = threading.Lock()
-        self._vocabulary: tuple[Any, torch.Tensor] | None = None
+        self._vocabulary: Vocabulary | None = None
         self._read = lru_cache(_KEPT)(grammar)
 
     def of(
@@ -108,20 +171,20 @@ class Grammars:
         asked = source(form, tools, style)
         return None if asked is None else self._begun(self._read(asked[0]), asked[1])
 
-    def _begun(self, grammar: str, field: str) -> Grammar:
+    def _begun(self, written: Written, field: str) -> Grammar:
         """Each answer has a matcher of its own: copies share what their lexer has seen, and its
         limit."""
-        from llguidance import LLMatcher, LLParserLimits
+        from llguidance import LLTokenizer
 
-        limits = LLParserLimits(
-            max_lexer_states=_MAX_STATES, max_items_in_row=_MAX_WAYS, verbose_errors=False
-        )
-        tokens, blank = self._all_tokens(field)
-        begun = Grammar(LLMatcher(tokens, grammar, log_level=0, limits=limits), blank, field)
+        vocabulary = self._all_tokens(field)
+        unique = None
+        if written.unique:
+            unique = UniqueItems(written.unique, _matcher(LLTokenizer("byte"), written.text))
+        begun = Grammar(_matcher(vocabulary.tokens, written.text), vocabulary, field, unique)
         begun.allowed(1)  # what cannot be enforced fails here
         return begun
 
-    def _all_tokens(self, field: str) -> tuple[Any, torch.Tensor]:
+    def _all_tokens(self, field: str) -> Vocabulary:
         from llguidance.hf import from_tokenizer
 
         with self._lock:
@@ -132,9 +195,17 @@ class Grammars:
                     raise InvalidRequestError(
                         f"{field} does not work with this model's tokenizer: {error}", field
                     ) from error
-                text = (tokens.decode_bytes([i]) for i in range(tokens.vocab_size))
-                self._vocabulary = tokens, torch.tensor([t.isspace() for t in text])
+                self._vocabulary = Vocabulary.of(tokens)
             return self._vocabulary
+
+
+def _matcher(tokens: Any, grammar: str) -> Any:
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(
+        max_lexer_states=_MAX_STATES, max_items_in_row=_MAX_WAYS, verbose_errors=False
+    )
+    return LLMatcher(tokens, grammar, log_level=0, limits=limits)
 
 
 def _reason(matcher: Any) -> str:

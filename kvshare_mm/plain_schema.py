@@ -1,5 +1,7 @@
 """Schemas without `oneOf`, `not`, `allOf` and conditions, for a grammar that knows none of them.
 
+Lists whose items must differ are marked with `UNIQUE`: `unique_items` follows them.
+
 A schema is taken apart into alternatives of one type each, of which two can be intersected and one
 taken from another. Where that can be written only in part, less is allowed than the schema allows,
 never more: an answer is valid, but some valid ones cannot be given.
@@ -17,13 +19,13 @@ from typing import Any
 from kvshare_mm.schema_types import (
     KEYWORDS,
     MAX_ALTERNATIVES,
+    UNIQUE,
     Alternative,
     CannotEnforceError,
     Left,
     at_least,
     at_most,
     bounds,
-    different,
     item,
     less,
     less_values,
@@ -34,7 +36,6 @@ from kvshare_mm.schema_types import (
 
 _MAX_STEPS = 3_000  # parts looked at: a third of a second
 _MAX_NEEDED = 20  # items of a list whose schemas are looked at
-_MAX_WRITTEN = 1 << 16  # characters of lists of different items: half a second to read
 _TYPES = ("null", "boolean", "number", "string", "array", "object")
 _ASSERTED = {"type", "enum", "const", "allOf", "anyOf", "oneOf", "not", "if"}.union(
     *KEYWORDS.values()
@@ -94,7 +95,6 @@ class _Reader:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._left = _MAX_STEPS
-        self._room = _MAX_WRITTEN
 
     # -- schemas to schemas -----------------------------------------------------------------
 
@@ -228,11 +228,7 @@ class _Reader:
     # -- lists whose items must differ --------------------------------------------------------
 
     def _unique(self, a: Alternative) -> Alternative:
-        """The same lists without `uniqueItems`: it holds anyway, or all of them are written out.
-
-        Raises:
-            CannotEnforceError: there are too many.
-        """
+        """The same lists without `uniqueItems`: it holds anyway, or they are marked."""
         first, others = a.get("prefixItems", []), a.get("items", True)
         most = len(first) if others is False else math.inf
         most = min(most, at_most(a, "maxItems"))
@@ -241,22 +237,22 @@ class _Reader:
             if all(self._never_equal(one, other) for one, other in pairs):
                 return {name: value for name, value in a.items() if name != "uniqueItems"}
         values = self._values([*first, others])
-        lists, size = different(values, int(at_least(a, "minItems")), most, self._room)
-        self._room -= size
-        return {"enum": list(filter(self._fitting(a, formats=True), lists))}
+        if values is not None and len(values) < at_least(a, "minItems"):
+            return {"enum": []}
+        return {**{name: a[name] for name in a if name != "uniqueItems"}, UNIQUE: True}
 
     def _never_equal(self, one: Any, other: Any) -> bool:
         (some, all_of_some), (others, all_of_others) = map(self.alternatives, (one, other))
         known = all_of_some and all_of_others
         return known and all(self._apart(a, b) for a in some for b in others)
 
-    def _values(self, schemas: Sequence[Any]) -> list[Any]:
-        """All that fits any of these schemas, if that is known and not much."""
+    def _values(self, schemas: Sequence[Any]) -> list[Any] | None:
+        """All that fits any of these schemas; None: more than a few, or that is not known."""
         found: dict[str, Any] = {}  # by their JSON: Python's 1 is its True
         for schema in schemas:
             alternatives, all_of_it = self.alternatives(schema)
             if not all_of_it or any("enum" not in each for each in alternatives):
-                raise CannotEnforceError("uniqueItems of items that have more than a few values")
+                return None
             found |= {
                 json.dumps(v, sort_keys=True): v for each in alternatives for v in each["enum"]
             }

@@ -313,11 +313,16 @@ class Sampler:
             logits = logits.masked_fill(~allowed, float("-inf"))
             _check(logits)  # the model may forbid what the form asks for
         left = logits if self._penalties is None else self._penalties.apply(logits)
-        token = int(left.argmax()) if self._generator is None else self._draw(left)
+        token = self._choose(left)
+        while self._grammar is not None and (refused := self._grammar.add(token)) is not None:
+            refused = refused[refused < len(logits)].to(logits.device)
+            logits = logits.index_fill(0, refused, float("-inf"))
+            left = left.index_fill(0, refused, float("-inf"))
+            if left.max() == float("-inf"):
+                self._grammar.none_left()
+            token = self._choose(left)
         if self._penalties is not None:
             self._penalties.add(token)
-        if self._grammar is not None:
-            self._grammar.add(token)
         if self.params.logprobs is None:
             return token, None
         logprobs = logits.log_softmax(-1)
@@ -327,6 +332,9 @@ class Sampler:
             tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
         )
         return token, TokenLogprob(token, float(logprobs[token]), alternatives)
+
+    def _choose(self, logits: torch.Tensor) -> int:
+        return int(logits.argmax()) if self._generator is None else self._draw(logits)
 
     def _draw(self, logits: torch.Tensor) -> int:
         p = self.params

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from itertools import permutations
 from typing import Any
 
 Alternative = dict[str, Any]
@@ -29,10 +28,10 @@ KEYWORDS = {"integer": _NUMBERS, "number": _NUMBERS, "string": _STRINGS, "array"
 _KNOWN = {"type", "items", "prefixItems", "minItems", "maxItems", "properties", "required",
           "additionalProperties", "minProperties", "maxProperties", "patterns", "minLength",
           "maxLength", "format", "uniqueItems", *_NUMBERS} - {"multipleOf"}  # fmt: skip
+UNIQUE = "x-unique-items"  # `uniqueItems` that is followed beside the grammar
 MAX_PATTERN = 200  # characters
 MAX_ALTERNATIVES = 100
 _MAX_PREFIX = 50
-_MAX_LISTS = 350  # of different items: all of five values, pairs of eighteen
 
 
 class CannotEnforceError(ValueError):
@@ -235,25 +234,6 @@ def item(a: Alternative, index: int) -> Any:
     """The schema of an item."""
     first = a.get("prefixItems", [])
     return first[index] if index < len(first) else a.get("items", True)
-
-
-def different(
-    values: Sequence[Any], least: int, most: float, room: int
-) -> tuple[list[list[Any]], int]:
-    """All lists of `least` to `most` of these values, each once, and their characters.
-
-    Raises:
-        CannotEnforceError: there are too many, or they have more characters than there is room.
-    """
-    lengths = range(least, int(min(most, len(values))) + 1)
-    longest = max((len(json.dumps(value)) + 2 for value in values), default=0)
-    count = size = 0
-    for length in lengths:
-        more = math.perm(len(values), length)
-        count, size = count + more, size + more * length * longest
-        if count > _MAX_LISTS or size > room:
-            raise CannotEnforceError("uniqueItems allows too many lists to be written out")
-    return [list(each) for length in lengths for each in permutations(values, length)], size
 
 
 def _meet_items(met: Alternative, a: Alternative, b: Alternative) -> None:

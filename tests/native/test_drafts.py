@@ -102,7 +102,12 @@ ASKED: dict[str, dict[str, Any]] = {
     "stop": {"stop": "value"},
     "penalties": {"frequency_penalty": 1.5, "presence_penalty": 0.5},
     "form": {"response_format": json_schema(an_object(a={"type": "integer"}))},
-}
+    "unique items": {
+        "temperature": 1.0, "seed": 5,
+        "response_format": json_schema({"type": "array", "uniqueItems": True, "minItems": 8,
+                                        "items": {"enum": [*range(9)]}}),
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)

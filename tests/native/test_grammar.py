@@ -108,7 +108,7 @@ LOOP["properties"] = {"self": LOOP}
     [
         {"type": "nonsense"},
         {"not": {}},
-        {"type": "array", "uniqueItems": True},
+        {"type": "array", "uniqueItems": True, "contains": {"type": "string"}},
         {"allOf": [{"type": "string"}, {"type": "integer"}]},
         {"oneOf": [{"type": "number"}, {"type": "integer"}]},
         {"const": -(2**63)},  # this, too, ended the process
