@@ -83,14 +83,16 @@ def main() -> None:
             while not done.wait(_SECONDS / _SAMPLES):
                 print(used(running), [each.events() for each in running.replicas], flush=True)
 
+        def past() -> None:
+            print("past the router:", ask_past_the_router(running, done), flush=True)
+
+        # Behind that, `soak` asks again what was not answered as it should be.
+        threading.Timer(_SECONDS, done.set).start()
         with ThreadPoolExecutor() as pool:
-            watching = pool.submit(watch)
-            past = pool.submit(ask_past_the_router, running, done)
-            tally = asyncio.run(soak(running.router.url, _CLIENTS, _SECONDS))
-            done.set()
-            watching.result()
-        print(tally)
-        print("past the router:", past.result())
+            others = [pool.submit(watch), pool.submit(past)]
+            print(asyncio.run(soak(running.router.url, _CLIENTS, _SECONDS)))
+            for other in others:
+                other.result()
         for each in running.replicas:
             print("slots are free:", asyncio.run(settled(each.url)), each.events())
         print("evicted by Redis:", running.redis.client.info("stats")["evicted_keys"])
