@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,10 @@ import pytest
 from kvshare_mm import KVShare
 from kvshare_mm.reuse import check
 
+from ..remote_servers import milvus_server, redis_server
 from . import killed_server
 
+_ASKED_FOR = 64  # shorter prompts do not ask for others' donors
 _OPTIONS = {"min_gain_share": 0.1, "audit_share": 1.0, "audit_budget": 1e9}
 
 
@@ -39,17 +42,18 @@ class Victims:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def kill_one(self, seconds: float, **options: object) -> list[str]:
-        """Start a server, kill it after so many seconds; the prompts that it said it keeps."""
+    def kill_one(self, seconds: float, kept_first: bool = False, **options: object) -> list[str]:
+        """Start a server, kill it after so many seconds, from the first prompt that it keeps on if
+        that is to be waited for; the prompts that it said it keeps."""
         assert self._nursery.stdin is not None and self._nursery.stdout is not None
         self._nursery.stdin.write(json.dumps(options) + "\n")
         self._nursery.stdin.flush()
         said = iter(self._nursery.stdout.readline, "")
         word, child = next(said).split()
         assert word == "serves"
+        kept = [next(said).rstrip("\n").partition(" ")[2]] if kept_first else []
         time.sleep(seconds)
         os.kill(int(child), signal.SIGKILL)
-        kept = []
         for line in said:
             word, _, text = line.rstrip("\n").partition(" ")
             if word == "dead":
@@ -100,6 +104,61 @@ def test_a_killed_server_leaves_what_is_true(
         "temporary",
     }
     assert counts["read from the store"]
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(5, id="few"), pytest.param(40, id="many", marks=pytest.mark.e2e)]
+)
+def test_what_a_killed_replica_shared_is_whole(
+    victims: Victims, tiny_folder: Path, tmp_path: Path, kills: int
+) -> None:
+    """Another replica takes over what the killed ones published, in the middle of it or not."""
+    kills = int(os.environ.get("KVSHARE_KILLS", kills))
+    counts: Counter[str] = Counter()
+    plain: dict[str, Any] = {"embedder": None, "max_num_seqs": 1, "max_model_len": 512}
+    with redis_server() as redis, milvus_server(tmp_path / "milvus") as milvus:
+        shared = {"shared_store": redis.url, "index_uri": milvus, "shared_deadline_ms": 20_000}
+        small = {"disk_bytes": 3 << 20, "store_dir": str(tmp_path / "store")}
+        with (
+            KVShare(str(tiny_folder), reuse="off", **plain) as fresh,
+            KVShare(str(tiny_folder), **plain, **shared) as other,
+        ):
+            _as_if_computing_were_slow(other)
+            for seed in range(kills):
+                rng = np.random.default_rng([seed, 98])
+                seconds = float(rng.uniform(0, 1.5))
+                options = {**shared, **small, **_OPTIONS}
+                kept = victims.kill_one(seconds, bool(rng.integers(4)), seed=seed, **options)
+                counts["answered and flushed"] += len(kept)
+                assert other.cache is not None
+                other.cache.clear()  # it has taken them over, and takes nothing back
+                for text in (*(killed_server.prompt(rng) for _ in range(2)), *kept[-1:]):
+                    want = fresh.generate(text, max_tokens=6, ignore_eos=True).token_ids
+                    for policy in ({"reuse": "exact"}, {"max_divergence": 0.0}):
+                        got = other.generate(
+                            text, max_tokens=6, ignore_eos=True, store=False, **policy
+                        )
+                        assert got.token_ids == want, (text, policy, got.provenance)
+                        counts["answers compared"] += 1
+                        counts["with others' tokens"] += got.provenance.shared > 0
+                        counts["others' tokens"] += got.provenance.shared
+                    if text in kept and len(got.prompt_token_ids) > _ASKED_FOR:
+                        counts["flushed and looked for"] += 1
+                        counts["flushed and found"] += got.provenance.shared > 0
+            events = other.stats()["donors"]["events"]
+    counts.update({name: events[name] for name in events if "shared" in name})
+    print("\n" + "\n".join(f"{count:9} {name}" for name, count in sorted(counts.items())))
+    assert not [name for name in counts if "corrupt" in name or "wrong" in name]
+    assert counts["with others' tokens"]
+    # While Milvus is too slow on a busy machine, rows wait in the replica, and die with it.
+    assert counts["flushed and found"] >= 0.8 * counts["flushed and looked for"]
+
+
+def _as_if_computing_were_slow(llm: KVShare) -> None:
+    """A tiny model computes faster than anything is fetched."""
+    shared: Any = llm._parts.donors.shared  # type: ignore[union-attr]
+    shared._tokens_per_s = 1.0
+    shared.computed = lambda *_: None
 
 
 def _check(

@@ -1,7 +1,7 @@
 """Replicas, Redis, Milvus and a router do what one process does, whatever of it dies.
 
-``KVSHARE_REPLICAS=4 KVSHARE_KILLS=20`` takes more replicas and kills each part more often; figures
-are printed (``pytest -s``).
+``KVSHARE_REPLICAS=4 KVSHARE_KILLS=20`` takes more replicas and kills each part more often,
+``KVSHARE_MODEL=tiny-vl`` a model that takes little room; figures are printed (``pytest -s``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.e2e
 
 _REPLICAS = int(os.environ.get("KVSHARE_REPLICAS", "2"))
 _KILLS = int(os.environ.get("KVSHARE_KILLS", "1"))
+_MODEL = os.environ.get("KVSHARE_MODEL", "smollm2")
 _OPTIONS = ("--host-gib", "0.5", "--shared-deadline-ms", "1000")  # the machine is busy
 _UNSTORED = {"reuse": "off", "store": False}
 
@@ -33,7 +34,7 @@ _UNSTORED = {"reuse": "off", "store": False}
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    with cluster(folder, _REPLICAS, *_OPTIONS, model="smollm2") as found:
+    with cluster(folder, _REPLICAS, *_OPTIONS, model=_MODEL) as found:
         yield found
 
 
