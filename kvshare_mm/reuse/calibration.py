@@ -42,7 +42,7 @@ MISS_SHARE = 0.05
 TEMP_SUFFIX, ASIDE_SUFFIX = ".tmp", ".unreadable"
 
 # Divergence below this is rounding; scores beyond that say no more.
-_FLOOR, _MOST_SCORE = 1e-6, 8.0
+ROUNDING, _MOST_SCORE = 1e-6, 8.0
 # How far an audit moves the factor's logarithm, at most in all.
 _STEP, _MOST_OFFSET = 0.4, 6.0
 # The factor is never below the one; a family that needs the other is given up.
@@ -221,7 +221,7 @@ class Calibration:
         """
         missed = fact or observed > asked
         worth = max(observed, 2 * asked) if fact else observed
-        score = math.log(max(worth, _FLOOR) / max(bound, _FLOOR))
+        score = math.log(max(worth, ROUNDING) / max(bound, ROUNDING))
         with self._lock:
             space = self._spaces.pop(ns, None) or self._start.model_copy(deep=True)
             self._spaces[ns] = space  # the last one is the one used last
