@@ -207,6 +207,7 @@ class Calibration:
         observed: float,
         bound: float,
         asked: float,
+        expected: float | None = None,
         fact: bool = False,
         trial: bool = False,
     ) -> bool:
@@ -229,7 +230,8 @@ class Calibration:
             space.families[family] = known
             self._forecasts.pop(ns, None)
             known.add(max(-_MOST_SCORE, min(_MOST_SCORE, score)), missed)
-            moved = space.offset + _STEP * (missed - MISS_SHARE)
+            beyond = fact or observed > max(asked if expected is None else expected, ROUNDING)
+            moved = space.offset + _STEP * (beyond - MISS_SHARE)
             space.offset = max(-_MOST_OFFSET, min(_MOST_OFFSET, moved))
             if known.shut and trial:
                 self._tried(known, missed)

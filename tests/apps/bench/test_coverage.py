@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from kvshare_mm import KVShareConfig
 from kvshare_mm.apps.bench import audits
 from kvshare_mm.apps.bench.coverage import LEARNED, run, summary
@@ -98,8 +96,8 @@ def test_rounding_is_within_any_bound() -> None:
 
 def test_what_is_computed_after_enough_audits_is_told_apart() -> None:
     learning = [row(audited=True)] * LEARNED
-    assert summary(learning[1:] + [row()])["computed_share_learned"] is None
-    assert summary(learning + [row(computed_tokens=10)])["computed_share_learned"] == 0.1
+    assert summary([*learning[1:], row()])["computed_share_learned"] is None
+    assert summary([*learning, row(computed_tokens=10)])["computed_share_learned"] == 0.1
 
 
 def test_every_request_is_measured_and_only_audits_teach(tiny_folder: Path, tmp_path: Path) -> None:
