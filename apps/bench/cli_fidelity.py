@@ -201,7 +201,7 @@ def coverage(
     shares = _numbers("audit shares", audit_shares, float)
     if max(shares) > 1:
         raise ConfigError("audit shares: 1 is all requests")
-    with opened_rig(model, 2, max_model_len=2048, max_divergence=max_divergence) as rig:
+    with opened_rig(model, 2, max_divergence=max_divergence) as rig:
         if rig.encoder is not None:
             stream = picture_stream(requests, seed)
         else:

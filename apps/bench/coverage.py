@@ -30,9 +30,11 @@ from kvshare_mm.apps.bench.prompts import encode
 from kvshare_mm.apps.bench.rig import Rig, Served
 from kvshare_mm.apps.bench.shifts import Asked
 from kvshare_mm.apps.bench.tasks.facts import states
+from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.native.audit import Audit, Auditor, kl_divergence
 from kvshare_mm.request import RequestSpec
 from kvshare_mm.reuse.calibration import ROUNDING, Calibration
+from kvshare_mm.reuse.repair import asked_divergence
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import SegmentStream
 
@@ -52,9 +54,17 @@ class _Truth:
 
     @cached_property
     def stream(self) -> SegmentStream:
+        """Raises InvalidRequestError: it does not fit into a slot."""
         stream = encode(self._rig, self.asked.prompt, self.asked.chat)
         self._rig.check(stream, answer=_MAX_TOKENS)
         return stream
+
+    @property
+    def fits(self) -> bool:
+        try:
+            return len(self.stream) > 0
+        except InvalidRequestError:
+            return False
 
     @cached_property
     def _full(self) -> tuple[torch.Tensor, str]:
@@ -91,10 +101,11 @@ def run(
 
     Returns:
         The report as JSON-ready data: ``passes`` by name ("fixed", or the share), each with the
-        figures of the whole stream and of its parts, and a row for each request.
+        figures of the whole stream and of its parts; a row for each request, and how many were left
+        out because they are ``too_long``.
     """
     journal = journal or Journal(None, None)
-    truths = [_Truth(rig, asked) for asked in stream]
+    truths = [truth for truth in (_Truth(rig, asked) for asked in stream) if truth.fits]
     rows: dict[str, list[Row]] = {}
     for share in (0.0, *shares):
         name = f"{share:g}" if share else "fixed"
@@ -104,8 +115,9 @@ def run(
     return {
         "kind": "coverage",
         "model": rig.loaded.name,
-        "max_divergence": rows["fixed"] and _asked(rows["fixed"]),
-        "requests": len(stream),
+        "max_divergence": asked_divergence(rig.config.policy),
+        "requests": len(truths),
+        "too_long": len(stream) - len(truths),
         "passes": {
             name: {
                 "all": summary(found),
@@ -115,10 +127,6 @@ def run(
         },
         "per_request": rows,
     }
-
-
-def _asked(rows: Sequence[Row]) -> float | None:
-    return next((row["asked"] for row in rows if row["kl"] is not None), None)
 
 
 def summary(rows: Sequence[Row]) -> Row:

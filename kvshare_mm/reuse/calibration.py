@@ -9,10 +9,10 @@ that it holds for 95% of the requests to come, is learned from scores in two ste
   taken for worse than the constants say.
 - Adaptive conformal inference (arXiv 2106.00170, as online quantile tracking, arXiv 2307.16895)
   corrects the forecast: each audited request that was beyond what it was expected to stay below
-  moves the factor up, each that kept to it moves it down by as much less as keeps the two in balance
-  at 5%. Whatever the model and however its traffic shifts, the share beyond goes there. What is
-  expected of a request is at most what it asked for, and often less: requests that could not miss
-  must not make up for those that do.
+  moves the factor up, each that kept to it moves it down by as much less as keeps the two in
+  balance at 5%. Whatever the model and however its traffic shifts, the share beyond goes there.
+  What is expected of a request is at most what it asked for, and often less: requests that could
+  not miss must not make up for those that do.
 
 A family that is far off, or misses again and again, is not reused approximately any more, but for
 one request now and then that is audited for certain: without those it could never come back.
