@@ -144,7 +144,7 @@ def summary(rows: Sequence[Row]) -> Row:
         "computed_share": _computed(rows),
         "computed_share_learned": _computed(learned),
         "shut": sum(row["declined"] == "audited" for row in rows),
-        "asked_for_values": sum(row["right"] for row in rows),
+        "asked_for_values": sum(row["right"] for row in served),
         "leaks": sum(row["leak"] for row in rows),
     }
 
