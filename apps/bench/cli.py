@@ -11,7 +11,9 @@ from typing import Annotated
 import typer
 
 from kvshare_mm.apps.bench.cli_fidelity import (
+    audits,
     calibrate,
+    coverage,
     frontier,
     hitrate,
     pictures,
@@ -37,16 +39,8 @@ from kvshare_mm.apps.terminal import console, plain_errors, report_file
 
 bench = typer.Typer(help="Measure: speed, fidelity, lookup, overhead.", no_args_is_help=True)
 for command in (
-    workloads,
-    derived,
-    reuse,
-    quality,
-    frontier,
-    calibrate,
-    hitrate,
-    pictures,
-    streams,
-    burst,
+    *(workloads, derived, reuse, quality, frontier),
+    *(calibrate, coverage, audits, hitrate, pictures, streams, burst),
 ):
     bench.command()(command)
 

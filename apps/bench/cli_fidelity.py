@@ -175,6 +175,71 @@ def calibrate(
 
 
 @measuring
+def coverage(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="folder with pairs.jsonl and banking77.jsonl; default: made-up requests"),
+    ] = None,
+    model: Model = "smollm2",
+    requests: Annotated[int, typer.Option(min=3, help="of the stream")] = 400,
+    audit_shares: Annotated[
+        str, typer.Option(help="shares of the similar requests that are audited, one stream each")
+    ] = "0.02,1",
+    max_divergence: Annotated[
+        float | None, typer.Option(min=0, help="that is asked for (KL, nats); default: 0.01")
+    ] = None,
+    seed: Seed = 0,
+    json_file: Out = None,
+) -> Report:
+    """Is the promised bound kept, from a cold start and as traffic shifts? With a model that sees,
+    the requests are about pictures. A killed run goes on with the share that it was at."""
+    from kvshare_mm.apps.bench.coverage import run
+    from kvshare_mm.apps.bench.journal import Journal
+    from kvshare_mm.apps.bench.shifts import picture_stream, text_stream
+    from kvshare_mm.errors import ConfigError
+
+    shares = _numbers("audit shares", audit_shares, float)
+    if max(shares) > 1:
+        raise ConfigError("audit shares: 1 is all requests")
+    with opened_rig(model, 2, max_divergence=max_divergence) as rig:
+        if rig.encoder is not None:
+            stream = picture_stream(requests, seed)
+        else:
+            stream = text_stream(requests, data, rig.count, seed)
+        settings = [*rig.settings, "coverage", [str(one) for one in stream], shares]
+        return run(rig, stream, shares, journal=Journal.beside(json_file, settings))
+
+
+@measuring
+def audits(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="folder with pairs.jsonl and banking77.jsonl; default: made-up requests"),
+    ] = None,
+    model: Model = "smollm2",
+    requests: Annotated[int, typer.Option(min=3, help="of the stream")] = 120,
+    audit_shares: Annotated[
+        str, typer.Option(help="shares of the similar requests that are audited")
+    ] = "0.02,1",
+    pause_s: Annotated[float, typer.Option(min=0, help="seconds behind each request")] = 0.2,
+    seed: Seed = 0,
+    json_file: Out = None,
+) -> Report:
+    """What audits cost those who wait for a first token: engines with and without, in turns."""
+    from kvshare_mm.apps.bench.audits import run
+    from kvshare_mm.apps.bench.shifts import text_stream
+    from kvshare_mm.models.loader import load_tokenizer
+
+    shares = _numbers("audit shares", audit_shares, float)
+    tokenizer = load_tokenizer(model)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return run(model, text_stream(requests, data, count, seed), shares, pause_s=pause_s)
+
+
+@measuring
 def hitrate(
     stream: Annotated[
         str,

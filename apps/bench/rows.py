@@ -38,6 +38,19 @@ def derived(report: Report) -> list[Row]:
     ]
 
 
+def passes(report: Report) -> list[Row]:
+    """A row for each part of the stream, of each time that it was served."""
+    return [
+        {"way": "fixed" if name == "fixed" else f"{float(name):.0%}", "phase": phase, **found}
+        for name, phases in report["passes"].items()
+        for phase, found in phases.items()
+    ]
+
+
+def audited(report: Report) -> list[Row]:
+    return [{"share": float(share), **found} for share, found in report["shares"].items()]
+
+
 def points(report: Report) -> list[Row]:
     return [
         {"name": name, **point} for name, points in report["methods"].items() for point in points

@@ -189,6 +189,36 @@ TABLES: dict[str, Kind] = {
         },
         lambda report: [{"aim": aim, **found} for aim, found in report["checked"].items()],
     ),
+    "coverage": Kind(
+        "A stream of {requests} requests that shifts, max_divergence {max_divergence}, "
+        "{model:model}",
+        {
+            "audited": "{way}",
+            "part": "{phase}",
+            "similar": "{approximate}",
+            "audits": "{audits}",
+            "kept": "{covered:.1%}",
+            "as expected": "{as_expected:.1%}",
+            "KL p95": "{kl[p95]:.4f}",
+            "computed": "{computed_share:.0%}",
+            "after 30 audits": "{computed_share_learned:.0%}",
+            "given up": "{shut}",
+            "leaks": "{leaks} of {asked_for_values}",
+        },
+        rows.passes,
+    ),
+    "audits": Kind(
+        "First token of {requests} requests with pauses of {pause_s} s, {model:model}",
+        {
+            "audited": "{share:.0%}",
+            "audits": "{audits}",
+            "interrupted": "{interrupted}",
+            "p50": "{ttft_s[p50]:ms}",
+            "p90": "{ttft_s[p90]:ms}",
+            "p99": "{ttft_s[p99]:ms}",
+        },
+        rows.audited,
+    ),
     "demo": Kind(
         "Stories of the demo, {model:model}",
         {

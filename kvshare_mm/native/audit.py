@@ -307,6 +307,7 @@ class Auditor:
             observed=found.value,
             bound=promise.bound,
             asked=promise.asked,
+            expected=promise.expected,
             fact=found.fact,
             trial=promise.trial,
         )

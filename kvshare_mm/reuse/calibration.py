@@ -8,9 +8,11 @@ that it holds for 95% of the requests to come, is learned from scores in two ste
 - A forecast from the family's own scores and those of others (see `forecast`). Without any, all are
   taken for worse than the constants say.
 - Adaptive conformal inference (arXiv 2106.00170, as online quantile tracking, arXiv 2307.16895)
-  corrects the forecast: each audited request that was beyond what it asked for moves the factor up,
-  each that kept it moves it down by as much less as keeps the two in balance at 5%. Whatever the
-  model and however its traffic shifts, the share beyond the bound goes there.
+  corrects the forecast: each audited request that was beyond what it was expected to stay below
+  moves the factor up, each that kept to it moves it down by as much less as keeps the two in
+  balance at 5%. Whatever the model and however its traffic shifts, the share beyond goes there.
+  What is expected of a request is at most what it asked for, and often less: requests that could
+  not miss must not make up for those that do.
 
 A family that is far off, or misses again and again, is not reused approximately any more, but for
 one request now and then that is audited for certain: without those it could never come back.
@@ -42,7 +44,7 @@ MISS_SHARE = 0.05
 TEMP_SUFFIX, ASIDE_SUFFIX = ".tmp", ".unreadable"
 
 # Divergence below this is rounding; scores beyond that say no more.
-_FLOOR, _MOST_SCORE = 1e-6, 8.0
+ROUNDING, _MOST_SCORE = 1e-6, 8.0
 # How far an audit moves the factor's logarithm, at most in all.
 _STEP, _MOST_OFFSET = 0.4, 6.0
 # The factor is never below the one; a family that needs the other is given up.
@@ -207,6 +209,7 @@ class Calibration:
         observed: float,
         bound: float,
         asked: float,
+        expected: float | None = None,
         fact: bool = False,
         trial: bool = False,
     ) -> bool:
@@ -216,12 +219,13 @@ class Calibration:
             observed: its divergence, nats.
             bound: what the constants said.
             asked: what it asked for.
+            expected: what it was expected to stay below; None: what it asked for.
             fact: a changed fact appears otherwise in the answer: a miss, whatever was observed.
             trial: the request was a trial of its family.
         """
         missed = fact or observed > asked
         worth = max(observed, 2 * asked) if fact else observed
-        score = math.log(max(worth, _FLOOR) / max(bound, _FLOOR))
+        score = math.log(max(worth, ROUNDING) / max(bound, ROUNDING))
         with self._lock:
             space = self._spaces.pop(ns, None) or self._start.model_copy(deep=True)
             self._spaces[ns] = space  # the last one is the one used last
@@ -229,7 +233,8 @@ class Calibration:
             space.families[family] = known
             self._forecasts.pop(ns, None)
             known.add(max(-_MOST_SCORE, min(_MOST_SCORE, score)), missed)
-            moved = space.offset + _STEP * (missed - MISS_SHARE)
+            beyond = fact or observed > max(asked if expected is None else expected, ROUNDING)
+            moved = space.offset + _STEP * (beyond - MISS_SHARE)
             space.offset = max(-_MOST_OFFSET, min(_MOST_OFFSET, moved))
             if known.shut and trial:
                 self._tried(known, missed)

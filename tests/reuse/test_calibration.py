@@ -77,6 +77,21 @@ def test_in_the_long_run_one_in_twenty_misses(
         assert misses >= 0.05 * audits - 15
 
 
+def test_requests_that_could_not_miss_do_not_make_up_for_those_that_do() -> None:
+    """Nine of ten are far below what they ask for; of all, 95% are within what was expected."""
+    rng = np.random.default_rng(0)
+    known, beyond = calibration(), []
+    for step in range(1200):
+        factor = known.verdict(NS, "f").factor
+        expected = ASKED if step % 10 == 0 else ASKED / 1000
+        bound = expected / factor
+        observed = bound * float(np.exp(rng.normal(-2, 1)))
+        found = {"observed": observed, "bound": bound, "asked": ASKED}
+        known.observe(NS, "f", **found, expected=expected)
+        beyond.append(observed > expected)
+    assert np.mean(beyond[400:]) == pytest.approx(0.05, abs=0.015)
+
+
 def test_a_changed_fact_is_a_miss_whatever_the_divergence() -> None:
     known = calibration()
     bound = {"observed": 0.0, "bound": 0.005, "asked": ASKED}

@@ -10,7 +10,7 @@ from kvshare_mm.apps.bench.tasks.base import Item
 from kvshare_mm.apps.bench.tasks.facts import FactTask
 
 # A question and answers that students give; the first is right. No answer occurs twice.
-_QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("What is the capital of France?", ("Paris", "Lyon", "Marseille", "Nice")),
     ("Which river flows through Cairo?", ("Nile", "Congo", "Niger", "Zambezi")),
     ("Which is the largest ocean?", ("Pacific", "Atlantic", "Arctic", "Southern")),
@@ -26,7 +26,7 @@ _QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Who painted the Mona Lisa?", ("Leonardo", "Raphael", "Titian", "Rembrandt")),
     ("Which gas do plants take in?", ("Carbon dioxide", "Nitrogen", "Helium", "Methane")),
 )
-_STUDENTS = ("Adams", "Baker", "Castro", "Dubois", "Evans", "Fischer", "Garcia", "Huang", "Ivanov",
+STUDENTS = ("Adams", "Baker", "Castro", "Dubois", "Evans", "Fischer", "Garcia", "Huang", "Ivanov",
              "Jensen", "Kowalski", "Lopez")  # fmt: skip
 
 
@@ -47,25 +47,25 @@ class Exams(FactTask):
     changed: int = 3
 
     def item(self, i: int, rng: random.Random) -> Item:
-        asked_of = rng.sample(_QUESTIONS, self.questions)
+        asked_of = rng.sample(QUESTIONS, self.questions)
         before = [rng.choice(answers) for _, answers in asked_of]
         after = list(before)
         changed = rng.sample(range(self.questions), self.changed)
         for k in changed:
             after[k] = rng.choice([a for a in asked_of[k][1] if a != before[k]])
         asked, other = rng.choice(changed), rng.choice(changed)
-        students = rng.sample(_STUDENTS, 2)
+        students = rng.sample(STUDENTS, 2)
         texts = [text for text, _ in asked_of]
         return Item(
             str(i),
-            _exam(students[0], texts, before, other),
-            _exam(students[1], texts, after, asked),
+            exam_text(students[0], texts, before, other),
+            exam_text(students[1], texts, after, asked),
             (after[asked],),
             before[asked],
         )
 
 
-def _exam(student: str, questions: list[str], answers: list[str], asked: int) -> str:
+def exam_text(student: str, questions: list[str], answers: list[str], asked: int) -> str:
     rows = "\n".join(
         f"Question {k}: {question} The student wrote: {answer}."
         for k, (question, answer) in enumerate(zip(questions, answers, strict=True), 1)

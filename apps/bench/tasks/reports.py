@@ -60,7 +60,7 @@ _FOOT = (
     "All values were measured on the day of collection and checked by a second person. "
     "The sample was free of haemolysis."
 )
-_PATIENTS = ("Anna Berg", "Tom Reyes", "Li Wei", "Maria Rossi", "John Carter", "Olga Ivanova",
+PATIENTS = ("Anna Berg", "Tom Reyes", "Li Wei", "Maria Rossi", "John Carter", "Olga Ivanova",
              "Peter Novak", "Sara Haddad", "Emma Laurent", "David Okoro")  # fmt: skip
 
 
@@ -83,26 +83,26 @@ class Reports(FactTask):
     def item(self, i: int, rng: random.Random) -> Item:
         style = rng.randrange(len(_HEADS))
         panel = rng.sample(ANALYTES, self.rows)
-        before = _distinct(panel, {}, rng)
+        before = distinct_values(panel, {}, rng)
         after = dict(before)
         for analyte in rng.sample(panel, self.changed):
             # Nowhere else in either report: stating it can only mean this fact.
-            after |= _distinct([analyte], {**before, **after}, rng)
+            after |= distinct_values([analyte], {**before, **after}, rng)
         changed = [a for a in panel if after[a.name] != before[a.name]]
         asked = rng.choice(changed)
         other = rng.choice(changed)
-        patients = rng.sample(_PATIENTS, 2)
+        patients = rng.sample(PATIENTS, 2)
         numbers = [rng.randrange(10_000, 100_000) for _ in range(2)]
         return Item(
             str(i),
-            _report(style, numbers[0], patients[0], panel, before, other),
-            _report(style, numbers[1], patients[1], panel, after, asked),
+            report_text(style, numbers[0], patients[0], panel, before, other),
+            report_text(style, numbers[1], patients[1], panel, after, asked),
             (after[asked.name],),
             before[asked.name],
         )
 
 
-def _distinct(
+def distinct_values(
     analytes: list[Analyte], taken: Mapping[str, str], rng: random.Random
 ) -> dict[str, str]:
     """Values that are neither equal to each other, nor to `taken`, nor to a reference limit."""
@@ -117,7 +117,7 @@ def _distinct(
     return drawn
 
 
-def _report(
+def report_text(
     style: int,
     number: int,
     patient: str,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from kvshare_mm.apps.bench import shifts
 from kvshare_mm.apps.bench.tasks import TASKS
 from kvshare_mm.apps.bench.tasks.exams import Exams
 from kvshare_mm.apps.bench.tasks.reports import Reports
@@ -227,3 +228,31 @@ def test_what_is_wrong_is_said(
     refused(bench(*stream, "--repair", "magic"), "'magic'")
     refused(bench("hitrate", "--stream", "nowhere", "--plan-only"), "nowhere", "wildchat")
     refused(bench("report", "--in", tmp_path / "nowhere", "--out", tmp_path / "x.html"), "nowhere")
+
+
+def test_the_promise_over_a_stream(bench: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    report, shown = measured(
+        bench, tmp_path / "coverage.json", "coverage", "--model", tiny_folder, "--requests", 9,
+        "--audit-shares", "1", "--max-divergence", 5,
+    )  # fmt: skip
+    assert report["requests"] + report["too_long"] == 9
+    assert report["max_divergence"] == 5
+    for text in ("fixed", "100%", "kept", "as expected"):
+        assert text in shown
+    refused(bench("coverage", "--model", tiny_folder, "--audit-shares", "2"), "audit shares")
+    refused(bench("coverage", "--model", tiny_folder, "--audit-shares", "0"), "audit shares")
+
+
+def test_audits_beside_those_who_wait(
+    bench: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(length: int, *_: Any) -> list[shifts.Asked]:
+        return [shifts.Asked("chat", f"Where is card {i}?", chat=True) for i in range(length)]
+
+    monkeypatch.setattr(shifts, "text_stream", stream)
+    report, shown = measured(
+        bench, tmp_path / "audits.json", "audits", "--model", tiny_folder, "--requests", 3,
+        "--audit-shares", "1", "--pause-s", 0,
+    )  # fmt: skip
+    assert [*report["shares"]] == ["0", "1"]
+    assert "interrupted" in shown

@@ -1,0 +1,89 @@
+"""`kvshare bench audits`: what audits cost those who are waiting for a first token.
+
+The same stream of requests, with a pause behind each, is served by engines that differ in the share
+of requests that they audit. They take turns, a few requests each, so that all meet the same
+machine; while one is asked, the others have nothing left to audit. An audit begins in a pause, and
+whoever comes then interrupts it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from rich.progress import track
+
+from kvshare_mm.apps.bench.divergence import spread
+from kvshare_mm.apps.bench.shifts import Asked
+from kvshare_mm.llm import KVShare
+from kvshare_mm.sampling import SamplingParams
+
+# Requests of one engine before it is the next one's turn.
+_TURN = 6
+_MAX_TOKENS = 4
+
+
+def run(
+    model: str,
+    stream: Sequence[Asked],
+    shares: Sequence[float],
+    *,
+    pause_s: float,
+    **options: Any,
+) -> dict[str, Any]:
+    """Serve `stream` with every share of audits; 0 is served too.
+
+    Args:
+        pause_s: behind each request, seconds.
+        options: of every engine.
+
+    Returns:
+        The report as JSON-ready data: by share, the seconds until the first token of all requests,
+        how many were audited in the end, and how many audits were interrupted.
+    """
+    params = SamplingParams(max_tokens=_MAX_TOKENS)
+    ttfts: dict[float, list[float]] = {share: [] for share in (0.0, *shares)}
+    with ExitStack() as opened:
+        engines = {
+            share: opened.enter_context(KVShare(model, embedder=None, audit_share=share, **options))
+            for share in ttfts
+        }
+        turns = [stream[at : at + _TURN] for at in range(0, len(stream), _TURN)]
+        for number, turn in enumerate(track(turns, "Turns", transient=True)):
+            order = list(engines)
+            order = order[number % len(order) :] + order[: number % len(order)]
+            for share in order:
+                for asked in turn:
+                    ttfts[share].append(_ttft(engines[share], asked, params))
+                    time.sleep(pause_s)
+                engines[share].flush()
+                engines[share].wait_audited()
+        audits = {s: engine.stats().get("audits", {}) for s, engine in engines.items()}
+    return {
+        "kind": "audits",
+        "model": model,
+        "requests": len(stream),
+        "pause_s": pause_s,
+        "shares": {
+            f"{share:g}": {
+                "ttft_s": spread(found, 50, 90, 99),
+                "audits": _over(audits[share].get("results", {})),
+                "interrupted": audits[share].get("results", {}).get("yielded", 0),
+            }
+            for share, found in ttfts.items()
+        },
+    }
+
+
+def _over(results: dict[str, int]) -> int:
+    return sum(results.get(name, 0) for name in ("kept", "missed", "fact"))
+
+
+def _ttft(llm: KVShare, asked: Asked, params: SamplingParams) -> float:
+    prompt = asked.prompt
+    if isinstance(prompt, str) and not asked.chat:
+        return llm.generate(prompt, params).metrics.ttft
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return llm.chat(messages, params).metrics.ttft
