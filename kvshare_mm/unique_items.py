@@ -24,6 +24,10 @@ _ENDS = b'"]},'
 _ORDER = bytes(dict.fromkeys(_ENDS + b"9876543210" + bytes(range(256))))
 
 
+# How deep its list is, and its number there.
+_Item = tuple[int, str | int | None]
+
+
 class _List(NamedTuple):
     """An object or a list that is open.
 
@@ -135,7 +139,7 @@ class UniqueItems:
         Of lists that must have many items, that the next one differs too is enough.
         """
         path: list[bytes] = []
-        another = [_depth(start, 0)]
+        another = [_item(start, None)]
         tried = [self._steps(start, another[-1])]
         while tried:
             said, after = next(tried[-1], (b"", start))
@@ -150,11 +154,11 @@ class UniqueItems:
             else:
                 self._matcher.consume_tokens([*said])
                 path.append(said)
-                another.append(_depth(after, another[-1]))
+                another.append(_item(after, another[-1]))
                 tried.append(self._steps(after, another[-1]))
         return b""
 
-    def _steps(self, state: _State, another: int) -> Iterator[tuple[bytes, _State]]:
+    def _steps(self, state: _State, another: _Item | None) -> Iterator[tuple[bytes, _State]]:
         """What may come and what is then: one with which it is found, or all others."""
         self._left -= _MASK
         if forced := self._matcher.compute_ff_bytes():
@@ -178,7 +182,9 @@ class UniqueItems:
                 others.append((bytes([byte]), after))
         yield from others
 
-    def _forced(self, state: _State, forced: bytes, another: int) -> Iterator[tuple[bytes, _State]]:
+    def _forced(
+        self, state: _State, forced: bytes, another: _Item | None
+    ) -> Iterator[tuple[bytes, _State]]:
         """All that must come, or so much of it as is needed."""
         for i, byte in enumerate(forced):
             self._left -= 1
@@ -243,13 +249,16 @@ class UniqueItems:
         return _State(token=text[-self._longest :])
 
 
-def _is_found(state: _State, another: int) -> bool:
-    return state.decided or (state.fresh and another == len(state.open))
+def _is_found(state: _State, another: _Item | None) -> bool:
+    if state.decided or another is None or not state.fresh:
+        return state.decided
+    depth, at = another
+    return depth == len(state.open) and at != state.open[-1].at
 
 
-def _depth(state: _State, before: int) -> int:
-    """Of the list that has come to its next item last."""
-    return len(state.open) if state.fresh else before
+def _item(state: _State, before: _Item | None) -> _Item | None:
+    """The one that a list has come to last."""
+    return (len(state.open), state.open[-1].at) if state.fresh else before
 
 
 def _begun(places: Places, place: tuple[int, ...], byte: int) -> _List:

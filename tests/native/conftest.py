@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,3 +76,13 @@ def server(tiny_llama: Any) -> Iterator[Server]:
     server = Server(tiny_llama)
     yield server
     server.pool.close()
+
+
+@pytest.fixture(scope="module")
+def long_llm(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVShare]:
+    """With room for prompts of tools."""
+    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("long") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    with KVShare(str(folder), embedder=None) as made:
+        yield made

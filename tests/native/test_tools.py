@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -25,13 +22,8 @@ _OBJECTS = {name: schema for name, schema in SCHEMAS.items() if schema.get("type
 
 
 @pytest.fixture(scope="module")
-def llm(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVShare]:
-    """With room for prompts of tools."""
-    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("long") / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
-    with KVShare(str(folder), embedder=None) as made:
-        yield made
+def llm(long_llm: KVShare) -> KVShare:
+    return long_llm
 
 
 def tool(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:

@@ -159,14 +159,14 @@ def test_what_takes_too_long_ends_the_request_alone(llm: KVShare) -> None:
             _said(grammar, llm, f'{", " if i else ""}"{text}"')
 
 
-def test_arguments_of_tools(llm: KVShare) -> None:
+def test_arguments_of_tools(long_llm: KVShare) -> None:
     tools = [
         {"type": "function", "function": {"name": name, "parameters": an_object(tags=tags)}}
         for name, tags in (("tag", LISTS["colours"]), ("count", LISTS["few integers"]))
     ]
     called = []
     for seed in range(6):
-        output = llm.chat(
+        output = long_llm.chat(
             [{"role": "user", "content": "Hi"}], tools=tools, tool_choice="required",
             max_tokens=400, temperature=2.0, seed=seed, parallel_tool_calls=False,
         )  # fmt: skip
