@@ -83,7 +83,7 @@ class KVShareConfig(BaseModel):
         ge=1,
         description="most tokens of a prompt computed together with the next token of running "
         "answers, fewer behind a long beginning: fewer keep the answers faster, more are sooner "
-        "done; default: 32 on a CPU, 512 on a GPU",
+        "done; default: 128 on a CPU, 512 on a GPU",
     )
 
     drafts: bool = Field(

@@ -20,7 +20,7 @@ from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.native.inputs import MediaInputs
 from kvshare_mm.native.prefill import Prefill, PrefillResult
-from kvshare_mm.native.slots import SlotRunner
+from kvshare_mm.native.slots import Chunk, SlotRunner
 from kvshare_mm.node import Node
 from kvshare_mm.stream import SegmentStream
 
@@ -47,7 +47,15 @@ class _Prefill:
         return getattr(self._prefill, name)
 
     def advance(self, most: int) -> PrefillResult | None:
-        result = self._prefill.advance(most)
+        return self._told(self._prefill.advance(most))
+
+    def compute(self, chunk: Chunk) -> PrefillResult | None:
+        return self._told(self._prefill.compute(chunk))
+
+    def computed(self, chunk: Chunk, logits: torch.Tensor, start: float) -> PrefillResult | None:
+        return self._told(self._prefill.computed(chunk, logits, start))
+
+    def _told(self, result: PrefillResult | None) -> PrefillResult | None:
         if result is not None:
             self._ended(result)
         return result
