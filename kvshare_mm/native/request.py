@@ -37,7 +37,8 @@ class SlotRequest(Request):
         help_until: `time.perf_counter` until when it waits for donors of other replicas.
         sketch: of its prompt, once it was compared with another's.
         overlap: share of its prompt that a donor is expected to have.
-        overtaken: tokens computed for others of its tenant that came later and started before it.
+        overtaken: tokens computed for others of its tenant that came later and started before it;
+            each counts as a share of its own at least.
         node_id: what its prompt was stored as while it is answered; None: it was not, or not yet.
         longest: tokens that its answer may have.
         computing: its prompt while it is prefilled; then that is `prefill`.

@@ -297,14 +297,12 @@ class SlotRunner:
             inputs = followed_by(model_inputs(self._model, ids, here, chunk.media), inputs)
             pages, indices = [chunk.slot, *pages], [here, *indices]
         batch = RaggedQueries.in_slots(pages, indices)
+        keep = len(slots) + (chunk is not None)
         with self._cache.forward(batch, tail, reads):
             logits: torch.Tensor = self._model(
-                **inputs,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=len(slots) + (chunk is not None),
+                **inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=keep
             ).logits
-        return logits[0]
+        return logits[0, -keep:]  # some models give all
 
     def release(self, slot: int) -> None:
         """Nothing to do: the next request overwrites what it uses."""

@@ -77,7 +77,8 @@ def _packed(
         logger.warning("a chunk and %d answers failed together: %s", len(batch), failure)
         torch.cuda.empty_cache()
         return None
-    return prompt.computed(chunk, logits[0], start), _split(logits[1:], batch)
+    # A copy: a request keeps its own as long as it is answered, and the answers' are as many.
+    return prompt.computed(chunk, logits[0].clone(), start), _split(logits[1:], batch)
 
 
 def _decoded_alone(runner: ModelRunner, request: SlotRequest) -> torch.Tensor | Exception:

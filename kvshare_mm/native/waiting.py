@@ -1,7 +1,8 @@
 """Requests that wait: for a slot, for a save, for a long prompt that is being computed.
 
 Of a tenant's requests the one starts first that is expected to reuse most: it is soon done, and its
-donor is at hand. Whoever is overtaken loses no more time than its own prompt takes in full.
+donor is at hand. Whoever is overtaken loses no more time than its own prompt takes in full, and is
+overtaken a few times at most.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from collections.abc import Sequence
 from kvshare_mm.native.fair_queue import FairQueue
 from kvshare_mm.native.request import SlotRequest
 from kvshare_mm.native.saver import Saver
+
+# Requests that overtake one at most: what computes nearly nothing takes a slot for its answer.
+_MOST_OVERTAKE = 8
 
 
 class WaitingRequests(FairQueue[SlotRequest]):
@@ -43,14 +47,16 @@ class WaitingRequests(FairQueue[SlotRequest]):
             length, expected = len(request.spec.stream), request.expected_tokens
             if expected <= room and length - expected > most:
                 best, most = request, length - expected
-            room = min(room, length - request.overtaken)
+            left = length - request.overtaken
+            room = min(room, left if left >= length / _MOST_OVERTAKE else -1)
         return best
 
     def start(self, request: SlotRequest) -> None:
         """Take out a request that starts."""
         tenant = request.spec.options.tenant
         for earlier in itertools.takewhile(lambda r: r is not request, self._waiting[tenant]):
-            earlier.overtaken += request.expected_tokens
+            least = len(earlier.spec.stream) / _MOST_OVERTAKE
+            earlier.overtaken += max(request.expected_tokens, least)
         self.remove(tenant, request)
 
     @property

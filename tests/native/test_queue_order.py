@@ -70,6 +70,15 @@ def test_nobody_is_overtaken_for_longer_than_its_own_prompt_takes(
     assert not waiting
 
 
+def test_nobody_waits_for_ever_for_those_whose_prompts_are_there_already() -> None:
+    new = request(800)
+    waiting, starts = queue(new), list[SlotRequest]()
+    while new not in starts and len(starts) < 100:
+        waiting.add("", request(800, 1.0))
+        starts.append(started(waiting))
+    assert len(starts) == 9
+
+
 def test_tenants_get_equal_shares_however_much_one_of_them_reuses() -> None:
     requests = [request(100, 0.5, "alike") for _ in range(40)]
     requests += [request(100, 0.0, "other") for _ in range(40)]

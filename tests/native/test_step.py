@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from kvshare_mm.attention import TailAttention
 from kvshare_mm.native.inputs import MediaInputs
 from kvshare_mm.native.slots import Chunk, SlotRunner
+from kvshare_mm.native.step import step
 from kvshare_mm.reads import Reads
 
 from .donor_server import ATOL
@@ -87,3 +89,16 @@ def test_a_chunk_beside_answers_is_smaller_the_more_its_positions_attend_to(tiny
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == 1
     assert runner.beside(round(runner._doubled)) == 32
+
+
+def test_a_prompt_keeps_its_own_logits_alone(tiny: Any) -> None:
+    """Not those of all who were answered beside its last chunk."""
+    runner, ids = _runner(tiny)
+    prompt = Mock(context=_DONE, next=lambda most: Chunk(1, ids, np.arange(_DONE, _LENGTH)))
+    answers = [
+        Mock(slot=slot, token_ids=[5], draft=[], num_cached=length, prefill=None)
+        for slot, length in _ANSWERS.items()
+    ]
+    _, decoded = step(runner, prompt, answers, alone=False)
+    kept = prompt.computed.call_args.args[1]
+    assert len(decoded) == 2 and kept.untyped_storage().nbytes() == kept.nbytes
