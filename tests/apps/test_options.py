@@ -23,7 +23,7 @@ def test_an_option_says_what_its_field_says(command: str) -> None:
         assert option.help.partition("; in ")[0] == described(field)
         default = _STRICTER.get(field, KVShareConfig.model_fields[field].default)
         assert config_values({option.name: option.default}) == {field: default}
-    assert len(options) == {"demo": 0, "generate": 3, "chat": 3, "serve": 24}[command]
+    assert len(options) == {"demo": 0, "generate": 3, "chat": 3, "serve": 25}[command]
 
 
 def _called(*words: str) -> Values:
