@@ -14,8 +14,8 @@ from kvshare_mm.stream import Segment
 
 # Of Python's objects: a node with its ids and the heads of its arrays; a span, piece or medium.
 _NODE_BYTES, _PART_BYTES = 1200, 170
-# Pairs of one position: six heads give 25% of their attention to four others at most.
-_MOST_READS = 24
+# Pairs of one position: six heads give 30% of their attention to three others at most.
+_MOST_READS = 18
 
 
 class Span(NamedTuple):

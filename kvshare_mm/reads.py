@@ -30,7 +30,7 @@ Heads = Mapping[int, tuple[int, ...]]
 # What is nearer is the same phrase: its end is repaired with the edit.
 NEAR = 4
 # Of a head's attention: less is no reading.
-LEAST = 0.25
+LEAST = 0.3
 # Heads that are watched, those first that look up most: in all, and of one layer, whose heads look
 # up much the same. Each costs its scores.
 _MOST_HEADS, _MOST_OF_LAYER = 6, 2

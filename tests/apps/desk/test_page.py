@@ -181,8 +181,7 @@ def test_the_second_customer_is_answered_sooner(
         desk.customer(number).get_by_role("button", name="My order number").click()
         desk.done(number)
     assert desk.counts(1)["recomputed"] > 150
-    first, second = desk.counts(1), desk.counts(2)
-    assert second["reused"] > 60 and second["recomputed"] < first["recomputed"], second
+    assert desk.counts(2)["reused"] > 100 and desk.counts(2)["recomputed"] < 60
     expect(desk.customer(2).locator(".desk-times")).to_contain_text("ms with prefix caching")
     expect(desk.customer(2)).to_contain_text("Reused from request #1")
     # Each customer's own number: nothing of the first letter is in the second answer.
