@@ -103,7 +103,7 @@ class Proxy:
         refused: list[Whole] = []
         tried: set[int] = set()
         lost = 0
-        while left := [r for r in self._replicas if r.healthy and r.number not in tried]:
+        while left := self._left(tried, bool(refused)):
             choice = self._choice(prompt, left)
             if not tried:
                 self._metrics.decisions.observe(time.perf_counter() - begun)
@@ -130,6 +130,12 @@ class Proxy:
             raise ApiError(503, "no replica answers", code="no_replica", retry_after=2)
         # Where some are full, the client waits for one of them.
         await next((r for r in refused if r.status == 429), refused[-1]).send(client.send)
+
+    def _left(self, tried: set[int], refused: bool) -> list[Replica]:
+        """Replicas that can still be asked. Where nobody is healthy and none has said that it has
+        no room, those that are not: a busy machine answers late to checks, and answers requests."""
+        left = [r for r in self._replicas if r.number not in tried]
+        return [r for r in left if r.healthy] or ([] if refused else left)
 
     async def _ask(
         self, prompt: Prompt | None, choice: Choice, asked: Asked, client: Client, again: bool
