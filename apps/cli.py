@@ -108,7 +108,7 @@ def serving(model: str, **options: Any) -> Iterator[Any]:
 @config_options({None: ("model",)})
 def demo(
     config: Values,
-    repeats: Annotated[int, typer.Option(min=1, help="measurements per method")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="measurements per method")] = 2,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 24,
     json_file: Json = None,
     picture: Annotated[

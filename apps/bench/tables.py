@@ -224,7 +224,6 @@ TABLES: dict[str, Kind] = {
         {
             "story": "{name}",
             "prompt": "{tokens} tokens",
-            LABELS["full"]: "{methods[full][ttft_s]:ms}",
             LABELS["prefix"]: "{methods[prefix][ttft_s]:ms}",
             LABELS["kvshare"]: "{methods[kvshare][ttft_s]:ms}",
             "times sooner": "{sooner:.1f}",
