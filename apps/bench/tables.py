@@ -193,7 +193,7 @@ TABLES: dict[str, Kind] = {
         "A stream of {requests} requests that shifts, max_divergence {max_divergence}, "
         "{model:model}",
         {
-            "audited": "{way}",
+            "audit share": "{way}",
             "part": "{phase}",
             "similar": "{approximate}",
             "audits": "{audits}",
