@@ -40,7 +40,7 @@ class KVShare:
 
     With ``engine="vllm"``, vLLM runs the model in processes of its own and KVShare works inside it
     (`kvshare_mm.vllm`). Requests hold text and pictures only then, and the donors live in vLLM's
-    processes: `cache` is None, `lookup` and `flush` raise ConfigError.
+    processes: `cache`, `lookup` and `flush` raise ConfigError.
 
     Args:
         model: hub name, folder, ``.gguf`` file, or an embedded one: ``smollm2``, ``tiny-vl`` (sees
@@ -250,8 +250,23 @@ class KVShare:
     # -- the cache --------------------------------------------------------------------------
 
     @property
-    def cache(self) -> CacheAdmin | None:
-        """Administration of the donors; None: this model, or this configuration, has none."""
+    def has_cache(self) -> bool:
+        """Whether donors are kept in this process, for `cache` to administrate."""
+        return self._cache is not None
+
+    @property
+    def cache(self) -> CacheAdmin:
+        """Administration of the donors.
+
+        Raises:
+            ConfigError: this model, or this configuration, has none; see `has_cache`.
+        """
+        if self._cache is None:
+            raise ConfigError(
+                "cache: the donors are in vLLM's processes"
+                if self.config.engine == "vllm"
+                else "cache: no donors are kept, by reuse='off' or since this model shares no KV"
+            )
         return self._cache
 
     def lookup(

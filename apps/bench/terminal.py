@@ -18,6 +18,7 @@ from kvshare_mm.apps.terminal import (
     report_file,
     write_report,
 )
+from kvshare_mm.models.names import refuse_unknown
 
 if TYPE_CHECKING:
     from kvshare_mm.apps.bench.rig import Rig
@@ -62,6 +63,8 @@ def measuring(command: Callable[..., Report]) -> Callable[..., None]:
         from kvshare_mm.apps.bench.journal import Journal
 
         with plain_errors():
+            if "model" in options:
+                refuse_unknown(options["model"])
             report = command(**options)
             show(report)
             write_report(report, options["json_file"])

@@ -192,3 +192,14 @@ def test_a_request_says_how_far_it_may_diverge(open_llm: OpenLLM) -> None:
     assert loose.reused > 0
     assert strict.reused == 0
     assert strict.declined == "divergence"
+
+
+def test_cache_is_there_or_says_why_not(tiny_folder: Path) -> None:
+    for reuse, there in (("similar", True), ("off", False)):
+        with KVShare(str(tiny_folder), embedder=None, reuse=reuse) as llm:
+            assert llm.has_cache is there
+            if there:
+                assert llm.cache.list() == []
+            else:
+                with pytest.raises(ConfigError, match="reuse='off'"):
+                    llm.cache.list()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -319,3 +321,24 @@ def test_the_demos_rows_stand_below_their_headings() -> None:
         for name, cost in (("prefix caching", row.index("ms")), ("KVShare", row.rindex("ms"))):
             assert cost + len("ms") == heading.index(name) + len(name)  # aligned to the right
     assert len(legend()) <= 80
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "serve smolm2",
+        "desk smolm2",
+        "generate Hi --model smolm2",
+        "bench frontier --pairs p.jsonl --model smolm2",
+    ],
+)
+def test_who_misspells_a_model_does_not_wait(command: str) -> None:
+    """Importing torch takes seconds."""
+    ask = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom kvshare_mm.apps.cli import app\n"
+        f"done = CliRunner().invoke(app, {command.split()!r})\n"
+        "print(done.exit_code, 'torch' in sys.modules, done.output)"
+    )
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("1 False")
+    assert "did you mean smollm2?" in done.stdout
