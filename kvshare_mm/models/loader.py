@@ -135,7 +135,8 @@ def load_model(
                     source, trust_remote_code=trust_remote_code
                 )
     except Exception as error:  # of transformers, safetensors, the hub, or code from the hub
-        hint = "" if Path(source).exists() else " It is neither a folder nor an embedded model."
+        here = ", ".join((*EMBEDDED, *SHIPPED))
+        hint = "" if Path(source).exists() else f" It is no folder, and none of {here}."
         raise ModelLoadError(f"Could not load the model {name!r}.{hint} {error}") from error
     if report["missing_keys"]:  # transformers fills them with random numbers
         missing = sorted(report["missing_keys"])

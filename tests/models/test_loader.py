@@ -173,9 +173,9 @@ def test_a_model_without_reuse_is_loaded_all_the_same(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no-such-organisation/no-such-model", "neither a folder nor an embedded model"),
-        ("no-such-model", "neither a folder nor an embedded model"),
-        ("a/b/c/d", "neither a folder"),
+        ("no-such-organisation/no-such-model", "no folder, and none of smollm2, tiny-vl"),
+        ("no-such-model", "no folder, and none of smollm2, tiny-vl"),
+        ("a/b/c/d", "no folder"),
         ("/no/such/folder", "no model folder at /no/such/folder"),
         ("./no-such-folder", "no model folder"),
         ("~/no-such-folder-of-mine", "no model folder"),
