@@ -18,6 +18,7 @@ from kvshare_mm.chat import Message, Prompt
 from kvshare_mm.config import KVShareConfig, RequestOptions
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 from kvshare_mm.modalities.seen import SeenMedium
+from kvshare_mm.options import Options
 from kvshare_mm.outputs import RequestOutput, StreamChunk
 from kvshare_mm.reading import Reader
 from kvshare_mm.request import RequestSpec
@@ -53,7 +54,7 @@ class KVShare:
         StoreError: ``store_dir`` cannot be used.
     """
 
-    def __init__(self, model: str = "smollm2", **options: Any) -> None:
+    def __init__(self, model: str = "smollm2", **options: Unpack[Options]) -> None:
         self.config = KVShareConfig.of(model=model, **options)
         self._parts = _assemble(self.config)
         #: What is tokenised at most.

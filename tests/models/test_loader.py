@@ -225,7 +225,7 @@ def test_broken_folders(changed: Callable[[Change], str], name: str) -> None:
     message = str(caught.value)
     assert path in message
     assert len(message.removeprefix(path)) > 20
-    assert "neither a folder" not in message, "it is a folder"
+    assert "is no folder" not in message, "it is a folder"
 
 
 def test_a_weight_that_is_missing_is_named(changed: Callable[[Change], str]) -> None:
