@@ -63,9 +63,9 @@ def desk(
     with plain_errors():
         from kvshare_mm.errors import ConfigError
 
+        here = model or "smollm2"
         if url is None:
-            model = model or "smollm2"
-            refuse_unknown(model)
+            refuse_unknown(here)
         wait_asleep()
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         try:
@@ -78,8 +78,9 @@ def desk(
 
         logs.configure(False, logging.getLogger().getEffectiveLevel())
         if url is None:
-            console.print(f"Loading [bold]{escape(model)}[/] ...")
-            load = partial(alone.local, model, store_dir, media_embedder)
+            model = here
+            console.print(f"Loading [bold]{escape(here)}[/] ...")
+            load = partial(alone.local, here, store_dir, media_embedder)
         elif store_dir or media_embedder:
             raise ConfigError("--store-dir and --media-embedder are the server's own, not --url's")
         else:
