@@ -46,7 +46,7 @@ def run(llm: KVShare, asked: list[Any], max_tokens: int) -> dict[str, Any]:
     Raises:
         ConfigError: the model's KV cannot be reused.
     """
-    if llm.cache is None:
+    if not llm.has_cache:
         raise ConfigError("there is nothing to calibrate: this model reuses no KV")
     params = SamplingParams(max_tokens=max_tokens)
     skipped = 0

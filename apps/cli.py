@@ -27,6 +27,7 @@ from kvshare_mm.apps.simulate import simulate
 from kvshare_mm.apps.size import size
 from kvshare_mm.apps.store import store
 from kvshare_mm.apps.terminal import plain_errors, report_file, write_report
+from kvshare_mm.models.names import refuse_unknown
 
 app = typer.Typer(
     name="kvshare",
@@ -93,10 +94,11 @@ def main(
 @contextmanager
 def serving(model: str, **options: Any) -> Iterator[Any]:
     """A running `KVShare`, with a word on what takes time."""
-    from kvshare_mm.llm import KVShare
-
     with plain_errors():
+        refuse_unknown(model)
         console.print(f"Loading [bold]{escape(model)}[/] ...")
+        from kvshare_mm.llm import KVShare
+
         llm = KVShare(model, **options)
         try:
             yield llm
@@ -108,7 +110,7 @@ def serving(model: str, **options: Any) -> Iterator[Any]:
 @config_options({None: ("model",)})
 def demo(
     config: Values,
-    repeats: Annotated[int, typer.Option(min=1, help="measurements per method")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="measurements per method")] = 2,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 24,
     json_file: Json = None,
     picture: Annotated[

@@ -6,9 +6,9 @@ import datetime
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.tree import Tree
 
+from kvshare_mm.apps.terminal import print_table
 from kvshare_mm.errors import KVUnavailableError, StoreError
 from kvshare_mm.node import Node
 from kvshare_mm.reuse.tree import DeltaTree
@@ -56,13 +56,9 @@ def show(store_dir: Path, console: Console, tree: bool, limit: int) -> None:
     if tree:
         _draw(nodes, newest, console)
         return
-    table = Table()
-    for heading in ("donor", "model", "tokens", "owned", "exact", "media", "parent", "created"):
-        table.add_column(
-            heading, justify="right" if heading in ("tokens", "owned", "exact") else "left"
-        )
-    for node in newest:
-        table.add_row(
+    rows = [["donor", "model", "tokens", "owned", "exact", "media", "parent", "created"]]
+    rows += [
+        [
             node.node_id[:8],
             node.namespace[:8],
             str(len(node)),
@@ -71,27 +67,27 @@ def show(store_dir: Path, console: Console, tree: bool, limit: int) -> None:
             str(len(node.media) or "-"),
             node.parent[:8] if node.parent else "-",
             _time(node),
-        )
-    console.print(table)
+        ]
+        for node in newest
+    ]
+    print_table("donors", rows, console)
     if any(node.media for node in newest):
-        console.print(_media(newest))
+        print_table("pictures and sound", _media(newest), console)
 
 
-def _media(nodes: list[Node]) -> Table:
+def _media(nodes: list[Node]) -> list[list[str]]:
     """Where pictures and clips stand, their sizes, and the hash that tells equal from other."""
-    table = Table(title="pictures and sound", title_justify="left")
-    for heading in ("donor", "positions", "modality", "hash", "size"):
-        table.add_column(heading)
-    for node in nodes:
-        for segment in node.media:
-            table.add_row(
-                node.node_id[:8],
-                f"{segment.start}-{segment.end - 1} ({segment.end - segment.start})",
-                segment.modality.value,
-                f"{segment.content_hash:016x}",
-                segment.label,
-            )
-    return table
+    return [["donor", "positions", "modality", "hash", "size"]] + [
+        [
+            node.node_id[:8],
+            f"{segment.start}-{segment.end - 1} ({segment.end - segment.start})",
+            segment.modality.value,
+            f"{segment.content_hash:016x}",
+            segment.label,
+        ]
+        for node in nodes
+        for segment in node.media
+    ]
 
 
 def _draw(nodes: DeltaTree, shown: list[Node], console: Console) -> None:

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from kvshare_mm.apps.terminal import plain_errors
 from kvshare_mm.config import KVShareConfig
+from kvshare_mm.models.names import refuse_unknown
 
 Values = dict[str, Any]
 """Fields of a `KVShareConfig`, by name."""
@@ -86,6 +88,9 @@ def config_options(
         @functools.wraps(command)
         def run(**values: Any) -> None:
             given = {name: values.pop(name) for name in map(flag_name, shown)}
+            if "model" in given:
+                with plain_errors():
+                    refuse_unknown(given["model"])
             command(config=config_values(given), **values)
 
         vars(run)["__signature__"] = signature.replace(parameters=parameters)

@@ -1,18 +1,20 @@
-"""What commands share: errors in one sentence, and a file for what they found."""
+"""What commands share: errors in one sentence, tables, and a file for what they found."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from kvshare_mm.errors import KVShareError
 
@@ -76,3 +78,46 @@ def audited(family: Mapping[str, Any]) -> tuple[str, str, str]:
     within = f"{1 - family['misses'] / family['audits']:.0%}"
     factor = "given up" if family["shut"] else f"{family['factor']:.2g}"
     return str(family["audits"]), within, factor
+
+
+def print_table(title: str, rows: Sequence[Sequence[str]], console: Console = console) -> None:
+    """A table, headings first, that breaks text between words and never inside them.
+
+    Where even so its columns do not fit, its rows stand one below the other, each value behind its
+    heading.
+    """
+    columns = list(zip(*rows, strict=True))
+    found = _fitting(columns, console.width)
+    headings, *below = rows
+    if found is None:
+        console.print(escape(title), style="italic")
+        for (_, first), *others in (list(zip(headings, row, strict=True)) for row in below):
+            said = ", ".join(f"{heading} {value}" for heading, value in others)
+            console.print(f"[bold]{escape(first)}[/]: {escape(said)}")
+        return
+    widths, gap = found
+    shown = Table(title=escape(title), box=SIMPLE_HEAD, padding=(0, gap - 1, 0, 0))
+    shown.show_edge = False
+    for i, (heading, width) in enumerate(zip(headings, widths, strict=True)):
+        shown.add_column(heading, justify="right" if i else "left", width=width)
+    for row in below:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
+
+
+def _fitting(columns: Sequence[Sequence[str]], room: int) -> tuple[list[int], int] | None:
+    """The columns' widths and the gap between them: the longest word of each at least, and all of
+    its longest cell where that needs least."""
+    longest = [max(map(len, " ".join(cells).split()), default=1) for cells in columns]
+    widest = [max(1, *map(len, cells)) for cells in columns]
+    for gap in 2, 1:
+        spare = room - (gap * len(columns) - 1) - sum(longest)
+        if spare < 0:
+            continue
+        widths = longest.copy()
+        for i in sorted(range(len(columns)), key=lambda i: widest[i] - longest[i]):
+            more = min(spare, widest[i] - longest[i])
+            widths[i] += more
+            spare -= more
+        return widths, gap
+    return None

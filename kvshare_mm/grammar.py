@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from functools import lru_cache
-from typing import Any, NamedTuple, NoReturn, Self
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, NoReturn, Self
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,22 +25,19 @@ _MAX_WAYS = 500
 _MAX_BLANKS = 16  # tokens in a row
 
 
-class Vocabulary(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
     """What a tokenizer's tokens say.
 
     Attributes:
         tokens: llguidance's `LLTokenizer`.
         texts: by token id; none for those that end an answer and the like.
         blank: ``[vocabulary]`` bool: tokens of nothing but white space.
-        order: ``[vocabulary]`` int64: token ids in the order of their texts.
-        ordered: the texts in this order.
     """
 
     tokens: Any
     texts: list[bytes]
     blank: torch.Tensor
-    order: torch.Tensor
-    ordered: list[bytes]
 
     @classmethod
     def of(cls, tokens: Any) -> Self:
@@ -47,15 +45,20 @@ class Vocabulary(NamedTuple):
         texts = [tokens.decode_bytes([i]) for i in range(tokens.vocab_size)]
         # llguidance's mark of special tokens is no text.
         texts = [b"" if tokens.is_special_token(i) else text for i, text in enumerate(texts)]
-        order = sorted(range(len(texts)), key=texts.__getitem__)
-        blank = torch.tensor([text.isspace() for text in texts])
-        return cls(tokens, texts, blank, torch.tensor(order), [texts[i] for i in order])
+        return cls(tokens, texts, torch.tensor([text.isspace() for text in texts]))
+
+    @cached_property
+    def _sorted(self) -> tuple[torch.Tensor, list[bytes]]:
+        """Token ids in the order of their texts, int64, and the texts in this order."""
+        order = sorted(range(len(self.texts)), key=self.texts.__getitem__)
+        return torch.tensor(order), [self.texts[i] for i in order]
 
     def beginning(self, text: bytes) -> torch.Tensor:
         """Ids of the tokens that begin so."""
-        start = bisect_left(self.ordered, text)
-        end = bisect_right(self.ordered, text, start, key=lambda token: token[: len(text)])
-        return self.order[start:end]
+        order, texts = self._sorted
+        start = bisect_left(texts, text)
+        end = bisect_right(texts, text, start, key=lambda token: token[: len(text)])
+        return order[start:end]
 
 
 class Grammar:

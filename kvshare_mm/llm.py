@@ -18,6 +18,7 @@ from kvshare_mm.chat import Message, Prompt
 from kvshare_mm.config import KVShareConfig, RequestOptions
 from kvshare_mm.errors import ConfigError, InvalidRequestError
 from kvshare_mm.modalities.seen import SeenMedium
+from kvshare_mm.options import Options
 from kvshare_mm.outputs import RequestOutput, StreamChunk
 from kvshare_mm.reading import Reader
 from kvshare_mm.request import RequestSpec
@@ -40,7 +41,7 @@ class KVShare:
 
     With ``engine="vllm"``, vLLM runs the model in processes of its own and KVShare works inside it
     (`kvshare_mm.vllm`). Requests hold text and pictures only then, and the donors live in vLLM's
-    processes: `cache` is None, `lookup` and `flush` raise ConfigError.
+    processes: `cache`, `lookup` and `flush` raise ConfigError.
 
     Args:
         model: hub name, folder, ``.gguf`` file, or an embedded one: ``smollm2``, ``tiny-vl`` (sees
@@ -53,7 +54,7 @@ class KVShare:
         StoreError: ``store_dir`` cannot be used.
     """
 
-    def __init__(self, model: str = "smollm2", **options: Any) -> None:
+    def __init__(self, model: str = "smollm2", **options: Unpack[Options]) -> None:
         self.config = KVShareConfig.of(model=model, **options)
         self._parts = _assemble(self.config)
         #: What is tokenised at most.
@@ -250,8 +251,23 @@ class KVShare:
     # -- the cache --------------------------------------------------------------------------
 
     @property
-    def cache(self) -> CacheAdmin | None:
-        """Administration of the donors; None: this model, or this configuration, has none."""
+    def has_cache(self) -> bool:
+        """Whether donors are kept in this process, for `cache` to administrate."""
+        return self._cache is not None
+
+    @property
+    def cache(self) -> CacheAdmin:
+        """Administration of the donors.
+
+        Raises:
+            ConfigError: this model, or this configuration, has none; see `has_cache`.
+        """
+        if self._cache is None:
+            raise ConfigError(
+                "cache: the donors are in vLLM's processes"
+                if self.config.engine == "vllm"
+                else "cache: no donors are kept, by reuse='off' or since this model shares no KV"
+            )
         return self._cache
 
     def lookup(

@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -240,7 +240,8 @@ def server_overhead(
         if url is None:
             console.print("Starting a server ...")
             url = opened.enter_context(started(model, dtype))
-        llm = opened.enter_context(KVShare(model, dtype=dtype, embedder=None))
+        options: dict[str, Any] = {"dtype": dtype, "embedder": None}
+        llm = opened.enter_context(KVShare(model, **options))
         return run(llm, url, key=key, repeats=repeats, words=words)
 
 

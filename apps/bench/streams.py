@@ -69,7 +69,6 @@ def run(
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(repeats):
         for size in track([None, *chunks], "Serving streams", transient=True):
-            options = {"prefill_chunk": longest} if size is None else {}
             with KVShare(
                 model,
                 embedder=None,
@@ -77,7 +76,7 @@ def run(
                 max_num_seqs=streams + 2,
                 max_model_len=longest,
                 prefill_beside=size or longest,
-                **options,
+                prefill_chunk=longest if size is None else None,
             ) as llm:
                 served = asyncio.run(_serve(llm, streams, tokens, answer))
             found.setdefault(str(size or WHOLE), []).append(served)

@@ -193,7 +193,7 @@ TABLES: dict[str, Kind] = {
         "A stream of {requests} requests that shifts, max_divergence {max_divergence}, "
         "{model:model}",
         {
-            "audited": "{way}",
+            "audit share": "{way}",
             "part": "{phase}",
             "similar": "{approximate}",
             "audits": "{audits}",
@@ -224,7 +224,6 @@ TABLES: dict[str, Kind] = {
         {
             "story": "{name}",
             "prompt": "{tokens} tokens",
-            LABELS["full"]: "{methods[full][ttft_s]:ms}",
             LABELS["prefix"]: "{methods[prefix][ttft_s]:ms}",
             LABELS["kvshare"]: "{methods[kvshare][ttft_s]:ms}",
             "times sooner": "{sooner:.1f}",

@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
 
-from kvshare_mm.apps.terminal import console, plain_errors, report_file, write_report
+from kvshare_mm.apps.terminal import (
+    console,
+    plain_errors,
+    print_table,
+    report_file,
+    write_report,
+)
+from kvshare_mm.models.names import refuse_unknown
 
 if TYPE_CHECKING:
     from kvshare_mm.apps.bench.rig import Rig
@@ -58,6 +63,8 @@ def measuring(command: Callable[..., Report]) -> Callable[..., None]:
         from kvshare_mm.apps.bench.journal import Journal
 
         with plain_errors():
+            if "model" in options:
+                refuse_unknown(options["model"])
             report = command(**options)
             show(report)
             write_report(report, options["json_file"])
@@ -89,21 +96,7 @@ def show(report: Report) -> None:
     from kvshare_mm.apps.bench.tables import TABLES
 
     kind = TABLES[report["kind"]]
-    headings, *rows = kind.rows(report)
-    shown = Table(title=escape(kind.heading(report)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.show_edge = False
-    # In 80 columns text breaks between words, not inside them, as long as all columns fit.
-    columns = list(zip(headings, *rows, strict=True))
-    widest = [max(map(len, cells)) for cells in columns]
-    longest = [max(map(len, " ".join(cells).split()), default=1) for cells in columns]
-    room = console.width - 2 * len(columns)
-    breaks = sum(widest) > room >= sum(longest)
-    for i, (heading, width) in enumerate(zip(headings, longest, strict=True)):
-        align: Literal["left", "right"] = "right" if i else "left"
-        shown.add_column(heading, justify=align, overflow="fold", width=width if breaks else None)
-    for row in rows:
-        shown.add_row(*map(escape, row))
-    console.print(shown)
+    print_table(kind.heading(report), kind.rows(report))
     for error, count in report.get("errors", {}).items():
         console.print(f"[red]{count} failed:[/] {escape(error)}")
     if report.get("skipped"):

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from kvshare_mm.apps.openmp import wait_asleep
 from kvshare_mm.apps.terminal import plain_errors
+from kvshare_mm.models.names import refuse_unknown
 
 console = Console()
 _HERE = "a model in this process"
@@ -62,6 +63,9 @@ def desk(
     with plain_errors():
         from kvshare_mm.errors import ConfigError
 
+        here = model or "smollm2"
+        if url is None:
+            refuse_unknown(here)
         wait_asleep()
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         try:
@@ -74,9 +78,9 @@ def desk(
 
         logs.configure(False, logging.getLogger().getEffectiveLevel())
         if url is None:
-            model = model or "smollm2"
-            console.print(f"Loading [bold]{escape(model)}[/] ...")
-            load = partial(alone.local, model, store_dir, media_embedder)
+            model = here
+            console.print(f"Loading [bold]{escape(here)}[/] ...")
+            load = partial(alone.local, here, store_dir, media_embedder)
         elif store_dir or media_embedder:
             raise ConfigError("--store-dir and --media-embedder are the server's own, not --url's")
         else:

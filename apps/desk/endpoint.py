@@ -20,6 +20,7 @@ from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import ConfigError, InvalidRequestError, KVShareError, QueueFullError
 from kvshare_mm.modalities.seen import SeenMedium
 from kvshare_mm.outputs import MediaUse, Provenance, RequestMetrics, RequestOutput, StreamChunk
+from kvshare_mm.reuse.admin import CacheAdmin
 from kvshare_mm.sampling import SamplingParams
 from kvshare_mm.stream import Modality
 
@@ -56,8 +57,8 @@ class Endpoint:
     """
 
     #: Stored requests and tokens are the endpoint's own.
-    cache = None
     tokenizer = None
+    has_cache = False
     healthy = True
     stuck_s = 0.0
 
@@ -102,6 +103,11 @@ class Endpoint:
             params.max_tokens or 1,
         )
         return Spec({**body, "stream": True, "stream_options": {"include_usage": True}})
+
+    @property
+    def cache(self) -> CacheAdmin:
+        """Raises ConfigError: see `has_cache`."""
+        raise ConfigError("cache: the donors are the endpoint's own")
 
     async def astream(self, prompt: Spec) -> AsyncGenerator[StreamChunk]:
         """Chunks of an answer as they come; the last has the output.

@@ -279,7 +279,7 @@ def _shown(
     return (
         views.answer(turn),
         views.report(turn, llm.tokenizer, alike),
-        NO_TREE if llm.cache is None else tree_svg.draw(session.donors(llm)),
+        tree_svg.draw(session.donors(llm)) if llm.has_cache else NO_TREE,
         views.log(session.turns),
         gr.skip(),
         turn.number,

@@ -177,7 +177,7 @@ class Session:
 
     def donors(self, llm: Engine) -> list[tuple[DonorInfo, int | None]]:
         """The stored requests of this session with their numbers, the oldest first."""
-        if llm.cache is None:
+        if not llm.has_cache:
             return []
         found = reversed(llm.cache.list(llm.namespace(self.salt)))
         return [(info, self._numbers.get(info.donor_id)) for info in found]
@@ -196,7 +196,7 @@ class Session:
 
     def close(self, llm: Engine) -> None:
         """Delete what this session stored."""
-        if llm.cache is not None:
+        if llm.has_cache:
             for salt in (self.salt, self._prefix_salt):
                 llm.cache.clear(llm.namespace(salt))
 

@@ -163,7 +163,7 @@ def _times(turn: Turn) -> str:
 
 def _longer(cost: Cost, own: Cost) -> str:
     times = cost.seconds / own.seconds
-    return f" ({times:.1f} times as long)" if times > 1.1 else ""
+    return f" ({times:.1f}x)" if times > 1.1 else ""
 
 
 def _costs(turn: Turn) -> str:

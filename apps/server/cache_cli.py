@@ -10,10 +10,9 @@ from urllib.parse import quote, urlsplit
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from rich.tree import Tree
 
-from kvshare_mm.apps.terminal import audited, plain_errors
+from kvshare_mm.apps.terminal import audited, plain_errors, print_table
 from kvshare_mm.errors import KVShareError
 
 cache = typer.Typer(help="List, pin, delete and look up the stored requests of a running server.")
@@ -97,11 +96,9 @@ def list_(
         if as_json:
             console.print_json(json.dumps(said))
             return
-        table = Table(title=f"{len(said['data'])} of {said['total']} donors")
-        for heading in ("donor", "namespace", "tokens", "owned", "exact", "parent", "tier", "age"):
-            table.add_column(heading)
-        for d in said["data"]:
-            table.add_row(
+        rows = [["donor", "namespace", "tokens", "owned", "exact", "parent", "tier", "age"]]
+        rows += [
+            [
                 d["donor_id"][:8],
                 d["namespace"][-8:],
                 str(d["num_tokens"]),
@@ -110,8 +107,10 @@ def list_(
                 (d["parent"] or "-")[:8],
                 f"{d['tier'] or '-'}{' (pinned)' if d['pinned_s'] else ''}",
                 f"{d['age_s']:.0f} s",
-            )
-        console.print(table)
+            ]
+            for d in said["data"]
+        ]
+        print_table(f"{len(said['data'])} of {said['total']} donors", rows, console)
 
 
 @cache.command()
@@ -124,12 +123,9 @@ def families(
         if as_json:
             console.print_json(json.dumps(said))
             return
-        table = Table(title=f"{said['total']} families")
-        for heading in ("family", "namespace", "audits", "within", "factor"):
-            table.add_column(heading)
-        for f in said["data"]:
-            table.add_row(f["family"][:8], f["namespace"][-8:], *audited(f))
-        console.print(table)
+        rows = [["family", "namespace", "audits", "within", "factor"]]
+        rows += [[f["family"][:8], f["namespace"][-8:], *audited(f)] for f in said["data"]]
+        print_table(f"{said['total']} families", rows, console)
 
 
 @cache.command()

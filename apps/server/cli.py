@@ -13,6 +13,7 @@ from kvshare_mm.apps.openmp import wait_asleep
 from kvshare_mm.apps.options import Values, config_options, described
 from kvshare_mm.apps.server.options import Scope
 from kvshare_mm.apps.terminal import plain_errors
+from kvshare_mm.models.names import refuse_unknown
 
 console = Console()
 keys = typer.Typer(help="API keys: each bound to a tenant, kept as hashes in a file.")
@@ -173,6 +174,7 @@ def serve(
         if vllm_options:
             raise typer.BadParameter("only --engine vllm takes options after MODEL")
         _check_installed()
+        refuse_unknown(model)
         wait_asleep()
         from kvshare_mm.apps.server import admin_key, hosts, logs, run
         from kvshare_mm.apps.server.options import ServerOptions

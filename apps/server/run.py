@@ -225,6 +225,7 @@ def serve(
     shown = address(listening, options)
     logger.info("listening on %s", shown)
     if api:
+        logger.info("OpenAI's API on %s/v1, its description on %s/docs", shown, shown)
         logger.info("%s", in_words(options.scope))
     if ui:
         logger.info("desk on %s%s", shown, UI_PATH)

@@ -81,10 +81,9 @@ class Service:
     @property
     def cache(self) -> CacheAdmin:
         """Administration of donors. Raises ApiError 404 if KV is not shared here."""
-        cache = self.llm.cache
-        if cache is None:
+        if not self.llm.has_cache:
             raise ApiError(404, "this server shares no KV: there are no donors")
-        return cache
+        return self.llm.cache
 
     async def load(self) -> None:
         """Load the model; what goes wrong is kept in `failure`."""
@@ -178,5 +177,6 @@ class Service:
         await asyncio.to_thread(self.tracer.close)
 
     def _tree_depth(self) -> int:
-        cache = None if self._llm is None else self._llm.cache
-        return max((info.depth for info in cache.list()), default=0) if cache else 0
+        if self._llm is None or not self._llm.has_cache:
+            return 0
+        return max((info.depth for info in self._llm.cache.list()), default=0)

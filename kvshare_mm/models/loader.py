@@ -21,20 +21,18 @@ from transformers import (
 
 from kvshare_mm import assets
 from kvshare_mm.attention import attention_name
-from kvshare_mm.errors import ConfigError, ModelLoadError, nearest
+from kvshare_mm.errors import ConfigError, ModelLoadError
 from kvshare_mm.kernels.backend import BackendError, resolve
 from kvshare_mm.modalities.loading import loading
 from kvshare_mm.models.family import Family, load_family, load_text_part
-from kvshare_mm.models.gguf import EMBEDDED, converted, embedded_gguf
+from kvshare_mm.models.gguf import converted, embedded_gguf
+from kvshare_mm.models.names import EMBEDDED, SHIPPED, refuse_unknown
 from kvshare_mm.models.shape import KVShape
 from kvshare_mm.models.states import StateLayout
 from kvshare_mm.models.support import check_support
 from kvshare_mm.reuse.rotary import RotarySpec
 
 logger = logging.getLogger(__name__)
-
-# Trained for this project; see assets/README.md.
-SHIPPED = ("tiny-vl", "tiny-audio")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -137,7 +135,8 @@ def load_model(
                     source, trust_remote_code=trust_remote_code
                 )
     except Exception as error:  # of transformers, safetensors, the hub, or code from the hub
-        hint = "" if Path(source).exists() else " It is neither a folder nor an embedded model."
+        here = ", ".join((*EMBEDDED, *SHIPPED))
+        hint = "" if Path(source).exists() else f" It is no folder, and none of {here}."
         raise ModelLoadError(f"Could not load the model {name!r}.{hint} {error}") from error
     if report["missing_keys"]:  # transformers fills them with random numbers
         missing = sorted(report["missing_keys"])
@@ -224,15 +223,9 @@ def locate(name: str) -> str:
             raise ModelLoadError(f"The model {name!r} is not installed: {error}") from error
     if name.endswith(".gguf"):
         return str(converted(Path(name).expanduser()))
+    refuse_unknown(name)
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if folder.is_absolute() or name.startswith("."):
-        raise ModelLoadError(f"There is no model folder at {name}")
-    # Before a hub is asked, which takes half a minute where there is none.
-    if "/" not in name and (hint := nearest(name, (*EMBEDDED, *SHIPPED))):
-        raise ModelLoadError(f"There is no model {name!r} here{hint}")
-    return name
+    return str(folder) if folder.is_dir() else name
 
 
 def _device(device: str) -> torch.device:

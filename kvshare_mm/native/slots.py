@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,10 +146,10 @@ class SlotRunner:
         self.can_draft = drafts
         # Zeros: layers that use another's KV write none (Gemma 3n), and it is stored all the same.
         k, v = (
-            torch.zeros(
+            _untouched_zeros(
                 (shape.num_layers, num_slots, shape.num_kv_heads, max_len, dim),
-                dtype=loaded.dtype,
-                device=loaded.device,
+                loaded.dtype,
+                loaded.device,
             )
             for dim in (shape.key_dim, shape.value_dim)
         )
@@ -356,3 +357,18 @@ def works(runner: ModelRunner, slot: int) -> bool:
         logger.error("the model does not answer: %s", failure)
         return False
     return True
+
+
+_ALIGNMENT = 64  # bytes: what torch gives its own tensors on a CPU, a cache line
+
+
+def _untouched_zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Zeros; on a CPU `torch.zeros` writes them all, these take memory once they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)

@@ -145,7 +145,6 @@ class Cluster:
     def emptied(self) -> None:
         """Nothing is stored anywhere; rows are left behind, under a secret that is lost."""
         for llm in self.replicas:
-            assert llm.cache is not None
             llm.cache.clear()
             assert llm.flush(60)
         self.redis.client.flushall()
@@ -160,7 +159,6 @@ class Cluster:
         llm = self.replicas[step.replica]
         parts: Any = llm._parts
         if step.before == "clear":
-            assert llm.cache is not None
             llm.cache.clear()
         catalogue = parts.donors.shared._catalogue
         search = catalogue.search

@@ -130,7 +130,6 @@ def test_what_a_killed_replica_shared_is_whole(
                 options = {**shared, **small, **_OPTIONS}
                 kept = victims.kill_one(seconds, bool(rng.integers(4)), seed=seed, **options)
                 counts["answered and flushed"] += len(kept)
-                assert other.cache is not None
                 other.cache.clear()  # it has taken them over, and takes nothing back
                 for text in (*(killed_server.prompt(rng) for _ in range(2)), *kept[-1:]):
                     want = fresh.generate(text, max_tokens=6, ignore_eos=True).token_ids

@@ -6,7 +6,7 @@ import asyncio
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -23,6 +23,7 @@ from kvshare_mm import (
     StreamChunk,
 )
 from kvshare_mm.asked import Given
+from kvshare_mm.options import Options
 
 from .prompts import _CHAT, _DONOR, _PARAMS, _TARGET, OpenLLM
 
@@ -63,6 +64,15 @@ def test_every_field_has_its_name() -> None:
     known = [f.name for kind in (SamplingParams, RequestOptions) for f in fields(kind)]
     tools = ["tools", "tool_choice", "parallel_tool_calls"]
     assert list(Given.__annotations__) == [*known, *tools]
+
+
+def test_every_option_has_its_name_and_type() -> None:
+    fields = {name: f.annotation for name, f in KVShareConfig.model_fields.items()}
+    del fields["model"]
+    typed = get_type_hints(Options)
+    assert list(typed) == list(fields)
+    for name, kind in fields.items():
+        assert typed[name] == (kind | str if Path in get_args(kind) else kind), name
 
 
 @pytest.mark.parametrize(
@@ -192,3 +202,14 @@ def test_a_request_says_how_far_it_may_diverge(open_llm: OpenLLM) -> None:
     assert loose.reused > 0
     assert strict.reused == 0
     assert strict.declined == "divergence"
+
+
+def test_cache_is_there_or_says_why_not(tiny_folder: Path) -> None:
+    for reuse, there in (("similar", True), ("off", False)):
+        with KVShare(str(tiny_folder), embedder=None, reuse=reuse) as llm:
+            assert llm.has_cache is there
+            if there:
+                assert llm.cache.list() == []
+            else:
+                with pytest.raises(ConfigError, match="reuse='off'"):
+                    llm.cache.list()

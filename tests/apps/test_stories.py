@@ -68,7 +68,7 @@ def test_they_are_told(media_folder: Callable[[str], Path], console: Console) ->
     for story in (same, other):
         assert set(story) == FIGURES
         computed = {name: m["computed_tokens"] for name, m in story["methods"].items()}
-        assert computed["kvshare"] < computed["full"] == story["tokens"]
+        assert computed["prefix"] <= story["tokens"]
         # The clock ends the identical beginning; what is behind it is known all the same.
         assert computed["kvshare"] < computed["prefix"] / 2
 

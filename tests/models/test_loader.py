@@ -173,9 +173,9 @@ def test_a_model_without_reuse_is_loaded_all_the_same(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no-such-organisation/no-such-model", "neither a folder nor an embedded model"),
-        ("no-such-model", "neither a folder nor an embedded model"),
-        ("a/b/c/d", "neither a folder"),
+        ("no-such-organisation/no-such-model", "no folder, and none of smollm2, tiny-vl"),
+        ("no-such-model", "no folder, and none of smollm2, tiny-vl"),
+        ("a/b/c/d", "no folder"),
         ("/no/such/folder", "no model folder at /no/such/folder"),
         ("./no-such-folder", "no model folder"),
         ("~/no-such-folder-of-mine", "no model folder"),
@@ -225,7 +225,7 @@ def test_broken_folders(changed: Callable[[Change], str], name: str) -> None:
     message = str(caught.value)
     assert path in message
     assert len(message.removeprefix(path)) > 20
-    assert "neither a folder" not in message, "it is a folder"
+    assert "is no folder" not in message, "it is a folder"
 
 
 def test_a_weight_that_is_missing_is_named(changed: Callable[[Change], str]) -> None:

@@ -132,10 +132,10 @@ def test_a_healed_node_survives_a_restart(open_llm: OpenLLM, tmp_path: Path) -> 
     output = approximate(llm)
     audited(llm)
     assert llm.flush()
-    before = llm.cache.families() if llm.cache else []
+    before = llm.cache.families()
     llm.close()
     again = open_llm(**_OPTIONS, store_dir=tmp_path)
-    assert again.cache is not None and again.cache.families() == before != []
+    assert again.cache.families() == before != []
     turn = [*output.prompt_token_ids, *output.token_ids, *again.tokenize(" and then?")]
     assert again.generate(turn, params(2)).provenance.reused == 0
 
@@ -194,7 +194,7 @@ def test_an_audit_that_fails_teaches_nothing_and_is_nobodys_problem(
     auditor_of(llm)._runner.forward = lambda *args: forward(*args) * broken()
     approximate(llm)
     assert audited(llm) == {"failed": 1}
-    assert llm.cache is not None and llm.cache.families() == []
+    assert llm.cache.families() == []
     assert llm.healthy
     assert llm.generate(_TARGET, params(3)).finish_reason == "length"
 
@@ -257,7 +257,7 @@ def test_a_policy_that_is_bad_is_found_and_shut_off(open_llm: OpenLLM) -> None:
     assert "audited" in declined
     after = declined[declined.index("audited") :]
     assert after.count("audited") >= 0.9 * len(after)
-    assert llm.cache is not None and llm.cache.families()[0].shut
+    assert llm.cache.families()[0].shut
     # Other tenants have their own experience, and whoever asks for a policy of their own gets it.
     llm.generate(_DONOR, params(2), _OTHER_SALT)
     assert llm.generate(_TARGET, params(2), _OTHER_SALT).provenance.reused > 0

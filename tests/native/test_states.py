@@ -117,7 +117,7 @@ def test_what_is_deleted_is_gone(llm: KVShare) -> None:
     _ask(llm, "x", cache_salt="mine")
     _ask(llm, "x", cache_salt="yours")
     both = _states(llm)
-    assert llm.cache is not None and len(both) == 6
+    assert len(both) == 6
     assert len({node.split("-")[0] for node in both}) == 2
     assert llm.cache.delete(llm.cache.list(llm.namespace("mine"))[0].donor_id)
     assert len(_states(llm)) == 3

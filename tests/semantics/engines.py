@@ -55,7 +55,6 @@ class Native:
         return output
 
     def forget(self) -> None:
-        assert self.llm.cache is not None
         self.llm.cache.clear()
 
     def close(self) -> None:

@@ -126,7 +126,6 @@ def as_native(
     and the same distribution of the first token. Returns the native engine's output."""
     if shared.catalogue.nodes():
         shared.forget()
-    assert native.cache is not None
     native.cache.clear()
 
     def natively(prompt: Any, max_tokens: int) -> RequestOutput:

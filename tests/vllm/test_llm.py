@@ -117,7 +117,9 @@ def test_mistakes_are_named_at_the_door(llm: KVShare) -> None:
         llm.lookup("Hello")
     with pytest.raises(ConfigError, match="flush"):
         llm.flush()
-    assert llm.cache is None
+    assert not llm.has_cache
+    with pytest.raises(ConfigError, match="cache"):
+        llm.cache.list()
 
 
 def test_penalties_bias_and_a_schema_reach_vllm(llm: KVShare) -> None:

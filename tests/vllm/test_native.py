@@ -57,7 +57,6 @@ class Served:
 def _natively(folder: str, pairs: Pairs) -> Iterator[Served]:
     greedy = {"temperature": 0, "ignore_eos": True}
     with KVShare(folder, dtype="float32", embedder=None) as native:
-        assert native.cache is not None
         for donor, target in pairs:
             native.cache.clear()
             first = native.generate(donor, SamplingParams(max_tokens=4, **greedy))

@@ -58,6 +58,16 @@ def test_blocks_are_filled_and_filled_again() -> None:
     assert "471" not in page
 
 
+def test_a_page_may_show_some_columns() -> None:
+    page = "<!-- results: c; times less | requests stored -->\n<!-- /results -->"
+    shown, _ = filled(page, {"c": MEMORY})
+    head, _, row, *_ = shown.splitlines()[1:]
+    assert (head, row) == ("| times less | requests stored |", "| 10.4 | 100 |")
+    assert filled(shown, {"c": MEMORY}) == (shown, [])
+    with pytest.raises(ConfigError, match="c has no column 'times more'"):
+        filled(page.replace("less", "more"), {"c": MEMORY})
+
+
 def test_tables_that_do_not_fit_and_pages_without_a_place() -> None:
     with pytest.raises(ConfigError, match="a b have different columns"):
         filled(PAGE, {"a": MEMORY, "b": template(4)})

@@ -65,13 +65,11 @@ def test_letters_are_answered_and_compared_there(served: Running) -> None:
     assert Cost.of(second.output).computed < second.prefix.computed < whole
     assert second.alone is not None and second.text == second.output.text
     llm = served.service.llm
-    assert llm.cache is not None
     # What only measures or compares is not stored beside what customers asked.
     assert sorted(len(v) for v in by_namespace(llm).values()) == [2, 2]
 
 
 def by_namespace(llm: KVShare) -> dict[str, list[str]]:
-    assert llm.cache is not None
     found: dict[str, list[str]] = {}
     for info in llm.cache.list():
         found.setdefault(info.namespace, []).append(info.donor_id)

@@ -130,6 +130,10 @@ class Desk:
         assert found.violations_count == 0, found.generate_report()
         return int(self.page.evaluate(wide)) == 0
 
+    def width(self) -> float:
+        """Of what the page shows, in pixels."""
+        return float(self.page.locator(".desk-title").bounding_box()["width"])
+
     def beside(self) -> bool:
         """Whether the customers stand beside each other."""
         first, second = (self.customer(number).bounding_box() for number in (1, 2))
@@ -177,6 +181,7 @@ def test_the_second_customer_is_answered_sooner(
 ) -> None:
     desk = opened(text_site, width, scheme)
     assert desk.fits()
+    at_first = desk.width()
     for number in (1, 2):
         desk.customer(number).get_by_role("button", name="My order number").click()
         desk.done(number)
@@ -191,6 +196,7 @@ def test_the_second_customer_is_answered_sooner(
     desk.customer(2).get_by_role("button", name="Same without reuse?").click()
     expect(desk.customer(2).locator(".desk-check")).to_contain_text("same answer as without reuse")
     assert desk.fits() and desk.beside() == (width == 1280)
+    assert desk.width() == at_first  # whatever an answer says
     # What few need is folded; unfolded it can be read as well.
     expect(desk.customer(1).locator(".desk-prompt p")).not_to_be_visible()
     assert desk.page.evaluate("document.documentElement.scrollHeight") < 2600

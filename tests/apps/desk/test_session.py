@@ -184,7 +184,7 @@ def test_starting_over_forgets(llm: KVShare) -> None:
     ask(session, llm, _ANNA)
     page: Any = Page(lambda: llm)
     fresh, *_ = page.desk.restarted(session, page)
-    assert llm.cache is not None and llm.cache.list() == []
+    assert llm.cache.list() == []
     assert fresh.turns == []
 
 

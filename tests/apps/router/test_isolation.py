@@ -74,7 +74,6 @@ class Shops:
     def stored(self) -> set[str]:
         found = set()
         for replica in self.replicas:
-            assert replica.llm.cache is not None
             found |= {donor.donor_id for donor in replica.llm.cache.list()}
         return found
 
@@ -140,7 +139,6 @@ def _shops(replicas: tuple[list[Running], dict[str, str]], route: Route) -> Shop
     """Everything is forgotten, and the router is a new one."""
     running, keys = replicas
     for each in running:
-        assert each.llm.cache is not None
         each.llm.cache.clear()
         assert each.llm.flush(60)
     return Shops(route([each.url for each in running]), running, keys)

@@ -27,7 +27,7 @@ def test_both_are_asked_for_the_same(shared: Running, open_llm: Callable[..., An
     counted = llm.stats()["requests"]
     assert counted["requests"] == 5
     assert counted["prompt_tokens_recomputed"] == 5 * report["tokens"]
-    assert llm.cache is not None and llm.cache.list() == []
+    assert llm.cache.list() == []
     assert len(report["difference_s"]["all"]) == 3
     for side in ("server", "api"):
         assert 0 < report["outside_engine_s"][side] < report["ttft_s"][side]
