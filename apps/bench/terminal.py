@@ -63,7 +63,7 @@ def measuring(command: Callable[..., Report]) -> Callable[..., None]:
         from kvshare_mm.apps.bench.journal import Journal
 
         with plain_errors():
-            if "model" in options:
+            if options.get("model"):
                 refuse_unknown(options["model"])
             report = command(**options)
             show(report)
