@@ -88,12 +88,15 @@ def install() -> None:
     WorkerBase.__init__ = started
 
 
-def model() -> Any:
-    """The language model of this process' worker, or None. vLLM gives connectors no way to it."""
+def whole_model() -> Any:
+    """The model of this process' worker, or None. vLLM gives connectors no way to it."""
     worker = _workers[0]() if _workers else None
-    if worker is None:
-        return None
-    whole = worker.get_model()
+    return None if worker is None else worker.get_model()
+
+
+def model() -> Any:
+    """Its language model, or None."""
+    whole = whole_model()
     return whole.get_language_model() if hasattr(whole, "get_language_model") else whole
 
 
@@ -188,6 +191,12 @@ class SetApart:
         request._block_hasher = self._hasher
         request.block_hashes[:] = self._hashes
         request.update_block_hashes()
+
+
+def answered(request: Any) -> bool:
+    """Whether a request that is over came to its end, and to that without a break."""
+    ends = {"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED"}
+    return request.status.name in ends and request.num_preemptions == 0
 
 
 def count_cached(request: Any, local: int, external: int) -> None:
