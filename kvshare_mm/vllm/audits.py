@@ -23,7 +23,6 @@ from kvshare_mm.reuse.audits import CHUNK, STEPS, Compared, Divergence, changed_
 from kvshare_mm.reuse.calibration import Calibration
 from kvshare_mm.reuse.plan import Promise, ReusePlan
 from kvshare_mm.reuse.scheduler import ReuseScheduler
-from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.lookup import Lookup
 from kvshare_mm.vllm.meta import AuditReport, AuditStep, Orders, Save
 
@@ -112,7 +111,7 @@ class Audits:
             save: what it is stored as, if it is.
         """
         plan, stream, first = lookup.used, lookup.stream, lookup.approximate_from
-        if plan is None or stream is None or first is None or not compat.answered(request):
+        if plan is None or stream is None or first is None or request.num_preemptions:
             return False
         promise = plan.promise
         if promise is None or not promise.ruled:

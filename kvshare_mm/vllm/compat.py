@@ -193,12 +193,6 @@ class SetApart:
         request.update_block_hashes()
 
 
-def answered(request: Any) -> bool:
-    """Whether a request that is over came to its end, and to that without a break."""
-    ends = {"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED"}
-    return request.status.name in ends and request.num_preemptions == 0
-
-
 def count_cached(request: Any, local: int, external: int) -> None:
     """Make vLLM's own accounts (``usage``, metrics) count what is really reused."""
     if request.prefill_stats is not None:

@@ -349,8 +349,10 @@ class SchedulerSide:
         use, gaps = lookup.provenance, lookup.gaps
         if lookup.loading or lookup.local is None:
             use, gaps = Provenance(), 0  # it ended before anything was computed
+        promise = lookup.used.promise if lookup.used is not None and use.reused else None
         use = replace(
             use,
+            expected_divergence=promise and promise.expected,
             recomputed=request.num_prompt_tokens - use.exact - use.reused,
             declined=lookup.declined and str(lookup.declined),
             fallback=lookup.fallback,

@@ -31,6 +31,7 @@ def summary(use: Provenance, gaps: int) -> dict[str, Any]:
         "donors": list(use.donors),
         "declined": use.declined,
         "fallback": use.fallback,
+        "expected_divergence": use.expected_divergence,
     }
 
 
