@@ -180,12 +180,13 @@ class Audits:
             self._not_before = now + orders.audit.span.length / self._budget
             return
         self._waiting.popleft()
-        better = audit.save and self._reuse.heal(audit.save.node.node_id)
-        if audit.save is not None and better is not None:
-            orders.heal = replace(audit.save, node=better, held=False)
-            self._leaving.add(audit.request_id)
+        save = audit.save
+        better = None if save is None else self._reuse.heal(save.node.node_id)
+        self._leaving.add(audit.request_id)
+        if save is not None and better is not None:
+            orders.heal = replace(save, node=better, held=False)
         else:
-            orders.released.append(self._leave(audit.request_id))
+            orders.released.append(audit.request_id)
 
     def reported(self, report: AuditReport) -> None:
         """A chunk is done."""
@@ -230,12 +231,9 @@ class Audits:
 
     def _end(self, audit: _Audit, why: str) -> None:
         self._waiting.remove(audit)
-        self._released.append(self._leave(audit.request_id))
+        self._leaving.add(audit.request_id)
+        self._released.append(audit.request_id)
         self._reuse.counters[f"audits_{why}"] += 1
-
-    def _leave(self, request_id: str) -> str:
-        self._leaving.add(request_id)
-        return request_id
 
     def _learn(self, audit: _Audit, compared: tuple[Compared, ...]) -> None:
         promise = audit.promise

@@ -98,7 +98,7 @@ class VLLMParts:
 
     def _num_audited(self) -> float:
         counted = self.stats()["kvshare"].items()
-        return sum(count for name, count in counted if name.startswith("kvshare:audits_total"))
+        return sum(float(n) for name, n in counted if name.startswith("kvshare:audits_total"))
 
     def flush(self, timeout_s: float | None) -> bool:
         raise ConfigError("flush: vLLM stores donors in its own processes and does not tell when")

@@ -352,7 +352,7 @@ class SchedulerSide:
         promise = lookup.used.promise if lookup.used is not None and use.reused else None
         use = replace(
             use,
-            expected_divergence=promise and promise.expected,
+            expected_divergence=None if promise is None else promise.expected,
             recomputed=request.num_prompt_tokens - use.exact - use.reused,
             declined=lookup.declined and str(lookup.declined),
             fallback=lookup.fallback,
