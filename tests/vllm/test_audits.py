@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from kvshare_mm import KVShare, SamplingParams
@@ -16,6 +18,7 @@ from kvshare_mm.reuse.audits import Compared, Divergence
 from kvshare_mm.reuse.calibration import read_state
 from kvshare_mm.vllm import audits, recompute
 
+from .bursts import Burst, bursts
 from .engines import (
     Shared,
     edited,
@@ -177,6 +180,31 @@ def test_blocks_of_others_are_not_written(engine: Shared) -> None:
     computed = [step.span for step in audit.steps if step.what != "served"]
     assert min(span.start for span in computed) == 105
     assert max(span.end for span in computed) == audit.length == 316
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(burst=bursts(), steps=st.integers(0, 12))
+def test_what_audits_leave_is_exact(engine: Shared, stock: Any, burst: Burst, steps: int) -> None:
+    """Whoever comes while they are under way, and to what they made of others' blocks and nodes."""
+    engine.forget()
+    with engine.keeping_its_blocks():
+        for number, (prompt, length, reuse, pause) in enumerate(burst):
+            engine.add(str(number), prompt, length, reuse=reuse)
+            for _ in range(pause):
+                engine.step()
+        step_until(engine, lambda: not engine.llm.llm_engine.has_unfinished_requests())
+        for _ in range(steps):
+            engine.step()  # audits, if there are any
+        for prompt, length, _, _ in burst:
+            expected = stock_tokens(stock, prompt, length)
+            for reuse in ("exact", "off"):
+                output = answer(engine, prompt, length, reuse=reuse)
+                assert tokens(output) == expected
+                assert not summary(output)["reused"]
+        engine.settle()
+    for node in engine.catalogue.nodes():
+        stored = engine.store.get(node.node_id, node.namespace)
+        assert (stored.node.own, stored.node.exact_len) == (node.own, node.exact_len)
 
 
 def test_a_family_that_keeps_missing_is_shut_off(engine: Shared) -> None:
