@@ -103,7 +103,7 @@ def build_runner(
         ReuseWorker(store, KVEditor(rotary), options.core.packed),
         gone,
         _agreement(ranks),
-        compat.whole_model().compute_logits,
+        compat.logits,
         options.recompute_per_step,
     )
 
