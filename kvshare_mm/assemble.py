@@ -19,6 +19,7 @@ from kvshare_mm.errors import ConfigError
 from kvshare_mm.grammar import Grammars
 from kvshare_mm.index.semantic import Opened
 from kvshare_mm.index.shared import SharedCatalogue
+from kvshare_mm.learned import open_calibration
 from kvshare_mm.modalities.decode_pool import DecodePool
 from kvshare_mm.modalities.decoding import Decoder, InProcess
 from kvshare_mm.modalities.registry import adapters_for
@@ -177,7 +178,7 @@ def assemble(config: KVShareConfig) -> Parts:
     prefiller = Prefiller(runner, donors, config.planner, config.policy, encoder)
     auditor = None
     if donors is not None and isinstance(runner, SlotRunner):
-        calibration = donors.reuse.open_calibration(config, loaded.fingerprint)
+        calibration = open_calibration(config, donors.reuse, loaded.fingerprint)
         if calibration is not None and config.audit_share:
             auditor = Auditor(
                 runner,

@@ -37,7 +37,6 @@ from kvshare_mm.reuse.tree import healed
 from kvshare_mm.stream import Segment, SegmentStream
 
 if TYPE_CHECKING:
-    from kvshare_mm.config import KVShareConfig
     from kvshare_mm.store.states import StateStore
 
 logger = logging.getLogger(__name__)
@@ -91,22 +90,6 @@ class ReuseScheduler:
         self._touched: list[str] = []
         self._dropped: list[str] = []
         self._changed = threading.Condition()
-
-    def open_calibration(self, config: KVShareConfig, fingerprint: str) -> Calibration | None:
-        """Use what audits taught, and will; None: nothing is known and nobody will find out, and
-        the constants hold as they are.
-
-        Raises:
-            ConfigError: a file that was named cannot be used.
-        """
-        kept = config.store_dir and config.store_dir / f"calibration-{fingerprint[:16]}.json"
-        calibration = Calibration(self.counters, kept, audits=config.audit_share > 0)
-        if config.calibration is not None and calibration.empty:
-            calibration.start_from(config.calibration, fingerprint)
-        if calibration.empty and not config.audit_share:
-            return None
-        self.calibration, self.default = calibration, config.policy
-        return calibration
 
     # -- a new request ----------------------------------------------------------------------
 

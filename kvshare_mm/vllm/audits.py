@@ -39,6 +39,7 @@ class _Audit:
     Attributes:
         steps: what is left to compute.
         save: as what it was stored; None: it was not, and nothing is healed.
+        result: what was found, or why nothing was.
     """
 
     request_id: str
@@ -50,6 +51,7 @@ class _Audit:
     length: int
     steps: deque[AuditStep]
     save: Save | None
+    result: str = ""
 
 
 class Audits:
@@ -180,9 +182,9 @@ class Audits:
             self._not_before = now + orders.audit.span.length / self._budget
             return
         self._waiting.popleft()
+        self._leave(audit)
         save = audit.save
         better = None if save is None else self._reuse.heal(save.node.node_id)
-        self._leaving.add(audit.request_id)
         if save is not None and better is not None:
             orders.heal = replace(save, node=better, held=False)
         else:
@@ -230,17 +232,21 @@ class Audits:
     # -- inside -----------------------------------------------------------------------------
 
     def _end(self, audit: _Audit, why: str) -> None:
+        """Give an audit up; what was found already counts."""
         self._waiting.remove(audit)
-        self._leaving.add(audit.request_id)
+        audit.result = audit.result or why
         self._released.append(audit.request_id)
-        self._reuse.counters[f"audits_{why}"] += 1
+        self._leave(audit)
+
+    def _leave(self, audit: _Audit) -> None:
+        self._leaving.add(audit.request_id)
+        self._reuse.counters[f"audits_{audit.result}"] += 1
 
     def _learn(self, audit: _Audit, compared: tuple[Compared, ...]) -> None:
         promise = audit.promise
         facts = changed_facts(self._tokenizer, audit.plan, audit.prompt)
         found = Divergence.of(compared, facts, promise.asked)
-        result = learn(self._calibration, audit.namespace, promise, found)
-        self._reuse.counters[f"audits_{result}"] += 1
+        audit.result = learn(self._calibration, audit.namespace, promise, found)
         self._times.setdefault("divergence", []).append(found.value)
         self._later(self._calibration.save)
 

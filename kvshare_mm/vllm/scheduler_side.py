@@ -17,6 +17,7 @@ import numpy as np
 
 from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import InvalidRequestError, KVUnavailableError
+from kvshare_mm.learned import open_calibration
 from kvshare_mm.node import spans_of
 from kvshare_mm.outputs import Provenance, count_use
 from kvshare_mm.reuse.catalogue import Found
@@ -86,7 +87,7 @@ class SchedulerSide:
     def open_audits(self) -> None:
         """Use what audits taught, and audit if that is asked for; the tokenizer is there."""
         core = self._options.core
-        calibration = self.reuse.open_calibration(core, self.fingerprint)
+        calibration = open_calibration(core, self.reuse, self.fingerprint)
         if calibration is not None and core.audit_share:
             self.audits = Audits(
                 self.reuse,

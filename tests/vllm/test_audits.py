@@ -267,6 +267,17 @@ def test_who_needs_the_blocks_gets_them(engine: Shared, stock: Any) -> None:
     assert again["exact"] + again["reused"] == 316
 
 
+def test_what_was_found_counts_though_room_was_needed_before_the_end(engine: Shared) -> None:
+    engine.serve(ids(300))
+    answer(engine, edited(ids(300)), 100)
+    (audit,) = engine.scheduler.audits._waiting
+    step_until(engine, lambda: bool(audit.result))
+    assert audit.steps and not results(engine)
+    assert engine.scheduler.audits.make_room()
+    engine.settle()
+    assert results(engine) == {"missed": 1} and engine.scheduler.counters["healed"] == 0
+
+
 def test_who_decodes_is_not_preempted_for_an_audit(engine: Shared, stock: Any) -> None:
     engine.serve(ids(300))
     answer(engine, edited(ids(300)))
