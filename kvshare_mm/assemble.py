@@ -19,6 +19,7 @@ from kvshare_mm.errors import ConfigError
 from kvshare_mm.grammar import Grammars
 from kvshare_mm.index.semantic import Opened
 from kvshare_mm.index.shared import SharedCatalogue
+from kvshare_mm.learned import open_calibration
 from kvshare_mm.modalities.decode_pool import DecodePool
 from kvshare_mm.modalities.decoding import Decoder, InProcess
 from kvshare_mm.modalities.registry import adapters_for
@@ -32,7 +33,6 @@ from kvshare_mm.native.plain import PlainRunner
 from kvshare_mm.native.prefill import Prefiller
 from kvshare_mm.native.slots import ModelRunner, SlotRunner
 from kvshare_mm.native.states import StateRunner
-from kvshare_mm.reuse.calibration import Calibration
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.editor import KVEditor
 from kvshare_mm.reuse.plan import Decline
@@ -178,7 +178,7 @@ def assemble(config: KVShareConfig) -> Parts:
     prefiller = Prefiller(runner, donors, config.planner, config.policy, encoder)
     auditor = None
     if donors is not None and isinstance(runner, SlotRunner):
-        calibration = _calibration(config, donors, loaded.fingerprint)
+        calibration = open_calibration(config, donors.reuse, loaded.fingerprint)
         if calibration is not None and config.audit_share:
             auditor = Auditor(
                 runner,
@@ -299,18 +299,6 @@ def _donors(
         )
         donors.shared = SharedDonors(donors, SharedTier(remote, ttl_s), catalogue)
     return donors
-
-
-def _calibration(config: KVShareConfig, donors: DonorPool, fingerprint: str) -> Calibration | None:
-    """What audits taught, and will. Raises ConfigError: a file that was named cannot be used."""
-    kept = config.store_dir and config.store_dir / f"calibration-{fingerprint[:16]}.json"
-    calibration = Calibration(donors.counters, kept, audits=config.audit_share > 0)
-    if config.calibration is not None and calibration.empty:
-        calibration.start_from(config.calibration, fingerprint)
-    if calibration.empty and not config.audit_share:
-        return None  # nothing is known and nobody will find out: the constants hold as they are
-    donors.reuse.calibration, donors.reuse.default = calibration, config.policy
-    return calibration
 
 
 def text_embedder(config: KVShareConfig) -> Callable[[], TextEmbedder]:

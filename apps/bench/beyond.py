@@ -12,7 +12,7 @@ import numpy as np
 
 from kvshare_mm.apps.bench.divergence import agreement
 from kvshare_mm.apps.bench.rig import Rig, Served
-from kvshare_mm.native.audit import kl_divergence
+from kvshare_mm.reuse.audits import kl_divergence
 
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL)
 _FENCE = re.compile(r"```\w*\n(.*?)(?:```|\Z)", re.DOTALL)

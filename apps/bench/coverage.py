@@ -31,8 +31,9 @@ from kvshare_mm.apps.bench.rig import Rig, Served
 from kvshare_mm.apps.bench.shifts import Asked
 from kvshare_mm.apps.bench.tasks.facts import states
 from kvshare_mm.errors import InvalidRequestError
-from kvshare_mm.native.audit import Audit, Auditor, kl_divergence
+from kvshare_mm.native.audit import Audit, Auditor
 from kvshare_mm.request import RequestSpec
+from kvshare_mm.reuse.audits import kl_divergence
 from kvshare_mm.reuse.calibration import ROUNDING, Calibration
 from kvshare_mm.reuse.repair import asked_divergence
 from kvshare_mm.sampling import SamplingParams

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvshare_mm.apps.bench.rig import Served
-from kvshare_mm.native.audit import kl_divergence
+from kvshare_mm.reuse.audits import kl_divergence
 from kvshare_mm.reuse.plan import ReusePlan
 
 

@@ -9,7 +9,6 @@ and computed again later.
 from __future__ import annotations
 
 import logging
-import math
 import random
 import time
 from bisect import bisect_left
@@ -23,51 +22,29 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.attention import GivenUp, TailAttention
-from kvshare_mm.errors import ModelOutputError
 from kvshare_mm.native.encoder import MediaEncoder
 from kvshare_mm.native.inputs import MediaInputs
 from kvshare_mm.native.media import PromptMedia
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.request import RequestSpec
+from kvshare_mm.reuse.audits import (
+    BUCKETS,
+    CHUNK,
+    STEPS,
+    Compared,
+    Divergence,
+    changed_facts,
+    compared,
+    learn,
+)
 from kvshare_mm.reuse.calibration import Calibration
 from kvshare_mm.reuse.donors import DonorPool
 from kvshare_mm.reuse.plan import Promise, ReusePlan
-from kvshare_mm.reuse.words import facts_of
 
 logger = logging.getLogger(__name__)
 
-# Tokens of an answer that are compared.
-_STEPS = 64
-# Positions of a forward: what is lost at most when somebody asks.
-_CHUNK = 64
 # Audits that wait, and what the logits kept for them take at most.
 _MAX_WAITING, _MAX_BYTES = 16, 256 << 20
-# Upper bounds (nats) of what is counted together.
-BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """How far an answer was from what full recompute says to the same tokens.
-
-    Attributes:
-        first: KL(full || served) of the first token, nats.
-        mean, worst: of all tokens that were compared.
-        differs_at: the first token for which the two would choose another one greedily, or None.
-        fact: a number or a name of the prompt that the donor did not have would be another, and
-            not for rounding: the divergence there is larger than was asked for.
-    """
-
-    first: float
-    mean: float
-    worst: float
-    differs_at: int | None
-    fact: bool
-
-    @property
-    def value(self) -> float:
-        """The one number that a bound is about."""
-        return max(self.first, self.mean)
 
 
 @dataclass(eq=False, slots=True)
@@ -80,7 +57,7 @@ class Audit:
         node_id: what it was stored as; None: it was not, or is not yet.
         slot: where it is computed; -1: nowhere.
         done: so many positions were.
-        compared: by token of the answer: KL, greedy choice of full recompute, of what was served.
+        compared: the tokens of the answer.
         attention: ``[P]`` float32, where the prompt's last position looked.
     """
 
@@ -92,12 +69,12 @@ class Audit:
     node_id: str | None = None
     slot: int = -1
     done: int = 0
-    compared: list[tuple[float, int, int]] = field(default_factory=list)
+    compared: list[Compared] = field(default_factory=list)
     attention: np.ndarray | None = None
 
     def keep(self, logits: torch.Tensor) -> None:
         """Remember what the next token (``[vocab_size]``) was chosen from."""
-        if len(self.logits) < _STEPS:
+        if len(self.logits) < STEPS:
             self.logits.append(logits.detach().to("cpu", copy=True))
 
     @property
@@ -113,14 +90,6 @@ class Audit:
     def length(self) -> int:
         """Positions to compute: all that the node of the request holds."""
         return len(self.spec.stream) + len(self.answer) - 1
-
-    def facts(self, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-        """Tokens of numbers and names in the prompt that its donors do not have there."""
-        changed = ~self.plan.kept
-        if self.plan.unedited is not None:
-            changed &= ~self.plan.unedited
-        ids = self.spec.stream.token_ids
-        return facts_of(tokenizer, ids, changed) if tokenizer else frozenset()
 
 
 class Auditor:
@@ -257,7 +226,7 @@ class Auditor:
         ids = np.concatenate((stream.token_ids, np.array(audit.answer[:-1], np.int64)))
         # A chunk ends with the prompt: where its last position looks is kept with the node.
         limit = len(stream) if audit.done < len(stream) else len(ids)
-        index = np.arange(audit.done, min(audit.done + _CHUNK, limit))
+        index = np.arange(audit.done, min(audit.done + CHUNK, limit))
         ahead = index[-1] + 1 - len(stream)  # tokens of the answer that were computed with it
         tail = TailAttention() if ahead == 0 else None
         inputs = self._inputs(audit, index, len(ids))
@@ -271,10 +240,7 @@ class Auditor:
         for full, served in zip(logits, audit.logits[ahead + 1 - keep :], strict=False):
             if given_up():
                 raise GivenUp
-            kl = kl_divergence(full.cpu(), served)
-            if not math.isfinite(kl):
-                raise ModelOutputError("logits that are no numbers")
-            found.append((kl, int(full.argmax()), int(served.argmax())))
+            found.append(compared(full.cpu(), served))
         audit.compared += found
         audit.done = int(index[-1]) + 1
         if tail is not None:
@@ -289,29 +255,13 @@ class Auditor:
         return inputs and replace(inputs, positions=stream.positions_to(length))
 
     def _learn(self, audit: Audit) -> None:
-        kls = [kl for kl, _, _ in audit.compared]
-        other = [i for i, (_, full, served) in enumerate(audit.compared) if full != served]
-        facts = audit.facts(self._tokenizer)
-        fact = any(
-            facts.intersection(audit.compared[i][1:]) and kls[i] > audit.promise.asked
-            for i in other
-        )
-        found = Divergence(kls[0], sum(kls) / len(kls), max(kls), other[0] if other else None, fact)
+        spec, promise = audit.spec, audit.promise
+        facts = changed_facts(self._tokenizer, audit.plan, spec.stream.token_ids)
+        found = Divergence.of(audit.compared, facts, promise.asked)
         self.results.append(found)
         self._buckets[bisect_left(BUCKETS, found.value)] += 1
         self._sum += found.value
-        promise = audit.promise
-        missed = self.calibration.observe(
-            audit.spec.namespace,
-            promise.family,
-            observed=found.value,
-            bound=promise.bound,
-            asked=promise.asked,
-            expected=promise.expected,
-            fact=found.fact,
-            trial=promise.trial,
-        )
-        self.counters["fact" if found.fact else "missed" if missed else "kept"] += 1
+        self.counters[learn(self.calibration, spec.namespace, promise, found)] += 1
 
     def heal(self, audit: Audit, donors: DonorPool) -> None:
         """Make the node of an audit that is over exact, and keep what was learned; from any
@@ -333,10 +283,3 @@ class Auditor:
             "waiting": len(self._waiting),
             "divergence": {"bounds": BUCKETS, "counts": list(self._buckets), "sum": self._sum},
         }
-
-
-def kl_divergence(full: torch.Tensor, other: torch.Tensor) -> float:
-    """KL(full || other) in nats of two logit vectors ``[vocab_size]``; NaN if one holds any."""
-    p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
-    kl = float((p.exp() * (p - q)).sum())
-    return kl if math.isnan(kl) else max(0.0, kl)

@@ -33,6 +33,7 @@ from kvshare_mm.reuse.repair import (
     repaired_plan,
     with_factor,
 )
+from kvshare_mm.reuse.tree import healed
 from kvshare_mm.stream import Segment, SegmentStream
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class ReuseScheduler:
         # Nodes whose KV is on its way, with their words; and by how many holders nodes were
         # restored that not all have told of.
         self._saving: dict[str, tuple[Node, str]] = {}
+        self._healing: dict[str, Node] = {}
         self._restored: dict[str, int] = {}
         self._touched: list[str] = []
         self._dropped: list[str] = []
@@ -252,6 +254,15 @@ class ReuseScheduler:
             self._saving[node.node_id] = node, text
         return node
 
+    def heal(self, node_id: str) -> Node | None:
+        """What a node is once the KV of its request was computed in full; it takes its place when
+        all holders report that they have it. None: it is gone, or exact already."""
+        node = self.catalogue.tree.get(node_id)
+        if node is None or node.exact_len == len(node):
+            return None
+        self._healing[node_id] = healed(node, self.catalogue.tree, None)
+        return self._healing[node_id]
+
     def saving(self, ns: str) -> list[str]:
         """Nodes of a namespace whose KV is on its way."""
         with self._changed:
@@ -283,10 +294,19 @@ class ReuseScheduler:
         for node_id, holders in report.stored.items():
             with self._changed:
                 saved = self._saving.get(node_id)
-            if saved is not None and holders == self._num_holders:
+            better = self._healing.pop(node_id, None)
+            if holders == self._num_holders:
                 mass = report.attention.get(node_id)
                 attention = None if mass is None else (mass / holders).astype(np.float32)
-                self._saved(*saved, attention)
+                if saved is not None:
+                    self._saved(*saved, attention)
+                elif better is not None:
+                    self._healed(better, attention)
+
+    def _healed(self, node: Node, attention: np.ndarray | None) -> None:
+        if attention is not None:
+            node = replace(node, attention=attention)
+        self.counters["healed"] += self.catalogue.replace(node)
 
     def _saved(self, node: Node, text: str, attention: np.ndarray | None) -> None:
         self._add(node if attention is None else replace(node, attention=attention))
@@ -308,6 +328,7 @@ class ReuseScheduler:
     def forget(self, node_id: str) -> None:
         """A node's KV is gone, or never came."""
         self._over(node_id)
+        self._healing.pop(node_id, None)
         if self.catalogue.remove(node_id):
             self.counters["forgotten"] += 1
             if self.semantic is not None:

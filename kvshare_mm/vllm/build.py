@@ -45,7 +45,8 @@ def build_scheduler(
     scheduler.obstacle = deployment_obstacle(vllm_config, kv_cache_config)
     if scheduler.obstacle is not None:
         logger.warning("KVShare is off: %s", scheduler.obstacle)
-    elif not vllm_config.model_config.skip_tokenizer_init:
+        return scheduler
+    if not vllm_config.model_config.skip_tokenizer_init:
         from vllm.tokenizers import cached_tokenizer_from_config
 
         tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
@@ -58,6 +59,7 @@ def build_scheduler(
             scheduler.reuse.semantic = SemanticIndex(
                 opened, [], lambda node_id, embedding: True, scheduler.counters
             )
+    scheduler.open_audits()
     return scheduler
 
 
@@ -101,6 +103,7 @@ def build_runner(
         ReuseWorker(store, KVEditor(rotary), options.core.packed),
         gone,
         _agreement(ranks),
+        compat.logits,
         options.recompute_per_step,
     )
 

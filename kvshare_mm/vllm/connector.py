@@ -63,7 +63,18 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.allocated(request, block_ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
-        return Orders() if self._scheduler is None else self._scheduler.orders()
+        if self._scheduler is None:
+            return Orders()
+        return self._scheduler.orders(scheduler_output.total_num_scheduled_tokens)
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        if self._scheduler is not None and self._scheduler.audits is not None:
+            self._scheduler.audits.pool = gpu_block_pool
+
+    def has_pending_block_frees(self) -> bool:
+        """Somebody needs blocks."""
+        audits = None if self._scheduler is None else self._scheduler.audits
+        return audits is not None and audits.make_room()
 
     def has_pending_push_work(self) -> bool:
         return self._scheduler is not None and self._scheduler.busy
@@ -76,6 +87,8 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.reported(report, self._requests.get)
         for request_id in connector_output.finished_recving or ():
             self._scheduler.loaded(request_id)
+        if self._scheduler.audits is not None:
+            self._scheduler.audits.given_back(connector_output.finished_sending or ())
 
     def request_finished(
         self, request: Any, block_ids: list[int]

@@ -90,12 +90,15 @@ class PartialForward:
             table = (table[:, None] * self._split + torch.arange(self._split)).flatten().int()
         return table.to(self._device)
 
-    def run(self, parts: Sequence[Part], keep: bool = True) -> None:
+    def run(self, parts: Sequence[Part], keep: bool = True) -> torch.Tensor:
         """Compute the KV of `parts`, of different requests, in one forward.
 
         Args:
             keep: whether what is computed goes into their blocks; else it is lost, and what is
                 there seen.
+
+        Returns:
+            ``[n, hidden_size]`` hidden states, in order if there is one span.
         """
         # Some backends want single tokens, which are decodes to them, before longer runs.
         rows = sorted(
@@ -140,7 +143,10 @@ class PartialForward:
                 skip_compiled=True,
             ),
         ):
-            self._model(input_ids=torch.from_numpy(ids).to(self._device), positions=places)
+            hidden: torch.Tensor = self._model(
+                input_ids=torch.from_numpy(ids).to(self._device), positions=places
+            )
+        return hidden
 
     def _where(self, span: Span, part: Part) -> np.ndarray:
         """Rotary positions as the model takes them."""

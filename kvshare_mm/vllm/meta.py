@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvshare_mm.node import Node, Piece, Span
+from kvshare_mm.reuse.audits import Compared
 from kvshare_mm.reuse.orders import Report
 
 
@@ -51,6 +52,7 @@ class Save:
         node: what it becomes; its rows are read out of the blocks.
         block_ids: its blocks, held until the save is reported.
         last_token: token at `last`, the prompt's last position: what it looked at is recorded.
+        held: its blocks are held on: it will be audited.
     """
 
     request_id: str
@@ -58,6 +60,43 @@ class Save:
     block_ids: tuple[int, ...]
     last: int
     last_token: int
+    held: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AuditStep:
+    """Compute a chunk of a finished request, in the blocks that are held for it.
+
+    Attributes:
+        span: its positions.
+        what: ``served``: over the KV that it was served with, which stays as it is, and keep the
+            logits; ``compute``: anew, into its blocks; ``compare``: the same, and the logits are
+            compared with those that were kept.
+        token_ids: ``[N]`` int64 of the request.
+        positions: ``[3, N]`` rotary positions; None: the index.
+        block_ids: its blocks.
+    """
+
+    request_id: str
+    span: Span
+    what: Literal["served", "compute", "compare"]
+    token_ids: np.ndarray
+    positions: np.ndarray | None
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """A chunk of an audit is done.
+
+    Attributes:
+        compared: the answer's first tokens, after ``compare``, from one rank.
+        failed: it could not be computed.
+    """
+
+    request_id: str
+    compared: tuple[Compared, ...] = ()
+    failed: bool = False
 
 
 @dataclass
@@ -67,12 +106,18 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
     Attributes:
         touched: nodes that were asked for again.
         dropped: nodes that are to be deleted.
+        audit: a chunk of an audit.
+        heal: keep this instead of what the request was saved as; its blocks are given back.
+        released: requests whose blocks are given back: their audits are over.
     """
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     touched: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    audit: AuditStep | None = None
+    heal: Save | None = None
+    released: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -83,19 +128,29 @@ class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
         kv: what became of stored KV.
         failed: why loads failed, by request.
         obstacle: why a rank cannot take part at all, or None.
+        audit: what became of the chunk that was ordered.
     """
 
     kv: Report = field(default_factory=Report)
     failed: dict[str, str] = field(default_factory=dict)
     obstacle: str | None = None
+    audit: AuditReport | None = None
 
     def aggregate(self, other: Any) -> WorkerReport:
         """Both reports as one."""
         self.kv.add(other.kv)
         self.failed.update(other.failed)
         self.obstacle = self.obstacle or other.obstacle
+        if self.audit is None:
+            self.audit = other.audit
+        elif other.audit is not None:  # of the same chunk: all ranks get the same orders
+            compared, failed = (
+                self.audit.compared or other.audit.compared,
+                self.audit.failed or other.audit.failed,
+            )
+            self.audit = AuditReport(self.audit.request_id, compared, failed)
         return self
 
     @property
     def empty(self) -> bool:
-        return self.kv.empty and not (self.failed or self.obstacle)
+        return self.kv.empty and not (self.failed or self.obstacle or self.audit)

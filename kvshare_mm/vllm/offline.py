@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import Counter
@@ -36,6 +37,8 @@ from kvshare_mm.vllm.room import fitted
 _MAX_SEED = 1 << 63
 # Donors on their way to the disk are written in this time.
 _SHUTDOWN_S = 30.0
+# How often is looked whether audits are over.
+_AUDITED_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,19 @@ class VLLMParts:
         }
 
     def wait_audited(self, timeout_s: float | None) -> bool:
-        return True  # inside vLLM nothing is audited
+        """What is over is known from vLLM's statistics."""
+        if self.engine.num_drawn and not self.engine.counts:
+            raise ConfigError("wait_audited: vLLM does not tell with disable_log_stats")
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while self._num_audited() < self.engine.num_drawn:
+            if time.monotonic() > deadline or not self.engine.healthy:
+                return False
+            time.sleep(_AUDITED_S)
+        return True
+
+    def _num_audited(self) -> float:
+        counted = self.stats()["kvshare"].items()
+        return sum(float(n) for name, n in counted if name.startswith("kvshare:audits_total"))
 
     def flush(self, timeout_s: float | None) -> bool:
         raise ConfigError("flush: vLLM stores donors in its own processes and does not tell when")
@@ -152,6 +167,8 @@ class VLLMEngine:
 
     Attributes:
         block_size: tokens of a block of vLLM's prefix cache.
+        num_drawn: requests that were drawn for an audit.
+        counts: whether vLLM tells what was counted.
 
     Raises:
         ConfigError: vLLM knows no such argument.
@@ -160,6 +177,7 @@ class VLLMEngine:
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.counters: Counter[str] = Counter()
+        self.num_drawn = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -175,6 +193,7 @@ class VLLMEngine:
             raise
         self.max_model_len = int(self._llm.model_config.max_model_len)
         self.block_size = int(self._llm.vllm_config.cache_config.block_size)
+        self.counts = bool(self._llm.log_stats)
 
     def submit(self, spec: RequestSpec, sink: Sink) -> str:
         """Hand a request to vLLM; chunks and at last its output, or an error, go to `sink`.
@@ -248,6 +267,7 @@ class VLLMEngine:
             reason: FinishReason = "length" if last.outputs[0].finish_reason == "length" else "stop"
             output = request.finish(reason, last)
             self._count(output)
+            self.num_drawn += bool(_summary_of(last).get("audit"))
             sink(StreamChunk(chunk.text, chunk.token_ids, output, chunk.logprobs))
         except asyncio.CancelledError:
             self.counters["finished_abort"] += 1
@@ -299,7 +319,7 @@ def provenance_of(last: Any, stream: SegmentStream) -> Provenance:
         stream: its prompt.
     """
     num_tokens = len(stream)
-    summary = (last.kv_transfer_params or {}).get("kvshare") or {}
+    summary = _summary_of(last)
     reused = int(summary.get("reused") or 0)
     exact = summary.get("exact")
     exact = (last.num_cached_tokens or 0) if exact is None else int(exact)
@@ -311,8 +331,14 @@ def provenance_of(last: Any, stream: SegmentStream) -> Provenance:
         similarity=(exact + reused) / num_tokens,
         declined=summary.get("declined"),
         fallback=summary.get("fallback"),
+        expected_divergence=summary.get("expected_divergence"),
         media=uses_of(stream, exact + reused + int(summary.get("gaps") or 0)),
     )
+
+
+def _summary_of(last: Any) -> dict[str, Any]:
+    """What the connector says of a request in vLLM's last `RequestOutput` of it."""
+    return dict((last.kv_transfer_params or {}).get("kvshare") or {})
 
 
 async def _start(arguments: Mapping[str, Any]) -> Any:

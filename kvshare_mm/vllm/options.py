@@ -13,6 +13,8 @@ from kvshare_mm.errors import ConfigError, InvalidRequestError
 # What `KVShareConfig` says about reuse and storage; the rest is vLLM's own business.
 SHARED_OPTIONS = frozenset(
     {
+        "audit_budget",
+        "audit_share",
         "cache_salt",
         "disk_bytes",
         "donor_dtype",

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import InvalidRequestError, KVUnavailableError
+from kvshare_mm.learned import open_calibration
 from kvshare_mm.node import spans_of
 from kvshare_mm.outputs import Provenance, count_use
 from kvshare_mm.reuse.catalogue import Found
@@ -25,7 +26,9 @@ from kvshare_mm.reuse.repair import RepairPolicy
 from kvshare_mm.reuse.scheduler import ReuseScheduler, namespace
 from kvshare_mm.stream import MEDIA_BIT, SegmentStream
 from kvshare_mm.vllm import compat
+from kvshare_mm.vllm.audits import Audits
 from kvshare_mm.vllm.gate import request_obstacle
+from kvshare_mm.vllm.lookup import Lookup
 from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.options import ConnectorOptions, request_options
@@ -33,38 +36,6 @@ from kvshare_mm.vllm.spans import cut, kept_in_the_end, loadable_end, within
 from kvshare_mm.vllm.stats import summary
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Lookup:
-    """A request on its way to its plan and, perhaps, its load.
-
-    Attributes:
-        stream: its prompt; None if it takes no part.
-        plan: what may be reused; None while it is looked up.
-        declined: why nothing (more) is loaded, or None.
-        apart: how its blocks are kept from exact requests; None: they need not be.
-        asked: tokens of vLLM's own prefix cache when it was last asked about.
-        local: the same when it first got blocks; None: it has had none.
-        used: the plan that was loaded; None: none was.
-        gaps: positions that its load computed.
-    """
-
-    namespace: str
-    options: RequestOptions
-    deadline: float
-    stream: SegmentStream | None = None
-    future: Future[ReusePlan] | None = None
-    plan: ReusePlan | None = None
-    declined: str | None = None
-    loading: bool = False
-    apart: compat.SetApart | None = None
-    asked: int = 0
-    local: int | None = None
-    used: ReusePlan | None = None
-    gaps: int = 0
-    fallback: str | None = None
-    provenance: Provenance = field(default_factory=Provenance)
 
 
 class SchedulerSide:
@@ -81,9 +52,10 @@ class SchedulerSide:
     Attributes:
         reuse: the donors.
         counters: events since they were last told to vLLM.
-        times: seconds by name, the same.
+        times: what was observed by name, the same.
         obstacle: why nothing is shared in this deployment, or None.
         tokenizer: turns prompts back into text, for a search by meaning, which needs one.
+        audits: of requests that reused approximately; None: there are none.
     """
 
     def __init__(
@@ -100,26 +72,43 @@ class SchedulerSide:
         self.times: dict[str, list[float]] = {}
         self.obstacle: str | None = None
         self.tokenizer: Any = None
+        self.audits: Audits | None = None
         self._options = options
         self.fingerprint = fingerprint
         self._block_size = block_size
         self._merge = merge
         self._planner = core.planner
-        self._lookups: dict[str, _Lookup] = {}
+        self._lookups: dict[str, Lookup] = {}
         self._loads: list[Load] = []
         self._saves: list[Save] = []
         self._heard = threading.Event()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="kvshare-lookup")
+
+    def open_audits(self) -> None:
+        """Use what audits taught, and audit if that is asked for; the tokenizer is there."""
+        core = self._options.core
+        calibration = open_calibration(core, self.reuse, self.fingerprint)
+        if calibration is not None and core.audit_share:
+            self.audits = Audits(
+                self.reuse,
+                calibration,
+                core.audit_share,
+                core.audit_budget,
+                self.times,
+                self._threads.submit,
+                self.tokenizer,
+            )
 
     # -- a new request ----------------------------------------------------------------------
 
     def add(self, request: Any) -> None:
         """Begin looking for donors."""
         salt = f"{self._options.core.cache_salt}\0{request.cache_salt or ''}"
-        lookup = _Lookup(
+        lookup = Lookup(
             namespace=namespace(self.fingerprint, salt),
             options=RequestOptions(),
             deadline=time.monotonic() + self._options.lookup_deadline_s,
+            num_blocks=-(-request.num_prompt_tokens // self._block_size),
         )
         self._lookups[request.request_id] = lookup
         lookup.declined = "unsupported" if self.obstacle else request_obstacle(request)
@@ -205,7 +194,7 @@ class SchedulerSide:
             return 0, False
         return end - local, True
 
-    def _arrived(self, lookup: _Lookup) -> bool:
+    def _arrived(self, lookup: Lookup) -> bool:
         """Take up a plan that is ready, or do without one that is late."""
         assert lookup.future is not None
         if not lookup.future.done():
@@ -256,8 +245,8 @@ class SchedulerSide:
         self._loads.append(load)
         approximate = plan.approximate[:end] & kept
         if approximate.any() and lookup.apart is None:
-            first = int(np.flatnonzero(approximate)[0]) // self._block_size
-            lookup.apart = compat.SetApart(request, first)
+            lookup.approximate_from = int(np.flatnonzero(approximate)[0])
+            lookup.apart = compat.SetApart(request, lookup.approximate_from // self._block_size)
         lookup.gaps = int(compute.sum())
         compat.count_cached(request, local, external - lookup.gaps)
         exact = local
@@ -277,16 +266,25 @@ class SchedulerSide:
 
     # -- a step -----------------------------------------------------------------------------
 
-    def orders(self) -> Orders:
-        """What the workers shall do in this step."""
+    def orders(self, num_scheduled: int) -> Orders:
+        """What the workers shall do in this step.
+
+        Args:
+            num_scheduled: tokens that vLLM computes in it.
+        """
+        idle = not (self._lookups or self._loads or self._saves or self.reuse.busy)
         orders = Orders(self._loads, self._saves, *self.reuse.orders())
         self._loads, self._saves = [], []
+        if self.audits is not None:
+            self.audits.give_way(self._lookups.values(), num_scheduled)
+            self.audits.order(orders, idle)
         return orders
 
     @property
     def busy(self) -> bool:
         """Whether workers have something to do even if no request runs."""
-        return bool(self._loads or self._saves or self.reuse.busy)
+        audits = self.audits is not None and self.audits.busy
+        return bool(self._loads or self._saves or self.reuse.busy or audits)
 
     def reported(self, report: WorkerReport, requests: Any) -> None:
         """Take up what the workers did.
@@ -298,6 +296,8 @@ class SchedulerSide:
             self.obstacle = report.obstacle
             logger.warning("KVShare is off: %s", report.obstacle)
         self.reuse.reported(report.kv)
+        if report.audit is not None and self.audits is not None:
+            self.audits.reported(report.audit)
         for request_id, reason in report.failed.items():
             self._failed(request_id, reason, requests(request_id))
         self._heard.set()
@@ -312,6 +312,7 @@ class SchedulerSide:
         lookup.gaps = 0
         lookup.provenance = Provenance()
         lookup.local = None
+        lookup.approximate_from = None
         if request is not None and lookup.apart is not None:
             lookup.apart.undo(request)
         lookup.apart = None
@@ -329,14 +330,30 @@ class SchedulerSide:
         if lookup.future is not None:
             lookup.future.cancel()
         use = self._use(request, lookup)
-        return self._keep(request, lookup, block_ids), {"kvshare": use}
+        # The last token's KV is not computed any more.
+        length = min(request.num_computed_tokens, request.num_tokens - 1)
+        if (
+            lookup.loading
+            or self.obstacle is not None
+            or not request.num_prompt_tokens <= length <= len(block_ids) * self._block_size
+        ):
+            return False, {"kvshare": use}
+        save = self._keep(request, lookup, length, block_ids)
+        audits = self.audits
+        drawn = audits is not None and audits.draw(request, lookup, length, block_ids, save)
+        if save is not None:
+            self._saves.append(replace(save, held=drawn))
+        audit = {"audit": True} if drawn else {}
+        return save is not None or drawn, {"kvshare": {**use, **audit}}
 
-    def _use(self, request: Any, lookup: _Lookup) -> dict[str, Any]:
+    def _use(self, request: Any, lookup: Lookup) -> dict[str, Any]:
         use, gaps = lookup.provenance, lookup.gaps
         if lookup.loading or lookup.local is None:
             use, gaps = Provenance(), 0  # it ended before anything was computed
+        promise = lookup.used.promise if lookup.used is not None and use.reused else None
         use = replace(
             use,
+            expected_divergence=None if promise is None else promise.expected,
             recomputed=request.num_prompt_tokens - use.exact - use.reused,
             declined=lookup.declined and str(lookup.declined),
             fallback=lookup.fallback,
@@ -344,21 +361,11 @@ class SchedulerSide:
         count_use(self.counters, use)
         return summary(use, gaps)
 
-    def _keep(self, request: Any, lookup: _Lookup, block_ids: list[int]) -> bool:
-        """Order a finished request's KV to be stored, if it is worth it."""
-        if (
-            lookup.loading
-            or not lookup.options.store
-            or lookup.stream is None
-            or self.obstacle is not None
-            or (lookup.options.reuse or self._options.core.reuse) == "off"
-        ):
-            return False
-        # The last token's KV is not computed any more.
-        length = min(request.num_computed_tokens, request.num_tokens - 1)
-        last = request.num_prompt_tokens - 1
-        if length <= last or length > len(block_ids) * self._block_size:
-            return False
+    def _keep(self, request: Any, lookup: Lookup, length: int, block_ids: list[int]) -> Save | None:
+        """What a finished request is to be stored as, if it is worth it."""
+        off = (lookup.options.reuse or self._options.core.reuse) == "off"
+        if not lookup.options.store or lookup.stream is None or off:
+            return None
         stream = lookup.stream
         answer = np.asarray(request.all_token_ids[len(stream) : length], np.uint64)
         plan = lookup.used
@@ -375,10 +382,10 @@ class SchedulerSide:
             media=stream.media,
         )
         if node is None:
-            return False
+            return None
+        last = request.num_prompt_tokens - 1
         token = int(request.all_token_ids[last])
-        self._saves.append(Save(request.request_id, node, tuple(block_ids), last, token))
-        return True
+        return Save(request.request_id, node, tuple(block_ids), last, token)
 
     def _text(self, keys: np.ndarray) -> str:
         words = keys[keys < MEDIA_BIT].astype(np.int64).tolist()
@@ -388,3 +395,5 @@ class SchedulerSide:
         self._heard.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.reuse.close()
+        if self.audits is not None:
+            self.audits.close()

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 from kvshare_mm.metrics import SMALL_SECONDS
 from kvshare_mm.outputs import Provenance
+from kvshare_mm.reuse.audits import BUCKETS
 
 
 def summary(use: Provenance, gaps: int) -> dict[str, Any]:
@@ -30,11 +31,12 @@ def summary(use: Provenance, gaps: int) -> dict[str, Any]:
         "donors": list(use.donors),
         "declined": use.declined,
         "fallback": use.fallback,
+        "expected_divergence": use.expected_divergence,
     }
 
 
 class KVShareStats(KVConnectorStats):  # type: ignore[misc]
-    """What was counted and timed since the last report: numbers, and lists of seconds."""
+    """What was counted and observed since the last report: numbers, and lists of them."""
 
     def reset(self) -> None:
         self.data: dict[str, Any] = {}
@@ -68,21 +70,35 @@ _FAMILIES = (
     ("prompt_tokens_", "kvshare:prompt_tokens", "source", "Prompt tokens by where KV came from."),
     ("declined_", "kvshare:declined", "reason", "Requests that reused nothing (more)."),
     ("fallback_", "kvshare:fallback", "cause", "Planned reuses that were given up."),
+    (
+        "audits_",
+        "kvshare:audits",
+        "result",
+        "Requests computed in full afterwards, by what was found, or why nothing was.",
+    ),
     ("", "kvshare:donor_events", "event", "What happened to donors."),
 )
-_TIMES = {
-    "lookup_seconds": ("kvshare:lookup_seconds", "Finding candidate donors."),
-    "plan_seconds": ("kvshare:plan_seconds", "Alignment and planning."),
+# Histogram by name of what is observed: metric, help, bounds.
+_OBSERVED = {
+    "lookup_seconds": ("kvshare:lookup_seconds", "Finding candidate donors.", SMALL_SECONDS),
+    "plan_seconds": ("kvshare:plan_seconds", "Alignment and planning.", SMALL_SECONDS),
     "load_seconds": (
         "kvshare:load_seconds",
         "A step's work on loads: donors' KV into the pages, the gaps computed.",
+        SMALL_SECONDS,
+    ),
+    "divergence": (
+        "kvshare:divergence",
+        "KL from full recompute (nats) of audited requests: the larger of the first token's and "
+        "the mean along the answer.",
+        BUCKETS,
     ),
 }
 
 
 def _unregister_former() -> None:
     """Take the counters of a former engine of this process away, as vLLM does with its own."""
-    names = {name for _, name, *_ in _FAMILIES} | {name for name, _ in _TIMES.values()}
+    names = {name for _, name, *_ in _FAMILIES} | {name for name, *_ in _OBSERVED.values()}
     for collector in list(REGISTRY._collector_to_names):
         if getattr(collector, "_name", None) in names:
             REGISTRY.unregister(collector)
@@ -107,20 +123,20 @@ class KVShareProm(KVConnectorPromMetrics):  # type: ignore[misc]
             )
             for prefix, name, by, about in _FAMILIES
         ]
-        self._times = {
+        self._observed = {
             key: self._histogram_cls(
-                name=name, documentation=about, buckets=SMALL_SECONDS, labelnames=labelnames
+                name=name, documentation=about, buckets=bounds, labelnames=labelnames
             )
-            for key, (name, about) in _TIMES.items()
+            for key, (name, about, bounds) in _OBSERVED.items()
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         labels = self.per_engine_labelvalues[engine_idx]
         for key, count in transfer_stats_data.items():
-            if key in self._times:
-                histogram = self._times[key].labels(*labels)
-                for seconds in count:
-                    histogram.observe(seconds)
+            if key in self._observed:
+                histogram = self._observed[key].labels(*labels)
+                for value in count:
+                    histogram.observe(value)
                 continue
             for prefix, counter in self._families:
                 if key.startswith(prefix):

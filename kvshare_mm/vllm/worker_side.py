@@ -21,10 +21,12 @@ import torch
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.node import Span
 from kvshare_mm.reuse.editor import Placement
+from kvshare_mm.reuse.orders import Report
 from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.vllm.forward import Part, PartialForward
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.pages import PageLayout
+from kvshare_mm.vllm.recompute import Head, Recompute
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class WorkerSide:
         worker: this rank's share of the donors' KV.
         gone: what the store dropped; it is appended to from any thread.
         agree: whether all ranks say yes.
+        head: the model's, see `Recompute`.
         budget: most tokens that loads compute in one step.
     """
 
@@ -62,6 +65,7 @@ class WorkerSide:
         worker: ReuseWorker,
         gone: deque[str],
         agree: Callable[[bool], bool],
+        head: Head,
         budget: int,
     ) -> None:
         self.counters: Counter[str] = Counter()
@@ -72,6 +76,7 @@ class WorkerSide:
         self._worker = worker
         self._gone = gone
         self._agree = agree
+        self._recompute = Recompute(forward, head)
         self._budget = budget
         self._loads: list[_Running] = []
         self._waiting: deque[Load] = deque()
@@ -91,8 +96,14 @@ class WorkerSide:
         if self._advance():
             self.times.setdefault("load_seconds", []).append(time.perf_counter() - start)
         self._saves.extend(orders.saves)
+        for request_id in orders.released:
+            self._release(request_id)
         if self._saves:
             self._save(self._saves.popleft())
+        if orders.audit is not None:
+            self._report.audit = self._recompute.step(orders.audit)
+        if orders.heal is not None:
+            self._heal(orders.heal)
         self._worker.carry_out(orders.touched, orders.dropped)
 
     def finished(self) -> tuple[set[str], set[str], set[str]]:
@@ -194,8 +205,9 @@ class WorkerSide:
     # -- saves ------------------------------------------------------------------------------
 
     def _save(self, save: Save) -> None:
-        """Take up a request; whatever happens, its blocks are given back."""
-        self._sent.add(save.request_id)
+        """Take up a request; whatever happens, its blocks are given back, unless they are held."""
+        if not save.held:
+            self._sent.add(save.request_id)
         try:
             attention, k, v = self._read(save)
         except Exception:
@@ -207,6 +219,37 @@ class WorkerSide:
         if attention is not None:
             report.attention[save.node.node_id] = attention
         self._report.kv.add(report)
+
+    def _release(self, request_id: str) -> None:
+        """Give blocks back that were held, once the request is saved."""
+        for i, save in enumerate(self._saves):
+            if save.request_id == request_id:
+                self._saves[i] = replace(save, held=False)
+                return
+        self._sent.add(request_id)
+
+    def _heal(self, save: Save) -> None:
+        """Keep a request that was computed in full, on all ranks or on none."""
+        self._sent.add(save.request_id)
+        node_id, kv = save.node.node_id, None
+        try:
+            kv = self._read(save)
+        except Exception:
+            # A cache problem is never a request's problem.
+            logger.exception("%s could not be read", save.request_id)
+        here = self._worker.store.resident(node_id) is not None
+        if not self._agree(kv is not None and here) or kv is None:
+            self.counters["heal_failed"] += 1
+            return
+        attention, k, v = kv
+        node = save.node if attention is None else replace(save.node, attention=attention)
+        try:
+            if self._worker.replace(node, k, v):
+                mass = {} if attention is None else {node_id: attention}
+                self._report.kv.add(Report({node_id: 1}, mass))
+        except Exception:
+            self.counters["heal_failed"] += 1
+            logger.exception("could not heal %s", node_id)
 
     def _read(self, save: Save) -> tuple[np.ndarray | None, torch.Tensor, torch.Tensor]:
         """What the prompt's last position looks at, and the request's K and V."""

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
-from kvshare_mm.native.audit import kl_divergence
 from kvshare_mm.native.prefill import PrefillResult
+from kvshare_mm.reuse.audits import kl_divergence
 from kvshare_mm.stream import SegmentStream
 
 from .watched import watch_prefills

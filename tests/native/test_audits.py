@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from kvshare_mm import KVShare, RequestOptions, RequestOutput
 from kvshare_mm.metrics import EngineMetrics
 from kvshare_mm.native.audit import Audit, Auditor
+from kvshare_mm.reuse.audits import Compared, changed_facts
 
 from .asking import _DONOR, _TARGET, PATIENCE_S, Gate, Inbox, OpenLLM, params
 
@@ -273,10 +274,11 @@ def test_a_changed_number_is_a_fact_unless_rounding_would_turn_it(
     audits = kept_audits(llm)
     approximate(llm)
     audited(llm)
-    facts = audits[0].facts(llm.tokenizer)
+    ids = audits[0].spec.stream.token_ids
+    facts = changed_facts(llm.tokenizer, audits[0].plan, ids)
     said = "".join(llm.tokenizer.decode([token]) for token in facts)
     assert "7" in said and not any(c.islower() for c in said)
-    audits[0].compared = [(0.0, 5, 5), (kl, next(iter(facts)), 5)]
+    audits[0].compared = [Compared(0.0, 5, 5), Compared(kl, next(iter(facts)), 5)]
     auditor_of(llm)._learn(audits[0])
     assert auditor_of(llm).results[-1].fact is fact
 

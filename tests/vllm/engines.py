@@ -149,6 +149,7 @@ def assert_as_native(output: Any, expected: RequestOutput) -> None:
     p, use = expected.provenance, summary(output)
     found = tuple(use[kind] for kind in ("exact", "reused", "recomputed", "declined"))
     assert found == (p.exact, p.reused, p.recomputed, p.declined)
+    assert (use["expected_divergence"] is None) == (p.expected_divergence is None)
     assert expected.logprobs is not None
     theirs = output.outputs[0].logprobs[0]
     for token, logprob in expected.logprobs[0].top:

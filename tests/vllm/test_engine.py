@@ -10,13 +10,13 @@ from unittest.mock import Mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.reuse.orders import Report
 from kvshare_mm.vllm import compat, worker_side
 from kvshare_mm.vllm.meta import Orders, Save, WorkerReport
 
+from .bursts import Burst, bursts
 from .engines import (
     Shared,
     edited,
@@ -84,6 +84,7 @@ def test_exact_requests_never_hit_approximate_blocks(engine: Shared, stock: Any)
     approximate = engine.serve(second, 40)
     use = summary(approximate)
     assert use["reused"] > 150 and use["gaps"] >= 5
+    assert engine.scheduler.audits is None and "audit" not in use, "nobody asked for audits"
     assert approximate.num_cached_tokens == use["exact"] + use["reused"]
     whole = [*second, *tokens(approximate)]
     # All of its blocks are still in the cache; only those before the edit may be found.
@@ -215,28 +216,9 @@ def test_wrong_knobs_are_told(engine: Shared) -> None:
         assert not engine.catalogue.nodes(), "it may have asked not to be stored"
 
 
-BASES = [ids(length, 50 + length) for length in (150, 260, 330)]
-
-
-@st.composite
-def bursts(draw: st.DrawFn) -> list[tuple[list[int], int, str, int]]:
-    """Prompts that resemble each other, with how they share, and steps between arrivals."""
-    made = []
-    for _ in range(draw(st.integers(2, 6))):
-        prompt = draw(st.sampled_from(BASES))
-        for _ in range(draw(st.integers(0, 2))):
-            prompt = edited(prompt, draw(st.integers(0, len(prompt))), draw(st.integers(1, 9)))
-        prompt = prompt[draw(st.integers(0, 20)) :]
-        reuse = draw(st.sampled_from(["similar", "similar", "exact", "off"]))
-        made.append((prompt, draw(st.integers(1, 40)), reuse, draw(st.integers(0, 4))))
-    return made
-
-
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(burst=bursts())
-def test_no_pollution(
-    engine: Shared, stock: Any, burst: list[tuple[list[int], int, str, int]]
-) -> None:
+def test_no_pollution(engine: Shared, stock: Any, burst: Burst) -> None:
     """Whatever came before, a prompt with reuse off gets stock vLLM's tokens."""
     done: dict[str, Any] = {}
     with engine.keeping_its_blocks():

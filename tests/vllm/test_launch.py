@@ -61,6 +61,8 @@ def test_a_request_that_says_nothing() -> None:
         ({"repair": "window:4+magic:0.1"}, "magic"),
         ({"repair": "none", "max_divergence": 0.1}, "repair"),
         ({"shoring": "off"}, "shoring"),
+        ({"audit": True}, "audit"),
+        ({"audit_share": 1}, "audit_share"),
         ({"sharing": "off"}, "sharing is called reuse now"),
         ([], "kvshare"),
         ({1: 2}, "there is no 1"),

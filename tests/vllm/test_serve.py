@@ -18,6 +18,7 @@ from kvshare_mm.apps.bench.template import pair
 from kvshare_mm.models.loader import locate
 from kvshare_mm.vllm import kv_transfer_config
 
+from ..helpers import until
 from .servers import SMALL, server
 
 pytestmark = pytest.mark.vllm
@@ -29,7 +30,7 @@ Messages = list[dict[str, Any]]
 def _by_kvshare(port: int) -> list[str]:
     command = [sys.executable, "-m", "kvshare_mm.apps.cli", "serve", "tiny-vl"]
     options = ["--engine", "vllm", "--port", str(port), "--max-model-len", "1024"]
-    return [*command, *options, "--", *SMALL]
+    return [*command, *options, "--audit-share", "1", "--", *SMALL]
 
 
 def _by_vllm(port: int) -> list[str]:
@@ -37,7 +38,7 @@ def _by_vllm(port: int) -> list[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     options = ["--served-model-name", "smollm2", "--port", str(port), "--max-model-len", "1024"]
     options += ["--dtype", "float32"]  # bfloat16 answers otherwise on some CPUs
-    connector = ["--kv-transfer-config", json.dumps(kv_transfer_config())]
+    connector = ["--kv-transfer-config", json.dumps(kv_transfer_config({"audit_share": 1}))]
     command += ["--model", locate("smollm2")]
     return [*command, *options, "--enable-prompt-tokens-details", *connector, *SMALL]
 
@@ -106,12 +107,16 @@ def test_similar_requests_share_and_it_is_told(
             )
         again, wrong, _ = ask(donor, repair="magic:0.1")
         assert (again, wrong["declined"]) == (first, "invalid_options")
-        for _ in range(100):
+
+        def counted(metric: str, label: str) -> list[float]:
             metrics = httpx2.get(f"{url}/metrics", timeout=30).text
-            lines = [x for x in metrics.splitlines() if x.startswith("kvshare:prompt_tokens_total")]
-            found = [float(x.rpartition(" ")[2]) for x in lines if 'source="reused"' in x]
-            if found:
-                break
-            time.sleep(0.2)
-        assert found == [use["reused"]]
+            lines = [line for line in metrics.splitlines() if line.startswith(metric)]
+            return [float(x.rpartition(" ")[2]) for x in lines if label in x]
+
+        until(lambda: counted("kvshare:prompt_tokens_total", 'source="reused"') == [use["reused"]])
+        # Pictures behind an edit are not computed again for an audit: encoders do not run for it.
+        seen = "no_features" if photo else "kept"
+        until(lambda: counted("kvshare:audits_total", f'result="{seen}"') == [1], 60)
+        assert ("audit" in use) == (not photo)
+        assert sum(counted("kvshare:divergence_count", "")) == (not photo)
     assert "is served without KVShare" in (tmp_path / "log").read_text()

@@ -56,6 +56,7 @@ def test_vllms_server_gets_the_connector_the_options_and_its_own(
     folder: str, started: list[str]
 ) -> None:
     asked = ["--port", "8123", "--reuse", "exact", "--host-gib", "1", "--max-model-len", "512"]
+    asked += ["--audit-share", "0.5", "--audit-budget", "100"]
     result = run(app, ["serve", folder, "--engine", "vllm", *asked, "--", "--enforce-eager"])
     assert result.exit_code == 0, result.output
     assert started[1:5] == ["-m", *vllm_server._program(), folder]
@@ -70,6 +71,7 @@ def test_vllms_server_gets_the_connector_the_options_and_its_own(
     options = ConnectorOptions.of(config["kv_connector_extra_config"])
     assert options.core.reuse == "exact"
     assert options.core.host_bytes == 1 << 30
+    assert (options.core.audit_share, options.core.audit_budget) == (0.5, 100)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,7 @@ def test_an_embedded_model_is_its_folder_and_keeps_its_name(
         (["--ui"], "--ui"),
         (["--max-queue", "9"], "--max-queue"),
         (["--scope", "tenant"], "--scope"),
+        (["--calibration", "learned.json"], "--calibration"),
         (["--api-keys", "keys.jsonl"], "--api-keys"),
         (["--", "--kv-transfer-config={}"], "--kv-transfer-config"),
         (["--max-divergence", "0.1", "--repair", "none"], "max_divergence"),

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvshare_mm import KVShare
+from kvshare_mm.reuse.calibration import Calibration
+from kvshare_mm.vllm.audits import Audits
 
 from .engines import Shared, as_native, edited, ids, shared_engine, summary, tokens
 
@@ -54,6 +56,39 @@ def test_a_donor_that_one_rank_lost_is_lost_for_both(engine: Shared) -> None:
     assert summary(output)["reused"] == 0
     assert summary(output)["declined"] in ("evicted", "other_rank")
     assert tokens(output) == expected
+
+
+def test_an_audit_is_computed_and_healed_on_both(
+    engine: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.settle()
+    scheduler = engine.scheduler
+    calibration = Calibration(scheduler.counters)
+    times: dict[str, list[float]] = {}
+    now = scheduler._threads.submit
+    audits = Audits(scheduler.reuse, calibration, 1, 1e9, times, now, scheduler.tokenizer)
+    audits.pool = engine.vllm_scheduler.kv_cache_manager.block_pool
+    monkeypatch.setattr(scheduler, "audits", audits)
+    monkeypatch.setattr(scheduler.reuse, "calibration", calibration)
+    donor = ids(300, 2)
+    with engine.keeping_its_blocks():
+        engine.serve(donor)
+        prompt = edited(donor)
+        output = engine.serve(prompt, 12, max_divergence=1)
+        assert summary(output)["audit"] and len(times["divergence"]) == 1
+    (report,) = calibration.report()
+    assert report.audits == 1
+    node = next(n for n in engine.catalogue.nodes() if len(n) == 316)
+    assert node.exact_len == 316
+    held = engine.llm.collective_rpc(_holds, args=(node.node_id, node.namespace))
+    assert held == [(316, node.num_owned)] * 2
+
+
+def _holds(worker: object, node_id: str, ns: str) -> tuple[int, int]:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    stored = get_kv_transfer_group()._runner._worker.store.get(node_id, ns)
+    return stored.node.exact_len, stored.kv.k.shape[2]
 
 
 def _lose(worker: object, node_id: str, rank: int) -> bool:

@@ -10,7 +10,7 @@ from kvshare_mm.apps.bench.beyond import action_of, beyond_first_token
 from kvshare_mm.apps.bench.methods import FULL, METHODS
 from kvshare_mm.apps.bench.prompts import encode
 from kvshare_mm.apps.bench.rig import Rig
-from kvshare_mm.native.audit import kl_divergence
+from kvshare_mm.reuse.audits import kl_divergence
 
 
 @pytest.mark.parametrize(

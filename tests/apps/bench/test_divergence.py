@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm.apps.bench.divergence import KVDeviation, agreement, kv_deviation, mean_deviation
-from kvshare_mm.native.audit import kl_divergence
+from kvshare_mm.reuse.audits import kl_divergence
 from kvshare_mm.reuse.plan import KeptRun, ReusePlan
 
 

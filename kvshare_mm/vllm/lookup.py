@@ -1,0 +1,48 @@
+"""A request on its way to its plan and, perhaps, its load, as the scheduler side knows it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from kvshare_mm.config import RequestOptions
+from kvshare_mm.outputs import Provenance
+from kvshare_mm.reuse.plan import ReusePlan
+from kvshare_mm.stream import SegmentStream
+from kvshare_mm.vllm.compat import SetApart
+
+
+@dataclass(slots=True)
+class Lookup:
+    """A request, from its arrival to its end.
+
+    Attributes:
+        num_blocks: blocks that its prompt takes.
+        stream: its prompt; None if it takes no part.
+        plan: what may be reused; None while it is looked up.
+        declined: why nothing (more) is loaded, or None.
+        apart: how its blocks are kept from exact requests; None: they need not be.
+        asked: tokens of vLLM's own prefix cache when it was last asked about.
+        local: the same when it first got blocks; None: it has had none.
+        used: the plan that was loaded; None: none was.
+        approximate_from: the first position that was loaded and is not exact.
+        gaps: positions that its load computed.
+    """
+
+    namespace: str
+    options: RequestOptions
+    deadline: float
+    num_blocks: int
+    stream: SegmentStream | None = None
+    future: Future[ReusePlan] | None = None
+    plan: ReusePlan | None = None
+    declined: str | None = None
+    loading: bool = False
+    apart: SetApart | None = None
+    asked: int = 0
+    local: int | None = None
+    used: ReusePlan | None = None
+    approximate_from: int | None = None
+    gaps: int = 0
+    fallback: str | None = None
+    provenance: Provenance = field(default_factory=Provenance)
