@@ -35,6 +35,7 @@ from kvshare_mm.reuse.audits import (
     Divergence,
     changed_facts,
     compared,
+    drawn,
     learn,
 )
 from kvshare_mm.reuse.calibration import Calibration
@@ -139,12 +140,8 @@ class Auditor:
         Args:
             answer: its tokens, as they come.
         """
-        promise = plan.promise
-        if promise is None or not promise.ruled:
-            return None
-        if not promise.trial and self._random.random() >= self._share:
-            return None
-        return Audit(spec, plan, promise, answer)
+        promise = drawn(plan, self._share, self._random)
+        return None if promise is None else Audit(spec, plan, promise, answer)
 
     def add(self, audit: Audit) -> None:
         """A request is over; it will be audited, unless too many wait already."""

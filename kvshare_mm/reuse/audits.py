@@ -6,6 +6,7 @@ Both engines audit; each computes in its own way.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -72,6 +73,18 @@ class Divergence:
     def value(self) -> float:
         """The one number that a bound is about."""
         return max(self.first, self.mean)
+
+
+def drawn(plan: ReusePlan, share: float, draw: random.Random) -> Promise | None:
+    """What was promised to a request that is to be audited; None: it is not.
+
+    Args:
+        share: of the requests that reuse approximately.
+    """
+    promise = plan.promise
+    if promise is None or not promise.ruled:
+        return None
+    return promise if promise.trial or draw.random() < share else None
 
 
 def changed_facts(

@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.node import Span
-from kvshare_mm.reuse.audits import CHUNK, STEPS, Compared, Divergence, changed_facts, learn
+from kvshare_mm.reuse.audits import CHUNK, STEPS, Compared, Divergence, changed_facts, drawn, learn
 from kvshare_mm.reuse.calibration import Calibration
 from kvshare_mm.reuse.plan import Promise, ReusePlan
 from kvshare_mm.reuse.scheduler import ReuseScheduler
@@ -115,10 +115,8 @@ class Audits:
         plan, stream, first = lookup.used, lookup.stream, lookup.approximate_from
         if plan is None or stream is None or first is None or request.num_preemptions:
             return False
-        promise = plan.promise
-        if promise is None or not promise.ruled:
-            return False
-        if not promise.trial and self._random.random() >= self._share:
+        promise = drawn(plan, self._share, self._random)
+        if promise is None:
             return False
         if any(item.end > first for item in stream.media):
             # vLLM's encoder does not run for what no request computes.
