@@ -54,6 +54,16 @@ def test_moved_text_is_still_what_was_read() -> None:
     assert not {60 + 20, 250 + 20} & set(found.tolist())
 
 
+def test_who_read_a_whole_passage_that_is_gone_is_not_followed() -> None:
+    # As many positions as a value or a sentence may have, and one more.
+    reads = np.array([[SENTENCE, VALUE], [NEXT, SENTENCE]], np.int32)
+    for length, followed in (64, True), (65, False):
+        target = [*DONOR[:3], 7, *DONOR[3 + length :]]
+        found = dependents(_plan(target, reads)) + length - 1
+        assert ({SENTENCE, NEXT} <= set(found.tolist())) is followed
+        assert len(found) > 0 or not followed
+
+
 def test_nothing_is_known_of_a_donor_without_reads() -> None:
     plan = _plan(_edited(), None)
     assert plan.reads is None
