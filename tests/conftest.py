@@ -17,6 +17,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Triton decides once for a process, when it is imported, whether it interprets kernels or compiles
 # them. Without a GPU there is only the interpreter; on one, TRITON_INTERPRET=0 tests what runs.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Tests that run beside each other share the cores; what they start reads this, too.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 # vLLM's own processes read these. One thread: engines run beside each other here.
 if importlib.util.find_spec("vllm"):
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -89,9 +89,9 @@ def _tools_reordered(material: Material, i: int, rng: random.Random) -> Pair:
     return session.messages(), replace(session, tools=tools).messages()
 
 
-def _asked(passages: Sequence[str], question: str) -> Messages:
+def _asked(passages: Sequence[str], question: str, lead: str = "Question:") -> Messages:
     text = "\n\n".join(f"Document: {passage}" for passage in passages)
-    words = f"Answer the question with the documents.\n\n{text}\n\nQuestion: {question}"
+    words = f"Answer the question with the documents.\n\n{text}\n\n{lead} {question}"
     return [{"role": "user", "content": words}]
 
 
@@ -112,6 +112,17 @@ def _replaced(material: Material, i: int, rng: random.Random) -> Pair:
 def _added(material: Material, i: int, rng: random.Random) -> Pair:
     passages, question = material.documents(i, 8, 0.12)
     return _asked(passages[1:], question), _asked(passages, question)
+
+
+def _left_out(material: Material, i: int, rng: random.Random) -> Pair:
+    """The first one; what is asked about stands further behind."""
+    passages, question = material.documents(i, 8, 0.12)
+    return _asked(passages[::-1], question), _asked(passages[-2::-1], question)
+
+
+def _rephrased(material: Material, i: int, rng: random.Random) -> Pair:
+    passages, question = material.documents(i, 8, 0.12)
+    return _asked(passages, question), _asked(passages, question, "What I would like to know:")
 
 
 def _form(material: Material, i: int, rng: random.Random) -> Pair:
@@ -155,6 +166,8 @@ KINDS: dict[str, Callable[[Material, int, random.Random], Pair]] = {
     "documents in another order": _reordered,
     "2 of 8 documents replaced": _replaced,
     "a document added in front": _added,
+    "the first document dropped": _left_out,
+    "question in other words": _rephrased,
     "form with 8 other numbers": _form,
     "file edited in the middle": _file_edited,
     "examples in another order": _shuffled,
