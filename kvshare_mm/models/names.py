@@ -60,6 +60,6 @@ def _ask_hub(name: str) -> None:
         return
     except Exception as error:  # whatever the hub's HTTP library says where there is no network
         raise ModelLoadError(
-            f"There is no model {name!r} here, and {constants.ENDPOINT} cannot be reached. Here are "
-            f"{here}, and any folder or .gguf file"
+            f"There is no model {name!r} here, and {constants.ENDPOINT} cannot be reached. Here "
+            f"are {here}, and any folder or .gguf file"
         ) from error
