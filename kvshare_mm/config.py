@@ -108,11 +108,11 @@ class KVShareConfig(BaseModel):
         "closer, larger is faster; default: 0.01",
     )
     audit_share: float = Field(
-        0.0,
+        0.02,
         ge=0,
         le=1,
         description="share of similar requests that are computed in full afterwards, when nothing "
-        "waits, to learn how far answers really are, e.g. 0.02; 0: none",
+        "waits, to learn how far answers really are; 0: none",
     )
     audit_budget: float = Field(
         2000, gt=0, description="tokens a second that audits compute at most"

@@ -107,6 +107,8 @@ class Rig:
             parts.close()
             raise ModelLoadError(f"nothing to measure: {self.loaded.unsupported}")
         self.runner, self.donors = parts.runner, parts.donors
+        for kv in (kv for slot in range(num_slots) for kv in self.runner.slot_kv(slot)):
+            kv.zero_()  # who is measured first does not wait for the memory's pages
         self.encoder, self.media = parts.encoder, parts.media
         self.max_len = self.runner.slot_kv(0)[0].shape[2]
         self._counter = LayerCounter(self.loaded.model, self.runner.slot_kv(0)[0].shape[0])

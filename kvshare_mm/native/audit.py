@@ -101,7 +101,7 @@ class Auditor:
     Args:
         runner: computes them.
         calibration: learns from them.
-        share: of the requests that reuse approximately.
+        share: of the requests that reuse approximately; of the first, more (see `drawn`).
         budget: tokens that are computed a second, at most.
         tokenizer: tells numbers and names; None: no facts are compared.
         encoder: of a multimodal model, or None.
@@ -140,7 +140,8 @@ class Auditor:
         Args:
             answer: its tokens, as they come.
         """
-        promise = drawn(plan, self._share, self._random)
+        known = self.calibration.audits(spec.namespace)
+        promise = drawn(plan, self._share, self._random, known)
         return None if promise is None else Audit(spec, plan, promise, answer)
 
     def add(self, audit: Audit) -> None:

@@ -24,6 +24,8 @@ from kvshare_mm.reuse.words import facts_of
 STEPS = 64
 # Positions of a forward: nobody waits for more than one when they ask.
 CHUNK = 64
+# Where few audits are known, more is learned from: a fourth, until there are so many.
+FIRST, FIRST_SHARE = 30, 0.25
 # Upper bounds (nats) of what is counted together.
 BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
@@ -75,16 +77,18 @@ class Divergence:
         return max(self.first, self.mean)
 
 
-def drawn(plan: ReusePlan, share: float, draw: random.Random) -> Promise | None:
+def drawn(plan: ReusePlan, share: float, draw: random.Random, known: int) -> Promise | None:
     """What was promised to a request that is to be audited; None: it is not.
 
     Args:
-        share: of the requests that reuse approximately.
+        share: of the requests that reuse approximately, once audits are known.
+        known: audits of its namespace.
     """
     promise = plan.promise
     if promise is None or not promise.ruled:
         return None
-    return promise if promise.trial or draw.random() < share else None
+    chance = share if known >= FIRST else max(share, FIRST_SHARE)
+    return promise if promise.trial or draw.random() < chance else None
 
 
 def changed_facts(

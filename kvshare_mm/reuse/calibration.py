@@ -5,8 +5,8 @@ one small model. An audit measures what became of a request, and its *score* is 
 what was observed over what that bound said. The *factor* by which the bound has to be lifted, so
 that it holds for 95% of the requests to come, is learned from scores in two steps:
 
-- A forecast from the family's own scores and those of others (see `forecast`). Without any, all are
-  taken for worse than the constants say.
+- A forecast from the family's own scores and those of others (see `forecast`). Without any, the
+  constants hold as they are.
 - Adaptive conformal inference (arXiv 2106.00170, as online quantile tracking, arXiv 2307.16895)
   corrects the forecast: each audited request that was beyond what it was expected to stay below
   moves the factor up, each that kept to it moves it down by as much less as keeps the two in
@@ -187,6 +187,11 @@ class Calibration:
             if trial:
                 known.since_trial = 0
             return Verdict(min(_FAR, math.exp(log_factor)), shut=not trial, trial=trial)
+
+    def audits(self, ns: str) -> int:
+        """Those that a namespace has learned from."""
+        with self._lock:
+            return sum(f.audits for f in self._spaces.get(ns, self._start).families.values())
 
     def report(self) -> list[FamilyReport]:
         """All families that were audited."""

@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-# By what the constants are taken to be off before anything was seen.
-START = 2.0
 # Standard deviation of scores within a family and of the families' means, and so many scores' worth
 # that is.
 _SPREAD, _APART, _TRUST = 1.5, 1.5, 4
@@ -25,8 +23,8 @@ def _student(freedom: float) -> float:
     return 1.645 + 1.52 / freedom
 
 
-# The mean of a family that nobody has seen.
-_MEAN = math.log(START) - _student(_TRUST) * math.sqrt(_SPREAD**2 + 2 * _APART**2)
+# The mean of a family that nobody has seen: such that the constants hold as they are.
+_MEAN = -_student(_TRUST) * math.sqrt(_SPREAD**2 + 2 * _APART**2)
 
 
 class Forecast(NamedTuple):

@@ -62,7 +62,7 @@ class Audits:
     Args:
         reuse: the donors; what is found is counted there.
         calibration: learns from them.
-        share: of the requests that reuse approximately.
+        share: of the requests that reuse approximately; of the first, more (see `drawn`).
         budget: tokens that are computed a second, at most.
         times: divergences (nats) go here on their way to vLLM's metrics.
         later: calls something in another thread.
@@ -115,7 +115,8 @@ class Audits:
         plan, stream, first = lookup.used, lookup.stream, lookup.approximate_from
         if plan is None or stream is None or first is None or request.num_preemptions:
             return False
-        promise = drawn(plan, self._share, self._random)
+        known = self._calibration.audits(lookup.namespace)
+        promise = drawn(plan, self._share, self._random, known)
         if promise is None:
             return False
         if any(item.end > first for item in stream.media):

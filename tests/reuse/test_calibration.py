@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.reuse.calibration import Calibration
-from kvshare_mm.reuse.forecast import START
 from kvshare_mm.reuse.repair import MaxDivergence, Tail, Union, asked_divergence, with_factor
 
 NS, OTHER = "model-a", "model-b"
@@ -49,7 +48,7 @@ def test_safe_families_loosen_and_unsafe_ones_tighten() -> None:
 def test_namespaces_do_not_learn_from_each_other() -> None:
     known = calibration()
     teach(known, 30, 0.01)
-    assert known.verdict(OTHER, "f").factor == pytest.approx(START)
+    assert known.verdict(OTHER, "f").factor == pytest.approx(1)
 
 
 @settings(deadline=None, max_examples=12)
@@ -202,7 +201,7 @@ def test_a_file_that_cannot_be_read_is_ignored_and_counted(tmp_path: Path, text:
     path = tmp_path / "calibration.json"
     path.write_text(text)
     counters: Counter[str] = Counter()
-    assert Calibration(counters, path).verdict(NS, "f").factor == pytest.approx(START)
+    assert Calibration(counters, path).verdict(NS, "f").factor == pytest.approx(1)
     assert counters == {"calibration_unreadable": 1}
 
 
@@ -222,7 +221,7 @@ def test_every_namespace_of_a_model_begins_with_what_was_learned_elsewhere(tmp_p
     known.save(path)
     fresh = calibration()
     fresh.start_from(path, "model")
-    assert fresh.verdict(OTHER, "new").factor < START
+    assert fresh.verdict(OTHER, "new").factor < 1
     teach(fresh, 1, 1.0, ns=OTHER)
     assert fresh.verdict("model-c", "f") == known.verdict(NS, "f")
     with pytest.raises(ConfigError, match="another model"):
