@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from kvshare_mm import KVShare, RequestOptions, RequestOutput
 from kvshare_mm.metrics import EngineMetrics
 from kvshare_mm.native.audit import Audit, Auditor
-from kvshare_mm.reuse.audits import Compared, changed_facts
+from kvshare_mm.reuse.audits import FIRST, FIRST_SHARE, Compared, changed_facts, drawn
+from kvshare_mm.reuse.plan import Promise, ReusePlan
 
 from .asking import _DONOR, _TARGET, PATIENCE_S, Gate, Inbox, OpenLLM, params
 
@@ -219,7 +221,7 @@ def test_without_a_share_nobody_is_audited_and_the_constants_hold(open_llm: Open
 
 
 def test_the_draw_can_be_repeated(open_llm: OpenLLM) -> None:
-    drawn = []
+    each = []
     for _ in range(2):
         llm = open_llm(**{**_OPTIONS, "audit_share": 0.4})
         audits = kept_audits(llm)
@@ -227,9 +229,23 @@ def test_the_draw_can_be_repeated(open_llm: OpenLLM) -> None:
         for number in range(12):
             llm.generate(_TARGET.replace("77", str(number)), params(2))
             audited(llm)
-        drawn.append([audit.spec.text for audit in audits])
-    assert drawn[0] == drawn[1]
-    assert 0 < len(drawn[0]) < 12
+        each.append([audit.spec.text for audit in audits])
+    assert each[0] == each[1]
+    assert 0 < len(each[0]) < 12
+
+
+def test_of_a_tenants_first_requests_more_are_audited() -> None:
+    """And of those that promise nothing, none."""
+    plan = ReusePlan(4, promise=Promise("f", 0.01, 0.01, 0.01))
+    rng = random.Random(1)
+
+    def share(known: int, share: float, plan: ReusePlan = plan) -> float:
+        return sum(drawn(plan, share, rng, known) is not None for _ in range(4000)) / 4000
+
+    assert share(FIRST - 1, 0.02) == pytest.approx(FIRST_SHARE, abs=0.03)
+    assert share(FIRST, 0.02) == pytest.approx(0.02, abs=0.01)
+    assert share(0, 0.5) == pytest.approx(0.5, abs=0.03)
+    assert share(0, 1.0, ReusePlan(4)) == 0
 
 
 def test_exact_requests_and_aborted_ones_are_not_audited(open_llm: OpenLLM) -> None:
