@@ -140,10 +140,11 @@ def demo(
         return report
 
     with ExitStack() as loaded:
-        llm = loaded.enter_context(serving(model, embedder=None))
+        quiet: dict[str, Any] = {"embedder": None, "audit_share": 0}
+        llm = loaded.enter_context(serving(model, **quiet))
         tiny_vl = None
         if not sees and is_installed("tiny-vl"):
-            tiny_vl = loaded.enter_context(serving("tiny-vl", embedder=None))
+            tiny_vl = loaded.enter_context(serving("tiny-vl", **quiet))
         if not show_prompts:
             console.print(showcase.HEADING)
         report = tell(llm, picture, picture_stories() if sees else None)

@@ -126,6 +126,12 @@ def _server(
     # Replays that evict each other's donors would reuse, and change, less than one alone.
     room = KVShareConfig.of().host_budget()
     room = max(room, min(room * replays, psutil.virtual_memory().available // 2))
-    # A log may hold strangers' paths.
-    llm = KVShare(model or "smollm2", embedder=None, local_media=False, host_bytes=room)
-    return InProcess(llm)
+    return InProcess(
+        KVShare(
+            model or "smollm2",
+            embedder=None,
+            local_media=False,  # a log may hold strangers' paths
+            host_bytes=room,
+            audit_share=0,  # all is computed in full here, and nothing shall depend on when
+        )
+    )

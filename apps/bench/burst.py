@@ -33,7 +33,7 @@ def run(
     prompts = variants(reports, values, requests, random.Random(0))
     ways: dict[str, Any] = {}
     for name, reuse in WAYS.items():
-        with KVShare(model, embedder=None, reuse=reuse, **options) as llm:
+        with KVShare(model, embedder=None, reuse=reuse, audit_share=0, **options) as llm:
             llm.generate("warm", max_tokens=2, reuse="off", store=False)
             outputs = llm.generate(prompts, max_tokens=answer, ignore_eos=True)
         ways[name] = _summed(outputs)

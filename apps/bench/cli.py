@@ -240,7 +240,7 @@ def server_overhead(
         if url is None:
             console.print("Starting a server ...")
             url = opened.enter_context(started(model, dtype))
-        options: dict[str, Any] = {"dtype": dtype, "embedder": None}
+        options: dict[str, Any] = {"dtype": dtype, "embedder": None, "audit_share": 0}
         llm = opened.enter_context(KVShare(model, **options))
         return run(llm, url, key=key, repeats=repeats, words=words)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvshare_mm.apps.bench.terminal import Model, Out, Report, measuring
+from kvshare_mm.apps.bench.terminal import Engine, Model, Out, Report, measuring
 
 
 @measuring
@@ -42,9 +42,12 @@ def burst(
     reports: Annotated[int, typer.Option(min=1, help="lab reports in each prompt")] = 2,
     values: Annotated[int, typer.Option(min=1, help="numbers that differ")] = 8,
     answer: Annotated[int, typer.Option(min=1, help="tokens of each answer")] = 16,
+    engine: Engine = "native",
     json_file: Out = None,
 ) -> Report:
     """Similar requests at once, nothing known before: what is computed, and when they answer."""
     from kvshare_mm.apps.bench.burst import run
 
-    return run(model, requests=requests, reports=reports, values=values, answer=answer)
+    return run(
+        model, requests=requests, reports=reports, values=values, answer=answer, engine=engine
+    )

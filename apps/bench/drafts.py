@@ -51,8 +51,8 @@ def run(model: str, pairs: Sequence[dict[str, Any]], max_new_tokens: int) -> dic
     skipped: dict[str, str] = {}
     params = SamplingParams(max_tokens=max_new_tokens)
     with (
-        KVShare(model, embedder=None, drafts=False) as plain,
-        KVShare(model, embedder=None) as drafting,
+        KVShare(model, embedder=None, audit_share=0, drafts=False) as plain,
+        KVShare(model, embedder=None, audit_share=0) as drafting,
     ):
         for number, pair in enumerate(track(pairs, "Asking pairs", transient=True)):
             try:

@@ -117,7 +117,7 @@ def run(
 def _engines(
     model: str, max_model_len: int, repair: str | None, order: Sequence[str]
 ) -> Iterator[dict[str, VLLMEngine]]:
-    options: dict[str, Any] = {"repair": repair} if repair else {}
+    options: dict[str, Any] = {"audit_share": 0, **({"repair": repair} if repair else {})}
     own = {"enforce_eager": True, "disable_log_stats": True, "kv_cache_memory_bytes": _KV_BYTES}
     config = KVShareConfig.of(
         model=model, engine="vllm", max_model_len=max_model_len, engine_options=own, **options
