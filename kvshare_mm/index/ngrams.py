@@ -9,6 +9,8 @@ NGRAM = 3
 """Default n. On pairs of similar prompts 3 found the donor more often than 4 or 5 (short edits
 break long n-grams), and as often as 2, whose posting lists are much longer."""
 
+_SKETCH = 64
+
 _SEED = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
 _FINAL = np.uint64(0x94D049BB133111EB)
@@ -69,3 +71,14 @@ def smallest_ngrams(
     distinct = np.unique(ngram_hashes(keys, n))
     # A copy, or the sample would keep the whole array alive.
     return distinct[:most].copy(), min(1.0, most / max(1, len(distinct)))
+
+
+def sketch(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """What tells whether two prompts are alike: see `overlap`."""
+    return smallest_ngrams(keys, _SKETCH)[0]
+
+
+def overlap(mine: NDArray[np.uint64], theirs: NDArray[np.uint64]) -> float:
+    """About the share of one prompt's distinct n-grams that another has, by their sketches."""
+    both = np.intersect1d(mine, theirs, assume_unique=True)
+    return len(both) / max(1, len(mine))

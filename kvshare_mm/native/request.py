@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvshare_mm.index.ngrams import smallest_ngrams
+from kvshare_mm.index.ngrams import overlap, sketch
 from kvshare_mm.native.audit import Audit
 from kvshare_mm.native.detokenizer import Detokenizer
 from kvshare_mm.native.drafts import Drafter
@@ -21,8 +21,7 @@ from kvshare_mm.sampling import Sampler
 
 logger = logging.getLogger(__name__)
 
-# n-grams that tell whether two prompts are alike.
-_SKETCH = 64
+# Share of n-grams in common from which on two prompts are alike.
 _ALIKE = 0.25
 
 
@@ -86,13 +85,11 @@ class SlotRequest(Request):
         """Share of its prompt's n-grams that are in the other's, 0 to 1; 0: they share nothing."""
         if self.spec.options.reuse == "off" or self.spec.namespace != other.spec.namespace:
             return 0.0
-        mine, theirs = self._sketched(), other._sketched()
-        both = np.intersect1d(mine, theirs, assume_unique=True)
-        return len(both) / max(1, len(mine))
+        return overlap(self._sketched(), other._sketched())
 
     def _sketched(self) -> np.ndarray:
         if self.sketch is None:
-            self.sketch = smallest_ngrams(self.spec.stream.align_keys, _SKETCH)[0]
+            self.sketch = sketch(self.spec.stream.align_keys)
         return self.sketch
 
     @property

@@ -65,7 +65,11 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
         if self._scheduler is None:
             return Orders()
-        return self._scheduler.orders(scheduler_output.total_num_scheduled_tokens)
+        return self._scheduler.orders(
+            scheduler_output.num_scheduled_tokens,
+            self._requests.__getitem__,
+            lambda request_id: list(self._kv_cache_manager.get_block_ids(request_id)[0]),
+        )
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         if self._scheduler is not None and self._scheduler.audits is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from kvshare_mm.config import RequestOptions
 from kvshare_mm.outputs import Provenance
 from kvshare_mm.reuse.plan import ReusePlan
@@ -27,12 +29,20 @@ class Lookup:
         used: the plan that was loaded; None: none was.
         approximate_from: the first position that was loaded and is not exact.
         gaps: positions that its load computed.
+        exact: it takes identical beginnings alone.
+        sketch: of its prompt; None: it takes no part.
+        behind: the request that it waits for, see `bursts`; None: it does not.
+        has_waited: it did, or had no reason to.
+        held_at: tokens that vLLM had computed when it began to.
+        wanted: others wait for it.
+        early: what its prompt was stored as while it is answered, "" if it could not be; None: it
+            was not.
     """
 
     namespace: str
     options: RequestOptions
-    deadline: float
     num_blocks: int
+    deadline: float = 0.0
     stream: SegmentStream | None = None
     future: Future[ReusePlan] | None = None
     plan: ReusePlan | None = None
@@ -46,3 +56,10 @@ class Lookup:
     gaps: int = 0
     fallback: str | None = None
     provenance: Provenance = field(default_factory=Provenance)
+    exact: bool = False
+    sketch: np.ndarray | None = None
+    behind: str | None = None
+    has_waited: bool = False
+    held_at: int = 0
+    wanted: bool = False
+    early: str | None = None

@@ -106,6 +106,7 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
     Attributes:
         touched: nodes that were asked for again.
         dropped: nodes that are to be deleted.
+        early: a prompt that is computed in this step, and answered from now on.
         audit: a chunk of an audit.
         heal: keep this instead of what the request was saved as; its blocks are given back.
         released: requests whose blocks are given back: their audits are over.
@@ -115,6 +116,7 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
     saves: list[Save] = field(default_factory=list)
     touched: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    early: Save | None = None
     audit: AuditStep | None = None
     heal: Save | None = None
     released: list[str] = field(default_factory=list)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import InvalidRequestError, KVUnavailableError
+from kvshare_mm.index.ngrams import sketch
 from kvshare_mm.learned import open_calibration
 from kvshare_mm.node import spans_of
 from kvshare_mm.outputs import Provenance, count_use
@@ -27,11 +29,13 @@ from kvshare_mm.reuse.scheduler import ReuseScheduler, namespace
 from kvshare_mm.stream import MEDIA_BIT, SegmentStream
 from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.audits import Audits
+from kvshare_mm.vllm.bursts import Bursts
 from kvshare_mm.vllm.gate import request_obstacle
 from kvshare_mm.vllm.lookup import Lookup
 from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.options import ConnectorOptions, request_options
+from kvshare_mm.vllm.saving import Saving
 from kvshare_mm.vllm.spans import cut, kept_in_the_end, loadable_end, within
 from kvshare_mm.vllm.stats import summary
 
@@ -79,6 +83,8 @@ class SchedulerSide:
         self._merge = merge
         self._planner = core.planner
         self._lookups: dict[str, Lookup] = {}
+        self._bursts = Bursts(self._lookups, self.reuse)
+        self._saving = Saving(core.reuse, self.reuse, self._text)
         self._loads: list[Load] = []
         self._saves: list[Save] = []
         self._heard = threading.Event()
@@ -107,7 +113,6 @@ class SchedulerSide:
         lookup = Lookup(
             namespace=namespace(self.fingerprint, salt),
             options=RequestOptions(),
-            deadline=time.monotonic() + self._options.lookup_deadline_s,
             num_blocks=-(-request.num_prompt_tokens // self._block_size),
         )
         self._lookups[request.request_id] = lookup
@@ -136,10 +141,18 @@ class SchedulerSide:
         if reuse == "off":
             lookup.declined = Decline.REUSE_OFF
             return
+        lookup.exact = reuse == "exact"
+        lookup.sketch = sketch(lookup.stream.align_keys)
+        self._look(lookup)
+
+    def _look(self, lookup: Lookup) -> None:
+        """Have a plan made."""
+        assert lookup.stream is not None
         policy = lookup.options.policy or self._options.core.policy
         # Who asks after an answer finds it, though it is still being stored.
         saving = self.reuse.saving(lookup.namespace)
-        asked = lookup.stream, lookup.namespace, policy, reuse == "exact", saving
+        asked = lookup.stream, lookup.namespace, policy, lookup.exact, saving
+        lookup.deadline = time.monotonic() + self._options.lookup_deadline_s
         lookup.future = self._threads.submit(self._plan, *asked)
 
     def _plan(
@@ -176,6 +189,12 @@ class SchedulerSide:
             return 0, False
         lookup.asked = local
         if lookup.future is not None and not self._arrived(lookup):
+            return None, False
+        if lookup.behind is not None:
+            if not self._bursts.waits(lookup):
+                self._look(lookup)
+            return None, False
+        if self._bursts.hold(lookup, local):
             return None, False
         plan, stream = lookup.plan, lookup.stream
         if plan is None or stream is None:
@@ -266,17 +285,25 @@ class SchedulerSide:
 
     # -- a step -----------------------------------------------------------------------------
 
-    def orders(self, num_scheduled: int) -> Orders:
+    def orders(
+        self,
+        scheduled: Mapping[str, int],
+        request_of: Callable[[str], Any],
+        blocks_of: Callable[[str], list[int]],
+    ) -> Orders:
         """What the workers shall do in this step.
 
         Args:
-            num_scheduled: tokens that vLLM computes in it.
+            scheduled: tokens that vLLM computes in it, by request.
+            request_of: vLLM's request of an id.
+            blocks_of: the blocks that it has now.
         """
         idle = not (self._lookups or self._loads or self._saves or self.reuse.busy)
-        orders = Orders(self._loads, self._saves, *self.reuse.orders())
+        early = self._bursts.stored(scheduled, request_of, blocks_of, self._saving)
+        orders = Orders(self._loads, self._saves, *self.reuse.orders(), early=early)
         self._loads, self._saves = [], []
         if self.audits is not None:
-            self.audits.give_way(self._lookups.values(), num_scheduled)
+            self.audits.give_way(self._lookups.values(), sum(scheduled.values()))
             self.audits.order(orders, idle)
         return orders
 
@@ -338,7 +365,7 @@ class SchedulerSide:
             or not request.num_prompt_tokens <= length <= len(block_ids) * self._block_size
         ):
             return False, {"kvshare": use}
-        save = self._keep(request, lookup, length, block_ids)
+        save = self._saving.keep(request, lookup, length, block_ids)
         audits = self.audits
         drawn = audits is not None and audits.draw(request, lookup, length, block_ids, save)
         if save is not None:
@@ -360,32 +387,6 @@ class SchedulerSide:
         )
         count_use(self.counters, use)
         return summary(use, gaps)
-
-    def _keep(self, request: Any, lookup: Lookup, length: int, block_ids: list[int]) -> Save | None:
-        """What a finished request is to be stored as, if it is worth it."""
-        off = (lookup.options.reuse or self._options.core.reuse) == "off"
-        if not lookup.options.store or lookup.stream is None or off:
-            return None
-        stream = lookup.stream
-        answer = np.asarray(request.all_token_ids[len(stream) : length], np.uint64)
-        plan = lookup.used
-        if plan is None:
-            plan = lookup.plan or ReusePlan(len(stream))
-            plan = ReusePlan(plan.num_tokens, tuple(r for r in plan.runs if r.exact))
-        keys = np.concatenate((stream.align_keys, answer))
-        node = self.reuse.save(
-            keys,
-            lookup.namespace,
-            plan,
-            self._text(keys) if self.reuse.semantic is not None else "",
-            positions=stream.positions_to(length),
-            media=stream.media,
-        )
-        if node is None:
-            return None
-        last = request.num_prompt_tokens - 1
-        token = int(request.all_token_ids[last])
-        return Save(request.request_id, node, tuple(block_ids), last, token)
 
     def _text(self, keys: np.ndarray) -> str:
         words = keys[keys < MEDIA_BIT].astype(np.int64).tolist()

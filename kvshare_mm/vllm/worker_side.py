@@ -98,7 +98,9 @@ class WorkerSide:
         self._saves.extend(orders.saves)
         for request_id in orders.released:
             self._release(request_id)
-        if self._saves:
+        if orders.early is not None:
+            self._save(orders.early)  # at once: nobody holds its blocks
+        elif self._saves:
             self._save(self._saves.popleft())
         if orders.audit is not None:
             self._report.audit = self._recompute.step(orders.audit)
