@@ -7,7 +7,7 @@ first tokens come.
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Literal
 
 from kvshare_mm.apps.bench.divergence import spread
 from kvshare_mm.apps.bench.template import variants
@@ -19,7 +19,13 @@ WAYS: dict[str, Reuse] = {"each computes its own": "off", "similar": "similar"}
 
 
 def run(
-    model: str, *, requests: int, reports: int, values: int, answer: int, **options: Any
+    model: str,
+    *,
+    requests: int,
+    reports: int,
+    values: int,
+    answer: int,
+    engine: Literal["native", "vllm"] = "native",
 ) -> dict[str, Any]:
     """Ask a burst of an engine with reuse and of one without; a report of kind "burst".
 
@@ -28,12 +34,11 @@ def run(
         reports: lab reports in each prompt.
         values: numbers in which each differs from the others.
         answer: tokens of each.
-        options: of `KVShare`.
     """
     prompts = variants(reports, values, requests, random.Random(0))
     ways: dict[str, Any] = {}
     for name, reuse in WAYS.items():
-        with KVShare(model, embedder=None, reuse=reuse, audit_share=0, **options) as llm:
+        with KVShare(model, engine=engine, embedder=None, reuse=reuse, audit_share=0) as llm:
             llm.generate("warm", max_tokens=2, reuse="off", store=False)
             outputs = llm.generate(prompts, max_tokens=answer, ignore_eos=True)
         ways[name] = _summed(outputs)
@@ -41,6 +46,7 @@ def run(
     return {
         "kind": "burst",
         "model": model,
+        "engine": engine,
         "requests": requests,
         "tokens": max(len(o.prompt_token_ids) for o in outputs),
         "values": values,

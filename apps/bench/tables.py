@@ -291,6 +291,7 @@ TABLES: dict[str, Kind] = {
         "{requests} similar requests of {tokens} tokens at once, {model:model}: "
         "{computed_share:.0%} computed, p50 {times_sooner:.1f} times sooner",
         {
+            "engine": "{engine}",
             "reuse": "{what}",
             "tokens computed": "{computed}",
             "declined": "{declined}",
@@ -298,7 +299,10 @@ TABLES: dict[str, Kind] = {
             "p90": "{ttft_s[p90]:ms}",
             "all done": "{total_s:ms}",
         },
-        lambda report: [{"what": what, **found} for what, found in report["ways"].items()],
+        lambda report: [
+            {"engine": report["engine"], "what": what, **found}
+            for what, found in report["ways"].items()
+        ],
     ),
     "memory": Kind(
         "Memory of lab reports, {model:model}",
