@@ -87,7 +87,7 @@ def drawn(plan: ReusePlan, share: float, draw: random.Random, known: int) -> Pro
     promise = plan.promise
     if promise is None or not promise.ruled:
         return None
-    chance = share if known >= FIRST else max(share, FIRST_SHARE)
+    chance = max(share, FIRST_SHARE) if share and known < FIRST else share
     return promise if promise.trial or draw.random() < chance else None
 
 

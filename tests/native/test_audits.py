@@ -245,7 +245,7 @@ def test_of_a_tenants_first_requests_more_are_audited() -> None:
     assert share(FIRST - 1, 0.02) == pytest.approx(FIRST_SHARE, abs=0.03)
     assert share(FIRST, 0.02) == pytest.approx(0.02, abs=0.01)
     assert share(0, 0.5) == pytest.approx(0.5, abs=0.03)
-    assert share(0, 1.0, ReusePlan(4)) == 0
+    assert share(0, 0.0) == share(0, 1.0, ReusePlan(4)) == 0
 
 
 def test_exact_requests_and_aborted_ones_are_not_audited(open_llm: OpenLLM) -> None:

@@ -37,7 +37,12 @@ NUM_BLOCKS = 25
 
 @pytest.fixture(scope="module")
 def engine(random_model: Callable[[str], Path]) -> Iterator[Shared]:
-    options = {"lookup_deadline_s": 30, "min_load_tokens": 8, "recompute_per_step": 32}
+    options = {
+        "lookup_deadline_s": 30,
+        "min_load_tokens": 8,
+        "recompute_per_step": 32,
+        "audit_share": 0,
+    }
     with shared_engine(
         random_model("llama"),
         options,
