@@ -56,7 +56,9 @@ class Bursts:
             return False
         lookup.has_waited = True
         n, plan = len(lookup.stream), lookup.plan
-        found = max(local, 0 if plan is None else n - plan.num_computed)
+        kept = 0 if plan is None else n - plan.num_computed
+        # Where a donor has as much and little of it is kept, so it would be of another.
+        found = max(local, kept, n * lookup.overlap)
         best, most = None, found + max(_LEAST_TOKENS, _LEAST_SHARE * n)
         for request_id, other in self._lookups.items():
             if other.namespace != lookup.namespace or not self._runs(other):

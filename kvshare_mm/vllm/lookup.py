@@ -22,6 +22,7 @@ class Lookup:
         num_blocks: blocks that its prompt takes.
         stream: its prompt; None if it takes no part.
         plan: what may be reused; None while it is looked up.
+        overlap: share of its n-grams that a donor has, however much of that may be reused.
         declined: why nothing (more) is loaded, or None.
         apart: how its blocks are kept from exact requests; None: they need not be.
         asked: tokens of vLLM's own prefix cache when it was last asked about.
@@ -46,6 +47,7 @@ class Lookup:
     stream: SegmentStream | None = None
     future: Future[ReusePlan] | None = None
     plan: ReusePlan | None = None
+    overlap: float = 0.0
     declined: str | None = None
     loading: bool = False
     apart: SetApart | None = None

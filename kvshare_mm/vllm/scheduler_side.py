@@ -151,19 +151,15 @@ class SchedulerSide:
         policy = lookup.options.policy or self._options.core.policy
         # Who asks after an answer finds it, though it is still being stored.
         saving = self.reuse.saving(lookup.namespace)
-        asked = lookup.stream, lookup.namespace, policy, lookup.exact, saving
+        asked = lookup, lookup.stream, policy, saving
         lookup.deadline = time.monotonic() + self._options.lookup_deadline_s
         lookup.future = self._threads.submit(self._plan, *asked)
 
     def _plan(
-        self,
-        stream: SegmentStream,
-        ns: str,
-        policy: RepairPolicy,
-        exact: bool,
-        saving: list[str],
+        self, lookup: Lookup, stream: SegmentStream, policy: RepairPolicy, saving: list[str]
     ) -> ReusePlan:
         """In a thread of its own."""
+        ns, exact = lookup.namespace, lookup.exact
         # What the workers found on disk comes with their first report.
         self._heard.wait(self._options.lookup_deadline_s)
         self.reuse.wait_saved(saving, self._options.lookup_deadline_s / 2)
@@ -178,6 +174,8 @@ class SchedulerSide:
             similar = self.reuse.similar(self._text(stream.align_keys), ns)
             if similar:
                 plan = find(similar).plan
+        if not exact:
+            lookup.overlap = self.reuse.catalogue.overlap(ns, stream.align_keys)
         self.times.setdefault("lookup_seconds", []).append(found.lookup)
         self.times.setdefault("plan_seconds", []).append(found.planning)
         return plan

@@ -112,6 +112,18 @@ def test_nobody_waits_for_what_will_be_no_donor(engine: Shared) -> None:
     assert not any(lookup.wanted or lookup.behind for lookup in lookups.values())
 
 
+def test_nobody_waits_for_more_of_what_may_not_be_kept(engine: Shared) -> None:
+    engine.serve(ids(400))
+    add(engine, 0, 60)
+    [request] = engine.vllm_scheduler.requests.values()
+    stepped(engine, lambda: request.num_output_tokens > 2)
+    add(engine, 1, repair="window:400")
+    first, second = lookup_of(engine, 0), lookup_of(engine, 1)
+    stepped(engine, lambda: second.has_waited)
+    assert second.behind is None and not first.wanted
+    assert computed(engine.run())[1] > 200
+
+
 def test_who_waits_in_vain_is_computed(engine: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.runner, "_read", lambda save: 1 / 0)
     for number in range(3):
