@@ -228,7 +228,9 @@ class Audits:
             for request_id, lookup in lookups.items()
             if not lookup.waits and compat.needs_blocks(request_of(request_id))
         ]
-        if refused and (not num_scheduled or any(x.num_blocks > free for x in refused)):
+        # Who had blocks before wants more of them than a prompt takes.
+        short = any(x.num_blocks > free or x.local is not None for x in refused)
+        if refused and (short or not num_scheduled):
             self.make_room()
 
     def given_back(self, request_ids: Collection[str]) -> None:
