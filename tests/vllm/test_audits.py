@@ -226,6 +226,16 @@ def test_a_family_that_keeps_missing_is_shut_off(engine: Shared) -> None:
     assert own["reused"] > 0 and "audit" not in own
 
 
+def test_what_is_computed_in_full_meanwhile_is_of_that_family_too(engine: Shared) -> None:
+    prompt, declined = ids(300), []
+    engine.serve(prompt, 1)
+    for i in range(10):
+        prompt = edited(prompt, 20 + 12 * i)
+        declined.append(summary(engine.serve(prompt, 4))["declined"])
+    shut = declined.index("audited")
+    assert shut < 8 and set(declined[shut:]) == {"audited"}
+
+
 def test_who_asks_meanwhile_is_answered_at_once_and_right(
     engine: Shared, stock: Any, logits: Logits
 ) -> None:
