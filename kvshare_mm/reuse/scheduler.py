@@ -263,10 +263,10 @@ class ReuseScheduler:
         self._healing[node_id] = healed(node, self.catalogue.tree, None)
         return self._healing[node_id]
 
-    def saving(self, ns: str) -> list[str]:
-        """Nodes of a namespace whose KV is on its way."""
+    def saving(self, ns: str | None = None) -> list[str]:
+        """Nodes of a namespace, or of all, whose KV is on its way."""
         with self._changed:
-            return [i for i, (node, _) in self._saving.items() if node.namespace == ns]
+            return [i for i, (node, _) in self._saving.items() if ns in (None, node.namespace)]
 
     def wait_saved(self, node_ids: list[str], timeout_s: float) -> bool:
         """Wait until these are donors, or never will be; False if time ran out."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from kvshare_mm.reuse.audits import CHUNK, STEPS, Compared, Divergence, changed_
 from kvshare_mm.reuse.calibration import Calibration
 from kvshare_mm.reuse.plan import Promise, ReusePlan
 from kvshare_mm.reuse.scheduler import ReuseScheduler
+from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.lookup import Lookup
 from kvshare_mm.vllm.meta import AuditReport, AuditStep, Orders, Save
 
@@ -206,18 +207,30 @@ class Audits:
             self._end(self._waiting[0], "dropped")
         return bool(self._leaving)
 
-    def give_way(self, lookups: Iterable[Lookup], num_scheduled: int) -> None:
+    def give_way(
+        self,
+        lookups: Mapping[str, Lookup],
+        request_of: Callable[[str], Any],
+        num_scheduled: int,
+    ) -> None:
         """Make room if somebody was not given blocks, and could have ours.
 
         Args:
-            lookups: all requests, after vLLM has scheduled a step.
+            lookups: all requests by id, after vLLM has scheduled a step.
+            request_of: vLLM's request of an id.
             num_scheduled: tokens that it computes in it.
         """
         if not self._waiting:
             return
         free = int(self.pool.get_num_free_blocks())
-        refused = [x for x in lookups if x.local is None and x.future is None]
-        if refused and (not num_scheduled or any(x.num_blocks > free for x in refused)):
+        refused = [
+            lookup
+            for request_id, lookup in lookups.items()
+            if not lookup.waits and compat.needs_blocks(request_of(request_id))
+        ]
+        # Who had blocks before wants more of them than a prompt takes.
+        short = any(x.num_blocks > free or x.local is not None for x in refused)
+        if refused and (short or not num_scheduled):
             self.make_room()
 
     def given_back(self, request_ids: Collection[str]) -> None:

@@ -21,6 +21,9 @@ from kvshare_mm.vllm.saving import Saving
 _LEAST_TOKENS, _LEAST_SHARE = 64, 0.25
 # A request waits while others compute so many prompts of its length, and no longer.
 _MOST_PROMPTS = 2
+# Plans are made one after the other: of those that waited so many are looked up at once, or the
+# last would be late.
+_AT_ONCE = 8
 
 
 class Bursts:
@@ -35,6 +38,11 @@ class Bursts:
         self._lookups = lookups
         self._reuse = reuse
         self._computed = 0
+        self._ended = False
+
+    def end(self) -> None:
+        """From now on nobody waits, and nothing is stored."""
+        self._ended = True
 
     def hold(self, lookup: Lookup, local: int) -> bool:
         """Whether a request, whose plan is there, waits for one before it from now on.
@@ -42,11 +50,15 @@ class Bursts:
         Args:
             local: tokens of it in vLLM's own prefix cache.
         """
-        if lookup.has_waited or lookup.sketch is None or lookup.stream is None or lookup.exact:
+        if self._ended or lookup.has_waited or lookup.exact:
+            return False
+        if lookup.sketch is None or lookup.stream is None:
             return False
         lookup.has_waited = True
         n, plan = len(lookup.stream), lookup.plan
-        found = max(local, 0 if plan is None else n - plan.num_computed)
+        kept = 0 if plan is None else n - plan.num_computed
+        # Where a donor has as much and little of it is kept, so it would be of another.
+        found = max(local, kept, n * lookup.overlap)
         best, most = None, found + max(_LEAST_TOKENS, _LEAST_SHARE * n)
         for request_id, other in self._lookups.items():
             if other.namespace != lookup.namespace or not self._runs(other):
@@ -71,12 +83,12 @@ class Bursts:
         assert lookup.behind is not None and lookup.stream is not None
         other = self._lookups.get(lookup.behind)
         computed = self._computed - lookup.held_at
-        if (
-            other is not None
-            and computed <= _MOST_PROMPTS * len(lookup.stream)
-            and (other.early is None or other.early in self._reuse.saving(lookup.namespace))
-        ):
-            return True
+        if not self._ended and computed <= _MOST_PROMPTS * len(lookup.stream):
+            saving = self._reuse.saving(lookup.namespace)
+            if other is not None and (other.early is None or other.early in saving):
+                return True
+            if sum(x.future is not None for x in self._lookups.values()) >= _AT_ONCE:
+                return True
         lookup.behind = None
         return False
 
@@ -94,6 +106,8 @@ class Bursts:
             scheduled: tokens that the step computes, by request.
         """
         self._computed += sum(scheduled.values())
+        if self._ended:
+            return None
         for request_id, tokens in scheduled.items():
             lookup = self._lookups.get(request_id)
             if lookup is None or not lookup.wanted or lookup.early is not None:

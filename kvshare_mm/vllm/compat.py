@@ -150,6 +150,13 @@ def fingerprint(vllm_config: Any) -> str:
     return identity(json.dumps(names, sort_keys=True, default=str).encode())
 
 
+def needs_blocks(request: Any) -> bool:
+    """Whether a request asks vLLM for blocks to begin, or to go on, and has not been given them."""
+    from vllm.v1.request import RequestStatus
+
+    return request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
 class SetApart:
     """Keeps a request's blocks from `first` on out of the prefix cache that others look into.
 

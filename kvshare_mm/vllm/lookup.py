@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Lookup:
         num_blocks: blocks that its prompt takes.
         stream: its prompt; None if it takes no part.
         plan: what may be reused; None while it is looked up.
+        overlap: share of its n-grams that a donor has, however much of that may be reused.
         declined: why nothing (more) is loaded, or None.
         apart: how its blocks are kept from exact requests; None: they need not be.
         asked: tokens of vLLM's own prefix cache when it was last asked about.
@@ -46,6 +47,7 @@ class Lookup:
     stream: SegmentStream | None = None
     future: Future[ReusePlan] | None = None
     plan: ReusePlan | None = None
+    overlap: float = 0.0
     declined: str | None = None
     loading: bool = False
     apart: SetApart | None = None
@@ -63,3 +65,23 @@ class Lookup:
     held_at: int = 0
     wanted: bool = False
     early: str | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it does not ask for blocks yet: for its plan, or for another request."""
+        return self.future is not None or self.behind is not None
+
+    def outcome(self, num_prompt_tokens: int) -> tuple[Provenance, int]:
+        """What became of a prompt that is over, and its gaps."""
+        use, gaps = self.provenance, self.gaps
+        if self.loading or self.local is None:
+            use, gaps = Provenance(), 0  # it ended before anything was computed
+        promise = self.used.promise if self.used is not None and use.reused else None
+        use = replace(
+            use,
+            expected_divergence=None if promise is None else promise.expected,
+            recomputed=num_prompt_tokens - use.exact - use.reused,
+            declined=self.declined and str(self.declined),
+            fallback=self.fallback,
+        )
+        return use, gaps

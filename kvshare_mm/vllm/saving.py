@@ -66,7 +66,11 @@ class Saving:
         assert lookup.stream is not None
         n = len(lookup.stream)
         early = self._reuse.catalogue.tree.get(lookup.early or "")
-        if early is not None:
+        # What it loaded then may have been approximate, and computed after a preemption.
+        if early is not None and early.exact_len == len(early):
             return ReusePlan(n, (KeptRun(early.node_id, 0, 0, n - 1, exact=True),))
-        runs = () if lookup.plan is None else lookup.plan.runs
-        return ReusePlan(n, tuple(run for run in runs if run.exact))
+        if (plan := lookup.plan) is None:
+            return ReusePlan(n)
+        # Of whom it would have reused more, it is a version still: what audits found holds for it.
+        exact = tuple(run for run in plan.runs if run.exact)
+        return ReusePlan(n, exact, origin=plan.edited_from)

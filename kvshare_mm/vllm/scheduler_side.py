@@ -151,19 +151,15 @@ class SchedulerSide:
         policy = lookup.options.policy or self._options.core.policy
         # Who asks after an answer finds it, though it is still being stored.
         saving = self.reuse.saving(lookup.namespace)
-        asked = lookup.stream, lookup.namespace, policy, lookup.exact, saving
+        asked = lookup, lookup.stream, policy, saving
         lookup.deadline = time.monotonic() + self._options.lookup_deadline_s
         lookup.future = self._threads.submit(self._plan, *asked)
 
     def _plan(
-        self,
-        stream: SegmentStream,
-        ns: str,
-        policy: RepairPolicy,
-        exact: bool,
-        saving: list[str],
+        self, lookup: Lookup, stream: SegmentStream, policy: RepairPolicy, saving: list[str]
     ) -> ReusePlan:
         """In a thread of its own."""
+        ns, exact = lookup.namespace, lookup.exact
         # What the workers found on disk comes with their first report.
         self._heard.wait(self._options.lookup_deadline_s)
         self.reuse.wait_saved(saving, self._options.lookup_deadline_s / 2)
@@ -178,6 +174,8 @@ class SchedulerSide:
             similar = self.reuse.similar(self._text(stream.align_keys), ns)
             if similar:
                 plan = find(similar).plan
+        if not exact:
+            lookup.overlap = self.reuse.catalogue.overlap(ns, stream.align_keys)
         self.times.setdefault("lookup_seconds", []).append(found.lookup)
         self.times.setdefault("plan_seconds", []).append(found.planning)
         return plan
@@ -303,7 +301,7 @@ class SchedulerSide:
         orders = Orders(self._loads, self._saves, *self.reuse.orders(), early=early)
         self._loads, self._saves = [], []
         if self.audits is not None:
-            self.audits.give_way(self._lookups.values(), sum(scheduled.values()))
+            self.audits.give_way(self._lookups, request_of, sum(scheduled.values()))
             self.audits.order(orders, idle)
         return orders
 
@@ -319,15 +317,23 @@ class SchedulerSide:
         Args:
             requests: finds vLLM's request by its id; None if it is over.
         """
-        if report.obstacle is not None and self.obstacle is None:
-            self.obstacle = report.obstacle
-            logger.warning("KVShare is off: %s", report.obstacle)
+        if report.obstacle is not None:
+            self._off(report.obstacle)
         self.reuse.reported(report.kv)
         if report.audit is not None and self.audits is not None:
             self.audits.reported(report.audit)
         for request_id, reason in report.failed.items():
             self._failed(request_id, reason, requests(request_id))
         self._heard.set()
+
+    def _off(self, obstacle: str) -> None:
+        """A worker cannot take part; it does not tell what becomes of orders."""
+        if self.obstacle is None:
+            self.obstacle = obstacle
+            logger.warning("KVShare is off: %s", obstacle)
+            self._bursts.end()
+        for node_id in self.reuse.saving():
+            self.reuse.forget(node_id)
 
     def _failed(self, request_id: str, reason: str, request: Any) -> None:
         lookup = self._lookups.get(request_id)
@@ -356,7 +362,9 @@ class SchedulerSide:
             return False, {}
         if lookup.future is not None:
             lookup.future.cancel()
-        use = self._use(request, lookup)
+        outcome, gaps = lookup.outcome(request.num_prompt_tokens)
+        count_use(self.counters, outcome)
+        use = summary(outcome, gaps)
         # The last token's KV is not computed any more.
         length = min(request.num_computed_tokens, request.num_tokens - 1)
         if (
@@ -372,21 +380,6 @@ class SchedulerSide:
             self._saves.append(replace(save, held=drawn))
         audit = {"audit": True} if drawn else {}
         return save is not None or drawn, {"kvshare": {**use, **audit}}
-
-    def _use(self, request: Any, lookup: Lookup) -> dict[str, Any]:
-        use, gaps = lookup.provenance, lookup.gaps
-        if lookup.loading or lookup.local is None:
-            use, gaps = Provenance(), 0  # it ended before anything was computed
-        promise = lookup.used.promise if lookup.used is not None and use.reused else None
-        use = replace(
-            use,
-            expected_divergence=None if promise is None else promise.expected,
-            recomputed=request.num_prompt_tokens - use.exact - use.reused,
-            declined=lookup.declined and str(lookup.declined),
-            fallback=lookup.fallback,
-        )
-        count_use(self.counters, use)
-        return summary(use, gaps)
 
     def _text(self, keys: np.ndarray) -> str:
         words = keys[keys < MEDIA_BIT].astype(np.int64).tolist()

@@ -226,6 +226,16 @@ def test_a_family_that_keeps_missing_is_shut_off(engine: Shared) -> None:
     assert own["reused"] > 0 and "audit" not in own
 
 
+def test_what_is_computed_in_full_meanwhile_is_of_that_family_too(engine: Shared) -> None:
+    prompt, declined = ids(300), []
+    engine.serve(prompt, 1)
+    for i in range(10):
+        prompt = edited(prompt, 20 + 12 * i)
+        declined.append(summary(engine.serve(prompt, 4))["declined"])
+    shut = declined.index("audited")
+    assert shut < 8 and set(declined[shut:]) == {"audited"}
+
+
 def test_who_asks_meanwhile_is_answered_at_once_and_right(
     engine: Shared, stock: Any, logits: Logits
 ) -> None:
@@ -294,6 +304,33 @@ def test_who_decodes_is_not_preempted_for_an_audit(engine: Shared, stock: Any) -
     engine.settle()
     assert results(engine) == {"dropped": 1}
     assert tokens(done[0])[:8] == stock_tokens(stock, prompt, 8)
+
+
+def test_a_preempted_request_gets_the_blocks_back(engine: Shared) -> None:
+    """Who took them ends meanwhile, and its audit would hold them while nobody asks anew."""
+    engine.serve(ids(300))
+    engine.add("first", edited(ids(300)), 140)
+    [first] = engine.vllm_scheduler.requests.values()
+    step_until(engine, lambda: first.num_output_tokens > 1)
+    engine.add("second", ids(250, 9), 200, reuse="off")
+    requests = engine.vllm_scheduler.requests
+    second = next(r for name, r in requests.items() if name.startswith("second"))
+    done = step_until(engine, lambda: not engine.llm.llm_engine.has_unfinished_requests())
+    assert len(done) == 2 and second.num_preemptions
+    engine.settle()
+    assert results(engine) == {"dropped": 1}
+
+
+def test_who_waits_for_another_needs_no_blocks_yet(engine: Shared) -> None:
+    engine.serve(ids(300))
+    answer(engine, edited(ids(300)))
+    prompt = ids(200, 8)
+    engine.add("first", prompt, 4)
+    engine.add("second", edited(prompt, 100, 40), 4)
+    second = list(engine.scheduler._lookups.values())[-1]
+    step_until(engine, lambda: second.behind is not None)
+    assert engine.num_free < second.num_blocks
+    assert engine.scheduler.audits._waiting
 
 
 def test_so_many_wait_and_no_more(engine: Shared, monkeypatch: pytest.MonkeyPatch) -> None:

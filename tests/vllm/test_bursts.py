@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.vllm import bursts
 from kvshare_mm.vllm.lookup import Lookup
-from kvshare_mm.vllm.meta import Save
+from kvshare_mm.vllm.meta import Load, Save
 
 from .engines import Shared, edited, ids, shared_engine, summary
 
@@ -109,6 +112,18 @@ def test_nobody_waits_for_what_will_be_no_donor(engine: Shared) -> None:
     assert not any(lookup.wanted or lookup.behind for lookup in lookups.values())
 
 
+def test_nobody_waits_for_more_of_what_may_not_be_kept(engine: Shared) -> None:
+    engine.serve(ids(400))
+    add(engine, 0, 60)
+    [request] = engine.vllm_scheduler.requests.values()
+    stepped(engine, lambda: request.num_output_tokens > 2)
+    add(engine, 1, repair="window:400")
+    first, second = lookup_of(engine, 0), lookup_of(engine, 1)
+    stepped(engine, lambda: second.has_waited)
+    assert second.behind is None and not first.wanted
+    assert computed(engine.run())[1] > 200
+
+
 def test_who_waits_in_vain_is_computed(engine: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.runner, "_read", lambda save: 1 / 0)
     for number in range(3):
@@ -146,3 +161,60 @@ def test_nobody_waits_longer_than_for_two_prompts_like_its_own(
 
 def _only_counted(bursts: Any, scheduled: dict[str, int]) -> None:
     bursts._computed += sum(scheduled.values())
+
+
+def test_what_was_stored_as_approximate_is_not_called_exact_later(
+    engine: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its load is approximate, then it is preempted, its donor is gone, and it is computed."""
+    engine.serve(ids(400))
+    add(engine, 0)
+    [request] = engine.vllm_scheduler.requests.values()
+    lookup = lookup_of(engine, 0)
+    lookup.wanted = True
+    stepped(engine, lambda: request.num_output_tokens > 2)
+    early = engine.catalogue.tree[lookup.early or ""]
+    assert early.exact_len < len(early)
+
+    def gone(load: Load) -> None:
+        raise KVUnavailableError("evicted", load.request_id)
+
+    monkeypatch.setattr(engine.runner, "_placed", gone)
+    assert engine.vllm_scheduler.reset_prefix_cache(reset_running_requests=True)
+    (output,) = engine.run().values()
+    assert summary(output)["recomputed"] == 405
+    [node] = [node for node in engine.catalogue.nodes() if len(node) > 405]
+    assert node.exact_len == len(node) == node.num_owned
+
+
+def test_nothing_is_kept_waiting_where_a_worker_takes_no_part(
+    engine: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connector = get_kv_transfer_group()
+    monkeypatch.setattr(connector, "_runner", None)
+    monkeypatch.setattr(connector, "_obstacle", "it cannot")
+    monkeypatch.setattr(engine.scheduler, "obstacle", None)
+    monkeypatch.setattr(engine.scheduler._bursts, "_ended", False)
+    for number in range(3):
+        add(engine, number)
+    done = stepped(engine, lambda: not engine.scheduler._lookups)
+    assert len(done) == 3 and engine.scheduler.obstacle == "it cannot"
+    engine.step()
+    assert not engine.scheduler.busy
+
+
+def test_those_that_waited_are_not_all_looked_up_at_once(
+    engine: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bursts, "_AT_ONCE", 1)
+    for number in range(TOGETHER):
+        add(engine, number)
+    lookups = list(engine.scheduler._lookups.values())
+    stepped(engine, lambda: sum(x.behind is not None for x in lookups) == TOGETHER - 1)
+    most, done = 0, {}
+    while any(x.behind for x in lookups):
+        done.update({o.request_id: o for o in engine.step()})
+        most = max(most, sum(x.future is not None for x in lookups))
+    done.update(engine.run())
+    assert most == 1
+    assert sum(found < 40 for found in computed(done)) == TOGETHER - 1

@@ -100,3 +100,15 @@ def _lose(worker: object, node_id: str, rank: int) -> bool:
     runner._worker.store.delete(node_id)
     runner._gone.clear()
     return True
+
+
+def test_a_prompt_is_stored_on_both_while_it_is_answered(engine: Shared) -> None:
+    engine.settle()
+    prompt = ids(400, 3)
+    with engine.keeping_its_blocks():
+        for number in range(3):
+            engine.add(str(number), edited(prompt, 200, 5 + number), 24, repair="none")
+        lookups = list(engine.scheduler._lookups.values())
+        done = engine.run()
+    assert sum(bool(lookup.early) for lookup in lookups) == 1
+    assert sum(summary(output)["recomputed"] < 40 for output in done.values()) == 2
