@@ -21,6 +21,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     threads = max(1, (os.cpu_count() or 1) // int(workers))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.pop("COLUMNS", None)  # a console would take it for its width, for good
 # vLLM's own processes read these. One thread: engines run beside each other here.
 if importlib.util.find_spec("vllm"):
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

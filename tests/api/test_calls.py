@@ -161,7 +161,7 @@ def test_outputs_and_stats_are_json(open_llm: OpenLLM, tmp_path: Path) -> None:
     assert told["provenance"]["reused"] == output.provenance.reused > 0
     assert len(told["logprobs"]) == len(told["token_ids"]) == 6
     stats = json.loads(json.dumps(llm.stats()))
-    assert set(stats) == {"model", "dtype", "unsupported", "requests", "queue", "donors"}
+    assert set(stats) == {"model", "dtype", "unsupported", "requests", "queue", "donors", "audits"}
     assert stats["dtype"] == "float32"
     assert stats["unsupported"] is None
     assert stats["queue"] == {"waiting": 0, "running": 0}
