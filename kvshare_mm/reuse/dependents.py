@@ -24,8 +24,8 @@ _BETWEEN = 8
 # that, little of a fact that follows from an edit is recovered (`kvshare bench derived`).
 _PASSED_ON = 12
 # Who read a longer passage that is gone (a turn, a document) is not followed: many have, a little
-# of it each, and computing them again brought no answer nearer (`kvshare bench workloads`: 12.5% of
-# 4,000 tokens computed instead of 9.9%, at the same divergence).
+# of it each, and computing them again brought no answer nearer (`kvshare bench workloads`: 9.8% of
+# 4,000 tokens computed instead of 7.9%, at the same divergence).
 _VALUE = 64
 
 
