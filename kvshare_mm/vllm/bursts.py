@@ -87,7 +87,7 @@ class Bursts:
             saving = self._reuse.saving(lookup.namespace)
             if other is not None and (other.early is None or other.early in saving):
                 return True
-            if sum(x.future is not None for x in self._lookups.values()) >= _AT_ONCE:
+            if sum(x.is_planned for x in self._lookups.values()) >= _AT_ONCE:
                 return True
         lookup.behind = None
         return False

@@ -71,6 +71,11 @@ class Lookup:
         """Whether it does not ask for blocks yet: for its plan, or for another request."""
         return self.future is not None or self.behind is not None
 
+    @property
+    def is_planned(self) -> bool:
+        """Whether its plan is being made, or will be."""
+        return self.future is not None and not self.future.done()
+
     def outcome(self, num_prompt_tokens: int) -> tuple[Provenance, int]:
         """What became of a prompt that is over, and its gaps."""
         use, gaps = self.provenance, self.gaps

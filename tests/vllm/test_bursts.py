@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.reuse.plan import ReusePlan
+from kvshare_mm.stream import text_stream
 from kvshare_mm.vllm import bursts
 from kvshare_mm.vllm.lookup import Lookup
 from kvshare_mm.vllm.meta import Load, Save
@@ -201,6 +206,17 @@ def test_nothing_is_kept_waiting_where_a_worker_takes_no_part(
     assert len(done) == 3 and engine.scheduler.obstacle == "it cannot"
     engine.step()
     assert not engine.scheduler.busy
+
+
+def test_plans_that_nobody_has_asked_for_yet_hold_nobody_up() -> None:
+    """They may stand in the queue behind one that gets no blocks."""
+    pending: Future[ReusePlan] = Future()
+    lookups = {str(i): Lookup("", RequestOptions(), 1, future=pending) for i in range(20)}
+    held = Lookup("", RequestOptions(), 1, stream=text_stream(ids(100)), behind="gone")
+    known = bursts.Bursts(lookups, Mock(saving=Mock(return_value=[])))
+    assert known.waits(held)
+    pending.set_result(ReusePlan(100))
+    assert not known.waits(held)
 
 
 def test_those_that_waited_are_not_all_looked_up_at_once(
