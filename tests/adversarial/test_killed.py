@@ -76,8 +76,8 @@ def victims(tiny_folder: Path) -> Iterator[Victims]:
     ("kills", "host", "disk"),
     [
         pytest.param(5, 1 << 28, 1 << 30, id="few"),
-        pytest.param(40, 1 << 28, 1 << 30, id="all kept", marks=pytest.mark.e2e),
-        pytest.param(40, 1 << 20, 3 << 20, id="disk full", marks=pytest.mark.e2e),
+        pytest.param(15, 1 << 28, 1 << 30, id="all kept", marks=pytest.mark.e2e),
+        pytest.param(15, 1 << 20, 3 << 20, id="disk full", marks=pytest.mark.e2e),
     ],
 )
 def test_a_killed_server_leaves_what_is_true(
@@ -107,7 +107,7 @@ def test_a_killed_server_leaves_what_is_true(
 
 
 @pytest.mark.parametrize(
-    "kills", [pytest.param(5, id="few"), pytest.param(40, id="many", marks=pytest.mark.e2e)]
+    "kills", [pytest.param(5, id="few"), pytest.param(15, id="many", marks=pytest.mark.e2e)]
 )
 def test_what_a_killed_replica_shared_is_whole(
     victims: Victims, tiny_folder: Path, tmp_path: Path, kills: int

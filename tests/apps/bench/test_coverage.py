@@ -128,4 +128,5 @@ def test_engines_with_audits_and_without_take_turns(tiny_folder: Path) -> None:
     assert list(report["shares"]) == ["0", "1"]
     assert report["shares"]["0"]["audits"] == 0
     assert all(found["ttft_s"]["p99"] > 0 for found in report["shares"].values())
+    assert all(0 < found["computed_share"] < 1 for found in report["shares"].values())
     assert len(TABLES["audits"].rows(report)) == 3
