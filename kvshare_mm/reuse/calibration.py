@@ -29,7 +29,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import xxhash
 from pydantic import BaseModel
@@ -84,17 +84,19 @@ class _Namespace(BaseModel):
     offset: float = 0.0
 
 
-class _State(BaseModel):
-    """Its file. Version 1 had no checksum."""
+# Raise it with the constants of the bound too: scores are relative to that.
+_VERSION = 3
 
-    version: Literal[1, 2]
+
+class _State(BaseModel):
+    """Its file."""
+
+    version: int
     namespaces: dict[str, _Namespace] = {}
     xxh3_128: str | None = None
 
     @property
-    def checksum(self) -> str | None:
-        if self.version == 1:
-            return None
+    def checksum(self) -> str:
         text = json.dumps({n: s.model_dump() for n, s in self.namespaces.items()}, sort_keys=True)
         return xxhash.xxh3_128_hexdigest(text.encode())
 
@@ -104,9 +106,11 @@ def read_state(path: Path) -> dict[str, _Namespace]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is damaged, of a later version, or no such file at all.
+        ValueError: it is damaged, of another version, or no such file at all.
     """
     state = _State.model_validate_json(path.read_bytes())
+    if state.version != _VERSION:
+        raise ValueError(f"it is of version {state.version}, this is {_VERSION}")
     if state.xxh3_128 != state.checksum:
         raise ValueError("its checksum does not match")
     return state.namespaces
@@ -316,7 +320,7 @@ class Calibration:
         if into is None:
             return
         with self._lock:
-            state = _State(version=2, namespaces=self._spaces)
+            state = _State(version=_VERSION, namespaces=self._spaces)
             state.xxh3_128 = state.checksum
             text = state.model_dump_json()
         temporary = into.with_name(f"{into.name}.{os.getpid()}{TEMP_SUFFIX}")

@@ -232,7 +232,7 @@ def _reach_within(
     if donor.attention is not None:
         known = donor.attention[sure:shared]
         looked[: len(known)] = known * _nearer(len(donor.attention), n, sure, sure, len(known))
-    danger = looked_at(drift, looked)
+    danger = looked_at(drift, looked, n)
     if tolerance.pictures and pictures is not None:
         harmless(danger, pictures[sure:shared])
     # Drift is kept in 16 bits: what is just tolerated where it was made is so where it is read.

@@ -181,7 +181,7 @@ def _not_tolerated(plan: ReusePlan, repaired: np.ndarray, policy: RepairPolicy) 
     """What has to be repaired of what donors were approximate in already, beside `repaired`."""
     if plan.inherited is None or plan.attention is None:
         return np.empty(0, np.int64)
-    danger = looked_at(plan.inherited, plan.attention)
+    danger = looked_at(plan.inherited, plan.attention, plan.num_tokens)
     danger[repaired] = 0
     if plan.pictures is not None and policy.tolerance.pictures:
         harmless(danger, plan.pictures)

@@ -11,9 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.reuse import context
+from kvshare_mm.reuse import context, divergence
 from kvshare_mm.reuse.context import changed_context
-from kvshare_mm.reuse.divergence import divergence_bound, residual_risk, risk, risk_within
+from kvshare_mm.reuse.divergence import (
+    divergence_bound,
+    looked_at,
+    residual_risk,
+    risk,
+    risk_within,
+)
 from kvshare_mm.reuse.plan import Donor, KeptRun, ReusePlan
 from kvshare_mm.reuse.planner import make_plan
 
@@ -141,8 +147,18 @@ def test_by_hand():
         (np.log(9) - np.log(5) + np.log(3) - np.log(2)) / seen[3],
     ]
     want = np.zeros(10)
-    want[[4, 5, 7, 8]] = attention[[4, 5, 7, 8]] * np.array(changed)
+    looked = np.sqrt(attention**2 + divergence.THROUGH_OTHERS / 10)
+    want[[4, 5, 7, 8]] = looked[[4, 5, 7, 8]] * np.array(changed)
     assert risk(plan) == pytest.approx(want)
+
+
+def test_what_nobody_looks_at_counts_by_its_share_of_a_prompt_however_long():
+    def worth(n: int, moved: int) -> float:
+        drift = np.where(np.arange(n) < moved, 0.3, 0.0)
+        return float(np.sqrt(np.square(looked_at(drift, np.zeros(n), n)).sum()))
+
+    assert worth(4000, 2000) == pytest.approx(worth(100, 50))
+    assert worth(4000, 4000) > worth(4000, 40) > 0
 
 
 def test_what_is_repaired_is_no_risk_any_more_and_the_rest_adds_up_as_squares():
