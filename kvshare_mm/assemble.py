@@ -40,6 +40,7 @@ from kvshare_mm.reuse.shared import SharedDonors
 from kvshare_mm.reuse.words import joining_tokens
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier
+from kvshare_mm.store.remote_mooncake import MooncakeStore
 from kvshare_mm.store.remote_redis import RedisStore
 from kvshare_mm.store.shared import RemoteStore, SharedTier
 from kvshare_mm.stream import Modality
@@ -138,7 +139,7 @@ def assemble(config: KVShareConfig) -> Parts:
     """
     # The store first: a folder that cannot be written is known in a moment, a model is not.
     disk = DiskTier(config.store_dir / "kv", config.disk_bytes) if config.store_dir else None
-    remote = RedisStore(config.shared_store) if config.shared_store else None
+    remote = _remote(config.shared_store) if config.shared_store else None
     loaded = load_model(
         config.model,
         dtype=config.dtype,
@@ -222,6 +223,10 @@ def assemble(config: KVShareConfig) -> Parts:
         Grammars(loaded.tokenizer, loaded.eos_token_ids),
         embedder,
     )
+
+
+def _remote(url: str) -> RemoteStore:
+    return MooncakeStore(url) if url.startswith("mooncake:") else RedisStore(url)
 
 
 def media_support(

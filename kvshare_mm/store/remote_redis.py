@@ -7,21 +7,15 @@ with one MGET 45 ms.
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kvshare_mm.errors import ConfigError, KVUnavailableError
+from kvshare_mm.store.breaker import Breaker
 
 if TYPE_CHECKING:
     from redis import Redis
-
-logger = logging.getLogger(__name__)
-
-_FAILURES = 3
 
 
 class RedisStore:
@@ -52,11 +46,8 @@ class RedisStore:
             )
         except ValueError as error:
             raise ConfigError(f"shared_store: {error}") from error
-        self._errors = redis.exceptions
-        self._retry_after_s = retry_after_s
-        self._lock = threading.Lock()
-        self._failures = 0
-        self._down_until = 0.0
+        self._out_of_memory = redis.exceptions.OutOfMemoryError
+        self.breaker = Breaker(retry_after_s, redis.exceptions.RedisError, OSError)
 
     def put(self, key: str, part: str, content: bytes | memoryview, ttl_s: float) -> None:
         with self._use() as redis:
@@ -93,23 +84,9 @@ class RedisStore:
 
     @contextmanager
     def _use(self) -> Iterator[Any]:
-        if time.monotonic() < self._down_until:
-            raise KVUnavailableError("shared_down", "the shared store failed a moment ago")
-        try:
-            yield self._client
-        except self._errors.OutOfMemoryError as error:
-            raise KVUnavailableError("shared_full", f"the shared store is full: {error}") from error
-        except (self._errors.RedisError, OSError) as error:
-            self._failed(error)
-            raise KVUnavailableError("shared_down", f"the shared store failed: {error}") from error
-        self._failures = 0
-
-    def _failed(self, error: Exception) -> None:
-        with self._lock:
-            self._failures += 1
-            if self._failures >= _FAILURES:
-                self._failures = 0
-                self._down_until = time.monotonic() + self._retry_after_s
-                logger.warning(
-                    "shared store: %s; left alone for %.0f s", error, self._retry_after_s
-                )
+        with self.breaker.use():
+            try:
+                yield self._client
+            except self._out_of_memory as error:
+                message = f"the shared store is full: {error}"
+                raise KVUnavailableError("shared_full", message) from error

@@ -29,7 +29,8 @@ a node whole (46 MiB in 25 ms), and between two of them the clock can be looked 
 
 _LAYOUT = "2"  # part of each key: raise it with the layout of record or blocks
 _HEAD = struct.Struct("<16sI")  # checksum of all behind it, number of blocks
-_RECORD = "record"
+RECORD = "record"
+"""The part of a key that says what its blocks are, which are the parts "0", "1", ..."""
 
 
 class RemoteStore(Protocol):
@@ -37,7 +38,8 @@ class RemoteStore(Protocol):
     "shared_down" (it failed, or failed a moment ago) or "shared_full"."""
 
     def put(self, key: str, part: str, content: bytes | memoryview, ttl_s: float) -> None:
-        """Keep a part; the whole key is gone `ttl_s` seconds after its last part or lease."""
+        """Keep a part, in place of what it was. `ttl_s` seconds after its last part or lease a key
+        is needed no more; a store without expiry keeps it until room is needed."""
 
     def get(self, key: str, part: str) -> bytes | None: ...
 
@@ -102,7 +104,7 @@ class SharedTier:
         body = b"".join(checksums) + record
         head = _HEAD.pack(_head_checksum(len(checksums), body), len(checksums)) + body
         # The last: a node whose record is there is whole.
-        self.remote.put(key, _RECORD, head, self.ttl_s)
+        self.remote.put(key, RECORD, head, self.ttl_s)
 
     def head(self, node_id: str, namespace: str) -> Head:
         """A node without its KV, kept for another while.
@@ -112,7 +114,7 @@ class SharedTier:
                 "shared_down".
         """
         key = _key(namespace, node_id)
-        content = self.remote.get(key, _RECORD)
+        content = self.remote.get(key, RECORD)
         if content is None:
             raise KVUnavailableError("evicted", f"node {node_id} is not shared any more")
         if len(content) < _HEAD.size:

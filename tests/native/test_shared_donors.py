@@ -1,4 +1,4 @@
-"""Replicas with a Redis and a Milvus between them: one uses what another has computed."""
+"""Replicas with a shared store and a Milvus between them: one uses what another has computed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kvshare_mm.store.remote_redis import RedisStore
 from kvshare_mm.store.shared import SharedTier
 
 from ..helpers import until
-from ..remote_servers import RedisServer, free_port, milvus_server, redis_server
+from ..remote_servers import SharedServer, free_port, milvus_server, shared_server
 from .asking import _DONOR, _TARGET, Gate, Inbox, inside, params
 
 OpenReplica = Callable[..., KVShare]
@@ -35,13 +35,16 @@ def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def server() -> Iterator[RedisServer]:
-    with redis_server() as found:
+def server(request: pytest.FixtureRequest) -> Iterator[SharedServer]:
+    with shared_server(getattr(request, "param", "redis")) as found:
         yield found
 
 
+each_store = pytest.mark.parametrize("server", ["redis", "mooncake"], indirect=True)
+
+
 @pytest.fixture
-def replica(tiny_folder: Path, milvus: str, server: RedisServer) -> Iterator[OpenReplica]:
+def replica(tiny_folder: Path, milvus: str, server: SharedServer) -> Iterator[OpenReplica]:
     """Opens replicas that are as patient as a busy test machine needs."""
     torch.set_num_threads(1)
     opened: list[KVShare] = []
@@ -80,6 +83,7 @@ def told(output: RequestOutput) -> tuple[object, ...]:
     return output.token_ids, p.exact, p.reused, p.recomputed, p.declined, p.fallback, spans
 
 
+@each_store
 def test_a_replica_answers_with_anothers_donor_as_with_its_own(replica: OpenReplica) -> None:
     one, two, alone = replica(), replica(), replica(shared_store=None)
     for llm in (one, alone):
@@ -99,6 +103,7 @@ def test_a_replica_answers_with_anothers_donor_as_with_its_own(replica: OpenRepl
     assert again.provenance.reused > 0
 
 
+@each_store
 def test_a_stream_over_two_replicas_is_answered_as_by_one(replica: OpenReplica) -> None:
     one, two, alone = replica(), replica(), replica(shared_store=None)
     rng = random.Random(0)
@@ -128,7 +133,7 @@ def test_a_stream_over_two_replicas_is_answered_as_by_one(replica: OpenReplica) 
     ],
 )
 def test_nothing_crosses_salts_and_dtypes(
-    replica: OpenReplica, server: RedisServer, theirs: dict[str, str], mine: dict[str, str]
+    replica: OpenReplica, server: SharedServer, theirs: dict[str, str], mine: dict[str, str]
 ) -> None:
     one, two = replica(**theirs), replica(**mine)
     ask(one, _DONOR)
@@ -166,30 +171,29 @@ def test_only_what_a_plan_keeps_is_fetched_and_more_of_it_when_needed(
     assert events(two)["shared_taken"] == 2
 
 
-def _damage(change: Callable[[bytes], bytes], part: bytes) -> Callable[[RedisServer], None]:
-    def damage(server: RedisServer) -> None:
+def _damage(change: Callable[[bytes], bytes], part: str) -> Callable[[SharedServer], None]:
+    def damage(server: SharedServer) -> None:
         [key] = server.nodes()
-        content = server.client.hget(key, part)
-        assert content is not None
-        server.client.hset(key, part, change(content))
+        server.write(key, part, change(server.parts(key)[part]))
 
     return damage
 
 
+@each_store
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (_damage(lambda c: c[:-1], b"0"), "corrupt"),
-        (_damage(lambda c: bytes([c[0] ^ 1]) + c[1:], b"0"), "corrupt"),
-        (_damage(lambda c: c[:40], b"record"), "corrupt"),
-        (lambda s: s.client.hdel(s.nodes()[0], "0"), "evicted"),
-        (lambda s: s.client.delete(s.nodes()[0]), "evicted"),
+        (_damage(lambda c: c[:-1], "0"), "corrupt"),
+        (_damage(lambda c: bytes([c[0] ^ 1]) + c[1:], "0"), "corrupt"),
+        (_damage(lambda c: c[:40], "record"), "corrupt"),
+        (lambda s: s.drop(s.nodes()[0], "0"), "evicted"),
+        (lambda s: s.drop(s.nodes()[0], "0", "record"), "evicted"),
         (lambda s: s.kill(), "shared_down"),
         (lambda s: s.hang(), "shared_down"),
     ],
 )
 def test_whatever_is_wrong_is_a_miss(
-    replica: OpenReplica, server: RedisServer, harm: Callable[[RedisServer], None], reason: str
+    replica: OpenReplica, server: SharedServer, harm: Callable[[SharedServer], None], reason: str
 ) -> None:
     one, two = replica(), replica()
     ask(one, _DONOR)
@@ -202,7 +206,10 @@ def test_whatever_is_wrong_is_a_miss(
     assert two.stats()["donors"]["nodes"] == 0
 
 
-def test_reuse_resumes_when_the_servers_are_back(replica: OpenReplica, server: RedisServer) -> None:
+@each_store
+def test_reuse_resumes_when_the_servers_are_back(
+    replica: OpenReplica, server: SharedServer
+) -> None:
     one, two = replica(), replica()
     server.kill()
     one.generate(_DONOR, params(4))
@@ -210,7 +217,7 @@ def test_reuse_resumes_when_the_servers_are_back(replica: OpenReplica, server: R
     assert events(one)["shared_write_shared_down"] == 1
     server.start()
     for llm in (one, two):
-        inside(llm).donors.shared._tier.remote._down_until = 0.0
+        inside(llm).donors.shared._tier.remote.breaker.down_until = 0.0
     ask(one, _DONOR.replace("48210", "51"))
     assert ask(two, _TARGET).provenance.shared > 0
 
@@ -256,7 +263,7 @@ def test_what_is_slower_than_computing_is_not_fetched(replica: OpenReplica) -> N
 
 
 def test_a_full_redis_costs_the_sharing_and_nothing_else(
-    replica: OpenReplica, server: RedisServer
+    replica: OpenReplica, server: SharedServer
 ) -> None:
     one = replica()
     server.client.config_set("maxmemory", 1)
@@ -266,7 +273,7 @@ def test_a_full_redis_costs_the_sharing_and_nothing_else(
 
 
 def test_donors_that_redis_evicted_hide_others_once(
-    replica: OpenReplica, server: RedisServer
+    replica: OpenReplica, server: SharedServer
 ) -> None:
     one, two = replica(), replica()
     ask(one, _DONOR.replace("fox", "dog"))
@@ -292,7 +299,8 @@ def test_publishing_never_blocks(replica: OpenReplica, monkeypatch: pytest.Monke
     assert one.flush(60)
 
 
-def test_a_deleted_donor_is_shared_no_more(replica: OpenReplica, server: RedisServer) -> None:
+@each_store
+def test_a_deleted_donor_is_shared_no_more(replica: OpenReplica, server: SharedServer) -> None:
     one, two = replica(), replica()
     ask(one, _DONOR)
     one.cache.clear()
@@ -363,14 +371,15 @@ def replicas_of_a_test(replica: OpenReplica) -> tuple[KVShare, KVShare]:
     return replica(), replica()
 
 
-def test_redis_killed_while_requests_are_answered(
-    replica: OpenReplica, server: RedisServer
+@each_store
+def test_a_store_killed_while_requests_are_answered(
+    replica: OpenReplica, server: SharedServer
 ) -> None:
     """Again and again, in the middle: all are answered, and rightly."""
     one, two, alone = replica(), replica(), replica(reuse="off", shared_store=None)
     for number in range(20):
         for llm in (one, two):  # as if it had been left alone for long enough
-            inside(llm).donors.shared._tier.remote._down_until = 0.0
+            inside(llm).donors.shared._tier.remote.breaker.down_until = 0.0
         ask(one, f"{number}. {_DONOR}")
         prompt = f"{number}. {_DONOR} And value {number}?"
         inbox = Inbox(two, prompt, params(4), RequestOptions(reuse="exact"))

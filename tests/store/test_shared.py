@@ -1,8 +1,10 @@
-"""Nodes in a Redis that replicas share: what is put comes back, and what is wrong is a miss."""
+"""Nodes in a store that replicas share: what is put comes back, and what is wrong is a miss."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -13,27 +15,35 @@ from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import ConfigError, KVUnavailableError
 from kvshare_mm.node import Piece, Span
 from kvshare_mm.store.base import NodeKV, StoredNode
+from kvshare_mm.store.remote_mooncake import MooncakeStore
 from kvshare_mm.store.remote_redis import RedisStore
-from kvshare_mm.store.shared import BLOCK, SharedTier, narrowed, rows_of
+from kvshare_mm.store.shared import BLOCK, RemoteStore, SharedTier, narrowed, rows_of
 
-from ..remote_servers import RedisServer, redis_server
+from ..helpers import until
+from ..remote_servers import RedisServer, SharedServer, shared_server
 
 Make = Callable[..., StoredNode]
+KINDS = ["redis", "mooncake"]
+only_redis = pytest.mark.parametrize("server", ["redis"], indirect=True)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with redis_server() as found:
+@pytest.fixture(scope="module", params=KINDS)
+def server(request: pytest.FixtureRequest) -> Iterator[SharedServer]:
+    with shared_server(request.param) as found:
         yield found
 
 
+@pytest.fixture(scope="module")
+def remote(server: SharedServer) -> Iterator[RemoteStore]:
+    found = server.open()
+    yield found
+    found.close()
+
+
 @pytest.fixture
-def tier(server: RedisServer) -> Iterator[SharedTier]:
-    server.client.flushall()
-    server.client.config_set("maxmemory", 0)
-    remote = RedisStore(server.url)
-    yield SharedTier(remote, 100.0)
-    remote.close()
+def tier(server: SharedServer, remote: RemoteStore) -> SharedTier:
+    server.clear()
+    return SharedTier(remote, 100.0)
 
 
 def all_of(tier: SharedTier, node_id: str, namespace: str = "ns") -> StoredNode:
@@ -74,12 +84,12 @@ def test_a_node_that_owns_nothing(tier: SharedTier, make_stored: Make) -> None:
 
 
 def test_only_the_blocks_that_are_needed_are_read(
-    server: RedisServer, tier: SharedTier, make_stored: Make
+    server: SharedServer, tier: SharedTier, make_stored: Make
 ) -> None:
     stored = make_stored("a", 500, own=((100, 400),))
     tier.put(stored)
     [key] = server.nodes()
-    server.client.hdel(key, "0", "2", "3", "4")  # whoever reads them finds nothing
+    server.drop(key, "0", "2", "3", "4")  # whoever reads them finds nothing
     head = tier.head("a", "ns")
     wanted = rows_of(head.node, [Span(0, 10), Span(100 + BLOCK, 102 + BLOCK)])
     assert np.flatnonzero(wanted).tolist() == [BLOCK, BLOCK + 1]
@@ -109,29 +119,29 @@ def test_what_is_borrowed_is_narrowed_to_what_the_owner_has(make_stored: Make) -
 
 
 def test_every_flip_and_every_cut_is_noticed(
-    server: RedisServer, tier: SharedTier, make_stored: Make, assert_same: Callable
+    server: SharedServer, tier: SharedTier, make_stored: Make, assert_same: Callable
 ) -> None:
     stored = make_stored("a", BLOCK + 6)
     tier.put(stored)
     [key] = server.nodes()
-    whole = server.client.hgetall(key)
+    whole = server.parts(key)
     rng = np.random.default_rng(0)
     for part, content in whole.items():
-        damaged = [content[:n] for n in (0, 10, len(content) // 2, len(content) - 1)]
-        damaged += [content + b"\0", whole[b"1" if part == b"0" else b"0"]]
+        damaged = [content[:n] for n in (1, 10, len(content) // 2, len(content) - 1)]
+        damaged += [content + b"\0", whole["1" if part == "0" else "0"]]
         for at in rng.integers(0, len(content), 200):
             flipped = bytearray(content)
             flipped[at] ^= 1 << rng.integers(8)
             damaged.append(bytes(flipped))
         for wrong in damaged:
-            server.client.hset(key, part, wrong)
+            server.write(key, part, wrong)
             assert reason(lambda: all_of(tier, "a")) == "corrupt"
-        server.client.hset(key, part, content)
+        server.write(key, part, content)
     assert_same(all_of(tier, "a"), stored)
 
 
 def test_another_namespace_has_nothing_of_it(
-    server: RedisServer, tier: SharedTier, make_stored: Make
+    server: SharedServer, tier: SharedTier, make_stored: Make
 ) -> None:
     tier.put(make_stored("a", namespace="one"))
     assert reason(lambda: tier.head("a", "two")) == "evicted"
@@ -139,10 +149,25 @@ def test_another_namespace_has_nothing_of_it(
     [key] = server.nodes()
     tier.put(make_stored("a", namespace="two"))
     [other] = set(server.nodes()) - {key}
-    server.client.copy(key, other, replace=True)
+    for part, content in server.parts(key).items():
+        server.write(other, part, content)
     assert reason(lambda: tier.head("a", "two")) == "wrong_namespace"
 
 
+def test_a_node_that_is_deleted_is_gone(
+    server: SharedServer, tier: SharedTier, make_stored: Make
+) -> None:
+    tier.put(make_stored("a", 100 * BLOCK, dtype=torch.bfloat16))
+    tier.put(make_stored("b"))
+    assert tier.keep("a", "ns")
+    tier.delete("a", "ns")
+    tier.delete("unknown", "ns")
+    assert len(server.nodes()) == 1
+    assert not tier.keep("a", "ns")
+    assert reason(lambda: tier.head("a", "ns")) == "evicted"
+
+
+@only_redis
 def test_a_node_is_gone_when_nobody_asks_for_it(
     server: RedisServer, tier: SharedTier, make_stored: Make
 ) -> None:
@@ -152,11 +177,9 @@ def test_a_node_is_gone_when_nobody_asks_for_it(
     server.client.pexpire(key, 50_000)
     tier.head("a", "ns")
     assert 90_000 < server.client.pttl(key) <= 100_000
-    tier.delete("a", "ns")
-    assert server.nodes() == []
-    assert reason(lambda: tier.head("a", "ns")) == "evicted"
 
 
+@only_redis
 def test_a_server_that_is_full_keeps_what_it_has(
     server: RedisServer, tier: SharedTier, make_stored: Make, assert_same: Callable
 ) -> None:
@@ -169,19 +192,36 @@ def test_a_server_that_is_full_keeps_what_it_has(
     assert tier.remote.agree("secret", b"another") == secret == b"mine"
     assert reason(lambda: tier.head("b", "ns")) == "evicted"
     assert_same(all_of(tier, "a"), small)
+    server.client.config_set("maxmemory", 0)
 
 
-def test_what_was_put_half_is_no_node(tier: SharedTier, make_stored: Make) -> None:
+def test_a_mooncake_that_is_full_drops_what_was_used_longest_ago() -> None:
+    with shared_server("mooncake", mib=64) as server:
+        remote = server.open()
+        secret = remote.agree("secret", b"mine")
+        for number in range(100):
+            for part in ("0", "record"):
+                remote.put(f"node {number}", part, bytes(1 << 20), 1.0)
+        assert not remote.lease("node 0", 1.0)
+        assert remote.lease("node 99", 1.0)
+        assert remote.agree("secret", b"another") == secret == b"mine"
+        remote.close()
+
+
+def test_what_was_put_half_is_no_node(
+    tier: SharedTier, make_stored: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stored = make_stored("a", 3 * BLOCK)
     tier.put(stored)
 
-    class Dies(RedisStore):
-        def put(self, key: str, part: str, content: bytes | memoryview, ttl_s: float) -> None:
-            if part == "2":
-                raise KVUnavailableError("shared_down", "killed here")
-            super().put(key, part, content, ttl_s)
+    put = tier.remote.put
 
-    tier.remote.__class__ = Dies
+    def dies(key: str, part: str, content: bytes | memoryview, ttl_s: float) -> None:
+        if part == "2":
+            raise KVUnavailableError("shared_down", "killed here")
+        put(key, part, content, ttl_s)
+
+    monkeypatch.setattr(tier.remote, "put", dies)
     assert reason(lambda: tier.put(stored)) == "shared_down"
     assert reason(lambda: tier.head("a", "ns")) == "evicted"
 
@@ -194,14 +234,15 @@ def test_a_new_version_under_a_reader_is_a_miss(tier: SharedTier, make_stored: M
     assert reason(lambda: tier.rows(head, np.ones(2 * BLOCK, bool))) == "corrupt"
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("failure", ["kill", "hang"])
 def test_a_server_that_fails_is_left_alone_and_tried_again(
-    make_stored: Make, failure: str, monkeypatch: pytest.MonkeyPatch
+    make_stored: Make, failure: str, kind: str
 ) -> None:
-    with redis_server() as server:
-        remote = RedisStore(server.url, timeout_s=0.2, retry_after_s=1000)
+    with shared_server(kind) as server:
+        remote = server.open(timeout_s=0.5, retry_after_s=1000)
         tier = SharedTier(remote, 100.0)
-        tier.put(make_stored("a"))
+        until(lambda: tier.put(make_stored("a")) is None)
         getattr(server, failure)()
         for _ in range(3):
             assert reason(lambda: tier.head("a", "ns")) == "shared_down"
@@ -211,15 +252,40 @@ def test_a_server_that_fails_is_left_alone_and_tried_again(
             server.go_on()
         # It is not even asked.
         assert reason(lambda: tier.put(make_stored("b"))) == "shared_down"
-        remote._down_until = 0.0
-        tier.put(make_stored("b"))
-        assert all_of(tier, "b").node.node_id == "b"
+
+        def again() -> bool:
+            remote.breaker.down_until = 0.0
+            with suppress(KVUnavailableError):
+                tier.put(make_stored("b"))
+                return all_of(tier, "b").node.node_id == "b"
+            return False
+
+        until(again, 60)
         remote.close()
 
 
-def test_urls_that_cannot_be_one_are_told_at_once() -> None:
+@pytest.mark.parametrize(
+    ("open_store", "url"),
+    [
+        (RedisStore, "localhost:6379"),
+        (MooncakeStore, "mooncake://localhost"),
+        (MooncakeStore, "mooncake://:50051"),
+        (MooncakeStore, "mooncake://localhost:50051/0"),
+        (MooncakeStore, "mooncake://localhost:50051?protokol=tcp"),
+        (MooncakeStore, "mooncake://localhost:port"),
+    ],
+)
+def test_urls_that_cannot_be_one_are_told_at_once(
+    open_store: Callable[[str], object], url: str
+) -> None:
     with pytest.raises(ConfigError, match="shared_store"):
-        RedisStore("localhost:6379")
+        open_store(url)
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mooncake", None)
+    with pytest.raises(ConfigError, match="libibverbs1"):
+        MooncakeStore("mooncake://localhost:50051")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import httpx2
 
 from kvshare_mm.apps.bench.serve import Sample, ask, client_of
 
-from ...remote_servers import MilvusServer, RedisServer, Server, free_port
+from ...remote_servers import MilvusServer, RedisServer, Server, free_port, redis_server
 
 _START_S = 300.0  # the first on a machine converts the model
 
@@ -24,10 +24,10 @@ _START_S = 300.0  # the first on a machine converts the model
 class Command(Server):
     """A `kvshare` command that serves HTTP."""
 
-    def __init__(self, log: Path, *words: str) -> None:
+    def __init__(self, log: Path, name: str, *words: str) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "kvshare_mm.apps.cli", *words, "--port", str(port)]
+        command = [sys.executable, "-m", "kvshare_mm.apps.cli", name, "--port", str(port), *words]
         super().__init__(command, port, log)
 
     def wait_ready(self) -> None:
@@ -70,6 +70,31 @@ class Cluster:
 
 
 @contextmanager
+def routed(
+    folder: Path, serve: Sequence[Sequence[str]], router_options: Sequence[str] = ()
+) -> Iterator[tuple[list[Command], Command]]:
+    """Replicas, each by the words of its command, and a router before them; logs in `folder`."""
+    started: list[Server] = []
+
+    def replica(number: int, words: Sequence[str]) -> Command:
+        log = folder / f"replica-{number}.log"
+        started.append(Command(log, "serve", "--served-model-name", "m", *words))
+        return started[-1]
+
+    try:
+        with ThreadPoolExecutor(len(serve)) as pool:
+            replicas = list(pool.map(replica, range(len(serve)), serve))
+        urls = ",".join(each.url for each in replicas)
+        words = ("route", "--replicas", urls, *router_options)
+        started.append(router := Command(folder / "router.log", *words))
+        yield replicas, router
+    finally:
+        for each in started:
+            each.go_on()
+            each.kill()
+
+
+@contextmanager
 def cluster(
     folder: Path,
     num_replicas: int,
@@ -78,27 +103,14 @@ def cluster(
     router_options: Sequence[str] = (),
 ) -> Iterator[Cluster]:
     """Start all, with options of replicas; logs and stores lie in `folder`."""
-    started: list[Server] = []
-
-    def replica(number: int) -> Command:
+    with redis_server() as redis, ExitStack() as stack:
+        milvus = MilvusServer(folder / "milvus")
+        stack.callback(milvus.close)
         shared = ("--shared-store", redis.url, "--index-uri", milvus.url, "--embedder", "none")
-        store = ("--store-dir", str(folder / f"store-{number}"), "--served-model-name", "m")
-        log = folder / f"replica-{number}.log"
-        started.append(Command(log, "serve", model, *shared, *store, *options))
-        return started[-1]
-
-    try:
-        started += [redis := RedisServer(), milvus := MilvusServer(folder / "milvus")]
-        with ThreadPoolExecutor(num_replicas) as pool:
-            replicas = list(pool.map(replica, range(num_replicas)))
-        urls = ",".join(each.url for each in replicas)
-        words = ("route", "--replicas", urls, *router_options)
-        started.append(router := Command(folder / "router.log", *words))
+        stores = [("--store-dir", str(folder / f"store-{i}")) for i in range(num_replicas)]
+        serve = [(model, *shared, *store, *options) for store in stores]
+        replicas, router = stack.enter_context(routed(folder, serve, router_options))
         yield Cluster(redis, milvus, replicas, router)
-    finally:
-        for each in started:
-            each.go_on()
-            each.kill()
 
 
 def bodies(texts: Sequence[str], salt: str, tokens: int = 6, **ours: Any) -> list[dict[str, Any]]:

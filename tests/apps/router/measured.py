@@ -1,34 +1,41 @@
-"""What a router gains and costs: `python tests/apps/router/measured.py`, some minutes.
+"""What a router gains and costs: ``python -m tests.apps.router.measured``, some minutes.
 
-Starts four servers of SmolLM2 with a thread each and a router before them. Each way to send a
-stream of requests has a `cache_salt` of its own, so that it begins with empty stores.
+Starts servers of SmolLM2 with a thread each and a router before them. Each way to send a stream of
+requests has a `cache_salt` of its own, so that it begins with empty stores. ``KVSHARE_REPLICAS``
+says how many (4), ``KVSHARE_ENGINE=vllm`` which engine, ``KVSHARE_KILLS`` how often one is killed
+(1), ``KVSHARE_KNOWN`` among how many known requests a decision is timed (100,000; 0: not at all).
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import random
 import re
-import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import httpx2
 import numpy as np
 
-from kvshare_mm.apps.bench.serve import Sample, ask, client_of
+from kvshare_mm.apps.bench.serve import Sample
 from kvshare_mm.apps.router.memory import Memory
 from kvshare_mm.apps.router.plan import Standing, choose
 from kvshare_mm.apps.router.prompt import prompt_of
 
+from .cluster import Command, bodies, plan, routed, sent
+
+_REPLICAS = int(os.environ.get("KVSHARE_REPLICAS", "4"))
+_KILLS = int(os.environ.get("KVSHARE_KILLS", "1"))
+_KNOWN = int(os.environ.get("KVSHARE_KNOWN", "100000"))
+_SERVE = {
+    "native": ("smollm2", "--embedder", "none"),
+    "vllm": ("smollm2", "--engine", "vllm", "--max-model-len", "1024", "--", "--enforce-eager"),
+}[os.environ.get("KVSHARE_ENGINE", "native")]
 _LETTERS = "bcdfglmnprst"
-_NUM_REPLICAS = 4
 
 
 def families(count: int, each: int, words: int, seed: int = 0) -> list[str]:
@@ -47,61 +54,16 @@ def families(count: int, each: int, words: int, seed: int = 0) -> list[str]:
     return texts
 
 
-def started(*words: str) -> tuple[str, subprocess.Popen[str]]:
-    """A `kvshare` command and its URL, ready."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvshare_mm.apps.cli", *words, "--port", "0"],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stderr is not None
-    for line in process.stderr:
-        if found := re.search(r"listening on (http://\S+)", line):
-            # Its log is read on, or it would wait for that.
-            threading.Thread(target=deque, args=(process.stderr, 0), daemon=True).start()
-            while True:
-                try:
-                    if httpx2.get(f"{found[1]}/health").status_code == 200:
-                        return found[1], process
-                except httpx2.HTTPError:
-                    pass
-                time.sleep(0.2)
-    raise SystemExit(f"{words} ended with {process.wait()}")
-
-
-async def sent(
-    bodies: list[dict[str, Any]], url_of: Callable[[int], str], concurrency: int
-) -> list[Sample]:
-    """Send requests in their order, so many at a time; the i-th to `url_of(i)`."""
-    left, samples = iter(enumerate(bodies)), {}
-
-    async def client() -> None:
-        for i, body in left:
-            async with client_of(url_of(i)) as http:
-                samples[i] = await ask(http, {"model": "smollm2", "temperature": 0, **body})
-
-    await asyncio.gather(*(client() for _ in range(concurrency)))
-    return [samples[i] for i in range(len(bodies))]
-
-
-def bodies(texts: list[str], salt: str, tokens: int = 4, **ours: Any) -> list[dict[str, Any]]:
-    return [
-        {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "cache_salt": salt,
-         "kvshare": ours}
-        for text in texts
-    ]  # fmt: skip
-
-
-def told(name: str, samples: list[Sample]) -> tuple[int, ...]:
-    """Tokens by origin, printed."""
+def told(name: str, samples: Sequence[Sample]) -> None:
+    """Print tokens by origin."""
     assert all(s.error is None for s in samples), Counter(s.error for s in samples)
-    tokens = [sum(s.reuse[o] for s in samples) for o in ("exact", "reused", "recomputed")]
-    share = 1 - tokens[2] / sum(tokens)
-    print(f"{name:28} exact {tokens[0]:6} reused {tokens[1]:6} computed {tokens[2]:6}"
-          f" shared {share:.1%}", flush=True)  # fmt: skip
-    return tuple(tokens)
+    exact, reused, computed = np.sum([plan(s) for s in samples], axis=0)
+    share = 1 - computed / (exact + reused + computed)
+    print(f"{name:28} exact {exact:6} reused {reused:6} computed {computed:6} shared {share:.1%}",
+          flush=True)  # fmt: skip
 
 
-def decisions(known: int = 100_000, words: int = 400) -> None:
+def decisions(known: int, words: int = 400) -> None:
     """Seconds to read a prompt and choose, among so many known ones; each is then known too."""
     memory, draw, times = Memory(known), random.Random(0), []
     texts = families(known // 100, 100, words) + families(20, 100, words, seed=1)
@@ -111,10 +73,10 @@ def decisions(known: int = 100_000, words: int = 400) -> None:
         prompt = prompt_of({"messages": [{"role": "user", "content": text}]}, "")
         assert prompt is not None
         if i >= known:
-            shares = memory.shares(prompt, range(_NUM_REPLICAS))
+            shares = memory.shares(prompt, range(_REPLICAS))
             choose(len(prompt.words), [Standing(r, s) for r, s in shares.items()], draw)
             times.append(time.perf_counter() - begun)
-        memory.add(prompt, draw.randrange(_NUM_REPLICAS))
+        memory.add(prompt, draw.randrange(_REPLICAS))
     p50, p99 = np.quantile(times, [0.5, 0.99]) * 1e3
     print(f"{len(memory)} known after {time.perf_counter() - start:.0f} s,"
           f" {memory.num_bytes / len(memory):.0f} bytes each; decision p50 {p50:.2f} ms,"
@@ -122,59 +84,62 @@ def decisions(known: int = 100_000, words: int = 400) -> None:
 
 
 def main() -> None:
-    decisions()
-    running = [started("serve", "smollm2", "--embedder", "none") for _ in range(_NUM_REPLICAS)]
-    urls = [url for url, _ in running]
-    router, process = started("route", "--replicas", ",".join(urls))
-    running.append((router, process))
+    if _KNOWN:
+        decisions(_KNOWN)
+    folder = Path(tempfile.mkdtemp(prefix="kvshare-measured-"))
+    with routed(folder, [_SERVE] * _REPLICAS) as (replicas, router):
+        measure([each.url for each in replicas], router.url)
+        killed(replicas, router)
+
+
+def measure(urls: Sequence[str], router: str) -> None:
+    """One process, a router and a plain balancer, each with the same requests."""
 
     def stream(
-        name: str, url_of: Callable[[int], str], at_a_time: int, **ours: Any
+        name: str, url_of: Callable[[int], str], at_a_time: int, **ours: object
     ) -> list[Sample]:
-        asked = bodies(texts, f"{name} {at_a_time}", **ours)
-        samples = asyncio.run(sent(asked, url_of, at_a_time))
+        samples = sent(bodies(texts, f"{name} {at_a_time}", 4, **ours), url_of, at_a_time)
         told(f"{name}, {at_a_time} at a time", samples)
         return samples
 
-    try:
-        texts = families(12, 10, 80)
-        for at_a_time in (1, 8):
-            one = stream("one process", lambda _: urls[0], at_a_time)
-            routed = stream("router", lambda _: router, at_a_time)
-            stream("round robin", lambda i: urls[i % _NUM_REPLICAS], at_a_time)
-            alike = [a.text == b.text for a, b in zip(one, routed, strict=True)
-                     if [a.reuse[o] for o in ("exact", "reused", "recomputed")]
-                     == [b.reuse[o] for o in ("exact", "reused", "recomputed")]]  # fmt: skip
-            print(f"  of {len(alike)} with equal plans {sum(alike)} have equal answers")
-        texts = families(12, 2, 80, seed=2) * 2
-        off = stream("one process, reuse off", lambda _: urls[0], 4, reuse="off")
-        exact = stream("router, exact reuse", lambda _: router, 4, reuse="exact")
-        print(f"  {sum(a.text == b.text for a, b in zip(off, exact, strict=True))} of {len(off)}"
-              " answers are those without reuse")  # fmt: skip
-        print([line for line in httpx2.get(f"{router}/metrics").text.splitlines()
-               if line.startswith("kvshare_router_requests_total")])  # fmt: skip
-        asyncio.run(killed(router, running[1][1]))
-    finally:
-        for _, each in running:
-            each.kill()
+    texts = families(12, 10, 80)
+    for at_a_time in (1, 8):
+        one = stream("one process", lambda _: urls[0], at_a_time)
+        through = stream("router", lambda _: router, at_a_time)
+        stream("round robin", lambda i: urls[i % len(urls)], at_a_time)
+        alike = [a.text == b.text for a, b in zip(one, through, strict=True) if plan(a) == plan(b)]
+        print(f"  of {len(alike)} with equal plans {sum(alike)} have equal answers")
+    texts = families(12, 2, 80, seed=2) * 2
+    off = stream("one process, reuse off", lambda _: urls[0], 4, reuse="off")
+    exact = stream("router, exact reuse", lambda _: router, 4, reuse="exact")
+    print(f"  {sum(a.text == b.text for a, b in zip(off, exact, strict=True))} of {len(off)}"
+          " answers are those without reuse")  # fmt: skip
+    _print_metrics(router, "kvshare_router_requests_total")
 
 
-async def killed(router: str, victim: subprocess.Popen[str]) -> None:
-    """Kill a replica while sixteen clients stream."""
+def killed(replicas: Sequence[Command], router: Command) -> None:
+    """Kill a replica while sixteen clients stream, and start it again; the next time another."""
     texts = families(12, 10, 80, seed=3)
+    right = sent(bodies(texts, "right", 24, reuse="off", store=False), lambda _: router.url, 4)
+    for number in range(_KILLS):
+        victim = replicas[-1 - number % len(replicas)]
+        timer = threading.Timer(8, victim.kill)
+        timer.start()
+        asked = bodies(texts, f"killed {number}", 24, reuse="exact")
+        samples = sent(asked, lambda _: router.url, 16)
+        timer.join()
+        failed = [s for s in samples if s.error]
+        wrong = [a for a, b in zip(samples, right, strict=True) if not a.error and a.text != b.text]
+        print(f"kill -9: {len(samples)} requests, {len(failed)} failed,"
+              f" {sum(s.ttft is None for s in failed)} of them before their first text;"
+              f" {len(wrong)} wrong")  # fmt: skip
+        victim.start()
+    _print_metrics(router.url, "kvshare_router_lost_total", "kvshare_router_up")
 
-    async def kill() -> None:
-        await asyncio.sleep(8)
-        os.kill(victim.pid, signal.SIGKILL)
 
-    killing = asyncio.create_task(kill())
-    samples = await sent(bodies(texts, "killed", 24), lambda _: router, 16)
-    await killing
-    failed = [s for s in samples if s.error]
-    print(f"kill -9: {len(samples)} requests, {len(failed)} failed,"
-          f" {sum(s.ttft is None for s in failed)} of them before their first text")  # fmt: skip
-    print([line for line in httpx2.get(f"{router}/metrics").text.splitlines()
-           if line.startswith(("kvshare_router_lost_total", "kvshare_router_up"))])  # fmt: skip
+def _print_metrics(router: str, *names: str) -> None:
+    lines = httpx2.get(f"{router}/metrics").text.splitlines()
+    print([line for line in lines if line.startswith(names)], flush=True)
 
 
 if __name__ == "__main__":
