@@ -1,7 +1,7 @@
 # Needs nothing but make and python3 >= 3.11; everything else goes into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= bench,demo,dev,otel,redis,server
+EXTRAS ?= bench,demo,dev,mooncake,otel,redis,server
 DIST ?= dist
 # Processes that test at once: each needs some gigabytes.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')

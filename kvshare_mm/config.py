@@ -178,8 +178,8 @@ class KVShareConfig(BaseModel):
     index_token: str | None = Field(None, description="Milvus credentials, 'user:password'")
     shared_store: str | None = Field(
         None,
-        description="Redis or Valkey (redis://host:6379/0) that keeps donors for other replicas, "
-        "who find them in index_uri's Milvus server",
+        description="Redis or Valkey (redis://host:6379/0) or Mooncake (mooncake://master:50051) "
+        "that keeps donors for other replicas, who find them in index_uri's Milvus server",
     )
     shared_ttl_s: float = Field(
         3600, gt=0, description="seconds that a donor stays there after its last use"

@@ -127,6 +127,7 @@ def test_nothing_below_knows_apps() -> None:
         ("vllm", ["vllm"]),
         ("pymilvus", ["index"]),
         ("redis", ["store.remote_redis"]),
+        ("mooncake", ["store.remote_mooncake"]),
         ("sentence_transformers", ["modalities.embed"]),
         ("open_clip", ["modalities.embed", "assets.training"]),
         ("triton", ["kernels"]),

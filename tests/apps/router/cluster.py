@@ -1,4 +1,4 @@
-"""Replicas that share Redis and Milvus, and a router before them: each a process to be killed."""
+"""Replicas that share a store and Milvus, and a router before them: each a process to be killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import httpx2
 
 from kvshare_mm.apps.bench.serve import Sample, ask, client_of
 
-from ...remote_servers import MilvusServer, RedisServer, Server, free_port, redis_server
+from ...remote_servers import MilvusServer, Server, SharedServer, free_port, shared_server
 
 _START_S = 300.0  # the first on a machine converts the model
 
@@ -63,7 +63,7 @@ class Command(Server):
 class Cluster:
     """All of it, running."""
 
-    redis: RedisServer
+    shared: SharedServer
     milvus: MilvusServer
     replicas: list[Command]
     router: Command
@@ -100,17 +100,19 @@ def cluster(
     num_replicas: int,
     *options: str,
     model: str,
+    kind: str = "redis",
     router_options: Sequence[str] = (),
 ) -> Iterator[Cluster]:
-    """Start all, with options of replicas; logs and stores lie in `folder`."""
-    with redis_server() as redis, ExitStack() as stack:
+    """Start all, with options of replicas, which share a store of a kind; logs and stores of their
+    own lie in `folder`."""
+    with shared_server(kind) as store, ExitStack() as stack:
         milvus = MilvusServer(folder / "milvus")
         stack.callback(milvus.close)
-        shared = ("--shared-store", redis.url, "--index-uri", milvus.url, "--embedder", "none")
+        shared = ("--shared-store", store.url, "--index-uri", milvus.url, "--embedder", "none")
         stores = [("--store-dir", str(folder / f"store-{i}")) for i in range(num_replicas)]
         serve = [(model, *shared, *store, *options) for store in stores]
         replicas, router = stack.enter_context(routed(folder, serve, router_options))
-        yield Cluster(redis, milvus, replicas, router)
+        yield Cluster(store, milvus, replicas, router)
 
 
 def bodies(texts: Sequence[str], salt: str, tokens: int = 6, **ours: Any) -> list[dict[str, Any]]:

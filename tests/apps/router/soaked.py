@@ -35,7 +35,7 @@ _PATIENT = ("--shared-deadline-ms", "1000")  # the machine is busy
 
 def used(running: Cluster) -> dict[str, tuple[int, int, int]]:
     """MiB resident, open files and sockets, and threads, of each process and its children."""
-    parts = {"redis": running.redis, "milvus": running.milvus, "router": running.router}
+    parts = {"redis": running.shared, "milvus": running.milvus, "router": running.router}
     parts |= {f"replica {i}": replica for i, replica in enumerate(running.replicas)}
     found = {}
     for name, part in parts.items():
@@ -75,8 +75,8 @@ def main() -> None:
     with cluster(
         folder, 2, *_SMALL, *_PATIENT, model=_MODEL, router_options=("--remembered", "200")
     ) as running:
-        running.redis.client.config_set("maxmemory", int(_GIB * (1 << 30)))
-        running.redis.client.config_set("maxmemory-policy", "allkeys-lru")
+        running.shared.client.config_set("maxmemory", int(_GIB * (1 << 30)))
+        running.shared.client.config_set("maxmemory-policy", "allkeys-lru")
         done = threading.Event()
 
         def watch() -> None:
@@ -95,7 +95,7 @@ def main() -> None:
                 other.result()
         for each in running.replicas:
             print("slots are free:", asyncio.run(settled(each.url)), each.events())
-        print("evicted by Redis:", running.redis.client.info("stats")["evicted_keys"])
+        print("evicted by Redis:", running.shared.client.info("stats")["evicted_keys"])
         print("at rest:", used(running))
 
 

@@ -1,7 +1,8 @@
-"""Replicas, Redis, Milvus and a router do what one process does, whatever of it dies.
+"""Replicas, a shared store, Milvus and a router do what one process does, whatever of it dies.
 
 ``KVSHARE_REPLICAS=4 KVSHARE_KILLS=20`` takes more replicas and kills each part more often,
-``KVSHARE_MODEL=tiny-vl`` a model that takes little room; figures are printed (``pytest -s``).
+``KVSHARE_MODEL=tiny-vl`` a model that takes little room, ``KVSHARE_SHARED=mooncake`` another store
+than Redis; figures are printed (``pytest -s``).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.e2e
 _REPLICAS = int(os.environ.get("KVSHARE_REPLICAS", "2"))
 _KILLS = int(os.environ.get("KVSHARE_KILLS", "1"))
 _MODEL = os.environ.get("KVSHARE_MODEL", "smollm2")
+_SHARED = os.environ.get("KVSHARE_SHARED", "redis")
 _OPTIONS = ("--host-gib", "0.5", "--shared-deadline-ms", "3000")  # the machine is busy
 _UNSTORED = {"reuse": "off", "store": False}
 
@@ -34,7 +36,7 @@ _UNSTORED = {"reuse": "off", "store": False}
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    with cluster(folder, _REPLICAS, *_OPTIONS, model=_MODEL) as found:
+    with cluster(folder, _REPLICAS, *_OPTIONS, model=_MODEL, kind=_SHARED) as found:
         yield found
 
 
@@ -132,11 +134,11 @@ def _published(running: Cluster) -> int:
 
 
 def _server(running: Cluster, part: str, number: int) -> Server:
-    servers = {"redis": running.redis, "milvus": running.milvus}
+    servers = {"store": running.shared, "milvus": running.milvus}
     return servers.get(part) or running.replicas[number % _REPLICAS]
 
 
-@pytest.mark.parametrize("part", ["replica", "redis", "milvus"])
+@pytest.mark.parametrize("part", ["replica", "store", "milvus"])
 def test_a_part_is_killed_under_load(running: Cluster, right: dict[str, str], part: str) -> None:
     draw = random.Random(part)
     with Load(running, right) as load:
