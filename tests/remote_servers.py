@@ -36,7 +36,11 @@ class Server:
     def start(self) -> None:
         with open(self._log or os.devnull, "ab") as log:
             self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+                self._command,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,
             )
         self.wait_ready()
 
@@ -48,14 +52,19 @@ class Server:
         return self._process.pid
 
     def kill(self) -> None:
-        self._process.kill()
+        self._signal(signal.SIGKILL)
         self._process.wait()
 
     def hang(self) -> None:
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        """To all its processes: vLLM's outlive the one that started them."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
 
     def close(self) -> None:
         self.go_on()

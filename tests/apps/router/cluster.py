@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 
 from kvshare_mm.apps.bench.serve import Sample, ask, client_of
+from kvshare_mm.apps.elsewhere import reusing
 
 from ...remote_servers import MilvusServer, Server, SharedServer, free_port, shared_server
 
@@ -124,14 +125,27 @@ def bodies(texts: Sequence[str], salt: str, tokens: int = 6, **ours: Any) -> lis
             "max_tokens": tokens,
             "temperature": 0,
             "cache_salt": salt,
-            "kvshare": ours,
+            **reusing(ours),
         }
         for text in texts
     ]
 
 
+async def ask_whole(client: httpx2.AsyncClient, body: dict[str, Any]) -> Sample:
+    """The answer to a chat in one piece: in a stream vLLM says nothing of reuse."""
+    reply = await client.post("chat/completions", json=body)
+    if reply.status_code != httpx2.codes.OK:
+        return Sample(error=f"status {reply.status_code}")
+    said = reply.json()
+    reuse = said.get("kvshare") or said["kv_transfer_params"]["kvshare"]
+    return Sample(reuse=reuse, text=said["choices"][0]["message"]["content"])
+
+
 def sent(
-    asked: Sequence[dict[str, Any]], url_of: Callable[[int], str], concurrency: int = 1
+    asked: Sequence[dict[str, Any]],
+    url_of: Callable[[int], str],
+    concurrency: int = 1,
+    by: Callable[[httpx2.AsyncClient, dict[str, Any]], Awaitable[Sample]] = ask,
 ) -> list[Sample]:
     """Answers to requests that are sent in their order, so many at a time, the i-th to
     `url_of(i)`."""
@@ -141,7 +155,7 @@ def sent(
     async def client() -> None:
         for i, body in left:
             async with client_of(url_of(i)) as http:
-                samples[i] = await ask(http, body)
+                samples[i] = await by(http, body)
 
     async def clients() -> None:
         await asyncio.gather(*(client() for _ in range(concurrency)))

@@ -26,7 +26,7 @@ from kvshare_mm.apps.router.memory import Memory
 from kvshare_mm.apps.router.plan import Standing, choose
 from kvshare_mm.apps.router.prompt import prompt_of
 
-from .cluster import Command, bodies, plan, routed, sent
+from .cluster import Command, ask_whole, bodies, plan, routed, sent
 
 _REPLICAS = int(os.environ.get("KVSHARE_REPLICAS", "4"))
 _KILLS = int(os.environ.get("KVSHARE_KILLS", "1"))
@@ -43,15 +43,22 @@ def families(count: int, each: int, words: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
     texts = []
     for _ in range(count):
-        known = ["".join(draw.choice(_LETTERS) + draw.choice("aeiou") for _ in range(2))
-                 for _ in range(60)]  # fmt: skip
-        template = " ".join(
-            "{}" if i % 30 == 10 else draw.choice(known) + "." * (i % 9 == 8) for i in range(words)
-        )
-        texts += [re.sub(r"\{\}", lambda _: str(draw.randrange(1000)), template)
-                  for _ in range(each)]  # fmt: skip
+        template = _template(draw, words)
+        texts += [_filled(template, draw) for _ in range(each)]
     draw.shuffle(texts)
     return texts
+
+
+def _template(draw: random.Random, words: int) -> str:
+    known = ["".join(draw.choice(_LETTERS) + draw.choice("aeiou") for _ in range(2))
+             for _ in range(60)]  # fmt: skip
+    return " ".join(
+        "{}" if i % 30 == 10 else draw.choice(known) + "." * (i % 9 == 8) for i in range(words)
+    )
+
+
+def _filled(template: str, draw: random.Random) -> str:
+    return re.sub(r"\{\}", lambda _: str(draw.randrange(1000)), template)
 
 
 def told(name: str, samples: Sequence[Sample]) -> None:
@@ -63,12 +70,13 @@ def told(name: str, samples: Sequence[Sample]) -> None:
           flush=True)  # fmt: skip
 
 
-def decisions(known: int, words: int = 400) -> None:
-    """Seconds to read a prompt and choose, among so many known ones; each is then known too."""
+def decisions(known: int, words: int = 400, timed: int = 2000) -> None:
+    """Time reading a prompt and choosing, among so many known ones; each is then known too."""
     memory, draw, times = Memory(known), random.Random(0), []
-    texts = families(known // 100, 100, words) + families(20, 100, words, seed=1)
+    templates = [_template(draw, words) for _ in range(known // 100)]
     start = time.perf_counter()
-    for i, text in enumerate(texts):
+    for i in range(known + timed):
+        text = _filled(draw.choice(templates), draw)
         begun = time.perf_counter()
         prompt = prompt_of({"messages": [{"role": "user", "content": text}]}, "")
         assert prompt is not None
@@ -80,7 +88,7 @@ def decisions(known: int, words: int = 400) -> None:
     p50, p99 = np.quantile(times, [0.5, 0.99]) * 1e3
     print(f"{len(memory)} known after {time.perf_counter() - start:.0f} s,"
           f" {memory.num_bytes / len(memory):.0f} bytes each; decision p50 {p50:.2f} ms,"
-          f" p99 {p99:.2f} ms, longest {max(times) * 1e3:.2f} ms")  # fmt: skip
+          f" p99 {p99:.2f} ms, longest {max(times) * 1e3:.2f} ms", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -98,7 +106,9 @@ def measure(urls: Sequence[str], router: str) -> None:
     def stream(
         name: str, url_of: Callable[[int], str], at_a_time: int, **ours: object
     ) -> list[Sample]:
-        samples = sent(bodies(texts, f"{name} {at_a_time}", 4, **ours), url_of, at_a_time)
+        samples = sent(
+            bodies(texts, f"{name} {at_a_time}", 4, **ours), url_of, at_a_time, ask_whole
+        )
         told(f"{name}, {at_a_time} at a time", samples)
         return samples
 
