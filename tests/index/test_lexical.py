@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvshare_mm.index import lexical
 from kvshare_mm.index.base import IndexRecord
 from kvshare_mm.index.lexical import LexicalIndex
 from kvshare_mm.index.ngrams import ngram_hashes
@@ -110,6 +111,25 @@ def test_namespaces_never_leak() -> None:
     index.remove(["mine"])
     assert found(index, prompt) == []
     assert index.search("nobody", np.arange(50, dtype=np.uint64), 4) == []
+
+
+@pytest.mark.parametrize("budget", [32768, 500, 1])
+def test_among_many_records_and_few_the_same_is_found(
+    monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    rng = np.random.default_rng(5)
+    templates = [Template(rng) for _ in range(3)]
+    prompts = [
+        templates[i % 3].fill([tokens_of(rng, 10, vocab=12) for _ in range(6)]) for i in range(90)
+    ]
+    index = LexicalIndex(budget=budget)
+    index.add([record(str(i), prompt) for i, prompt in enumerate(prompts)])
+    index.remove([str(i) for i in range(0, 90, 7)])
+    answers = []
+    for many in (0, 1 << 40):
+        monkeypatch.setattr(lexical, "_MANY", many)
+        answers.append([index.search("ns", np.asarray(p, np.uint64), 5) for p in prompts])
+    assert answers[0] == answers[1]
 
 
 def test_sampled_long_prompts_compare_with_short_ones() -> None:
