@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,7 +107,7 @@ def _best(
 
 def _sums(
     slots: NDArray[np.int32], weights: NDArray[np.float64], count: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """The distinct `slots`, ascending, whose weights do not sum up to 0, and the sums.
 
     Args:
@@ -114,10 +115,10 @@ def _sums(
             instead of 2 for 8,000 of 250,000.
     """
     if count > _MANY * len(slots):
-        found, places = np.unique(slots, return_inverse=True)
+        distinct, places = np.unique(slots, return_inverse=True)
         sums = np.bincount(places, weights)
         some = sums != 0
-        return found[some], sums[some]
+        return distinct[some], sums[some]
     sums = np.bincount(slots, weights, minlength=count)
     found = np.flatnonzero(sums)
     return found, sums[found]

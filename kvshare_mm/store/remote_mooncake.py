@@ -28,8 +28,8 @@ _USUAL = {
     "rdma_devices": "",
     "local_buffer_size": str(128 << 20),
 }
-# Without these a call to a master that hangs, or to one that was not there yet, takes up to 90 s.
-# There is no other way to say it.
+# Without these a call takes up to 90 s where something hangs or was never there, and connecting
+# writes a page of lines. There is no other way to say it.
 _ENVIRONMENT = {
     "MC_RPC_TIMEOUT_MS": "1000",
     "MC_RPC_CONNECT_TIMEOUT_MS": "1000",
@@ -45,8 +45,8 @@ _NO_ROOM, _NOT_FOUND = -200, -704
 class MooncakeStore:
     """A `RemoteStore` in Mooncake, of which this process holds nothing. Connects at first use.
 
-    Thread-safe. Mooncake's client takes seconds to notice what is down, whatever it is told, so
-    threads of its own call it, and nobody waits for them for longer than `timeout_s`.
+    Thread-safe. Mooncake's client takes seconds to notice what is down, whatever it is told: threads
+    call it for whom nobody waits longer than `timeout_s`.
 
     Args:
         url: ``mooncake://master:port``, with options of Mooncake's client behind a question mark:
