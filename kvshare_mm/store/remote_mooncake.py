@@ -45,8 +45,8 @@ _NO_ROOM, _NOT_FOUND = -200, -704
 class MooncakeStore:
     """A `RemoteStore` in Mooncake, of which this process holds nothing. Connects at first use.
 
-    Thread-safe. Mooncake's client takes seconds to notice what is down, whatever it is told: threads
-    call it for whom nobody waits longer than `timeout_s`.
+    Thread-safe. Mooncake's client takes seconds to notice what is down, whatever it is told: it is
+    called by threads for which nobody waits longer than `timeout_s`.
 
     Args:
         url: ``mooncake://master:port``, with options of Mooncake's client behind a question mark:
