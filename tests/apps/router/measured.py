@@ -2,8 +2,9 @@
 
 Starts servers of SmolLM2 with a thread each and a router before them. Each way to send a stream of
 requests has a `cache_salt` of its own, so that it begins with empty stores. ``KVSHARE_REPLICAS``
-says how many (4), ``KVSHARE_ENGINE=vllm`` which engine, ``KVSHARE_KILLS`` how often one is killed
-(1), ``KVSHARE_KNOWN`` among how many known requests a decision is timed (100,000; 0: not at all).
+says how many (4), ``KVSHARE_ENGINE=vllm`` which engine, ``KVSHARE_EACH`` how many requests of each
+template (10), ``KVSHARE_KILLS`` how often one is killed (1), ``KVSHARE_KNOWN`` among how many known
+requests a decision is timed (100,000; 0: not at all).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kvshare_mm.apps.router.prompt import prompt_of
 from .cluster import Command, ask_whole, bodies, plan, routed, sent
 
 _REPLICAS = int(os.environ.get("KVSHARE_REPLICAS", "4"))
+_EACH = int(os.environ.get("KVSHARE_EACH", "10"))
 _KILLS = int(os.environ.get("KVSHARE_KILLS", "1"))
 _KNOWN = int(os.environ.get("KVSHARE_KNOWN", "100000"))
 _SERVE = {
@@ -96,40 +98,48 @@ def main() -> None:
         decisions(_KNOWN)
     folder = Path(tempfile.mkdtemp(prefix="kvshare-measured-"))
     with routed(folder, [_SERVE] * _REPLICAS) as (replicas, router):
-        measure([each.url for each in replicas], router.url)
+        urls = [each.url for each in replicas]
+        streams(urls, router.url)
+        exactly(urls, router.url)
         killed(replicas, router)
 
 
-def measure(urls: Sequence[str], router: str) -> None:
+def streams(urls: Sequence[str], router: str) -> None:
     """One process, a router and a plain balancer, each with the same requests."""
-
-    def stream(
-        name: str, url_of: Callable[[int], str], at_a_time: int, **ours: object
-    ) -> list[Sample]:
-        samples = sent(
-            bodies(texts, f"{name} {at_a_time}", 4, **ours), url_of, at_a_time, ask_whole
-        )
-        told(f"{name}, {at_a_time} at a time", samples)
-        return samples
-
-    texts = families(12, 10, 80)
+    texts = families(12, _EACH, 80)
     for at_a_time in (1, 8):
-        one = stream("one process", lambda _: urls[0], at_a_time)
-        through = stream("router", lambda _: router, at_a_time)
-        stream("round robin", lambda i: urls[i % len(urls)], at_a_time)
-        alike = [a.text == b.text for a, b in zip(one, through, strict=True) if plan(a) == plan(b)]
-        print(f"  of {len(alike)} with equal plans {sum(alike)} have equal answers")
+        one = stream("one process", texts, lambda _: urls[0], at_a_time)
+        through = stream("router", texts, lambda _: router, at_a_time)
+        stream("round robin", texts, lambda i: urls[i % len(urls)], at_a_time)
+        pairs = list(zip(one, through, strict=True))
+        alike = [a.text == b.text for a, b in pairs if plan(a) == plan(b)]
+        print(f"  {sum(a.text == b.text for a, b in pairs)} of {len(pairs)} answers are equal;"
+              f" {sum(alike)} of {len(alike)} with equal plans", flush=True)  # fmt: skip
+
+
+def exactly(urls: Sequence[str], router: str) -> None:
+    """A router whose requests reuse exactly, and one process without reuse."""
     texts = families(12, 2, 80, seed=2) * 2
-    off = stream("one process, reuse off", lambda _: urls[0], 4, reuse="off")
-    exact = stream("router, exact reuse", lambda _: router, 4, reuse="exact")
+    off = stream("one process, reuse off", texts, lambda _: urls[0], 4, reuse="off")
+    exact = stream("router, exact reuse", texts, lambda _: router, 4, reuse="exact")
     print(f"  {sum(a.text == b.text for a, b in zip(off, exact, strict=True))} of {len(off)}"
           " answers are those without reuse")  # fmt: skip
     _print_metrics(router, "kvshare_router_requests_total")
 
 
+def stream(
+    name: str, texts: Sequence[str], url_of: Callable[[int], str], at_a_time: int, **ours: object
+) -> list[Sample]:
+    """Answers to short requests; prints what they reused."""
+    asked = bodies(texts, f"{name} {at_a_time}", 4, **ours)
+    samples = sent(asked, url_of, at_a_time, ask_whole)
+    told(f"{name}, {at_a_time} at a time", samples)
+    return samples
+
+
 def killed(replicas: Sequence[Command], router: Command) -> None:
     """Kill a replica while sixteen clients stream, and start it again; the next time another."""
-    texts = families(12, 10, 80, seed=3)
+    texts = families(12, _EACH, 80, seed=3)
     right = sent(bodies(texts, "right", 24, reuse="off", store=False), lambda _: router.url, 4)
     for number in range(_KILLS):
         victim = replicas[-1 - number % len(replicas)]
