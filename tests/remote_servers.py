@@ -42,7 +42,11 @@ class Server:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
-        self.wait_ready()
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.kill()
+            raise
 
     def wait_ready(self) -> None:
         wait_for_port(self.port)
