@@ -76,9 +76,10 @@ def decisions(known: int, words: int = 400, timed: int = 2000) -> None:
     """Time reading a prompt and choosing, among so many known ones; each is then known too."""
     memory, draw, times = Memory(known), random.Random(0), []
     templates = [_template(draw, words) for _ in range(known // 100)]
+    fresh = [_template(draw, words) for _ in range(timed // 100)]
     start = time.perf_counter()
     for i in range(known + timed):
-        text = _filled(draw.choice(templates), draw)
+        text = _filled(draw.choice(templates if i < known else fresh), draw)
         begun = time.perf_counter()
         prompt = prompt_of({"messages": [{"role": "user", "content": text}]}, "")
         assert prompt is not None
