@@ -322,6 +322,9 @@ def pictures(
     leak_pairs: Annotated[
         int, typer.Option(min=0, help="pairs that differ in the picture alone")
     ] = 300,
+    traffic_pairs: Annotated[
+        int, typer.Option(min=0, help="pairs with a picture that is known")
+    ] = 320,
     photos: Annotated[int, typer.Option(min=1, max=2, help="pictures of a request")] = 1,
     repair: Annotated[str, typer.Option(help="repair policy of the method kvshare")] = "auto",
     seed: Annotated[int, typer.Option(help="of the requests, all held out of training")] = 1,
@@ -338,6 +341,7 @@ def pictures(
             methods,
             num_pairs=pairs,
             num_leak_pairs=leak_pairs,
+            num_traffic_pairs=traffic_pairs,
             num_photos=photos,
             seed=seed,
         )

@@ -5,12 +5,17 @@ facts, its facts, or the picture. The first of a pair is stored; the second is a
 method and compared with the right answer. The leak test takes pairs that differ in the picture
 alone: an answer that is right for the stored picture, where full recompute is right for the new
 one, has looked at the wrong picture.
+
+Traffic is what customers do with a picture that is known: they ask something else about it, or
+another customer asks, whose name stands before it.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.progress import track
@@ -20,7 +25,7 @@ from kvshare_mm.apps.bench.prompts import encode
 from kvshare_mm.apps.bench.rig import Rig
 from kvshare_mm.assets.shop.dialogues import Request
 from kvshare_mm.assets.shop.phrases import BOTH_TOPICS, PICTURE_TOPICS, TOPICS
-from kvshare_mm.assets.shop.similar import WAYS, similar_pairs
+from kvshare_mm.assets.shop.similar import TRAFFIC_WAYS, WAYS, similar_pairs
 
 _MAX_TOKENS = 24
 Pair = tuple[str, Request, Request]
@@ -32,6 +37,7 @@ def run(
     *,
     num_pairs: int = 640,
     num_leak_pairs: int = 300,
+    num_traffic_pairs: int = 320,
     num_photos: int = 1,
     seed: int = 1,
 ) -> dict[str, Any]:
@@ -42,6 +48,7 @@ def run(
         methods: beside full recompute.
         num_pairs: similar requests, as many of each way.
         num_leak_pairs: of which the picture alone differs, and the right answer with it.
+        num_traffic_pairs: with a picture that is known, as many of each way.
         num_photos: pictures of a request.
         seed: of the requests; all are held out of training.
     """
@@ -49,6 +56,7 @@ def run(
     similar = similar_pairs(seed, num_photos=num_photos)
     answered = list(_answered(rig, similar, num_pairs, methods))
     leaked = list(_answered(rig, _other_pictures(seed + 1, num_photos), num_leak_pairs, methods))
+    known = list(_answered(rig, _known_pictures(seed + 2, num_photos), num_traffic_pairs, methods))
     return {
         "kind": "pictures",
         "model": rig.loaded.name,
@@ -58,8 +66,10 @@ def run(
         "pairs": len(answered),
         "methods": {m.name: accuracy(m.name, answered) for m in methods},
         "leaks": {m.name: leaks(m.name, leaked) for m in methods},
+        "traffic": {way: traffic([p for p in known if p["way"] == way]) for way in TRAFFIC_WAYS},
         "per_pair": answered,
         "per_leak_pair": leaked,
+        "per_traffic_pair": known,
     }
 
 
@@ -69,6 +79,13 @@ def _other_pictures(seed: int, num_photos: int) -> Iterator[Pair]:
     for way, donor, target in pairs:
         if donor.answer() != target.answer():
             yield way, donor, target
+
+
+def _known_pictures(seed: int, num_photos: int) -> Iterator[Pair]:
+    """The customer's name stands before the pictures, the question behind them."""
+    for way, donor, target in similar_pairs(seed, TRAFFIC_WAYS, num_photos=num_photos):
+        wording = replace(donor.wording, photos_first=False)
+        yield way, replace(donor, wording=wording), replace(target, wording=wording)
 
 
 def _answered(
@@ -96,6 +113,7 @@ def _answered(
                 method.name: {
                     "answer": rig.words(answer).strip(),
                     "computed_tokens": one.result.plan.num_computed,
+                    "ttft_s": one.ttft,
                     "pictures": [use.source for use in one.result.media],
                 }
                 for method, one, answer in zip(methods, served, answers, strict=True)
@@ -124,6 +142,26 @@ def accuracy(name: str, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         / max(1, len(pairs)),
         "computed_share": computed / max(1, sum(p["tokens"] for p in pairs)),
         "encoder_share": uses.count("encoder") / max(1, len(uses)),
+    }
+
+
+def traffic(pairs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What prefix caching and KVShare compute of one way's pairs, and which is sooner."""
+    if not pairs:
+        return None
+    asked = [pair["methods"] for pair in pairs]
+    tokens = sum(pair["tokens"] for pair in pairs)
+    return {
+        "pairs": len(pairs),
+        "computed_share": {
+            name: sum(each[name]["computed_tokens"] for each in asked) / tokens
+            for name in ("prefix", "kvshare")
+        },
+        "speedup_vs_prefix": statistics.median(
+            each["prefix"]["ttft_s"] / each["kvshare"]["ttft_s"] for each in asked
+        ),
+        "same_as_full": sum(a["kvshare"]["answer"] == a["full"]["answer"] for a in asked)
+        / len(asked),
     }
 
 

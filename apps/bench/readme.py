@@ -16,8 +16,8 @@ def filled(page: str, results: dict[str, dict[str, Any]]) -> tuple[str, list[str
 
     A block from ``<!-- results: NAME NAME -->`` to ``<!-- /results -->`` gets the table of these
     results, one below the other, and the commands that measured them; with
-    ``<!-- results: NAME; HEADING | HEADING -->``, of these columns alone. A block of which a result
-    is not there stays as it is.
+    ``<!-- results: NAME; HEADING | HEADING -->``, of these columns alone. ``NAME/PART`` is one of
+    the further tables of a result. A block of which a result is not there stays as it is.
 
     Args:
         results: by name, as `report.read_results` gives them.
@@ -27,7 +27,7 @@ def filled(page: str, results: dict[str, dict[str, Any]]) -> tuple[str, list[str
 
     Raises:
         ConfigError: the page has no block, or one names results whose tables differ in columns, or
-            a column that there is not.
+            a column or a table that there is not.
     """
     if not _BLOCK.search(page):
         raise ConfigError("the page has no block <!-- results: NAME --> ... <!-- /results -->")
@@ -36,18 +36,27 @@ def filled(page: str, results: dict[str, dict[str, Any]]) -> tuple[str, list[str
     def block(match: re.Match[str]) -> str:
         listed, _, wanted = match[1].partition(";")
         names = listed.split()
-        absent = [name for name in names if name not in results]
+        absent = [name for name in names if name.partition("/")[0] not in results]
         missing.extend(absent)
         if absent:
             return match[0]
-        body = _markdown([results[name] for name in names], listed, wanted)
+        tables = [_table(results, name) for name in names]
+        commands = [results[name.partition("/")[0]].get("command") for name in names]
+        body = _markdown(tables, commands, listed, wanted)
         return f"<!-- results: {match[1]} -->\n{body}<!-- /results -->"
 
     return _BLOCK.sub(block, page), missing
 
 
-def _markdown(reports: list[dict[str, Any]], names: str, wanted: str) -> str:
-    tables = [TABLES[report["kind"]].rows(report) for report in reports]
+def _table(results: dict[str, dict[str, Any]], name: str) -> Rows:
+    result, _, part = name.partition("/")
+    kind = TABLES[results[result]["kind"]]
+    if part and part not in kind.parts:
+        raise ConfigError(f"{result} has no table {part!r}")
+    return (kind.parts[part] if part else kind).rows(results[result])
+
+
+def _markdown(tables: list[Rows], commands: list[str | None], names: str, wanted: str) -> str:
     headings = tables[0][0]
     if any(table[0] != headings for table in tables):
         raise ConfigError(f"the tables of {names} have different columns")
@@ -61,6 +70,5 @@ def _markdown(reports: list[dict[str, Any]], names: str, wanted: str) -> str:
     rows: Rows = [headings, ["---", *["---:"] * (len(headings) - 1)]]
     rows += [row for table in tables for row in table[1:]]
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    commands = dict.fromkeys(r["command"] for r in reports if r.get("command"))
-    sources = [f"`{command}`" for command in commands]
+    sources = [f"`{command}`" for command in dict.fromkeys(commands) if command]
     return "\n".join([*lines, "", *([", ".join(sources), ""] if sources else [])])

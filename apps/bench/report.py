@@ -79,11 +79,9 @@ def sections(results: dict[str, dict[str, Any]]) -> list[Section]:
         kind = TABLES[report["kind"]]
         figure = together.get(name) if report["kind"] == "quality" else figure_of(name, report)
         command = report.get("command", "")
-        found.append(
-            Section(
-                kind.heading(report), name, _machine(report), command, kind.rows(report), figure
-            )
-        )
+        for table, drawn in ((kind, figure), *((part, None) for part in kind.parts.values())):
+            heading, rows = table.heading(report), table.rows(report)
+            found.append(Section(heading, name, _machine(report), command, rows, drawn))
     return found
 
 

@@ -80,6 +80,16 @@ def pictures(report: Report) -> list[Row]:
     return [{**row, "leak": report["leaks"][row["name"]]} for row in methods(report)]
 
 
+def known_pictures(report: Report) -> list[Row]:
+    names = {
+        "other_question": "same picture, another question",
+        "other_name": "a picture behind an edited name",
+    }
+    return [
+        {"what": names[way], **found} for way, found in report.get("traffic", {}).items() if found
+    ]
+
+
 def sides(report: Report) -> list[Row]:
     more = report["difference_s"]
     same = f"{report['same_answers']} of {report['repeats']}"

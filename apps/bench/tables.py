@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvshare_mm.apps.bench import rows
@@ -44,11 +44,13 @@ class Kind:
         title: heading of a result, a template over the report.
         columns: templates over a row; of a report, if others have other ones.
         of: the rows of a report.
+        parts: further tables of a report, by name.
     """
 
     title: str
     columns: Columns | Callable[[Report], Columns]
     of: Callable[[Report], list[Row]] = lambda report: [report]
+    parts: dict[str, Kind] = field(default_factory=dict)
 
     def heading(self, report: Report) -> str:
         """What stands above the table of a report."""
@@ -335,7 +337,22 @@ TABLES: dict[str, Kind] = {
         rows.layouts,
     ),
     "pictures": Kind(
-        "{pairs} similar requests about pictures, {model:model}", _accuracy, rows.pictures
+        "{pairs} similar requests about pictures, {model:model}",
+        _accuracy,
+        rows.pictures,
+        parts={
+            "traffic": Kind(
+                "Pictures that are known, {model:model}",
+                {
+                    "what changed": "{what}",
+                    "prefix cache": "{computed_share[prefix]:.0%}",
+                    "computed": "{computed_share[kvshare]:.0%}",
+                    "times sooner": "{speedup_vs_prefix:.1f}",
+                    "same answer": "{same_as_full:.0%}",
+                },
+                rows.known_pictures,
+            )
+        },
     ),
     "serve": Kind(
         "What was reused under load, {model:model}",

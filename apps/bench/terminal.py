@@ -53,7 +53,7 @@ Out = Annotated[
 def measuring(command: Callable[..., Report]) -> Callable[..., None]:
     """A command that returns a report, and takes where to write it as ``json_file``.
 
-    The report is shown as the table of its kind and written, and what was kept in case the run is
+    The report is shown as the tables of its kind and written, and what was kept in case the run is
     killed is dropped. Errors that a user can act on end it in one sentence; a report of errors
     ends it with code 1.
     """
@@ -92,11 +92,12 @@ def opened_rig(model: str, num_slots: int = 1, **options: Any) -> Iterator[Rig]:
 
 
 def show(report: Report) -> None:
-    """The table of a report, as `tables` has it for its kind."""
+    """The tables of a report, as `tables` has them for its kind."""
     from kvshare_mm.apps.bench.tables import TABLES
 
     kind = TABLES[report["kind"]]
-    print_table(kind.heading(report), kind.rows(report))
+    for table in (kind, *kind.parts.values()):
+        print_table(table.heading(report), table.rows(report))
     for error, count in report.get("errors", {}).items():
         console.print(f"[red]{count} failed:[/] {escape(error)}")
     if report.get("skipped"):

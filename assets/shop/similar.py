@@ -15,10 +15,12 @@ from kvshare_mm.assets.shop.dialogues import (
     random_question,
     random_wording,
 )
-from kvshare_mm.assets.shop.phrases import PHRASINGS, PICTURE_TOPICS, TOPICS
+from kvshare_mm.assets.shop.phrases import NAMES, PHRASINGS, PICTURE_TOPICS, TOPICS
 from kvshare_mm.assets.shop.pictures import random_photo
 
 WAYS = ("rephrased", "other_filler", "other_facts", "other_picture")
+# As customers come, about pictures that are known.
+TRAFFIC_WAYS = ("other_question", "other_name")
 
 
 def random_request(
@@ -76,7 +78,8 @@ def similar(request: Request, way: str, rng: random.Random) -> Request:
     ``rephrased``: the same question in other words, the same answer. ``other_filler``: other
     sentences without facts in the policy, the same answer. ``other_facts``: another policy and
     customer in the same words; answers that depend on them change. ``other_picture``: photos of
-    other products; answers that depend on them change.
+    other products; answers that depend on them change. ``other_question``: about another topic.
+    ``other_name``: another customer's, all else the same.
 
     Raises:
         ValueError: unknown way, or no photo to change.
@@ -107,7 +110,13 @@ def similar(request: Request, way: str, rng: random.Random) -> Request:
                 not question.needs_photo and changed != request
             ):
                 return changed
-    raise ValueError(f"unknown way {way!r}; known are {', '.join(WAYS)}")
+    if way == "other_question":
+        topic = rng.choice([each for each in TOPICS if each != question.topic])
+        return replace(request, question=random_question(rng, topic, len(request.photos)))
+    if way == "other_name":
+        name = rng.choice([each for each in NAMES if each != request.customer.name])
+        return replace(request, customer=replace(request.customer, name=name))
+    raise ValueError(f"unknown way {way!r}; known are {', '.join(WAYS + TRAFFIC_WAYS)}")
 
 
 def similar_pairs(

@@ -30,6 +30,7 @@ from kvshare_mm.assets.shop.pictures import (
     random_photo,
 )
 from kvshare_mm.assets.shop.similar import (
+    TRAFFIC_WAYS,
     WAYS,
     held_out_items,
     held_out_requests,
@@ -96,7 +97,12 @@ def test_two_photos_are_told_apart_by_the_question() -> None:
     assert request.photos[1].colour in second.answer()
 
 
-@given(st.integers(0, 10_000), st.sampled_from(TOPICS), st.sampled_from(WAYS), st.integers(1, 2))
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from(TOPICS),
+    st.sampled_from(WAYS + TRAFFIC_WAYS),
+    st.integers(1, 2),
+)
 def test_similar_requests_differ_in_the_stated_way_only(
     seed: int, topic: str, way: str, num_photos: int
 ) -> None:
@@ -109,6 +115,8 @@ def test_similar_requests_differ_in_the_stated_way_only(
         ),
         "other_facts": replace(target, desk=donor.desk, customer=donor.customer),
         "other_picture": replace(target, photos=donor.photos),
+        "other_question": replace(target, question=donor.question),
+        "other_name": replace(target, customer=donor.customer),
     }[way]
     assert target != donor and same == donor
     changed = target.answer() != donor.answer()
@@ -116,8 +124,12 @@ def test_similar_requests_differ_in_the_stated_way_only(
         assert not changed
     elif way == "other_facts":
         assert changed == (topic not in PICTURE_TOPICS)
-    else:
+    elif way == "other_picture":
         assert changed == (topic not in TEXT_TOPICS)
+    elif way == "other_question":
+        assert target.question.topic != topic
+    else:
+        assert changed == (topic == "name")
 
 
 def test_a_way_that_is_not_known_is_refused() -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from kvshare_mm.apps.bench import pictures
 from kvshare_mm.apps.bench.methods import METHODS
+from kvshare_mm.apps.bench.readme import filled
 from kvshare_mm.apps.bench.rig import Rig
-from kvshare_mm.assets.shop.similar import WAYS
+from kvshare_mm.assets.shop.similar import TRAFFIC_WAYS, WAYS
 from kvshare_mm.config import KVShareConfig
 
 from ..conftest import Run
@@ -33,6 +34,7 @@ def test_every_way_is_asked_by_every_method(rig: Rig) -> None:
         [METHODS["prefix"], METHODS["kvshare"]],
         num_pairs=len(pictures.TOPICS) * len(WAYS),
         num_leak_pairs=2,
+        num_traffic_pairs=len(pictures.TOPICS) * len(TRAFFIC_WAYS),
     )
     assert {p["way"] for p in report["per_pair"]} == set(WAYS)
     assert {p["topic"] for p in report["per_pair"]} == set(pictures.TOPICS)
@@ -47,6 +49,17 @@ def test_every_way_is_asked_by_every_method(rig: Rig) -> None:
     for pair in report["per_leak_pair"]:
         assert pair["right"] != pair["donors"]
         assert pair["way"] == "other_picture"
+    for pair in report["per_traffic_pair"]:
+        # The picture moves along with the text around it; prefix caching ends at the name.
+        found = {name: method["pictures"] for name, method in pair["methods"].items()}
+        assert found["kvshare"] == ["kv"]
+        assert found["prefix"] == ["features" if pair["way"] == "other_name" else "kv"]
+    known = report["traffic"]
+    assert known["other_question"]["computed_share"]["prefix"] < 0.5
+    assert (
+        known["other_name"]["computed_share"]["kvshare"]
+        < known["other_name"]["computed_share"]["prefix"]
+    )
     shares = {name: row["computed_share"] for name, row in report["methods"].items()}
     assert 1 == shares["full"] > shares["prefix"] > shares["kvshare"]
     assert report["methods"]["full"]["encoder_share"] == 1
@@ -96,13 +109,38 @@ def test_a_leak_is_the_donors_answer_where_full_recompute_knows_better() -> None
     }
 
 
+def test_traffic_is_told_against_prefix_caching() -> None:
+    def asked(kvshare: str, prefix_s: float) -> Any:
+        made = {
+            name: {"answer": answer, "computed_tokens": computed, "ttft_s": ttft}
+            for name, answer, computed, ttft in (
+                ("full", "a", 10, 1.0),
+                ("prefix", "a", 8, prefix_s),
+                ("kvshare", kvshare, 2, 0.5),
+            )
+        }
+        return {"tokens": 10, "methods": made}
+
+    assert pictures.traffic([asked("a", 1.0), asked("b", 2.0), asked("a", 9.0)]) == {
+        "pairs": 3,
+        "computed_share": {"prefix": 0.8, "kvshare": 0.2},
+        "speedup_vs_prefix": 4,
+        "same_as_full": pytest.approx(2 / 3),
+    }
+    assert pictures.traffic([]) is None
+
+
 def test_the_command(run: Run, media_folder: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "pictures.json"
-    options = ["--pairs", "3", "--leak-pairs", "1", "--photos", "2", "--json", str(out)]
+    counts = ["--pairs", "3", "--leak-pairs", "1", "--traffic-pairs", "1"]
+    options = [*counts, "--photos", "2", "--json", str(out)]
     model = str(media_folder("qwen2_5_vl"))
     done = run("bench", "pictures", "--model", model, *options)
     assert done.exit_code == 0, done.output
-    assert "3 similar requests" in done.output
     report = json.loads(out.read_text())
+    assert "3 similar requests" in done.output
+    assert "same picture, another question" in " ".join(done.output.split())
+    page, _ = filled("<!-- results: p/traffic -->\n<!-- /results -->", {"p": report})
+    assert "| same picture, another question |" in page
     assert report["photos"] == 2
     assert len(report["per_pair"][0]["methods"]["full"]["pictures"]) == 2

@@ -73,6 +73,8 @@ def test_tables_that_do_not_fit_and_pages_without_a_place() -> None:
         filled(PAGE, {"a": MEMORY, "b": template(4)})
     with pytest.raises(ConfigError, match="no block"):
         filled("a page", {})
+    with pytest.raises(ConfigError, match="c has no table 'more'"):
+        filled("<!-- results: c/more -->\n<!-- /results -->", {"c": MEMORY})
 
 
 def test_by_command(tmp_path: Path) -> None:
