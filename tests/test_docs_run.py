@@ -82,6 +82,13 @@ class Command:
         return match and int(named[1] if named else _PORTS[match[1]])
 
     @property
+    def paths(self) -> list[str]:
+        """What a server that is ready answers."""
+        if self.text.startswith("kvshare desk"):
+            return ["/"]
+        return ["/health", "/ui"] if "--ui" in self.text else ["/health"]
+
+    @property
     def asks(self) -> list[int]:
         """The ports that it wants a server at."""
         found = [int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", self.text)]
@@ -126,7 +133,7 @@ class Place:
         self._servers: dict[int, tuple[Command, subprocess.Popen[bytes]]] = {}
         (folder / ".curlrc").write_text("fail-with-body\n")
         self._environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("KVSHARE_API_KEY")},
+            **{k: v for k, v in os.environ.items() if not k.endswith("API_KEY")},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "XDG_STATE_HOME": str(folder / "state"),
             "CURL_HOME": str(folder),
@@ -168,7 +175,7 @@ class Place:
             )  # fmt: skip
         self._servers[port] = (command, popen)
         deadline = time.monotonic() + _START_S
-        while not _answers(url, "/login" if "desk" in command.text else "/health"):
+        while not all(_answers(url + path) for path in command.paths):
             assert popen.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         return url
@@ -193,9 +200,9 @@ class Place:
             self.start_at(port)
 
 
-def _answers(url: str, path: str) -> bool:
+def _answers(url: str) -> bool:
     try:
-        return httpx2.get(url + path, timeout=5).status_code == 200
+        return httpx2.get(url, timeout=5, follow_redirects=True).status_code == 200
     except httpx2.HTTPError:
         return False
 
