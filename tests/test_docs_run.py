@@ -1,6 +1,7 @@
 """The commands and the Python of the pages, run as they stand there.
 
-They run in a folder in which the files lie that the pages name, and on the pages' own ports.
+They run in a folder in which the files lie that the pages name, and on the pages' own ports, so by
+themselves: `make test-pages`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pytest
 
 from .test_docs import PAGES, ROOT, blocks
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.pages]
 
 # Of a command or of a block of Python, by why it is not run here.
 NOT_RUN = {

@@ -58,12 +58,12 @@ _QUESTION = 8
 # BOUND_SCALE * residual ** BOUND_POWER for 95% of the requests that reuse anything:
 # chosen on 12 pairs of similar chat prompts and 80 of long ones with small edits (1,000 to 4,000
 # tokens, eleven kinds), at five bounds each, SmolLM2-135M.
-BOUND_SCALE = 5000.0
-BOUND_POWER = 1.73
+BOUND_SCALE = 1950.0
+BOUND_POWER = 1.56
 
 # Positions that the prompt's end does not look at are looked at by those that it does. All of a
 # prompt's drift counts so, as its mean square, however long the prompt is.
-THROUGH_OTHERS = np.float32(3e-5)
+THROUGH_OTHERS = np.float32(1e-5)
 
 # Drift is stored as float16: nothing approximate may be rounded to exact.
 _LEAST_DRIFT = np.finfo(np.float16).smallest_subnormal

@@ -29,6 +29,7 @@ from .soak import settled, soak
 
 pytestmark = pytest.mark.e2e
 
+_README = Path(__file__).resolve().parents[3] / "apps" / "server" / "README.md"
 _QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 _GREEDY: dict[str, Any] = {
     "model": "smollm2",
@@ -110,6 +111,25 @@ def test_the_async_client_streams_many_at_once(process: Process) -> None:
 
     texts = asyncio.run(ask())
     assert all("Paris" in text for text in texts)
+
+
+def _examples() -> list[str]:
+    return re.findall(r"```sh\n(curl .*?)\n```", _README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_readmes_examples_work(process: Process) -> None:
+    examples = _examples()
+    assert len(examples) >= 5
+    for example in examples:
+        here = example.replace("http://127.0.0.1:8000", process.url)
+        here = here.replace("curl ", "curl --fail-with-body ", 1)
+        done = subprocess.run(
+            ["bash", "-c", here], check=False, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{example}\n{done.stdout}{done.stderr}"
+        assert done.stdout.strip()
+    [whole, streamed, continued, *_] = examples
+    assert '"stream": true' in streamed and "/v1/completions" in continued and "chat" in whole
 
 
 def test_the_command_administrates_ones_own_server(process: Process) -> None:
