@@ -84,6 +84,7 @@ def drift(plan: ReusePlan) -> np.ndarray:
 
 def looked_at(drift: np.ndarray, attention: np.ndarray, num_tokens: int) -> np.ndarray:
     """Risk: drift times how much it is looked at, by the prompt's end or by what that looks at.
+    Nothing is not looked at at all, or drift would vanish from those who tolerate none.
 
     Args:
         drift: ``[P]``.

@@ -128,6 +128,8 @@ def test_every_flip_and_every_cut_is_noticed(
     rng = np.random.default_rng(0)
     for part, content in whole.items():
         damaged = [content[:n] for n in (1, 10, len(content) // 2, len(content) - 1)]
+        if isinstance(server, RedisServer):  # Mooncake keeps nothing that is empty
+            damaged.append(b"")
         damaged += [content + b"\0", whole["1" if part == "0" else "0"]]
         for at in rng.integers(0, len(content), 200):
             flipped = bytearray(content)
