@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -13,6 +15,11 @@ from numpy.typing import NDArray
 from kvshare_mm import KVShareConfig
 from kvshare_mm.apps.bench.methods import METHODS
 from kvshare_mm.apps.bench.rig import Rig
+
+# What a library does when it configures logging anew (pymilvus, on its first import) makes absl,
+# which rouge-score brings, close the stream that it once took for stderr, unless it still is one.
+# That must not be the file in which pytest collects what a test prints.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 _ROWS = " ".join(f"Value {i} is {i * 37 % 91} g/L;" for i in range(10))
 
