@@ -41,7 +41,7 @@ def node_file(node_id: str) -> str:
 
 
 class DiskTier:
-    """Keeps nodes in files within a budget of bytes; full, it evicts by size-aware LRU.
+    """Keeps nodes in files within a budget of bytes; full, it evicts (see `eviction`).
 
     Opening reads the record of every node in the folder, not its K and V; damaged files, and those
     of an older format, are deleted and counted, temporary files of a killed writer are removed.

@@ -1,27 +1,30 @@
 """Which nodes a tier holds, and which it gives up when it is full: shared by the tiers on one host.
 
-The policy is a size-aware LRU. Each node is scored by ``age x bytes``, where its age is the number
-of uses of other nodes since it was last used itself: the node that frees most for the least recent
-use goes first, so that one big report nobody asks about goes before twenty small ones. Ages grow at
-one pace, scores do not, so no order can be kept; only the `WINDOW` least recently used nodes are
-scored, which bounds the cost of an eviction however many nodes there are.
+The policy is LFU with dynamic aging (Arlitt et al., "Evaluating content management techniques for
+Web proxy caches", 2000). The node of the lowest priority goes: how often it was used, up to
+`MOST_USES`, above the priority of what had gone when it was used last. So what many borrow from
+outlives its borrowers, and what nobody needs any more stays for `MOST_USES` turnovers of the tier
+at most: with more, templates of skewed popularity gain, but sessions that are over keep the room
+of those that go on. Sizes do not count: what a node saves is as large as what it takes.
 """
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
-WINDOW = 64
+MOST_USES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class _Use:
     num_bytes: int
-    tick: int
+    count: int
+    priority: int
+    tick: int  # of the last
 
 
 @dataclass(slots=True)
@@ -50,6 +53,9 @@ class EvictionLedger:
         self._clock = clock
         self._tick = 0
         self._uses: OrderedDict[str, _Use] = OrderedDict()  # least recently used first
+        self._floor = 0  # the highest priority that had to go
+        # Priority, tick and id of every use; those that were not a node's last are passed over.
+        self._heap: list[tuple[int, int, str]] = []
         self._pins: dict[str, _Pin] = {}
 
     def __contains__(self, node_id: object) -> bool:
@@ -77,12 +83,12 @@ class EvictionLedger:
         Returns:
             Ids of the nodes that have to go: the evicted ones; or only `node_id`, if it cannot fit.
         """
+        before = self._uses.get(node_id)
         self.discard(node_id)
         if not self.can_fit(node_id, num_bytes):
             return [node_id]
         evicted = self._make_room(num_bytes)
-        self._tick += 1
-        self._uses[node_id] = _Use(num_bytes, self._tick)
+        self._use(node_id, num_bytes, before.count if before else 1)
         self.num_bytes += num_bytes
         return evicted
 
@@ -96,9 +102,7 @@ class EvictionLedger:
         """Mark a node as just used; an unknown id is ignored."""
         use = self._uses.get(node_id)
         if use is not None:
-            self._tick += 1
-            self._uses[node_id] = _Use(use.num_bytes, self._tick)
-            self._uses.move_to_end(node_id)
+            self._use(node_id, use.num_bytes, min(use.count + 1, MOST_USES))
 
     def discard(self, node_id: str) -> None:
         """Forget a node; an unknown id is ignored. Its pins wait for it to return."""
@@ -126,24 +130,34 @@ class EvictionLedger:
             if pin.holders == 0:
                 del self._pins[node_id]
 
+    def _use(self, node_id: str, num_bytes: int, count: int) -> None:
+        """Enter a node's use, which is the `count`th that counts."""
+        self._tick += 1
+        use = self._uses[node_id] = _Use(num_bytes, count, self._floor + count, self._tick)
+        self._uses.move_to_end(node_id)
+        heapq.heappush(self._heap, (use.priority, use.tick, node_id))
+        if len(self._heap) > 2 * len(self._uses) + 64:
+            self._heap = [(u.priority, u.tick, held) for held, u in self._uses.items()]
+            heapq.heapify(self._heap)
+
     def _make_room(self, num_bytes: int) -> list[str]:
-        evicted = []
-        while self.num_bytes + num_bytes > self.max_bytes - self.reserved_bytes:
-            victim = self._victim()
-            if victim is None:
-                break
-            self.discard(victim)
-            evicted.append(victim)
+        evicted: list[str] = []
+        stay = []
+        while self._heap and self.num_bytes + num_bytes > self.max_bytes - self.reserved_bytes:
+            entry = priority, tick, node_id = heapq.heappop(self._heap)
+            use = self._uses.get(node_id)
+            if use is None or use.tick != tick:
+                continue
+            if self._is_pinned(node_id):
+                stay.append(entry)
+                continue
+            self._floor = max(self._floor, priority)  # that of one that was pinned may be lower
+            self.discard(node_id)
+            evicted.append(node_id)
+        for entry in stay:
+            heapq.heappush(self._heap, entry)
         return evicted
 
     def _is_pinned(self, node_id: str) -> bool:
         pin = self._pins.get(node_id)
         return pin is not None and pin.expires_s > self._clock()
-
-    def _victim(self) -> str | None:
-        unpinned = (node_id for node_id in self._uses if not self._is_pinned(node_id))
-        return max(islice(unpinned, WINDOW), key=self._score, default=None)
-
-    def _score(self, node_id: str) -> int:
-        use = self._uses[node_id]
-        return (self._tick + 1 - use.tick) * use.num_bytes

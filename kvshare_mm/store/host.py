@@ -12,7 +12,7 @@ from kvshare_mm.store.eviction import EvictionLedger
 
 
 class HostTier:
-    """Keeps nodes in RAM within a budget of bytes; full, it evicts by size-aware LRU.
+    """Keeps nodes in RAM within a budget of bytes; full, it evicts (see `eviction`).
 
     Nodes are kept as given, not copied: their K and V must not be views into memory that will be
     written again. Thread-safe.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.store.eviction import WINDOW, EvictionLedger
+from kvshare_mm.store.eviction import MOST_USES, EvictionLedger
 
 from ..helpers import Clock
 
@@ -18,35 +18,48 @@ def filled(max_bytes: int, *sizes: tuple[str, int]) -> EvictionLedger:
     return ledger
 
 
-def test_of_equal_sizes_the_least_recently_used_goes():
-    ledger = filled(30, ("a", 10), ("b", 10), ("c", 10))
-    ledger.touch("a")
-    assert ledger.admit("d", 10) == ["b"]
-    assert list(ledger) == ["c", "a", "d"]
+def test_of_equally_used_ones_the_least_recently_used_goes():
+    ledger = filled(40, ("a", 10), ("b", 10), ("c", 20))
+    for node_id in "cab":
+        ledger.touch(node_id)
+    assert ledger.admit("d", 10) == ["c"]
+    assert list(ledger) == ["a", "b", "d"]
     assert ledger.num_bytes == 30
 
 
-def test_a_big_node_goes_before_older_small_ones():
-    ledger = filled(100, ("old small", 1), ("big", 90), ("new small", 1))
-    assert ledger.admit("new", 10) == ["big"]
+def test_what_was_used_more_stays_however_large_and_old_it_is():
+    ledger = filled(100, ("owner", 80))
+    for number in range(5):
+        ledger.touch("owner")
+        ledger.admit(f"borrower {number}", 10)
+    assert sorted(ledger) == ["borrower 3", "borrower 4", "owner"]
+    assert ledger.admit("another", 20) == ["borrower 3", "borrower 4"]
 
 
-def test_a_small_node_goes_before_a_big_one_once_it_is_old_enough():
-    ledger = filled(100, ("small", 10), ("big", 90))
-    for _ in range(20):
-        ledger.touch("big")
-    assert ledger.admit("new", 10) == ["small"]
+@pytest.mark.parametrize("uses", [2, MOST_USES, 100 * MOST_USES])
+def test_what_is_not_used_any_more_goes_after_as_many_turnovers(uses: int):
+    ledger = filled(11, ("popular", 1))
+    for _ in range(uses - 1):
+        ledger.touch("popular")
+    passed = 0
+    while "popular" in ledger:
+        ledger.admit(f"{passed}", 1)
+        passed += 1
+    assert passed // 10 == min(uses, MOST_USES)
+
+
+def test_a_new_version_is_no_use():
+    ledger = filled(30, ("a", 5), ("b", 10))
+    for size in 6, 7, 8:
+        ledger.admit("a", size)
+    ledger.touch("b")
+    assert ledger.admit("c", 15) == ["a"]
 
 
 def test_no_more_goes_than_must():
     ledger = filled(100, *((f"n{i}", 10) for i in range(10)))
     assert ledger.admit("new", 25) == ["n0", "n1", "n2"]
     assert ledger.num_bytes == 95
-
-
-def test_only_the_window_is_scored():
-    ledger = filled(10_000, *((f"n{i}", 1) for i in range(WINDOW)), ("big", 9000))
-    assert ledger.admit("new", 1000) == [f"n{i}" for i in range(1)] + ["big"]
 
 
 def test_what_can_never_fit_evicts_nothing_and_takes_its_old_version_along():
@@ -109,6 +122,43 @@ OPERATIONS = st.lists(
     ),
     max_size=60,
 )
+
+
+@given(max_bytes=st.integers(0, 100), operations=OPERATIONS)
+def test_the_one_of_the_lowest_priority_goes(max_bytes, operations):
+    ledger = EvictionLedger(max_bytes, Clock())
+    known: dict[str, list[int]] = {}  # size, uses, priority, time
+    floor = 0
+    for time, (operation, number, amount) in enumerate(operations):
+        node_id = str(number)
+        if operation == "admit":
+            _, uses, *_ = known.pop(node_id, [0, 1])
+            expected = [node_id] if amount > max_bytes else []
+            while amount <= max_bytes < amount + sum(size for size, *_ in known.values()):
+                worst = min(known, key=lambda n: known[n][2:])
+                floor = known.pop(worst)[2]
+                expected.append(worst)
+            assert ledger.admit(node_id, amount) == expected
+            if amount <= max_bytes:
+                known[node_id] = [amount, uses, floor + uses, time]
+        elif operation == "touch":
+            ledger.touch(node_id)
+            if node_id in known:
+                size, uses, *_ = known[node_id]
+                uses = min(uses + 1, MOST_USES)
+                known[node_id] = [size, uses, floor + uses, time]
+        elif operation == "discard":
+            ledger.discard(node_id)
+            known.pop(node_id, None)
+        assert list(ledger) == sorted(known, key=lambda n: known[n][3])
+
+
+def test_uses_take_no_room():
+    ledger = filled(30, ("a", 10), ("b", 10))
+    for _ in range(10_000):
+        ledger.touch("b")
+    assert len(ledger._heap) < 100
+    assert ledger.admit("c", 20) == ["a"]
 
 
 @given(max_bytes=st.integers(0, 100), operations=OPERATIONS)
