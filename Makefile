@@ -151,13 +151,13 @@ bench-vllm: vllm-cpu ## measure KVShare inside vLLM beside stock vLLM; `make rep
 
 test: test-fast ## run all tests: the fast ones, then those with a real model
 	@echo "== end-to-end tests (minutes)"
-	$(BIN)/python -m pytest -m "e2e and not ui and not pages" $(SPREAD)
+	$(BIN)/python -m pytest -m "e2e and not ui" $(SPREAD)
 
 test-ui: setup ## drive the demo page with the browser of this machine (Chromium)
 	@echo "== tests in a browser"
 	$(BIN)/python -m pytest -m ui
 
-test-pages: setup ## run the commands of all pages as they stand there (minutes; ports 8000-8002, 8080)
+test-pages: setup ## run only the commands of all pages (minutes; ports 8000-8002, 7860, 8080)
 	@echo "== commands of the pages"
 	$(BIN)/python -m pytest -m pages
 

@@ -1,7 +1,7 @@
 """The commands and the Python of the pages, run as they stand there.
 
-They run in a folder in which the files lie that the pages name, and on the pages' own ports, so by
-themselves: `make test-pages`.
+They run in a folder in which the files lie that the pages name, and on the pages' own ports: a test
+whose port another program has is skipped. `make test-pages` runs them alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NOT_RUN = {
     "needs vLLM, see tests/vllm": ("--engine vllm", "^vllm serve", "import LLM", 'engine="vllm"'),
     "is no program of this project": ("^vllm bench serve", "^guidellm "),
     "needs a model hub": ("Qwen/Qwen2.5-VL-3B-Instruct",),
-    "needs Redis and Milvus of those names": ("redis://cache:6379",),
+    "needs servers of those names": ("redis://cache:6379", "mooncake://master:50051"),
     "needs prompts that are not shipped": ("bench coverage --data FOLDER",),
     "measuring takes minutes": (
         "bench coverage --requests 400",
@@ -41,6 +41,7 @@ NOT_RUN = {
         "bench audits --requests 120",
         "audit --requests assets/audit/forms.jsonl",
         "simulate --requests 1000000",
+        "bench kernels",  # without a GPU
     ),
     "has a test of its own, test_readme_example.py": ("for a bicycle shop",),
 }
