@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from kvshare_mm.apps.router.plan import COUNTED, LEAST_SHARE, OVER
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +90,12 @@ def _round_robin(requests: Requests, queues: Queues, _: np.random.Generator) -> 
     return lambda i: i % len(queues.free_at)
 
 
-def _places(keys: Ints, queues: Queues, rng: np.random.Generator, count: int) -> Any:
-    """Replicas that keys hash to, ``[requests, count]``."""
-    drawn = rng.integers(len(queues.free_at), size=(int(keys.max()) + 1, count))
-    return drawn[keys].tolist()
+def _places(
+    keys: Ints, queues: Queues, rng: np.random.Generator, count: int
+) -> Callable[[int], list[int]]:
+    """So many replicas that the key of a request hashes to."""
+    drawn = rng.integers(len(queues.free_at), size=(int(keys.max()) + 1, count)).tolist()
+    return lambda i: drawn[keys[i]]
 
 
 def _by(key: str) -> Policy:
@@ -99,7 +103,7 @@ def _by(key: str) -> Policy:
 
     def policy(requests: Requests, queues: Queues, rng: np.random.Generator) -> Route:
         places = _places(getattr(requests, key), queues, rng, 1)
-        return lambda i: int(places[i][0])
+        return lambda i: places(i)[0]
 
     return policy
 
@@ -110,7 +114,7 @@ def _two_choices(requests: Requests, queues: Queues, rng: np.random.Generator) -
 
     def route(i: int) -> int:
         ahead = queues.ahead(requests.at[i])
-        best = int(min(places[i], key=ahead.__getitem__))
+        best = min(places(i), key=ahead.__getitem__)
         if ahead[best] > OVER * ahead.mean() + requests.tokens[i]:
             best = int(ahead.argmin())
         return best
@@ -122,13 +126,12 @@ def _kvshare(requests: Requests, queues: Queues, rng: np.random.Generator) -> Ro
     """`plan.choose`, with what was sent to whom; what a replica evicted it is not told."""
     known = np.zeros((int(requests.family.max()) + 1, len(queues.free_at)), np.float32)
     draw = random.Random(int(rng.integers(1 << 32)))
-    at, tokens = requests.at.tolist(), requests.tokens.tolist()
-    families, shared = requests.family.tolist(), requests.shared.tolist()
+    at, tokens, families, shared = (x.item for x in _columns(requests))
 
     def route(i: int) -> int:
-        donors = known[families[i]]
-        chosen = pick(tokens[i], np.minimum(donors, shared[i]), queues.ahead(at[i]), draw)
-        donors[chosen] = tokens[i]
+        donors, length = known[families(i)], tokens(i)
+        chosen = pick(length, np.minimum(donors, shared(i)), queues.ahead(at(i)), draw)
+        donors[chosen] = length
         return chosen
 
     return route
@@ -165,6 +168,17 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+def _columns(requests: Requests) -> tuple[NDArray[Any], ...]:
+    return requests.at, requests.tokens, requests.family, requests.shared
+
+
+def _rows(requests: Requests) -> Iterator[tuple[float, int, int, int]]:
+    """Python's numbers take ten times the room of arrays: not all at once."""
+    for start in range(0, len(requests.at), _AT_ONCE):
+        part = (column[start : start + _AT_ONCE].tolist() for column in _columns(requests))
+        yield from zip(*part, strict=True)
+
+
 def simulate(
     requests: Requests,
     policy: str,
@@ -193,9 +207,7 @@ def simulate(
     route = POLICIES[policy](requests, queues, np.random.default_rng(seed))
     work = [0] * replicas
     ttft = np.empty(len(requests.at))
-    rows = (requests.at, requests.tokens, requests.family, requests.shared)
-    columns = zip(*(column.tolist() for column in rows), strict=True)
-    for i, (now, tokens, family, shared) in enumerate(columns):
+    for i, (now, tokens, family, shared) in enumerate(_rows(requests)):
         replica = route(i)
         # The last position is always computed.
         reused = min(caches[replica].replace(family, tokens), shared, tokens - 1)
