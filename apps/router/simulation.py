@@ -94,8 +94,8 @@ def _places(
     keys: Ints, queues: Queues, rng: np.random.Generator, count: int
 ) -> Callable[[int], list[int]]:
     """So many replicas that the key of a request hashes to."""
-    drawn = rng.integers(len(queues.free_at), size=(int(keys.max()) + 1, count)).tolist()
-    return lambda i: drawn[keys[i]]
+    drawn = rng.integers(len(queues.free_at), size=(int(keys.max()) + 1, count))
+    return lambda i: drawn[keys[i]].tolist()
 
 
 def _by(key: str) -> Policy:
