@@ -44,15 +44,11 @@ class Memory:
 
     def shares(self, prompt: Prompt, replicas: Iterable[int]) -> dict[int, float]:
         """Of the prompt's n-grams, the share that the best earlier request of each replica has."""
-        found = {}
-        for replica in replicas:
-            namespace = _namespace(prompt, replica)
-            alike = self._index.search(namespace, prompt.words, _CANDIDATES)
-            shared = self._index.shares(namespace, prompt.words, [c.node_id for c in alike])
-            found[replica] = max(shared.values(), default=0.0)
-            if shared:
-                self._known.move_to_end(max(shared, key=shared.__getitem__))
-        return found
+        namespaces = {replica: _namespace(prompt, replica) for replica in replicas}
+        closest = self._index.closest(namespaces.values(), prompt.words, _CANDIDATES)
+        for request, _ in closest.values():
+            self._known.move_to_end(request)
+        return {replica: closest.get(name, ("", 0.0))[1] for replica, name in namespaces.items()}
 
     def add(self, prompt: Prompt, replica: int) -> str | None:
         """A replica was sent a prompt; None: it was known that it has it."""

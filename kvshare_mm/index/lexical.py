@@ -6,8 +6,9 @@ store at start; nothing here is persistent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,17 @@ def _shared(
     return dict(zip(slots, scores.tolist(), strict=True))
 
 
+def _share(query: _U64, rate: float, sample: _Sample) -> float:
+    """Of the distinct n-grams of a prompt, how many a record has."""
+    # Up to here both samples have all hashes.
+    ends = [ngrams[-1] for ngrams, r in ((query, rate), (sample.ngrams, sample.rate)) if r < 1]
+    both = query[: np.searchsorted(query, min(ends), "right")] if ends else query
+    if not len(both):
+        return 0.0
+    at = np.minimum(np.searchsorted(sample.ngrams, both), len(sample.ngrams) - 1)
+    return float((sample.ngrams[at] == both).mean())
+
+
 class LexicalIndex(PostingsIndex[_Sample]):
     """Inverted lists over unique n-grams, one set per namespace. Safe to use from many threads.
 
@@ -204,21 +216,24 @@ class LexicalIndex(PostingsIndex[_Sample]):
             postings = self._namespaces.get(namespace)
             return _search(postings, query, rate, limit, self._budget) if postings else []
 
-    def shares(
-        self, namespace: str, keys: NDArray[np.uint64], node_ids: Sequence[str]
-    ) -> dict[str, float]:
-        """Of the distinct n-grams of `keys`, how many each of these records has, 0 to 1.
+    def closest(
+        self, namespaces: Iterable[str], keys: NDArray[np.uint64], limit: int
+    ) -> dict[str, tuple[str, float]]:
+        """In each namespace, of the `limit` records that rank first, the one that has most of the
+        distinct n-grams of `keys`, and how many, 0 to 1. Where none is found it is left out.
 
-        Of longer prompts than are kept in full it is an estimate. Unknown ids are left out.
+        Of longer prompts than are kept in full it is an estimate.
         """
         query, rate = smallest_ngrams(keys, self._max_query_ngrams, self.n)
-        with self._lock:
-            postings = self._namespaces.get(namespace)
-            samples = {} if postings is None else postings.values_of(node_ids)
         found = {}
-        for node_id, sample in samples.items():
-            # Up to here both samples have all hashes.
-            ends = [s[-1] for s, r in ((query, rate), (sample.ngrams, sample.rate)) if r < 1]
-            both = query[query <= min(ends)] if ends else query
-            found[node_id] = float(np.isin(both, sample.ngrams).mean()) if len(both) else 0.0
+        for namespace in namespaces if len(query) else ():
+            with self._lock:
+                postings = self._namespaces.get(namespace)
+                if postings is None:
+                    continue
+                ranked = _search(postings, query, rate, limit, self._budget)
+                samples = postings.values_of([candidate.node_id for candidate in ranked])
+            shares = {name: _share(query, rate, sample) for name, sample in samples.items()}
+            if shares:
+                found[namespace] = max(shares.items(), key=itemgetter(1))
         return found

@@ -205,8 +205,7 @@ class Catalogue:
 
     def overlap(self, ns: str, keys: np.ndarray) -> float:
         """Of a prompt's n-grams, the share that the donor has that has most of them, 0 to 1."""
-        best = [c.node_id for c in self._lexical.search(ns, keys, 1)]
-        return max(self._lexical.shares(ns, keys, best).values(), default=0.0)
+        return self._lexical.closest([ns], keys, 1).get(ns, ("", 0.0))[1]
 
     def family(self, node_id: str | None) -> str | None:
         """The root of a node's tree, be it here or gone."""
