@@ -67,11 +67,11 @@ class LazyClient:
             raise
         # Client libraries raise their own errors, grpc's, and ValueError for a closed channel.
         except Exception as error:
-            self._drop(client)
-            why = next(iter(str(error).splitlines()), type(error).__name__)
-            logger.warning(
-                "%s: %s: %s; left alone for %.0f s", self._name, action, why, self._retry_after
-            )
+            if self._drop(client):
+                logger.warning(
+                    "%s: %s: %s; left alone for %.0f s",
+                    self._name, action, _reason(error), self._retry_after,
+                )  # fmt: skip
             raise IndexUnavailableError(f"{self._name}: {action}: {error}") from error
 
     def close(self) -> None:
@@ -95,13 +95,15 @@ class LazyClient:
                     raise
             return self._client
 
-    def _drop(self, client: Any) -> None:
+    def _drop(self, client: Any) -> bool:
+        """False: another thread has, and so closed it for this one, too."""
         with self._lock:
+            if client is not self._client:
+                return False
             self._down_until = time.monotonic() + self._retry_after
-            if client is None or client is not self._client:
-                return  # another thread has dropped it
             self._client = None
         self._shut(client)
+        return True
 
     def _shut(self, client: Any) -> None:
         if client is None:
@@ -110,3 +112,9 @@ class LazyClient:
             self._disconnect(client)
         except Exception:
             logger.warning("%s: disconnecting failed", self._name, exc_info=True)
+
+
+def _reason(error: Exception) -> str:
+    details = getattr(error, "details", None)  # gRPC's: the first line of its text says nothing
+    text = str(details() if callable(details) else error)
+    return next(iter(text.splitlines()), type(error).__name__)

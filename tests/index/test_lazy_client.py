@@ -59,6 +59,24 @@ def test_after_the_wait_a_new_connection_is_made(caplog: pytest.LogCaptureFixtur
     assert use(client) == 2
 
 
+def test_what_fails_because_another_thread_closed_the_client_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class RpcError(Exception):
+        def details(self) -> str:
+            return "Deadline Exceeded"
+
+    server = Server()
+    client = server.client(0)
+    with pytest.raises(IndexUnavailableError, match="closed channel"), client.use("ask"):
+        with pytest.raises(IndexUnavailableError), client.use("ask"):
+            raise RpcError("terminated with:")
+        assert use(client) == 2
+        raise ValueError("closed channel")
+    assert caplog.messages == ["the server: ask: Deadline Exceeded; left alone for 0 s"]
+    assert (use(client), server.closed) == (2, [1])
+
+
 def test_a_failing_disconnect_is_no_failure() -> None:
     def refuse(_: object) -> None:
         raise OSError("gone")
