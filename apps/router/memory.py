@@ -14,7 +14,8 @@ from kvshare_mm.index.lexical import LexicalIndex
 NGRAMS = 128
 """Most n-grams kept of one request: shares are off by 4% at most in two of three cases."""
 
-_CANDIDATES = 2
+# Requests are found by so many n-grams, and the first of them compared by all that are kept.
+_LOOKED_UP, _CANDIDATES = 32, 4
 # Of a request's name, here and in the index.
 _BYTES = 400
 
@@ -31,7 +32,7 @@ class Memory:
 
     def __init__(self, max_requests: int = 100_000) -> None:
         self._max_requests = max_requests
-        self._index = LexicalIndex(max_ngrams=NGRAMS, max_query_ngrams=NGRAMS, budget=8192)
+        self._index = LexicalIndex(max_ngrams=NGRAMS, max_query_ngrams=_LOOKED_UP, budget=4096)
         self._known: OrderedDict[str, None] = OrderedDict()
 
     def __len__(self) -> int:

@@ -222,16 +222,19 @@ class LexicalIndex(PostingsIndex[_Sample]):
         """In each namespace, of the `limit` records that rank first, the one that has most of the
         distinct n-grams of `keys`, and how many, 0 to 1. Where none is found it is left out.
 
-        Of longer prompts than are kept in full it is an estimate.
+        All n-grams that are kept are compared, also where fewer are looked up. Of longer prompts
+        than are kept in full it is an estimate.
         """
-        query, rate = smallest_ngrams(keys, self._max_query_ngrams, self.n)
+        query, rate = smallest_ngrams(keys, self._max_ngrams, self.n)
+        first = query[: self._max_query_ngrams]
         found = {}
         for namespace in namespaces if len(query) else ():
             with self._lock:
                 postings = self._namespaces.get(namespace)
                 if postings is None:
                     continue
-                ranked = _search(postings, query, rate, limit, self._budget)
+                first_rate = rate * len(first) / len(query)
+                ranked = _search(postings, first, first_rate, limit, self._budget)
                 samples = postings.values_of([candidate.node_id for candidate in ranked])
             shares = {name: _share(query, rate, sample) for name, sample in samples.items()}
             if shares:
