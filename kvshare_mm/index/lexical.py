@@ -226,14 +226,16 @@ class LexicalIndex(PostingsIndex[_Sample]):
         than are kept in full it is an estimate.
         """
         query, rate = smallest_ngrams(keys, self._max_ngrams, self.n)
+        if not len(query):
+            return {}
         first = query[: self._max_query_ngrams]
+        first_rate = rate * len(first) / len(query)
         found = {}
-        for namespace in namespaces if len(query) else ():
+        for namespace in namespaces:
             with self._lock:
                 postings = self._namespaces.get(namespace)
                 if postings is None:
                     continue
-                first_rate = rate * len(first) / len(query)
                 ranked = _search(postings, first, first_rate, limit, self._budget)
                 samples = postings.values_of([candidate.node_id for candidate in ranked])
             shares = {name: _share(query, rate, sample) for name, sample in samples.items()}
