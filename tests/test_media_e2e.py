@@ -47,6 +47,7 @@ def test_a_clip_asked_about_again_is_not_heard_again() -> None:
     with KVShare("tiny-audio", embedder=None) as llm:
         assert share_right(llm, found) >= 0.9
         first = llm.chat(messages, SamplingParams(max_tokens=24))
+        assert llm.flush(60)
         other = {"type": "text", "text": "Tell me the last word."}
         again = llm.chat(
             [system, {**user, "content": [clip, other]}], SamplingParams(max_tokens=24)

@@ -43,6 +43,11 @@ def serve(model: str, seed: int, **options: Any) -> None:
     from kvshare_mm import KVShare
 
     llm = KVShare(model, embedder=None, max_num_seqs=2, max_model_len=512, **options)
+    donors: Any = llm._parts.donors
+    if donors.shared is not None:  # as `be_patient` does: on a busy machine, too, it publishes
+        donors.shared._catalogue._timeout = 60.0
+        waits = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), 60.0)
+        donors.shared._tier.remote._client.connection_pool.connection_kwargs.update(waits)
 
     def load(thread: int) -> None:
         rng = np.random.default_rng([seed, thread])

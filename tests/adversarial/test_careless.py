@@ -16,6 +16,7 @@ import pytest
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput, SamplingParams
 from kvshare_mm.native.prefill import PrefillResult
+from kvshare_mm.native.waiting import WaitingRequests
 from kvshare_mm.reuse.audits import kl_divergence
 from kvshare_mm.stream import SegmentStream
 
@@ -45,7 +46,11 @@ class Probe:
 
 @pytest.fixture(scope="module")
 def probe() -> Iterator[Probe]:
-    with KVShare("smollm2", embedder=None, max_num_seqs=1) as llm:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        KVShare("smollm2", embedder=None, max_num_seqs=1) as llm,
+    ):
+        patch.setattr(WaitingRequests, "MAX_HOLD_S", 60)  # donors are waited for, however busy
         probe = Probe(llm)
 
         def record(slot: int, stream: SegmentStream, ns: str, result: PrefillResult) -> None:

@@ -29,7 +29,7 @@ from kvshare_mm import KVShare, RequestOptions, SamplingParams
 from kvshare_mm.node import Piece
 from kvshare_mm.reuse.plan import ReusePlan
 
-from ..remote_servers import RedisServer, milvus_server, redis_server
+from ..remote_servers import RedisServer, be_patient, milvus_server, redis_server
 
 _EXAMPLES = int(os.environ.get("KVSHARE_EXAMPLES", "6"))
 _SALTS = ("", "Quillfeather", "Brannigoss")
@@ -117,6 +117,7 @@ class Cluster:
         donors = parts.donors
         donors.shared._tokens_per_s = 1.0  # as if computing took for ever
         donors.shared.computed = lambda *_: None
+        be_patient(donors.shared)
         place, likely = donors.worker.place, donors.likely_answer
 
         def placed(pieces: Sequence[Piece], ns: str, *more: Any) -> Any:

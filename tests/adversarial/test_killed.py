@@ -22,7 +22,7 @@ import pytest
 from kvshare_mm import KVShare
 from kvshare_mm.reuse import check
 
-from ..remote_servers import milvus_server, redis_server
+from ..remote_servers import be_patient, milvus_server, redis_server
 from . import killed_server
 
 _ASKED_FOR = 64  # shorter prompts do not ask for others' donors
@@ -91,7 +91,10 @@ def test_a_killed_server_leaves_what_is_true(
     with fresh:
         for seed in range(kills):
             rng = np.random.default_rng([seed, 99])
-            new = victims.kill_one(float(rng.uniform(0, 1.5)), seed=seed, **budget, **_OPTIONS)
+            # Every second one has kept something by then, however slowly it starts.
+            new = victims.kill_one(
+                float(rng.uniform(0, 1.5)), bool(seed % 2), seed=seed, **budget, **_OPTIONS
+            )
             counts["answered and flushed"] += len(new)
             kept += new
             counts.update(problem.kind for problem in check.verify(tmp_path).problems)
@@ -158,6 +161,7 @@ def _as_if_computing_were_slow(llm: KVShare) -> None:
     shared: Any = llm._parts.donors.shared  # type: ignore[union-attr]
     shared._tokens_per_s = 1.0
     shared.computed = lambda *_: None
+    be_patient(shared)
 
 
 def _check(

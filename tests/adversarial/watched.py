@@ -24,6 +24,8 @@ from kvshare_mm.native.slots import Chunk, SlotRunner
 from kvshare_mm.node import Node
 from kvshare_mm.stream import SegmentStream
 
+from ..helpers import until
+
 ATOL = 1e-4
 _FLUSH_S = 60.0
 
@@ -186,8 +188,12 @@ class Watched:
         engine = self.llm._parts.engine
         with engine._changed:  # who left is gone with the next token
             assert engine._changed.wait_for(lambda: not engine._known, _FLUSH_S)
+        assert self.llm.wait_audited(_FLUSH_S)
         assert self.llm.flush(_FLUSH_S) or self.donors.store.counters
-        assert sorted(engine._free) == list(range(engine._runner.num_slots))
+        slots = engine._runner.num_slots
+        with engine._changed:  # a slot is free some time after its request is known no more
+            assert engine._changed.wait_for(lambda: len(engine._free) == slots, _FLUSH_S)
+        assert sorted(engine._free) == list(range(slots))
         assert not engine._active and not engine._waiting and not engine._known
         assert not engine._saver.last
         assert engine.healthy
@@ -204,7 +210,8 @@ class Watched:
     def close(self) -> None:
         self.llm.close()
         gc.collect()  # the watching makes cycles, which hold slots
-        assert threading.active_count() <= self._threads
+        # An index is tidied by a thread that nobody waits for.
+        until(lambda: threading.active_count() <= self._threads)
 
     @property
     def donors(self) -> Any:
@@ -215,8 +222,14 @@ class Watched:
     # -- inside -----------------------------------------------------------------------------
 
     def _open(self) -> None:
+        # Audits are not spread over time: when they are over, nothing goes on beside the checks.
         self.llm = KVShare(
-            "tiny-vl", embedder=None, store_dir=self._folder, max_model_len=512, **self._options
+            "tiny-vl",
+            embedder=None,
+            store_dir=self._folder,
+            max_model_len=512,
+            audit_budget=1e9,
+            **self._options,
         )
         parts = self.llm._parts
         self._reference = SlotRunner(parts.loaded, 1, 512, 4096)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from kvshare_mm import KVShare, ModelLoadError, RequestOutput
+from kvshare_mm.index.milvus import MilvusIndex
 
 from .prompts import _DONOR, _PARAMS, _TARGET, OpenLLM, events
 
@@ -38,7 +40,11 @@ def stub_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("stub_embedder")
-def test_milvus_that_cannot_be_reached(open_llm: OpenLLM, full: RequestOutput) -> None:
+def test_milvus_that_cannot_be_reached(
+    open_llm: OpenLLM, full: RequestOutput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = partial(MilvusIndex, retry_after=1000)  # tried again, it would fail, and count, again
+    monkeypatch.setattr("kvshare_mm.index.milvus.MilvusIndex", once)
     llm = open_llm(embedder="stub", index_uri="http://127.0.0.1:1", max_num_seqs=1)
     assert llm.generate(_TARGET, _PARAMS).token_ids == full.token_ids
     assert llm.flush()

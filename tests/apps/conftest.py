@@ -13,6 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from kvshare_mm.apps.cli import app
+from kvshare_mm.native.waiting import WaitingRequests
 
 Run = Callable[..., Result]
 
@@ -20,6 +21,12 @@ Run = Callable[..., Result]
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes behind an answer waits for its donor, however slowly this machine saves it."""
+    monkeypatch.setattr(WaitingRequests, "MAX_HOLD_S", 60.0)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def _record(node_id: str) -> IndexRecord:
 def _semantic(memory: Memory, known: Sequence[IndexRecord] = ()):
     counters: Counter[str] = Counter()
     index = SemanticIndex(lambda: (memory, _embed), known, lambda *_: None, counters)
-    assert index.flush(10)
+    assert index.flush(60)
     return index, counters
 
 
@@ -60,7 +60,7 @@ def test_a_server_that_comes_up_late_is_used() -> None:
     index, counters = _semantic(Memory(1), [_record("old"), _record("dropped")])
     assert index.search("ns", "text", 4) == ()
     index.add(_record("new"), "text")
-    assert index.flush(10)
+    assert index.flush(60)
     assert set(index.search("ns", "text", 4)) == {"old", "dropped", "new"}
     assert (counters["dense_open_failed"], counters["dense_insert_skipped"]) == (1, 0)
     index.close()
@@ -70,7 +70,7 @@ def test_what_was_removed_while_it_was_down_does_not_come_back() -> None:
     index, _ = _semantic(Memory(2), [_record("old"), _record("dropped")])
     index.remove("dropped")
     index.add(_record("new"), "text")
-    assert index.flush(10)
+    assert index.flush(60)
     assert set(index.search("ns", "text", 4)) == {"old", "new"}
     index.close()
 
@@ -79,7 +79,7 @@ def test_while_it_is_down_nothing_is_embedded_or_searched() -> None:
     memory = Memory(99)
     index, counters = _semantic(memory)
     index.add(_record("new"), "text")
-    assert index.flush(10)
+    assert index.flush(60)
     assert index.search("ns", "text", 4) == ()
     assert (memory.attempts, memory.held) == (2, {})
     assert counters == {"dense_open_failed": 1, "dense_insert_skipped": 1}
@@ -96,6 +96,6 @@ def test_an_embedder_that_cannot_be_loaded_is_not_tried_again() -> None:
     counters: Counter[str] = Counter()
     index = SemanticIndex(open_index, (), lambda *_: None, counters)
     index.add(_record("new"), "text")
-    assert index.flush(10)
+    assert index.flush(60)
     assert (len(attempts), counters["dense_insert_skipped"]) == (1, 1)
     index.close()

@@ -71,6 +71,13 @@ def process_of(pool: DecodePool) -> psutil.Process:
     return psutil.Process(worker._process.pid)
 
 
+def is_asked(pool: DecodePool) -> Callable[[], bool]:
+    """Whether its process has been asked for a file since: one that ends before is replaced."""
+    [worker] = pool._all
+    before = worker.deadline
+    return lambda: worker.deadline > before
+
+
 def told(decode: Callable[..., Any], *asked: Any) -> Any:
     """What is decoded, or why it is refused."""
     try:
@@ -164,6 +171,7 @@ def test_what_was_seen_is_decoded_again_only_if_it_took_long(
 def test_a_process_that_dies_takes_one_file_with_it(opened: Callable[..., DecodePool]) -> None:
     pool = opened()
     [worker] = pool._all
+    own = worker._socket  # without it its process would end by itself
     worker._socket, theirs = socket.socketpair()
 
     def die_of_it() -> None:
@@ -175,6 +183,8 @@ def test_a_process_that_dies_takes_one_file_with_it(opened: Callable[..., Decode
         with pytest.raises(InvalidRequestError, match="ended the process"):
             load(pool)
         dying.result(30)
+    assert own is not None
+    own.close()
     assert load(pool).size == (80, 60)
     assert pool.counters["killed"] == 1
 
@@ -220,12 +230,13 @@ def test_who_goes_away_ends_the_work(opened: Callable[..., DecodePool]) -> None:
     pool = opened()
     hung = process_of(pool)
     hung.suspend()
+    asks = is_asked(pool)
     waits = Asker()
     asker.set(waits)
     with ThreadPoolExecutor() as threads:
         asked = threads.submit(copy_context().run, load, pool)
         asker.set(None)
-        until(lambda: waits._stop is not None)
+        until(lambda: waits._stop is not None and asks())
         waits.leave()
         with pytest.raises(InvalidRequestError):
             asked.result(30)
@@ -250,9 +261,10 @@ def test_closing_ends_what_runs(opened: Callable[..., DecodePool]) -> None:
     pool = opened()
     hung = process_of(pool)
     hung.suspend()
+    asks = is_asked(pool)
     with ThreadPoolExecutor(3) as threads:
         asked = [threads.submit(load, pool) for _ in range(3)]  # one is served, two wait
-        until(lambda: not pool._idle)
+        until(lambda: not pool._idle and asks())
         pool.close()
         assert [type(each.exception(30)) for each in asked] == [EngineClosedError] * 3
     assert not hung.is_running()

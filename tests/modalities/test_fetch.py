@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -153,7 +154,7 @@ def public(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_module, "is_public", lambda a: a == "127.0.0.1" or real(a))
 
 
-OPEN = FetchPolicy(allow_private=True, max_bytes=5000, timeout_s=5)
+OPEN = FetchPolicy(allow_private=True, max_bytes=5000, timeout_s=60)
 
 
 @pytest.mark.usefixtures("public")
@@ -213,7 +214,12 @@ def test_pages_that_are_no_picture_are_refused(site: _Site, page: str, words: st
 
 
 @pytest.mark.usefixtures("public")
-def test_the_bound_on_files_is_that_of_urls_too(site: _Site) -> None:
+def test_the_bound_on_files_is_that_of_urls_too(
+    site: _Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So much takes seconds on a busy machine.
+    policy = partial(FetchPolicy, timeout_s=60)
+    monkeypatch.setattr(fetch_module, "FetchPolicy", policy)
     large = FetchPolicy().max_bytes + 1
     sources = MediaSources(max_bytes=large)
     assert len(sources.read(site(f"large/{large}"), "here")) == large

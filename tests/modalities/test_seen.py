@@ -16,7 +16,7 @@ from kvshare_mm.stream import MediaItem
 
 from .media import RATE, encoded, picture, tone
 
-PATIENCE_S = 20
+PATIENCE_S = 120  # the first clip has a library compiled, half a minute on a busy machine
 
 
 class MeanColour:

@@ -12,7 +12,7 @@ from ..helpers import until
 
 OpenLLM = Callable[..., KVShare]
 
-PATIENCE_S = 20
+PATIENCE_S = 60
 _PROMPTS = [
     f"Laboratory report. Patient number {number}. {text}"
     for number, text in (
@@ -37,8 +37,11 @@ def params(max_tokens: int | None = 12, **changes: Any) -> SamplingParams:
 
 
 def idle(llm: KVShare) -> None:
-    """Wait until nothing waits or runs."""
+    """Wait until nothing waits or runs, all that ended is counted, and all slots are free."""
+    engine = inside(llm).engine
     until(lambda: llm.stats()["queue"] == {"waiting": 0, "running": 0}, PATIENCE_S)
+    until(lambda: not engine._known, PATIENCE_S)
+    until(lambda: len(engine._free) == inside(llm).runner.num_slots, PATIENCE_S)
 
 
 def outcomes(llm: KVShare) -> dict[str, int]:

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput
 from kvshare_mm.models.loader import LoadedModel, load_model
+from kvshare_mm.native.waiting import WaitingRequests
 
 from .. import references
-from .asking import _PROMPTS, params
+from .asking import _PROMPTS, PATIENCE_S, params
 from .donor_server import Server
 
 
@@ -44,6 +45,14 @@ def _tiny(folder: Path) -> Tiny:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def saves_are_waited_for() -> Iterator[None]:
+    """Who comes behind an answer finds it, however slowly a busy machine saves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WaitingRequests, "MAX_HOLD_S", float(PATIENCE_S))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -85,13 +85,15 @@ def held(steps: Steps, prompt: tuple[int, ...], number: int) -> Gate:
     return Gate(steps, "before", lambda *chunk: chunk == (prompt, number))
 
 
-def _first_step(llm: KVShare, prompt: str, max_tokens: int = 400) -> Inbox:
-    """A request that runs: its first tokens are out."""
-    inbox = Inbox(llm, prompt, params(max_tokens))
-    while len(inbox.chunks) < 2:
-        assert not inbox.done
-        threading.Event().wait(0.002)
-    return inbox
+def _running(llm: KVShare, *prompts: str, max_tokens: int = 400) -> tuple[list[Inbox], Gate]:
+    """Requests that are being answered, held up in a decode step of all of them."""
+    runner = inside(llm).runner
+    first = Gate(runner, "prefill")
+    gate = Gate(runner, "decode", lambda slots, *_: len(set(slots)) == len(prompts))
+    inboxes = [Inbox(llm, prompt, params(max_tokens), _OFF) for prompt in prompts]
+    first.open()
+    gate.wait()
+    return inboxes, gate
 
 
 @pytest.fixture
@@ -110,15 +112,19 @@ def test_a_decode_step_is_made_between_any_two_chunks(
     chunked: KVShare, long: tuple[int, ...]
 ) -> None:
     steps = Steps(chunked)
-    running = [_first_step(chunked, prompt) for prompt in _PROMPTS[1:3]]
-    Inbox(chunked, _DONOR, params(1)).result()
+    running, gate = _running(chunked, *_PROMPTS[1:3])
+    inbox = Inbox(chunked, _DONOR, params(1))
+    behind = Gate(inside(chunked).runner, "decode", lambda *_: inbox.done)
+    gate.open()
+    inbox.result()
     assert max(steps.chunks(long)) == steps.chunks(long)[0] == _SMALL
     assert sum(steps.chunks(long)) == len(long)
     for one, other in pairwise(steps.places(long)):
         assert steps.log[one + 1 : other] == [2]
-    for inbox in running:
-        assert not inbox.done
-        chunked.cancel(inbox.request_id)
+    for other_inbox in running:
+        assert not other_inbox.done
+        chunked.cancel(other_inbox.request_id)
+    behind.open()
 
 
 def test_a_chunk_that_fails_beside_answers_is_computed_alone(
@@ -127,8 +133,10 @@ def test_a_chunk_that_fails_beside_answers_is_computed_alone(
     want = chunked.generate(_DONOR, params(8), _OFF).token_ids
     steps = Steps(chunked)
     inside(chunked).runner.step = Mock(side_effect=RuntimeError("out of memory, or so"))
-    running = _first_step(chunked, _PROMPTS[1])
-    assert Inbox(chunked, _DONOR, params(8), _OFF).result().token_ids == want
+    [running], gate = _running(chunked, _PROMPTS[1])
+    inbox = Inbox(chunked, _DONOR, params(8), _OFF)
+    gate.open()
+    assert inbox.result().token_ids == want
     assert max(steps.chunks(long)) == steps.chunks(long)[0] == _SMALL
     assert inside(chunked).runner.step.called
     chunked.cancel(running.request_id)
@@ -149,8 +157,9 @@ def test_answers_are_the_same_with_a_long_prompt_between(
     at_once = open_llm(max_num_seqs=1, prefill_chunk=512)
     want = [at_once.generate(p, params(90), _OFF).token_ids for p in (*_PROMPTS[1:3], _DONOR)]
     steps = Steps(chunked)
-    running = [_first_step(chunked, prompt, 90) for prompt in _PROMPTS[1:3]]
+    running, gate = _running(chunked, *_PROMPTS[1:3], max_tokens=90)
     running.append(Inbox(chunked, _DONOR, params(90)))
+    gate.open()
     assert [inbox.result().token_ids for inbox in running] == want
     assert len(steps.chunks(long)) > len(long) // _CHUNK
 
@@ -187,8 +196,9 @@ def test_an_error_in_a_chunk_fails_its_request_alone(
             raise RuntimeError("out of memory, or so")
 
     steps.before = fail
-    running = _first_step(chunked, _PROMPTS[0], 12)
+    [running], gate = _running(chunked, _PROMPTS[0], max_tokens=12)
     inbox = Inbox(chunked, _DONOR, params())
+    gate.open()
     with pytest.raises(RuntimeError, match="out of memory"):
         inbox.result()
     steps.before = lambda prompt, number: None
@@ -248,9 +258,11 @@ def test_who_can_reuse_a_long_prompt_waits_for_it(open_llm: OpenLLM) -> None:
     donor, target = tuple(tokenize(_TARGET)), tokenize(_DONOR)
     assert len(target) < len(donor)
     llm = open_llm(max_num_seqs=4, prefill_chunk=len(target), prefill_beside=len(target) // 4)
-    running, steps = _first_step(llm, _PROMPTS[3]), Steps(llm)
+    [running], answering = _running(llm, _PROMPTS[3])
+    steps = Steps(llm)
     gate = held(steps, donor, 1)
     first = Inbox(llm, _TARGET, params(2))
+    answering.open()
     gate.wait()
     alike, other = (Inbox(llm, prompt, params(2)) for prompt in (_DONOR, _PROMPTS[4]))
     alone = Inbox(llm, _DONOR.replace("value 3?", "value 4?"), params(2), _OFF)

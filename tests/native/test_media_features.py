@@ -124,7 +124,7 @@ def test_features_outlive_the_process(oracles: Oracles, tmp_path: Path) -> None:
     oracle = oracles("qwen2_5_vl")
     first = Server(oracle, DiskTier(tmp_path / "kv", 1 << 26))
     first.serve(user(say(DONOR_TEXT), see(2), say("What is it?")))
-    assert first.pool.flush(20)
+    assert first.pool.flush(60)
     first.pool.close()
     second = Server(oracle, DiskTier(tmp_path / "kv", 1 << 26))
     assert second.pool.counters["restored"] == 1

@@ -135,10 +135,11 @@ def test_a_waiting_request_is_told_what_a_stored_donor_has(open_llm: OpenLLM, kn
     later, alike = Inbox(llm, _PROMPTS[3], params(2)), Inbox(llm, _TARGET, params(2))
     similar.wait()
     similar.open()
-    search = inside(llm).engine._searches._meaning
-    search.close()
+    engine = inside(llm).engine
+    engine._searches._meaning.close()
+    begin = engine._start = Mock(wraps=engine._start)
     gate.open()
     done = [inbox.result() for inbox in (first, later, alike)]
     assert (done[2].provenance.reused > 0) == known
-    sooner = done[2].metrics.queue < done[1].metrics.queue
-    assert sooner == known
+    order = [call.args[0].request_id for call in begin.call_args_list]
+    assert order == [i.request_id for i in ((alike, later) if known else (later, alike))]

@@ -66,7 +66,10 @@ def test_what_is_asked_after_an_answer_finds_it(open_llm: OpenLLM) -> None:
         prompt = (*prompt, *output.token_ids, *llm.tokenize(" and what then?"))
 
 
-def test_what_was_asked_before_the_answer_does_not_wait_for_it(open_llm: OpenLLM) -> None:
+def test_what_was_asked_before_the_answer_does_not_wait_for_it(
+    open_llm: OpenLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WaitingRequests, "MAX_HOLD_S", 0.05)
     llm = open_llm(max_num_seqs=2)
     gate = Gate(inside(llm).donors, "save")
     decoding = Gate(inside(llm).runner, "decode")
@@ -96,6 +99,8 @@ def test_nobody_waits_for_a_save_for_ever(
 def test_a_flush_waits_for_every_answer_that_was_delivered(open_llm: OpenLLM) -> None:
     llm = open_llm()
     engine = inside(llm).engine
+    # Of the answer: it could be done before the answer is told.
+    saving = Gate(inside(llm).prefiller, "save", lambda *args: bool(args[-1]))
     flushed_in_sink: list[bool] = []
     done = threading.Event()
 
@@ -107,6 +112,7 @@ def test_a_flush_waits_for_every_answer_that_was_delivered(open_llm: OpenLLM) ->
     engine.submit(llm.read(_DONOR, params(2), None), sink)
     assert done.wait(PATIENCE_S)
     assert flushed_in_sink == [False]
+    saving.open()
     assert llm.flush()
     assert llm.stats()["donors"]["nodes"] == 1
 
@@ -162,11 +168,13 @@ def test_only_what_is_alike_waits_for_a_prompt_that_is_being_stored(open_llm: Op
 
 def test_a_donor_that_goes_while_it_is_answered_is_stored_anew(open_llm: OpenLLM) -> None:
     llm = open_llm()
+    answering = Gate(inside(llm).runner, "decode")
     chunks = llm.stream(_DONOR, params(60))
     next(chunks)
     donors = inside(llm).donors
     until(lambda: len(donors.nodes()) == 1)
     donors.delete(donors.nodes()[0].node_id)
+    answering.open()
     list(chunks)
     assert llm.flush()
     assert len(donors.nodes()) == 1

@@ -21,7 +21,14 @@ from kvshare_mm.store.remote_redis import RedisStore
 from kvshare_mm.store.shared import SharedTier
 
 from ..helpers import until
-from ..remote_servers import RedisServer, SharedServer, free_port, milvus_server, shared_server
+from ..remote_servers import (
+    RedisServer,
+    SharedServer,
+    be_patient,
+    free_port,
+    milvus_server,
+    shared_server,
+)
 from .asking import _DONOR, _TARGET, Gate, Inbox, inside, params
 
 OpenReplica = Callable[..., KVShare]
@@ -57,6 +64,8 @@ def replica(tiny_folder: Path, milvus: str, server: SharedServer) -> Iterator[Op
         if donors is not None and donors.shared is not None:
             donors.shared._tokens_per_s = 1.0  # as if computing took for ever
             donors.shared.computed = lambda *_: None
+            if "index_uri" not in options:  # there is a server
+                be_patient(donors.shared)
         return opened[-1]
 
     yield make
@@ -199,6 +208,8 @@ def test_whatever_is_wrong_is_a_miss(
     ask(one, _DONOR)
     full = one.generate(_TARGET, params(4), RequestOptions(reuse="off"))
     harm(server)
+    if reason == "shared_down":
+        be_patient(inside(two).donors.shared, 2.0)  # what hangs is waited for as long as that
     output = two.generate(_TARGET, params(4), _UNSTORED)
     assert output.token_ids == full.token_ids
     assert output.provenance.declined == "no_donor"
@@ -231,7 +242,7 @@ def test_a_catalogue_that_is_not_there_is_a_miss(replica: OpenReplica) -> None:
 
 
 def test_a_request_does_not_wait_for_a_catalogue_that_is_slow(replica: OpenReplica) -> None:
-    one, two = replica(), replica(shared_deadline_ms=300)
+    one, two = replica(), replica(shared_deadline_ms=3000)
     ask(one, _DONOR)
     gate = Gate(inside(two).donors.shared._catalogue, "search")
     inbox = Inbox(two, _TARGET, params(4), _UNSTORED)

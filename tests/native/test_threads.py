@@ -11,7 +11,7 @@ import torch
 from kvshare_mm.index.base import IndexUnavailableError
 
 from ..helpers import until
-from .asking import _PROMPTS, OpenLLM, inside, params
+from .asking import _PROMPTS, Gate, Inbox, OpenLLM, inside, params
 
 
 def test_the_model_keeps_its_cores_beside_the_threads_that_embed(
@@ -40,9 +40,14 @@ def test_the_model_keeps_its_cores_beside_the_threads_that_embed(
 
         inside(llm).runner.prefill = recorded
         inside(llm).donors.reuse.similar = similar
-        llm.generate(_PROMPTS[:3], params(3))
-        llm.flush()
+        # Who waits for a slot is searched for, and nobody else.
+        gate = Gate(inside(llm).runner, "decode")
+        inboxes = [Inbox(llm, prompt, params(3)) for prompt in _PROMPTS[:3]]
         until(lambda: "search" in seen)
+        gate.open()
+        for inbox in inboxes:
+            inbox.result()
+        llm.flush()
         assert seen == {"embedding": 1, "model": 2, "search": 1}
         later = threading.Thread(target=lambda: seen.update(later=torch.get_num_threads()))
         later.start()

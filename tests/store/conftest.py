@@ -23,7 +23,7 @@ from kvshare_mm.store.tiered import TieredStore
 MakeStored = Callable[..., StoredNode]
 
 BUDGET = 1 << 24
-PATIENCE_S = 20
+PATIENCE_S = 60
 
 
 @pytest.fixture(scope="session", autouse=True)

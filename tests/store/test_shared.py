@@ -35,7 +35,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[SharedServer]:
 
 @pytest.fixture(scope="module")
 def remote(server: SharedServer) -> Iterator[RemoteStore]:
-    found = server.open()
+    found = server.open(timeout_s=30)
     yield found
     found.close()
 
@@ -199,7 +199,7 @@ def test_a_server_that_is_full_keeps_what_it_has(
 
 def test_a_mooncake_that_is_full_drops_nodes_whole_that_were_used_longest_ago() -> None:
     with shared_server("mooncake", mib=64) as server:
-        remote = server.open()
+        remote = server.open(timeout_s=30)
         secret = remote.agree("secret", b"mine")
 
         def put(node: str) -> bool:
@@ -253,7 +253,15 @@ def test_a_server_that_fails_is_left_alone_and_tried_again(
     with shared_server(kind) as server:
         remote = server.open(timeout_s=0.5, retry_after_s=1000)
         tier = SharedTier(remote, 100.0)
-        until(lambda: tier.put(make_stored("a")) is None)
+
+        def works(name: str) -> bool:
+            remote.breaker.down_until = 0.0
+            with suppress(KVUnavailableError):
+                tier.put(make_stored(name))
+                return all_of(tier, name).node.node_id == name
+            return False
+
+        until(lambda: works("a"), 60)
         getattr(server, failure)()
         for _ in range(3):
             assert reason(lambda: tier.head("a", "ns")) == "shared_down"
@@ -263,15 +271,7 @@ def test_a_server_that_fails_is_left_alone_and_tried_again(
             server.go_on()
         # It is not even asked.
         assert reason(lambda: tier.put(make_stored("b"))) == "shared_down"
-
-        def again() -> bool:
-            remote.breaker.down_until = 0.0
-            with suppress(KVUnavailableError):
-                tier.put(make_stored("b"))
-                return all_of(tier, "b").node.node_id == "b"
-            return False
-
-        until(again, 60)
+        until(lambda: works("b"), 60)
         remote.close()
 
 

@@ -13,7 +13,7 @@ from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier, ram_bytes
 from kvshare_mm.store.tiered import TieredStore
 
-PATIENCE_S = 20  # for what is bound to happen; no test waits so long unless it fails
+PATIENCE_S = 60  # for what is bound to happen; no test waits so long unless it fails
 
 
 def reason_of(store: TieredStore, node_id: str, namespace: str = "ns") -> str:

@@ -20,7 +20,7 @@ from kvshare_mm.store.host import ram_bytes
 
 from ..helpers import in_threads
 
-PATIENCE_S = 20  # for what is bound to happen; no test waits so long unless it fails
+PATIENCE_S = 60  # for what is bound to happen; no test waits so long unless it fails
 VECTOR = np.array([1, 2, 3], np.float32)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from kvshare_mm.chat import chat_stream
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.models.loader import load_tokenizer, locate
 from kvshare_mm.stream import SegmentStream
-from kvshare_mm.vllm import kv_transfer_config
+from kvshare_mm.vllm import arguments, kv_transfer_config
 from kvshare_mm.vllm.pictures import picture_support, prompt_of
 
 # Token ids, or a prompt with pictures as vLLM takes it.
@@ -71,6 +73,13 @@ class Shared:
         )
         self.llm.llm_engine.add_request(name, _asked(prompt), params)
 
+    def plan(self) -> None:
+        """Wait for the plans of all that was added, while nothing is being saved: nobody is
+        answered meanwhile."""
+        if not self.scheduler._heard.is_set():  # no plan is made before a first step
+            self.step_until(self.scheduler._heard.is_set)
+        wait([x.future for x in self.scheduler._lookups.values() if x.future is not None])
+
     def step(self) -> list[Any]:
         return [o for o in self.llm.llm_engine.step() if o.finished]
 
@@ -90,6 +99,16 @@ class Shared:
         self.settle()
         assert self.num_free == free, "blocks leaked"
         assert not self.scheduler.busy and not self.scheduler._lookups
+
+    def step_until(self, reached: Callable[[], bool]) -> list[Any]:
+        """What is answered until something is so, a step or more; the limit is for a broken
+        program, not a measurement."""
+        deadline = time.monotonic() + 60
+        done = self.step()
+        while not reached():
+            assert time.monotonic() < deadline, "it never came"
+            done += self.step()
+        return done
 
     def settle(self) -> None:
         """Let the scheduler hear of what the workers did last."""
@@ -202,6 +221,18 @@ def stock_engine(model: Path | str, **more: Any) -> Iterator[Any]:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Engines of `KVShare` that start meanwhile wait for plans, however busy the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            arguments,
+            "kv_transfer_config",
+            lambda options: kv_transfer_config({**options, "lookup_deadline_s": 30}),
+        )
+        yield
 
 
 def stock_tokens(llm: Any, prompt: Prompt, max_tokens: int = 4) -> list[int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -29,7 +30,9 @@ def server(command: Callable[[int], list[str]], log: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     with log.open("w") as out:
-        process = subprocess.Popen(command(port), stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command(port), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         address = f"http://127.0.0.1:{port}"
         for _ in range(600):
@@ -46,6 +49,6 @@ def server(command: Callable[[int], list[str]], log: Path) -> Iterator[str]:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in {0, -signal.SIGTERM}, log.read_text()[-4000:]
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):  # vLLM's processes outlive the one that started them
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

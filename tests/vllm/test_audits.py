@@ -24,6 +24,7 @@ from .engines import (
     edited,
     first_token,
     ids,
+    patience,
     shared_engine,
     stock_engine,
     stock_tokens,
@@ -92,12 +93,7 @@ def results(engine: Shared) -> dict[str, int]:
 
 def step_until(engine: Shared, reached: Callable[[], bool]) -> list[Any]:
     """What is answered until something is."""
-    done: list[Any] = []
-    for _ in range(1000):
-        if reached():
-            return done
-        done += engine.step()
-    pytest.fail("it never came")
+    return [] if reached() else engine.step_until(reached)
 
 
 def answer(engine: Shared, prompt: list[int], max_tokens: int = 12, **knobs: Any) -> Any:
@@ -417,7 +413,7 @@ def test_from_python_too_and_what_was_learned_is_kept(model: Path, tmp_path: Pat
     own = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 26}
     options = {"audit_share": 1, "audit_budget": 1e9, "repair": "none", "store_dir": tmp_path}
     params = SamplingParams(max_tokens=12, ignore_eos=True)
-    with KVShare(str(model), engine="vllm", engine_options=own, **options) as llm:
+    with patience(), KVShare(str(model), engine="vllm", engine_options=own, **options) as llm:
         assert llm.wait_audited(0)
         prompt = edited(ids(300))
         llm.generate(ids(300), params)

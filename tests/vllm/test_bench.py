@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from kvshare_mm.apps.cli import app
 
+from .engines import patience
+
 pytestmark = pytest.mark.vllm
 
 
@@ -23,7 +25,8 @@ def test_both_engines_answer_and_only_one_reuses(
     pairs.write_text(json.dumps({"id": "one", "donor": donor, "target": target}), encoding="utf-8")
     asked = ["--pairs", str(pairs), "--model", str(random_model("llama")), "--engine", "vllm"]
     options = ["--repair", "none", "--repeats", "1", "--max-new-tokens", "4", "--json", str(out)]
-    result = CliRunner().invoke(app, ["bench", "reuse", *asked, *options])
+    with patience():
+        result = CliRunner().invoke(app, ["bench", "reuse", *asked, *options])
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text(encoding="utf-8"))
     (case,) = report["cases"]

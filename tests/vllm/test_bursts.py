@@ -56,12 +56,7 @@ def lookup_of(engine: Shared, number: int) -> Lookup:
 
 
 def stepped(engine: Shared, until: Callable[[], bool]) -> dict[str, Any]:
-    done: dict[str, Any] = {}
-    for _ in range(2000):
-        done.update({o.request_id: o for o in engine.step()})
-        if until():
-            return done
-    raise AssertionError("it does not come to that")
+    return {o.request_id: o for o in engine.step_until(until)}
 
 
 def computed(done: dict[str, Any]) -> list[int]:
@@ -80,6 +75,7 @@ def test_one_prompt_is_computed_and_the_others_reuse_it(
     monkeypatch.setattr(engine.runner, "_save", saved)
     for number in range(TOGETHER):
         add(engine, number)
+    engine.plan()
     done = stepped(engine, lambda: bool(engine.catalogue.nodes()))
     assert not done, "one prompt is a donor, and its answer goes on"
     done = engine.run()
@@ -96,6 +92,7 @@ def test_who_comes_while_it_is_answered_finds_it(engine: Shared) -> None:
     [request] = engine.vllm_scheduler.requests.values()
     stepped(engine, lambda: request.num_output_tokens > 2)
     add(engine, 1)
+    engine.plan()
     done = engine.run()
     assert computed(done)[1] < 40
 
@@ -104,6 +101,7 @@ def test_who_comes_while_it_is_answered_finds_it(engine: Shared) -> None:
 def test_a_short_answer_is_over_before_it_is_wanted(engine: Shared, length: int) -> None:
     for number in range(3):
         add(engine, number, length)
+    engine.plan()
     assert sum(found < 40 for found in computed(engine.run())) == 2
 
 
@@ -123,6 +121,7 @@ def test_nobody_waits_for_more_of_what_may_not_be_kept(engine: Shared) -> None:
     [request] = engine.vllm_scheduler.requests.values()
     stepped(engine, lambda: request.num_output_tokens > 2)
     add(engine, 1, repair="window:400")
+    engine.plan()
     first, second = lookup_of(engine, 0), lookup_of(engine, 1)
     stepped(engine, lambda: second.has_waited)
     assert second.behind is None and not first.wanted
@@ -141,6 +140,7 @@ def test_who_waits_in_vain_is_computed(engine: Shared, monkeypatch: pytest.Monke
 def test_one_that_is_cancelled_holds_nobody_up(engine: Shared) -> None:
     for number in range(3):
         add(engine, number)
+    engine.plan()
     held = lookup_of(engine, 1)
     stepped(engine, lambda: held.behind is not None)
     engine.llm.llm_engine.abort_request(["0"])
@@ -156,6 +156,7 @@ def test_nobody_waits_longer_than_for_two_prompts_like_its_own(
     add(engine, 1)
     for seed in range(4):
         engine.add(f"other {seed}", ids(400, 20 + seed), 2)
+    engine.plan()
     lookup = lookup_of(engine, 1)
     stepped(engine, lambda: lookup.behind is not None)
     done = stepped(engine, lambda: lookup.behind is None)
@@ -225,12 +226,17 @@ def test_those_that_waited_are_not_all_looked_up_at_once(
     monkeypatch.setattr(bursts, "_AT_ONCE", 1)
     for number in range(TOGETHER):
         add(engine, number)
+    engine.plan()
     lookups = list(engine.scheduler._lookups.values())
+    look, beside = engine.scheduler._look, []
+
+    def looked(lookup: Lookup) -> None:
+        beside.append(sum(x.is_planned for x in lookups))
+        look(lookup)
+
+    monkeypatch.setattr(engine.scheduler, "_look", looked)
     stepped(engine, lambda: sum(x.behind is not None for x in lookups) == TOGETHER - 1)
-    most, done = 0, {}
-    while any(x.behind for x in lookups):
-        done.update({o.request_id: o for o in engine.step()})
-        most = max(most, sum(x.future is not None for x in lookups))
+    done = stepped(engine, lambda: not any(x.behind for x in lookups))
     done.update(engine.run())
-    assert most == 1
+    assert beside == [0] * (TOGETHER - 1)
     assert sum(found < 40 for found in computed(done)) == TOGETHER - 1

@@ -193,11 +193,8 @@ def test_a_cancelled_load_gives_its_blocks_back(engine: Shared) -> None:
     with engine.keeping_its_blocks():
         free = engine.num_free
         engine.add("two", edited(edited(ids(400), 300, 40), 100, 40))
-        for _ in range(1000):
-            engine.step()
-            if loading := any(x.loading for x in engine.scheduler._lookups.values()):
-                break
-        assert loading and engine.num_free < free
+        engine.step_until(lambda: any(x.loading for x in engine.scheduler._lookups.values()))
+        assert engine.num_free < free
         engine.llm.llm_engine.abort_request(["two"])
 
 

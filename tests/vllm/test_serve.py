@@ -25,10 +25,19 @@ pytestmark = pytest.mark.vllm
 
 SAMPLES = Path(assets.folder("tiny-vl")) / "samples"
 Messages = list[dict[str, Any]]
+# On a busy machine plans are waited for; `kvshare` with that, where it has no option for it.
+_PATIENCE = {"lookup_deadline_s": 30}
+_PATIENT = f"""
+from kvshare_mm.apps.cli import app
+from kvshare_mm.vllm import arguments
+config = arguments.kv_transfer_config
+arguments.kv_transfer_config = lambda options: config({{**options, **{_PATIENCE}}})
+app()
+"""
 
 
 def _by_kvshare(port: int) -> list[str]:
-    command = [sys.executable, "-m", "kvshare_mm.apps.cli", "serve", "tiny-vl"]
+    command = [sys.executable, "-c", _PATIENT, "serve", "tiny-vl"]
     options = ["--engine", "vllm", "--port", str(port), "--max-model-len", "1024"]
     return [*command, *options, "--audit-share", "1", "--", *SMALL]
 
@@ -38,7 +47,8 @@ def _by_vllm(port: int) -> list[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     options = ["--served-model-name", "smollm2", "--port", str(port), "--max-model-len", "1024"]
     options += ["--dtype", "float32"]  # bfloat16 answers otherwise on some CPUs
-    connector = ["--kv-transfer-config", json.dumps(kv_transfer_config({"audit_share": 1}))]
+    config = kv_transfer_config({**_PATIENCE, "audit_share": 1})
+    connector = ["--kv-transfer-config", json.dumps(config)]
     command += ["--model", locate("smollm2")]
     return [*command, *options, "--enable-prompt-tokens-details", *connector, *SMALL]
 

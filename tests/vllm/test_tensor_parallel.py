@@ -108,6 +108,7 @@ def test_a_prompt_is_stored_on_both_while_it_is_answered(engine: Shared) -> None
     with engine.keeping_its_blocks():
         for number in range(3):
             engine.add(str(number), edited(prompt, 200, 5 + number), 24, repair="none")
+        engine.plan()
         lookups = list(engine.scheduler._lookups.values())
         done = engine.run()
     assert sum(bool(lookup.early) for lookup in lookups) == 1

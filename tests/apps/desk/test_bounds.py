@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ...helpers import until
 from .conftest import Site, upload
 
 
@@ -89,8 +90,8 @@ def test_requests_have_an_id_and_are_counted(site: Callable[..., Site]) -> None:
     client = site().visitor()
     reply = client.get("/ui/config", headers={"X-Request-Id": "mine"})
     assert reply.headers["x-request-id"] == "mine"
-    counted = client.get("/metrics").text
-    assert 'kvshare:http_requests_total{route="/ui/config",status="200"} 1.0' in counted
+    counted = 'kvshare:http_requests_total{route="/ui/config",status="200"} 1.0'
+    until(lambda: counted in client.get("/metrics").text)
 
 
 def test_endless_paths_are_one_row_of_the_metrics(site: Callable[..., Site]) -> None:

@@ -65,6 +65,7 @@ def test_letters_are_answered_and_compared_there(served: Running) -> None:
     assert Cost.of(second.output).computed < second.prefix.computed < whole
     assert second.alone is not None and second.text == second.output.text
     llm = served.service.llm
+    assert llm.flush(60)
     # What only measures or compares is not stored beside what customers asked.
     assert sorted(len(v) for v in by_namespace(llm).values()) == [2, 2]
 

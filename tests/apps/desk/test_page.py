@@ -28,7 +28,7 @@ from kvshare_mm.apps.server.keys import add_key
 pytestmark = [pytest.mark.e2e, pytest.mark.ui]
 
 _TIMEOUT_MS = 120_000
-_LOOKS, _BETWEEN_LOOKS_MS = 20, 250
+_LOOKS, _BETWEEN_LOOKS_MS = 120, 250
 _WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
 _WINDOWS = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
 
@@ -44,7 +44,9 @@ def chromium() -> str:
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=_TIMEOUT_MS)
     with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        opened = driver.chromium.launch(
+            executable_path=chromium(), args=["--no-sandbox"], timeout=_TIMEOUT_MS
+        )
         yield opened
         opened.close()
 
@@ -170,7 +172,7 @@ def _wait_until_loaded(url: str) -> None:
     import httpx2
 
     deadline = time.monotonic() + 300  # the first run on a machine converts the model
-    while httpx2.get(url.removesuffix("/ui") + "/health").status_code != 200:
+    while httpx2.get(url.removesuffix("/ui") + "/health", timeout=60).status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.2)
 

@@ -21,13 +21,16 @@ from kvshare_mm.apps.desk.session import MAX_TOKENS, Cost, Session, Turn
 from kvshare_mm.apps.desk.shop import PHOTO_EXAMPLES, TEXT_EXAMPLES, Letter
 from kvshare_mm.apps.desk.uploads import Uploads
 from kvshare_mm.apps.desk.visitors import Visitors
+from kvshare_mm.apps.server import limits as limits_module
 from kvshare_mm.apps.server.keys import Caller, Limits
+from kvshare_mm.apps.server.limits import Meter
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.service import Service
 from kvshare_mm.config import RequestOptions
 from kvshare_mm.errors import KVShareError
 from kvshare_mm.outputs import RequestOutput
 
+from ...helpers import Clock
 from ...modalities.media import encoded
 
 _ANNA = Letter("Anna", "48210", "How long does it take?")
@@ -85,6 +88,12 @@ def ask(session: Session, llm: KVShare, letter: Letter, reuse: Any = "similar") 
         return [turn async for turn in session.ask(llm, letter, reuse)]
 
     return asyncio.run(collect())
+
+
+@pytest.fixture(autouse=True)
+def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a key has used does not flow in again."""
+    monkeypatch.setattr(limits_module, "Meter", lambda limits: Meter(limits, Clock()))
 
 
 @pytest.fixture

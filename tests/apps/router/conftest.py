@@ -12,6 +12,8 @@ import httpx2
 import pytest
 import uvicorn
 
+from kvshare_mm.apps.router import replicas as replicas_module
+from kvshare_mm.apps.router import upstream as upstream_module
 from kvshare_mm.apps.router.app import create_app
 from kvshare_mm.apps.router.fleet import fleet_of
 from kvshare_mm.apps.router.replicas import Replica
@@ -19,6 +21,14 @@ from kvshare_mm.apps.server import run
 from kvshare_mm.apps.server.options import ServerOptions
 
 from ...helpers import until
+
+
+@pytest.fixture(autouse=True)
+def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that a busy machine holds up for seconds is still one that answers."""
+    monkeypatch.setattr(replicas_module, "_CHECK_TIMEOUT_S", 30.0)
+    monkeypatch.setattr(upstream_module, "CONNECT_S", 30.0)
+
 
 Answer = Callable[["Upstream", dict[str, Any], Callable[..., Awaitable[Any]], Any], Awaitable[None]]
 
@@ -114,7 +124,11 @@ def upstreams() -> Iterator[Upstreams]:
             listening = run.bind("127.0.0.1", 0)
             upstream.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
             config = uvicorn.Config(
-                upstream, log_config=None, lifespan="off", timeout_graceful_shutdown=1
+                upstream,
+                log_config=None,
+                lifespan="off",
+                timeout_graceful_shutdown=1,
+                timeout_keep_alive=30,  # as our servers
             )
             ends.append(run_app(uvicorn.Server(config), listening))
         return made

@@ -97,6 +97,7 @@ def replicas(
             parts: Any = llm._parts
             parts.donors.shared._tokens_per_s = 1.0  # as if computing took for ever
             parts.donors.shared.computed = lambda *_: None
+            parts.engine._searches._help_s = 20.0  # however late its thread has its turn
             return llm
 
         options = {"keys_file": folder / "keys", "scope": "tenant", "admin_key": None}

@@ -80,7 +80,7 @@ class Running:
         return 0.0
 
     def wait_ready(self) -> None:
-        until(lambda: self.ask("GET", "/health").status_code == 200)
+        until(lambda: self.ask("GET", "/health").status_code == 200, 120)
 
     def stop(self) -> None:
         for client in self.clients:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from kvshare_mm.apps.bench.serve import Sample, client_of, load, read_requests, run_load, summary
 from kvshare_mm.errors import ConfigError
 
+from ...helpers import until
 from ..conftest import Run
-from .conftest import Running, Start
+from .conftest import Running, Start, held
 
 _BODIES: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": f"The quick brown fox {i}"}], "max_tokens": 5}
@@ -50,10 +52,13 @@ def test_reuse_is_told_by_its_origin(shared: Running) -> None:
     assert sum(again["shares"].values()) == pytest.approx(1)
 
 
-def test_errors_are_counted_by_kind(serve: Start) -> None:
+def test_errors_are_counted_by_kind(serve: Start, beside: Executor) -> None:
     running = serve({"max_num_seqs": 1, "max_queue": 1})
     bodies = [{**body, "max_tokens": 100, "ignore_eos": True} for body in _BODIES]
-    report = asyncio.run(load(running.url, bodies, len(bodies)))
+    with held(running):  # one runs, one waits
+        asking = beside.submit(lambda: asyncio.run(load(running.url, bodies, len(bodies))))
+        until(lambda: running.llm.stats()["requests"].get("queue_full", 0) >= 4)
+    report = asking.result(60)
     assert set(report["errors"]) == {"status 429"}
     assert report["completed"] + report["errors"]["status 429"] == 6
 

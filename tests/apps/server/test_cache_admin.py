@@ -62,7 +62,7 @@ def test_families_of_audited_requests(
     running = serve({"repair": "none", "audit_share": 1})
     for text in (_DONOR, _TARGET):
         assert running.chat(text).status_code == 200
-        assert running.llm.wait_audited(20)
+        assert running.llm.wait_audited(60)
     told = admin(running, "GET", "/families")
     [family] = told["data"]
     root = admin(running, "GET", "/donors")["data"][1]

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,29 @@ class Serving:
     sockets: list[socket.socket] = field(default_factory=list)
 
     def connect(self, said: bytes = b"", source: str = "127.0.0.1") -> socket.socket:
-        made = socket.create_connection(
-            ("127.0.0.1", self.port), timeout=30, source_address=(source, 0)
-        )
-        self.sockets.append(made)
-        made.sendall(said)
+        with self._paused() if said else nullcontext():
+            made = socket.create_connection(
+                ("127.0.0.1", self.port), timeout=30, source_address=(source, 0)
+            )
+            self.sockets.append(made)
+            made.sendall(said)
         return made
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """No connection is accepted, and no deadline of one begins, before the block is over."""
+        paused, go_on = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            paused.set()
+            go_on.wait(60)
+
+        self.server.servers[0].get_loop().call_soon_threadsafe(wait)
+        assert paused.wait(60)
+        try:
+            yield
+        finally:
+            go_on.set()
 
     def num_open(self) -> float | None:
         return self.registry.get_sample_value("kvshare:connections")
@@ -120,7 +137,7 @@ def drip(client: socket.socket) -> bool:
         client.sendall(b"x")
         client.setblocking(False)
         return bool(client.recv(1 << 16))
-    except BlockingIOError:
+    except (BlockingIOError, ssl.SSLWantReadError):
         return True
     except OSError:
         return False
@@ -204,7 +221,7 @@ def test_a_client_that_reads_nothing_ends(serve: Serve) -> None:
             await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
         await watching
 
-    serving = serve(endless, **_SHORT)
+    serving = serve(endless, write_timeout_s=0.3)
     serving.connect(_WHOLE)
     until(gone.is_set)
     until(lambda: serving.num_open() == 0)
@@ -213,18 +230,25 @@ def test_a_client_that_reads_nothing_ends(serve: Serve) -> None:
 
 def test_a_short_answer_that_is_not_read_ends(serve: Serve) -> None:
     """Closing a connection waits for what was written to it."""
-    serving = serve(saying(bytes(16 << 20), (b"connection", b"close")), **_SHORT)
+    begun = threading.Event()
+    answer = saying(bytes(16 << 20), (b"connection", b"close"))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        begun.set()
+        await answer(scope, receive, send)
+
+    serving = serve(app, write_timeout_s=0.3)
     serving.connect(_WHOLE)
-    until(lambda: serving.num_open() == 1)
+    assert begun.wait(30)
     until(lambda: serving.num_open() == 0)
 
 
 def test_a_client_that_reads_slowly_gets_all(serve: Serve) -> None:
     size = 20 << 20
-    client = serve(saying(bytes(size)), **{**_SHORT, "write_timeout_s": 1.0}).connect(_WHOLE)
+    client = serve(saying(bytes(size)), **{**_SHORT, "write_timeout_s": 3.0}).connect(_WHOLE)
     got = 0
     while got < size:
-        time.sleep(0.05)
+        time.sleep(0.2)  # longer than the timeout in all
         more = len(client.recv(1 << 20, socket.MSG_WAITALL))
         assert more
         got += more
@@ -257,7 +281,8 @@ def test_a_thousand_refusals_are_a_line_of_the_log(caplog: pytest.LogCaptureFixt
     assert not any(counted.admit("b") for _ in range(1000))
     now = 61.0
     assert not counted.admit("b")
-    first, second = (record.getMessage() for record in caplog.records)
+    ours = (record for record in caplog.records if record.name == connections.__name__)
+    first, second = (record.getMessage() for record in ours)
     assert "--max-connections 1" in first and "(999 more" in second
     counted.release("a")
     assert counted.num_open == 0 and counted.admit("b")
@@ -328,7 +353,8 @@ def test_requests_after_the_end_has_begun_are_told_to_come_back(
     serving = serve(app, gated=True, shutdown_timeout_s=30.0)
     url = f"http://127.0.0.1:{serving.port}"
     headers = {"Authorization": "Bearer x"}
-    with httpx2.Client(base_url=url, headers=headers) as kept:
+    kept_open = httpx2.Limits(keepalive_expiry=60)
+    with httpx2.Client(base_url=url, headers=headers, timeout=30, limits=kept_open) as kept:
         assert kept.get("/x").status_code == 200
         silent = serving.connect()
         long = beside.submit(httpx2.get, f"{url}/long", timeout=30)
@@ -349,9 +375,9 @@ def test_requests_after_the_end_has_begun_are_told_to_come_back(
 
 
 def test_https(serve: Serve) -> None:
-    serving = serve(ssl_certfile=_CERTIFICATE, max_connections_per_client=2, **_SHORT)
+    serving = serve(ssl_certfile=_CERTIFICATE, max_connections_per_client=2)
     trusted = ssl.create_default_context(cafile=str(_CERTIFICATE))
-    reply = httpx2.get(f"https://localhost:{serving.port}/x", verify=trusted)
+    reply = httpx2.get(f"https://localhost:{serving.port}/x", verify=trusted, timeout=30)
     assert reply.text == "hello"
     until(lambda: serving.num_open() == 0)
     plain = [serving.connect() for _ in range(2)]  # before the handshake they count, too
@@ -360,7 +386,8 @@ def test_https(serve: Serve) -> None:
     for each in plain:
         each.close()
     until(lambda: serving.num_open() == 0)
-    raw = socket.create_connection(("127.0.0.1", serving.port), timeout=30)
+    short = serve(ssl_certfile=_CERTIFICATE, **_SHORT)
+    raw = socket.create_connection(("127.0.0.1", short.port), timeout=30)
     with closing(trusted.wrap_socket(raw, server_hostname="localhost")) as client:
         client.sendall(_HALF)
         dripped_to_its_end(client)

@@ -175,8 +175,11 @@ def test_a_body_that_does_not_come_is_408(serve: Start) -> None:
 def test_an_answer_that_takes_too_long_is_408(serve: Start) -> None:
     running = serve(request_timeout_s=0.05)
     long = {"max_tokens": 400, "ignore_eos": True}
-    check(running.chat("The quick", **long), 408)
-    events = running.chat("The quick", stream=True, **long).text.split("\n\n")
+    with held(running):
+        check(running.chat("The quick", **long), 408)
+    until(lambda: running.idle)
+    with held(running):
+        events = running.chat("The quick", stream=True, **long).text.split("\n\n")
     assert json.loads(events[-3].removeprefix("data: "))["error"]["type"] == "timeout_error"
     assert events[-2] == "data: [DONE]"
     until(lambda: running.idle)
@@ -188,7 +191,8 @@ def test_a_full_queue_is_429(serve: Start, beside: Executor) -> None:
     with held(running):
         while len(waiting) < 2:
             waiting.append(beside.submit(running.chat, "The quick", ignore_eos=True))
-            until(lambda: sum(running.llm.stats()["queue"].values()) == len(waiting))
+            queue = {"waiting": len(waiting) - 1, "running": 1}
+            until(lambda queue=queue: running.llm.stats()["queue"] == queue)
         for stream in (False, True):
             reply = running.chat("one more", stream=stream)
             error = check(reply, 429)

@@ -22,7 +22,7 @@ _PARTS = 8  # so that a broken server fails one part after the other, each withi
 @pytest.fixture(scope="module")
 def client(shared: Running) -> Iterator[httpx2.Client]:
     headers = {"authorization": f"Bearer {ADMIN}"}
-    with httpx2.Client(base_url=shared.url, headers=headers, timeout=30) as made:
+    with httpx2.Client(base_url=shared.url, headers=headers, timeout=60) as made:
         yield made
 
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvshare_mm.apps.server import limits as limits_module
 from kvshare_mm.apps.server.errors import ApiError
 from kvshare_mm.apps.server.generation import Generation
 from kvshare_mm.apps.server.keys import KeyRing, Limits, add_key
@@ -23,7 +24,7 @@ from kvshare_mm.apps.server.limits import Meter, Meters
 
 from ...helpers import Clock, until
 from ..conftest import Run
-from .conftest import Running, Start
+from .conftest import Running, Start, held
 
 Limited = Callable[..., tuple[Running, str, str]]
 
@@ -181,8 +182,9 @@ def test_keys_are_made_with_limits(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def limited(serve: Start, tmp_path: Path) -> Limited:
-    """Starts a server, and gives a key of it with limits and one without."""
+def limited(serve: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Limited:
+    """Starts a server, and gives a key of it with limits and one without; nothing flows in."""
+    monkeypatch.setattr(limits_module, "Meter", lambda limits: Meter(limits, Clock()))
 
     def make(**limits: int) -> tuple[Running, str, str]:
         file = tmp_path / "keys"
@@ -225,13 +227,13 @@ def test_streams_and_those_left_give_back_what_they_did_not_use(limited: Limited
     )
     whole = running.chat("x", key, max_tokens=3, stream=True, ignore_eos=True)
     assert whole.status_code == 200 and 95 <= tokens_left(running, key) <= 98
-    with running.client(key) as client:
+    with held(running), running.client(key) as client:
         stream = client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=90, stream=True
         )
         next(iter(stream))
         stream.close()
-    until(lambda: tokens_left(running, key) > 50)  # of 90 reserved ones a few were made
+        until(lambda: tokens_left(running, key) > 50)  # of 90 reserved ones a few were made
     assert running.chat("x", key, max_tokens=90, top_p=7).status_code == 400
     assert tokens_left(running, key) > 50
 
