@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kvshare_mm.backlog import Backlog
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.modalities.embed import ImageEmbedder, embed_sound
 from kvshare_mm.modalities.one_core import start_on_one_core
@@ -61,8 +62,8 @@ class SeenMedia:
         self._capacity = capacity
         self._embedder: ImageEmbedder | None = None
         self._loading = threading.Lock()
-        self._changed = threading.Condition()
-        self._pending = 0
+        self._lock = threading.Lock()
+        self._backlog = Backlog()
         self._known: dict[str, OrderedDict[str, tuple[SeenMedium, Vector]]] = {}
         self._queue: queue.SimpleQueue[tuple[MediaItem, str] | None] = queue.SimpleQueue()
         self._thread = start_on_one_core(self._work, "kvshare-seen")
@@ -70,8 +71,7 @@ class SeenMedia:
     def add(self, items: Sequence[MediaItem], ns: str) -> None:
         """Remember a request's media; returns at once."""
         for item in items:
-            with self._changed:
-                self._pending += 1
+            self._backlog.give()
             self._queue.put((item, ns))
 
     def like(self, item: MediaItem, ns: str, k: int = 5) -> list[SeenMedium]:
@@ -81,7 +81,7 @@ class SeenMedia:
             ModelLoadError: the embedder cannot be loaded.
         """
         vector = self._embed(item)
-        with self._changed:
+        with self._lock:
             known = [
                 (medium, other)
                 for medium, other in self._known.get(ns, {}).values()
@@ -95,14 +95,13 @@ class SeenMedia:
 
     def forget(self, ns: str | None = None) -> None:
         """Forget all media, or those of a namespace."""
-        with self._changed:
+        with self._lock:
             for name in list(self._known) if ns is None else [ns]:
                 self._known.pop(name, None)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until all media are remembered; False if time ran out."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._pending == 0, timeout_s)
+        """Wait until all media given so far are remembered; False if time ran out."""
+        return self._backlog.wait(timeout_s)
 
     def close(self) -> None:
         """Stop the thread once it has remembered what it was given."""
@@ -118,12 +117,10 @@ class SeenMedia:
                 self.counters["embed_failed"] += 1
                 logger.warning("a medium was not remembered: %s", error)
             finally:
-                with self._changed:
-                    self._pending -= 1
-                    self._changed.notify_all()
+                self._backlog.did()
 
     def _remember(self, item: MediaItem, ns: str) -> None:
-        with self._changed:
+        with self._lock:
             known = self._known.setdefault(ns, OrderedDict()).get(item.digest)
         if known is None:
             medium = SeenMedium(item.modality.value, item.digest[:16], item.label)
@@ -131,7 +128,7 @@ class SeenMedia:
             self.counters["embedded"] += 1
         else:
             medium, vector = replace(known[0], times=known[0].times + 1), known[1]
-        with self._changed:
+        with self._lock:
             mine = self._known.setdefault(ns, OrderedDict())
             mine[item.digest] = medium, vector
             mine.move_to_end(item.digest)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from kvshare_mm.backlog import Backlog
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.index.base import (
     DenseIndex,
@@ -56,8 +56,7 @@ class SemanticIndex:
         self._opened: Opened | None = None
         self._ready = False
         self._pending: queue.SimpleQueue[tuple[IndexRecord, str] | str | None] = queue.SimpleQueue()
-        self._changed = threading.Condition()
-        self._unfinished = 1  # opening
+        self._backlog = Backlog(1)  # opening
         self._thread = start_on_one_core(self._run, "kvshare-semantic")
 
     def add(self, record: IndexRecord, text: str) -> None:
@@ -82,8 +81,7 @@ class SemanticIndex:
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until everything given so far is searchable; False if time ran out."""
-        with self._changed:
-            done = self._changed.wait_for(lambda: self._unfinished == 0, timeout_s)
+        done = self._backlog.wait(timeout_s)
         if self._opened is not None and self._ready:
             self._try("dense_flush_failed", self._opened[0].flush)
         return done
@@ -96,8 +94,7 @@ class SemanticIndex:
             self._try("dense_close_failed", self._opened[0].close)
 
     def _put(self, item: tuple[IndexRecord, str] | str) -> None:
-        with self._changed:
-            self._unfinished += 1
+        self._backlog.give()
         self._pending.put(item)
 
     def _run(self) -> None:
@@ -113,9 +110,7 @@ class SemanticIndex:
             self._counters["dense_insert_failed"] += 1
             logger.exception("dense index: a record was not taken up")
         finally:
-            with self._changed:
-                self._unfinished -= 1
-                self._changed.notify_all()
+            self._backlog.did()
 
     def _open(self) -> None:
         try:

@@ -129,9 +129,10 @@ class NativeEngine:
                 self._changed.notify_all()
 
     def wait_saved(self, timeout_s: float | None = None) -> bool:
-        """Wait until every finished request has become a donor; False if time ran out."""
+        """Wait until all requests finished so far are donors; False if time ran out."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._saver.idle, timeout_s)
+            last = self._saver.ordered
+            return self._changed.wait_for(lambda: self._saver.done >= last, timeout_s)
 
     def wait_audited(self, timeout_s: float | None = None) -> bool:
         """Wait until no audit waits and their nodes are healed; False if time ran out."""
@@ -204,8 +205,9 @@ class NativeEngine:
             request = self._next()
             if request is not None:
                 self._waiting.start(request)
+                self._active.append(request)
                 slot = self._free.pop()
-            idle = not (self._active or request or gone)
+            idle = not (self._active or gone)
         for dropped in gone:
             self._finish(dropped, "abort")
         if request is not None:
@@ -242,7 +244,6 @@ class NativeEngine:
         spec = request.spec
         if self._auditor is not None:
             self._auditor.taken(slot)
-        self._active.append(request)
         try:
             request.begin(slot, self._loaded.tokenizer, self._loaded.device, self.max_model_len)
             request.computing = self._prefiller.begin(

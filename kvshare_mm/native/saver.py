@@ -23,6 +23,7 @@ class Saver:
 
     Attributes:
         done: number of the last save that is done.
+        ordered: number of the last save.
         last: number of the last save of each namespace that may not be done yet.
     """
 
@@ -30,7 +31,7 @@ class Saver:
         self.done = 0
         self.last: dict[str, int] = {}
         self._changed = changed
-        self._ordered = 0
+        self.ordered = 0
         self._orders: queue.SimpleQueue[tuple[Callable[[], None], str] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvshare-save", daemon=True)
         self._thread.start()
@@ -42,15 +43,15 @@ class Saver:
             save: does it, and raises nothing.
             ns: whose next requests shall wait for it; None: nobody's.
         """
-        self._ordered += 1
+        self.ordered += 1
         if ns is not None:
-            self.last[ns] = self._ordered
+            self.last[ns] = self.ordered
         self._orders.put((save, ns or ""))
 
     @property
     def idle(self) -> bool:
         """Whether all is done. Lock held."""
-        return self.done == self._ordered
+        return self.done == self.ordered
 
     def close(self) -> None:
         """Do what is ordered, then stop."""

@@ -12,6 +12,7 @@ from contextlib import suppress
 from enum import Enum
 from typing import Any
 
+from kvshare_mm.backlog import Backlog
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.index.base import IndexUnavailableError
 from kvshare_mm.index.shared import Fingerprints, SharedCatalogue
@@ -67,7 +68,8 @@ class Publisher:
         self._fingerprints = fingerprints
         self._foreign = foreign
         self._counters = counters
-        self._queue: queue.Queue[_Order | None] = queue.Queue()
+        self._queue: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._backlog = Backlog()
         self._rows: dict[str, dict[str, Any]] = {}  # to be added, by node
         self._unlisted: set[str] = set()  # whose rows are to be removed
         self._deleted: dict[str, str] = {}  # namespaces of nodes whose KV is to be deleted
@@ -81,23 +83,20 @@ class Publisher:
         if self._queue.qsize() >= _MAX_QUEUED:
             self._counters["shared_write_queue_full"] += 1
         else:
-            self._queue.put((_Do.PUBLISH, node_id, ns))
+            self._order(_Do.PUBLISH, node_id, ns)
 
     def withdraw(self, node_id: str, ns: str) -> None:
         """Share a donor no longer. Replicas that have taken it over keep it."""
-        self._queue.put((_Do.WITHDRAW, node_id, ns))
+        self._order(_Do.WITHDRAW, node_id, ns)
 
     def check(self, node_id: str, ns: str) -> None:
         """Remove the row of a node if its KV is gone."""
         if self._queue.qsize() < _MAX_QUEUED:
-            self._queue.put((_Do.CHECK, node_id, ns))
+            self._order(_Do.CHECK, node_id, ns)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was given so far was done, or has failed; False: time ran out."""
-        with self._queue.all_tasks_done:
-            return self._queue.all_tasks_done.wait_for(
-                lambda: not self._queue.unfinished_tasks, timeout_s
-            )
+        return self._backlog.wait(timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """Do what is left, for so many seconds at most, then stop."""
@@ -107,6 +106,10 @@ class Publisher:
         self._thread.join(timeout_s)
         if self._deleted:
             logger.warning("%d deleted donors stay shared until they expire", len(self._deleted))
+
+    def _order(self, do: _Do, node_id: str, ns: str) -> None:
+        self._backlog.give()
+        self._queue.put((do, node_id, ns))
 
     @property
     def _late(self) -> bool:
@@ -128,8 +131,7 @@ class Publisher:
                 self._counters["shared_error"] += 1
                 logger.exception("shared donors: not published")
             finally:
-                for _ in orders:
-                    self._queue.task_done()
+                self._backlog.did(sum(order is not None for order in orders))
 
     def _take(self, do: _Do, node_id: str, ns: str) -> None:
         """Carry out an order, but for what `_write` does."""

@@ -61,6 +61,7 @@ class TieredStore:
         self._queue: OrderedDict[str, StoredNode] = OrderedDict()
         self._failures_told = 0
         self._writing: str | None = None
+        self._unwritten: set[str] = set()  # put, and not for the disk yet
         self._resident: set[str] = {*host, *(disk or ())}  # what `on_gone` was not called for
         self._closing = disk is None
         self._writer: threading.Thread | None = None
@@ -74,7 +75,8 @@ class TieredStore:
         """Keep a node, or its new version, in RAM and queue it for the disk.
 
         Args:
-            lasting: false: not for the disk, the next version comes soon.
+            lasting: false: for the disk only once a node that is borrows from it; the next version
+                comes soon.
 
         Raises:
             NotFiniteError: K, V, attention or embedding hold NaN or an infinity. Nothing changed.
@@ -204,18 +206,19 @@ class TieredStore:
             self._disk.unpin(node_id)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until the write queue is empty.
+        """Wait until what is in the write queue now is written.
 
         Returns:
             True if it is, and all writes since the last flush succeeded; False after `timeout_s`
             seconds or if a write failed (see `counters`).
         """
         with self._changed:
-            empty = self._changed.wait_for(lambda: not self._queue, timeout_s)
+            given = set(self._queue)
+            written = self._changed.wait_for(lambda: given.isdisjoint(self._queue), timeout_s)
             failures = self._num_failed_writes()
             succeeded = failures == self._failures_told
             self._failures_told = failures
-            return empty and succeeded
+            return written and succeeded
 
     def close(self, timeout_s: float | None = None) -> None:
         """Write what is queued, then stop the writer. What is put later stays in RAM only."""
@@ -242,10 +245,21 @@ class TieredStore:
         """Lock held. Returns the ids of the nodes that this pushed out of the last tier."""
         node_id = stored.node.node_id
         self._resident.add(node_id)
-        if lasting and not self._closing:
-            self._queue[node_id] = stored
+        if not lasting:
+            self._unwritten.add(node_id)
+        elif not self._closing:
+            self._queue_up(stored)
             self._changed.notify_all()
         return self._settle(self._host.put(stored))
+
+    def _queue_up(self, stored: StoredNode) -> None:
+        """Lock held. A node for the disk, and whom it borrows from: without them it is of no use
+        there."""
+        self._queue[stored.node.node_id] = stored
+        self._unwritten.discard(stored.node.node_id)
+        for owner in self._unwritten.intersection(stored.node.owners):
+            if (held := self._host.peek(owner)) is not None:
+                self._queue_up(held)
 
     def _from_ram(self, node_id: str) -> StoredNode | None:
         with self._changed:
@@ -295,6 +309,7 @@ class TieredStore:
         candidates = dict.fromkeys(node_ids)
         gone = [n for n in candidates if n in self._resident and self._locate(n) is None]
         self._resident.difference_update(gone)
+        self._unwritten.difference_update(gone)
         return gone
 
     def _announce(self, gone: Iterable[str]) -> None:

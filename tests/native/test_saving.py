@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -41,6 +43,23 @@ def test_donors_are_saved_behind_the_answer(open_llm: OpenLLM, alone: list[Reque
     assert llm.flush()
     assert llm.stats()["donors"]["nodes"] == 1
     assert llm.generate(_TARGET, params(2)).provenance.reused > 0
+
+
+def test_what_was_flushed_outlives_a_kill_though_its_owner_is_still_answered(
+    open_llm: OpenLLM, tmp_path: Path
+) -> None:
+    exact = RequestOptions(reuse="exact")
+    asked = f"{_DONOR} And what is value 4?"
+    llm = open_llm(max_num_seqs=2, store_dir=tmp_path / "ours")
+    owner = llm.stream(_DONOR, params(300))
+    next(owner)
+    assert llm.generate(asked, params(2), exact).provenance.exact > 0
+    assert llm.flush()
+    shutil.copytree(tmp_path / "ours", tmp_path / "left")  # all that a kill leaves
+    owner.close()
+    llm.close()
+    again = open_llm(store_dir=tmp_path / "left")
+    assert again.generate(asked, params(2), exact).provenance.recomputed == 1
 
 
 def test_what_is_asked_after_an_answer_finds_it(open_llm: OpenLLM) -> None:

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from kvshare_mm.errors import KVUnavailableError
+from kvshare_mm.node import Piece
 from kvshare_mm.store.base import StoredNode
 from kvshare_mm.store.codec import write_node
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import ram_bytes
 
-from ..helpers import in_threads
+from ..helpers import in_threads, until
 
 PATIENCE_S = 60  # for what is bound to happen; no test waits so long unless it fails
 VECTOR = np.array([1, 2, 3], np.float32)
@@ -252,6 +253,51 @@ def test_an_embedding_that_came_meanwhile_stays_with_a_new_version(open_store, m
     found = store.get("a", "ns")
     assert found.node.exact_len == 8
     assert np.array_equal(found.embedding, VECTOR)
+
+
+def test_a_flush_does_not_wait_for_what_is_put_meanwhile(open_store, make_stored):
+    store = open_store(slow_disk=True)
+    store.put(make_stored("a"))
+    assert store._disk.started.wait(PATIENCE_S)
+    flushed: list[bool] = []
+    flushing = threading.Thread(target=lambda: flushed.append(store.flush(PATIENCE_S)))
+    flushing.start()
+    until(lambda: bool(store._changed._waiters))
+    put = store._disk.put
+
+    def put_more(stored):
+        dropped = put(stored)
+        store.put(make_stored(f"{stored.node.node_id}+"))  # it never gets empty
+        return dropped
+
+    store._disk.put = put_more
+    store.put(make_stored("b"))
+    store._disk.gate.set()
+    flushing.join(PATIENCE_S)
+    assert flushed == [True]
+    store._disk.put = put
+
+
+def test_who_is_borrowed_from_gets_to_disk_with_the_borrower(open_store, make_stored):
+    """Else the borrower would be full of holes after a kill, though it was flushed."""
+
+    def borrower(name: str, *owners: str):
+        pieces = tuple(Piece(owner, 0, 2 * i, 2) for i, owner in enumerate(owners))
+        return make_stored(name, own=((2 * len(owners), 8),), pieces=pieces)
+
+    store = open_store()
+    for name in "xy":
+        store.put(make_stored(name), lasting=False)
+    store.put(borrower("z", "x"), lasting=False)
+    assert store.flush(PATIENCE_S) and sorted(store._disk) == []
+    store.put(borrower("a", "z", "gone"))
+    assert store.flush(PATIENCE_S) and sorted(store._disk) == ["a", "x", "z"]
+    store.put(borrower("b", "y"))
+    assert store.flush(PATIENCE_S) and sorted(store._disk) == ["a", "b", "x", "y", "z"]
+    store.put(make_stored("x", exact_len=8), lasting=False)  # more of it than is on disk
+    store.put(borrower("c", "x"))
+    assert store.flush(PATIENCE_S)
+    assert store._disk.get("x").node.exact_len == 8
 
 
 def test_a_node_deleted_while_it_is_written_does_not_come_back(open_store, make_stored, gone):
