@@ -92,14 +92,14 @@ class Line:
         return max((time.monotonic() - start for start in [*self._running.values()]), default=0.0)
 
     def close(self) -> None:
-        """Take no more jobs; those that run are not waited for."""
+        """Take no more jobs; those that have begun, or are about to, are not waited for."""
         with self._lock:
             self._closed = True
             waiting = [*self._waiting]
             self._waiting.clear()
         for job in waiting:
             job.result.cancel()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False)
 
     @property
     def _retry_after(self) -> float:

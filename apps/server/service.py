@@ -62,6 +62,7 @@ class Service:
         self._load = load
         self._llm: KVShare | None = None
         self._closed = False
+        self._lock = threading.Lock()  # of whether it is closed, and of what is there then
         self._pace = Pace()
         self._ending: float | None = None
         # Tokenising, templates and pictures are work: not on the thread that answers everybody.
@@ -88,14 +89,14 @@ class Service:
     async def load(self) -> None:
         """Load the model; what goes wrong is kept in `failure`."""
         try:
-            self._llm = await asyncio.wrap_future(self._loading())
+            await asyncio.wrap_future(self._loading())
         except Exception as error:
             self.failure = error
             raise
 
-    def _loading(self) -> Future[KVShare]:
+    def _loading(self) -> Future[None]:
         """Loads in a thread that nobody waits for at the process' end: it cannot be stopped."""
-        loaded: Future[KVShare] = Future()
+        loaded: Future[None] = Future()
 
         loaded.set_running_or_notify_cancel()  # who waits for it may leave, it goes on
 
@@ -105,9 +106,12 @@ class Service:
             except BaseException as error:
                 loaded.set_exception(error)
                 return
-            if self._closed:
+            with self._lock:
+                if not self._closed:
+                    self._llm = llm
+            if self._llm is None:
                 llm.close()
-            loaded.set_result(llm)
+            loaded.set_result(None)
 
         threading.Thread(target=load, name="kvshare-load", daemon=True).start()
         return loaded
@@ -165,15 +169,15 @@ class Service:
 
     async def close(self) -> None:
         """Keep what is finished, release everything."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         for line in self.lines.all:
             line.close()
-        llm = self._llm
-        if llm is not None:
-            flushed = await asyncio.to_thread(llm.flush, max(_FLUSH_S, self.left_s))
+        if self._llm is not None:
+            flushed = await asyncio.to_thread(self._llm.flush, max(_FLUSH_S, self.left_s))
             if not flushed:
                 logger.warning("not all donors could be kept in time")
-            await asyncio.to_thread(llm.close)
+            await asyncio.to_thread(self._llm.close)
         await asyncio.to_thread(self.tracer.close)
 
     def _tree_depth(self) -> int:
