@@ -151,7 +151,7 @@ bench-vllm: vllm-cpu ## measure KVShare inside vLLM beside stock vLLM; `make rep
 
 test: test-fast ## run all tests: the fast ones, then those with a real model
 	@echo "== end-to-end tests (minutes)"
-	$(BIN)/python -m pytest -m "e2e and not ui" $(SPREAD)
+	$(BIN)/python -m pytest -m "e2e and not ui" $(SPREAD) --no-loadscope-reorder
 
 test-ui: setup ## drive the demo page with the browser of this machine (Chromium)
 	@echo "== tests in a browser"

@@ -39,6 +39,10 @@ settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
+# Files of end-to-end tests that take minutes, the longest first: workers take file after file, and
+# shall end together.
+_LONG = ("test_compile.py", "test_docs_run.py", "test_killed.py", "test_careless.py")
+
 _CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -48,6 +52,10 @@ _CORPUS = (
     "Laboratory report. Patient number 48210. Haemoglobin 148 g/L, sodium 141 mmol/L. ",
     "Question: what is the value? Answer with the number and nothing else. ",
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else 99)
 
 
 @pytest.fixture(scope="session")
