@@ -369,7 +369,7 @@ class KVShare:
         return self._parts.seen.like(item, namespace(self._parts.loaded.fingerprint, salt), k)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until requests finished so far are donors, to be found and on disk; False on time-out.
+        """Wait until what was asked so far is a donor, searchable and on disk; False on time-out.
 
         Raises:
             ConfigError: vLLM runs the model, and does not tell.

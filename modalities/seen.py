@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kvshare_mm.backlog import Backlog
 from kvshare_mm.errors import ModelLoadError
+from kvshare_mm.modalities.backlog import Backlog
 from kvshare_mm.modalities.embed import ImageEmbedder, embed_sound
 from kvshare_mm.modalities.one_core import start_on_one_core
 from kvshare_mm.stream import MediaItem, Modality

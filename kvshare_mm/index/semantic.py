@@ -15,7 +15,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvshare_mm.backlog import Backlog
 from kvshare_mm.errors import ModelLoadError
 from kvshare_mm.index.base import (
     DenseIndex,
@@ -23,6 +22,7 @@ from kvshare_mm.index.base import (
     IndexRecord,
     IndexUnavailableError,
 )
+from kvshare_mm.modalities.backlog import Backlog
 from kvshare_mm.modalities.one_core import start_on_one_core
 
 logger = logging.getLogger(__name__)

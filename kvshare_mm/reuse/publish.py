@@ -12,10 +12,10 @@ from contextlib import suppress
 from enum import Enum
 from typing import Any
 
-from kvshare_mm.backlog import Backlog
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.index.base import IndexUnavailableError
 from kvshare_mm.index.shared import Fingerprints, SharedCatalogue
+from kvshare_mm.modalities.backlog import Backlog
 from kvshare_mm.node import Node
 from kvshare_mm.store.base import StoredNode
 from kvshare_mm.store.shared import SharedTier

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 
-from kvshare_mm.backlog import Backlog
+from kvshare_mm.modalities.backlog import Backlog
 
-from .helpers import until
+from ..helpers import until
 
 
 def test_nobody_waits_for_what_is_given_meanwhile() -> None:
