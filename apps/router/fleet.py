@@ -56,18 +56,25 @@ class Fleet:
                     self._found[name] = frozenset(await self._lookup(name))
                 self._unknown.discard(name)
             except (OSError, UnicodeError) as error:
-                if name not in self._unknown:
-                    logger.warning("%s was not found: %s", name, str(error) or type(error).__name__)
-                self._unknown.add(name)
+                self._told(name, f"{name} was not found: {str(error) or type(error).__name__}")
         there = self._fixed.union(*self._found.values())
         for gone in (r for r in self.replicas if r.origin not in there):
             logger.info("replica %d, %s, is gone", gone.number, gone.origin)
         self.replicas[:] = [r for r in self.replicas if r.origin in there]
         for origin in sorted(there.difference(r.origin for r in self.replicas)):
             taken = {r.number for r in self.replicas}
-            new = Replica(next(n for n in itertools.count(1) if n not in taken), origin)
+            try:
+                new = Replica(next(n for n in itertools.count(1) if n not in taken), origin)
+            except ConfigError as error:
+                self._told(origin, f"{origin} cannot be asked: {error}")
+                continue
             logger.info("replica %d is %s", new.number, new.origin)
             self.replicas.append(new)
+
+    def _told(self, what: str, warning: str) -> None:
+        if what not in self._unknown:
+            logger.warning("%s", warning)
+        self._unknown.add(what)
 
     async def watch(self, pool: httpcore2.AsyncConnectionPool) -> None:
         """Ask every replica every second whether it answers, and look names up every five; for

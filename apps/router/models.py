@@ -40,7 +40,9 @@ async def merged(
             return await read_whole(pool, replica, asked, _MOST_BYTES, _TIMEOUT_S)
         return None
 
-    told = await asyncio.gather(*(one(r) for r in replicas if r.healthy))
+    # Where no check has succeeded lately, they may answer all the same: so are prompts sent.
+    asked_of = [r for r in replicas if r.healthy] or replicas
+    told = await asyncio.gather(*(one(r) for r in asked_of))
     replies = [reply for reply in told if reply is not None]
     found: dict[str, Any] = {}
     for reply in replies:

@@ -17,8 +17,12 @@ from prometheus_client import Counter as MetricCounter
 
 logger = logging.getLogger(__name__)
 
-# Files that are no connections: the store's, the model's, pipes, media that are fetched.
-_OTHER_FILES = 128
+# Files that are no connections: the store's, the model's, pipes, media that are fetched, and
+# connections that were refused and are still to be closed.
+_OTHER_FILES = 160
+_MOST_FAREWELLS = 32
+# What is read of one of those, for how long, and at once.
+_MOST_UNREAD, _FAREWELL_S, _PIECE = 16 << 20, 1.0, 1 << 16
 _FEWEST = 16
 _QUIET_S = 60.0
 
@@ -99,6 +103,7 @@ class Listener(socket.socket):
         super().__init__(listening.family, listening.type, listening.proto, listening.detach())
         self._connections = connections
         self._farewell = farewell
+        self._farewells = 0  # of connections that are still to be closed
 
     def accept(self) -> tuple[socket.socket, Any]:
         """The next connection.
@@ -110,13 +115,47 @@ class Listener(socket.socket):
         client = client_of(address[0])
         if self._connections.admit(client):
             return _Accepted(connection, lambda: self._connections.release(client)), address
-        with connection:
-            connection.setblocking(False)
-            try:
-                connection.send(self._farewell)
-            except OSError as error:
-                logger.debug("%s went before it was refused: %s", client, error)
+        connection.setblocking(False)
+        try:
+            connection.send(self._farewell)
+            connection.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            logger.debug("%s went before it was refused: %s", client, error)
+            connection.close()
+        else:
+            self._close_later(connection)
         raise ConnectionAbortedError(f"too many connections, or too many of {client}")
+
+    def _close_later(self, connection: socket.socket) -> None:
+        """Close a refused connection once its client has: what it still sends would make the kernel
+        reset it at once, and the farewell be lost."""
+        if self._farewells >= _MOST_FAREWELLS:
+            connection.close()
+            return
+        self._farewells += 1
+        loop = asyncio.get_running_loop()
+        left = _MOST_UNREAD
+
+        def read() -> None:
+            nonlocal left
+            try:
+                taken = len(connection.recv(_PIECE))
+            except BlockingIOError:
+                return
+            except OSError:
+                taken = 0
+            left -= taken
+            if not taken or left <= 0:
+                end()
+
+        def end() -> None:
+            timer.cancel()
+            loop.remove_reader(connection)
+            connection.close()
+            self._farewells -= 1
+
+        timer = loop.call_later(_FAREWELL_S, end)
+        loop.add_reader(connection, read)
 
 
 class _Accepted(socket.socket):

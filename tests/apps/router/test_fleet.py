@@ -103,3 +103,16 @@ def test_a_router_follows_a_name(
     there[:] = []
     until(lambda: not routed.replicas)
     assert "kvshare_router_up{" not in routed.ask("GET", "/metrics").text
+
+
+def test_an_address_that_cannot_be_asked_is_told_once_and_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def lookup(name: str) -> Sequence[str]:
+        return ["http://[fe80::1%eth0]:80", "http://10.0.0.1:80"]
+
+    fleet = Fleet([], ["http://x:80"], lookup)
+    for _ in range(2):
+        asyncio.run(fleet.resolve())
+    assert numbered(fleet) == {1: "http://10.0.0.1:80"}
+    assert caplog.text.count("cannot be asked") == 1

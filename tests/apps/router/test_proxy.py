@@ -7,19 +7,22 @@ import json
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 import pytest
+from prometheus_client import CollectorRegistry
 
 from kvshare_mm.apps.router import upstream as upstream_module
 from kvshare_mm.apps.router.headers import is_passed_on, to_client, to_replica
+from kvshare_mm.apps.server import run
 from kvshare_mm.apps.server.hosts import allowed_hosts
+from kvshare_mm.apps.server.options import ServerOptions
 
 from ...helpers import in_threads, until
-from .conftest import Route, Upstream, Upstreams, refusing
+from .conftest import Route, Upstream, Upstreams, refusing, run_app
 
 _REPORT = "Patient 48210, haemoglobin 148 g/L, sodium 141 mmol/L, seen on the second floor, {}."
 _FULL = json.dumps({"error": {"code": "queue_full"}}).encode()
@@ -442,6 +445,39 @@ def test_bodies_are_bounded_one_by_one_and_in_all(upstreams: Upstreams, route: R
     in_threads(ask, [0, 1])
     assert sorted(statuses) == [200, 503]
     assert routed.ask("POST", "/v1/files", content=b"x" * 2500).status_code == 200
+
+
+def test_models_while_no_check_succeeds(upstreams: Upstreams, route: Route) -> None:
+    [one] = upstreams(1)
+    one.health = 503
+    one.answer = refusing(200, b'{"object": "list", "data": [{"id": "a"}]}')
+    routed = route([one.url])
+    assert [model["id"] for model in routed.ask("GET", "/v1/models").json()["data"]] == ["a"]
+
+
+@pytest.mark.parametrize("size", [100, 5_000_000])
+def test_who_is_refused_a_connection_in_the_middle_of_a_body_goes_elsewhere(
+    upstreams: Upstreams, route: Route, size: int
+) -> None:
+    [free] = upstreams(1)
+    with ExitStack() as stack:
+        full = []
+        for _ in range(2):
+            options = ServerOptions(
+                model_name="", shutdown_timeout_s=1, max_connections_per_client=2
+            )
+            listening = run.bind("127.0.0.1", 0)
+            address = listening.getsockname()
+            full.append(f"http://127.0.0.1:{address[1]}")
+            server = run.Server(Upstream(), options, CollectorRegistry())
+            stack.callback(run_app(server, listening))
+            for _ in range(2):  # others of its address hold its connections
+                stack.callback(socket.create_connection(address, 30).close)
+        routed = route([*full, free.url], max_body_bytes=32 << 20)
+        for number in range(8):
+            for replica in routed.replicas:
+                replica.healthy = True  # it was until now
+            assert routed.chat(f"{number} {'x' * size}").status_code == 200
 
 
 def test_only_the_routers_own_names_are_answered(upstreams: Upstreams, route: Route) -> None:

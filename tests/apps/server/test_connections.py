@@ -306,10 +306,10 @@ def test_no_more_files_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.parametrize(
     ("limits", "fitting", "raised"),
     [
-        ((256, 4096), 1000, (1128, 4096)),
-        ((256, resource.RLIM_INFINITY), 1000, (1128, resource.RLIM_INFINITY)),
+        ((256, 4096), 1000, (1160, 4096)),
+        ((256, resource.RLIM_INFINITY), 1000, (1160, resource.RLIM_INFINITY)),
         ((4096, 4096), 1000, None),
-        ((400, 400), 272, None),
+        ((400, 400), 240, None),
         ((50, 100), 16, (100, 100)),
     ],
 )
