@@ -132,7 +132,7 @@ class DonorPool:
         """
         node = self.reuse.save(keys, ns, plan, text, attention, positions, media, over, reads)
         if node is not None:
-            report = self.worker.save(node, k, v, over)
+            report = self.worker.save(node, k, v, "now" if over else "borrowed")
             if report.not_saved and not over:
                 self.reuse.forget(node.node_id)  # it will be tried again
             else:
@@ -209,7 +209,7 @@ class DonorPool:
     def adopt(self, node: Node, kv: NodeKV) -> bool:
         """Take up a donor that another replica made, or more of it than was here, for RAM only;
         False: there was no room for it."""
-        self.store.put(StoredNode(node, kv), lasting=False)
+        self.store.put(StoredNode(node, kv), "never")
         self.reuse.adopted(node)
         here = self.store.resident(node.node_id) is not None
         if not here:
@@ -226,11 +226,14 @@ class DonorPool:
     def delete(self, node_id: str) -> None:
         """Delete a donor everywhere, and the states that hold its tokens; of other replicas, where
         it was not taken over yet."""
+        shared = self.shared
+        ours = shared is not None and node_id not in shared.taken
         if (node := self.tree.get(node_id)) is not None:
             self.states.forget(node.namespace, node.wide_keys)
-            if self.shared is not None:
-                self.shared.withdraw(node_id, node.namespace)
         self.store.delete(node_id)
+        if shared is not None and ours and node is not None:
+            # Not before: whoever borrows from it meanwhile would publish it again.
+            shared.withdraw(node_id, node.namespace)
         self.forget(node_id)
 
     def flush(self, timeout_s: float | None = None) -> bool:

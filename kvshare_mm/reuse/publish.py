@@ -72,6 +72,7 @@ class Publisher:
         self._backlog = Backlog()
         self._rows: dict[str, dict[str, Any]] = {}  # to be added, by node
         self._unlisted: set[str] = set()  # whose rows are to be removed
+        self._doubted: dict[str, str] = {}  # namespaces of nodes whose KV may be gone
         self._deleted: dict[str, str] = {}  # namespaces of nodes whose KV is to be deleted
         self._closing = threading.Event()
         self._purged = time.monotonic()
@@ -113,7 +114,7 @@ class Publisher:
 
     @property
     def _late(self) -> bool:
-        return bool(self._rows or self._unlisted or self._deleted)
+        return bool(self._rows or self._unlisted or self._deleted or self._doubted)
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -132,6 +133,18 @@ class Publisher:
                 logger.exception("shared donors: not published")
             finally:
                 self._backlog.did(sum(order is not None for order in orders))
+        self._drop()
+
+    def _drop(self) -> None:
+        """Nobody shall wait for what there was no time for."""
+        with suppress(queue.Empty):
+            while True:
+                if (order := self._queue.get_nowait()) is not None:
+                    do, node_id, ns = order
+                    if do is _Do.WITHDRAW:
+                        self._deleted[node_id] = ns
+                    self._counters["shared_write_closed"] += 1
+                    self._backlog.did()
 
     def _take(self, do: _Do, node_id: str, ns: str) -> None:
         """Carry out an order, but for what `_write` does."""
@@ -141,8 +154,7 @@ class Publisher:
                 self._unlisted.add(node_id)
                 self._deleted[node_id] = ns
             elif do is _Do.CHECK:
-                if not self._tier.keep(node_id, ns):
-                    self._unlisted.add(node_id)
+                self._doubted[node_id] = ns
             else:
                 prints = self._fingerprints(ns)
                 for node in self._put(node_id, ns):
@@ -156,10 +168,14 @@ class Publisher:
 
     def _write(self) -> None:
         """Delete KV, and bring the catalogue up to date; what fails is left for the next time."""
+        gone: set[str] = set()
         try:
             for node_id, ns in [*self._deleted.items()]:
                 self._tier.delete(node_id, ns)
                 del self._deleted[node_id]
+            # Now, not when it was doubted: it may have been published again since.
+            self._doubted = {n: ns for n, ns in self._doubted.items() if not self._tier.keep(n, ns)}
+            gone = set(self._doubted)
         except KVUnavailableError as error:
             self._counters[f"shared_write_{error.reason}"] += 1
         try:
@@ -167,9 +183,10 @@ class Publisher:
                 self._catalogue.add([*self._rows.values()])
                 self._counters["shared_published"] += len(self._rows)
                 self._rows.clear()
-            if self._unlisted:
-                self._catalogue.remove(self._unlisted)
+            if unlisted := self._unlisted | gone:
+                self._catalogue.remove(unlisted)
                 self._unlisted.clear()
+                self._doubted = {n: ns for n, ns in self._doubted.items() if n not in gone}
             if time.monotonic() - self._purged > _PURGE_S:
                 self._purged = time.monotonic()
                 self._catalogue.remove_expired()

@@ -170,11 +170,16 @@ class DeltaTree:
         for piece in node.pieces[_overlapping(node.pieces, low, high)]:
             first = max(piece.start, low)
             n = min(piece.end, high) - first
-            if n > 0 and piece.owner in self._nodes:
+            if n > 0 and self._has(piece):
                 found.append(
                     Piece(piece.owner, piece.owner_start + first - piece.start, first + shift, n)
                 )
         return sorted(found, key=lambda p: p.start)
+
+    def _has(self, piece: Piece) -> bool:
+        """Whether its owner is here with all of it: one that was taken over anew may have less."""
+        owner = self._nodes.get(piece.owner)
+        return owner is not None and owner.owned_row(piece.owner_start, piece.length) is not None
 
     def begins(self, node_id: str) -> bool:
         """Whether the KV of a node's first position can be read; cheap."""
@@ -182,7 +187,7 @@ class DeltaTree:
         if node is None:
             return False
         first = node.pieces[0] if node.pieces else None
-        borrowed = first is not None and first.start == 0 and first.owner in self._nodes
+        borrowed = first is not None and first.start == 0 and self._has(first)
         return borrowed or bool(node.own and node.own[0].start == 0)
 
     def donor(self, node_id: str) -> Donor:
@@ -190,7 +195,8 @@ class DeltaTree:
         node = self._nodes[node_id]
         owners, owner_start, start, length = _columns(node)
         known = {o: self._nodes[o].exact_len for o in set(owners) if o in self._nodes}
-        length = length * np.array([o in known for o in owners], dtype=bool)
+        here = [True] * len(node.own) + [self._has(piece) for piece in node.pieces]
+        length = length * np.array(here, dtype=bool)
         sure = np.array([known.get(o, 0) for o in owners], dtype=np.int64) - owner_start
         readable = _painted(start, length, len(node))
         reusable = _painted(start, np.clip(sure, 0, length), len(node))

@@ -15,7 +15,7 @@ from kvshare_mm.node import Node, Piece
 from kvshare_mm.reuse.editor import KVEditor, Placement
 from kvshare_mm.reuse.orders import Report
 from kvshare_mm.store.base import NodeKV, StoredNode
-from kvshare_mm.store.tiered import TieredStore
+from kvshare_mm.store.tiered import Lasting, TieredStore
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,9 @@ class ReuseWorker:
         with torch.inference_mode():
             self._editor.write(placement, k, v, first)
 
-    def save(self, node: Node, k: torch.Tensor, v: torch.Tensor, lasting: bool = True) -> Report:
+    def save(
+        self, node: Node, k: torch.Tensor, v: torch.Tensor, lasting: Lasting = "now"
+    ) -> Report:
         """Keep what a node owns of a request's KV, and tell what became of that.
 
         Args:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvshare_mm.errors import ConfigError, KVUnavailableError
 from kvshare_mm.store.breaker import Breaker
+from kvshare_mm.store.shared import RECORD
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -67,7 +68,10 @@ class RedisStore:
 
     def lease(self, key: str, ttl_s: float) -> bool:
         with self._use() as redis:
-            return bool(redis.pexpire(key, int(1000 * ttl_s)))
+            pipe = redis.pipeline(transaction=False)
+            pipe.hexists(key, RECORD)  # without it, only a part was written
+            pipe.pexpire(key, int(1000 * ttl_s))
+            return bool(pipe.execute()[0])
 
     def agree(self, key: str, mine: bytes) -> bytes:
         with self._use() as redis:

@@ -20,6 +20,9 @@ from kvshare_mm.store.host import HostTier, ram_bytes
 logger = logging.getLogger(__name__)
 
 
+Lasting = Literal["now", "borrowed", "never"]
+
+
 class TieredStore:
     """Where the KV of every stored node is, and the only place the engine asks for it.
 
@@ -61,7 +64,10 @@ class TieredStore:
         self._queue: OrderedDict[str, StoredNode] = OrderedDict()
         self._failures_told = 0
         self._writing: str | None = None
-        self._unwritten: set[str] = set()  # put, and not for the disk yet
+        self._doomed: set[str] = set()  # deleted while they are written
+        self._unwritten: set[str] = set()  # to be written with the next that borrows from them
+        self._versions: dict[str, int] = {}  # how often a node was put
+        self._flushes: list[set[str]] = []  # what each waits for
         self._resident: set[str] = {*host, *(disk or ())}  # what `on_gone` was not called for
         self._closing = disk is None
         self._writer: threading.Thread | None = None
@@ -71,12 +77,12 @@ class TieredStore:
             )
             self._writer.start()
 
-    def put(self, stored: StoredNode, lasting: bool = True) -> None:
+    def put(self, stored: StoredNode, lasting: Lasting = "now") -> None:
         """Keep a node, or its new version, in RAM and queue it for the disk.
 
         Args:
-            lasting: false: for the disk only once a node that is borrows from it; the next version
-                comes soon.
+            lasting: "borrowed": for the disk only once a node that is borrows from it; "never": it
+                is kept elsewhere. Where an older version is on disk, it is replaced all the same.
 
         Raises:
             NotFiniteError: K, V, attention or embedding hold NaN or an infinity. Nothing changed.
@@ -97,7 +103,7 @@ class TieredStore:
                 not of this namespace, whatever the caller's index says.
         """
         try:
-            stored = self._from_ram(node_id)
+            stored, version = self._from_ram(node_id)
             promote = stored is None
             if stored is None:
                 stored = self._from_disk(node_id)
@@ -111,7 +117,7 @@ class TieredStore:
             self._announce(gone)
             raise
         if promote:
-            self._promote(stored)
+            self._promote(stored, version)
         return stored
 
     def update_embedding(self, node_id: str, embedding: np.ndarray) -> bool:
@@ -128,6 +134,7 @@ class TieredStore:
         """
         with self._changed:
             stored = self._host.peek(node_id) or self._queue.get(node_id)
+            version = self._versions.get(node_id)
         if stored is None:
             try:
                 stored = self._from_disk(node_id)
@@ -139,16 +146,18 @@ class TieredStore:
             # It may have been deleted, or put again, while it was read.
             if self._locate(node_id) is None:
                 return False
-            latest = self._host.peek(node_id) or self._queue.get(node_id) or stored
-            gone = self._put(replace(latest, embedding=embedding))
+            latest = self._host.peek(node_id) or self._queue.get(node_id)
+            if latest is None and version == self._versions.get(node_id):
+                latest = stored
+            gone = [] if latest is None else self._put(replace(latest, embedding=embedding))
         self._announce(gone)
-        return True
+        return latest is not None or self.update_embedding(node_id, embedding)
 
     def delete(self, node_id: str) -> None:
         """Delete a node from all tiers; an unknown id is not an error."""
         with self._changed:
-            # What is being written now would come back after it was deleted.
-            self._changed.wait_for(lambda: self._writing != node_id)
+            if self._writing == node_id:
+                self._doomed.add(node_id)  # it would come back after it was deleted
             self._queue.pop(node_id, None)
             self._host.delete(node_id)
             if self._disk is not None:
@@ -214,7 +223,9 @@ class TieredStore:
         """
         with self._changed:
             given = set(self._queue)
+            self._flushes.append(given)
             written = self._changed.wait_for(lambda: given.isdisjoint(self._queue), timeout_s)
+            self._flushes = [each for each in self._flushes if each is not given]
             failures = self._num_failed_writes()
             succeeded = failures == self._failures_told
             self._failures_told = failures
@@ -241,45 +252,57 @@ class TieredStore:
                 self._count("not_finite")
             raise
 
-    def _put(self, stored: StoredNode, lasting: bool = True) -> list[str]:
+    def _put(self, stored: StoredNode, lasting: Lasting = "now") -> list[str]:
         """Lock held. Returns the ids of the nodes that this pushed out of the last tier."""
         node_id = stored.node.node_id
         self._resident.add(node_id)
-        if not lasting:
-            self._unwritten.add(node_id)
-        elif not self._closing:
+        self._doomed.discard(node_id)
+        self._versions[node_id] = self._versions.get(node_id, 0) + 1
+        older = node_id in self._queue or (self._disk is not None and node_id in self._disk)
+        if (lasting == "now" or older) and not self._closing:
             self._queue_up(stored)
             self._changed.notify_all()
+        elif lasting == "borrowed":
+            self._unwritten.add(node_id)
         return self._settle(self._host.put(stored))
 
     def _queue_up(self, stored: StoredNode) -> None:
         """Lock held. A node for the disk, and whom it borrows from: without them it is of no use
         there."""
+        self._queue_owners(stored)
         self._queue[stored.node.node_id] = stored
         self._unwritten.discard(stored.node.node_id)
-        for owner in self._unwritten.intersection(stored.node.owners):
+
+    def _queue_owners(self, stored: StoredNode) -> set[str]:
+        """Lock held. Those that were not for the disk yet; returns them."""
+        owners = self._unwritten.intersection(stored.node.owners)
+        for owner in owners:
             if (held := self._host.peek(owner)) is not None:
                 self._queue_up(held)
+        return owners
 
-    def _from_ram(self, node_id: str) -> StoredNode | None:
+    def _from_ram(self, node_id: str) -> tuple[StoredNode | None, int | None]:
+        """A node, and how often it was put."""
         with self._changed:
+            version = self._versions.get(node_id)
             if node_id not in self._host:
-                return self._queue.get(node_id)
+                return self._queue.get(node_id), version
             if self._disk is not None:
                 # Else the nodes used most, which RAM answers for, would be the first to leave the
                 # disk, and be missing after a restart.
                 self._disk.touch(node_id)
-            return self._host.get(node_id)
+            return self._host.get(node_id), version
 
     def _from_disk(self, node_id: str) -> StoredNode:
         if self._disk is None:
             raise KVUnavailableError("evicted", f"node {node_id} is not stored")
         return self._disk.get(node_id)
 
-    def _promote(self, stored: StoredNode) -> None:
+    def _promote(self, stored: StoredNode, version: int | None) -> None:
+        node_id = stored.node.node_id
         with self._changed:
-            # Not if it was deleted, or a newer version came into RAM, while it was read.
-            if self._locate(stored.node.node_id) != "disk":
+            # Not if it was deleted, or a newer version came, while it was read.
+            if self._locate(node_id) != "disk" or self._versions.get(node_id) != version:
                 return
             gone = self._settle(self._host.put(stored))
         self._announce(gone)
@@ -310,6 +333,8 @@ class TieredStore:
         gone = [n for n in candidates if n in self._resident and self._locate(n) is None]
         self._resident.difference_update(gone)
         self._unwritten.difference_update(gone)
+        for node_id in gone:
+            self._versions.pop(node_id, None)
         return gone
 
     def _announce(self, gone: Iterable[str]) -> None:
@@ -335,6 +360,18 @@ class TieredStore:
                     del self._queue[node_id]
                 if failure is not None:
                     self._write_failed(*failure)
+                if node_id in self._doomed:
+                    self._doomed.discard(node_id)
+                    disk.delete(node_id)
+                # What RAM still has goes to disk again with the next that borrows from it.
+                lost = {*dropped, node_id} if failure else {*dropped}
+                if failure is not None and failure[0] == "too_large":
+                    lost.discard(node_id)
+                self._unwritten.update(n for n in lost if n in self._host and n not in self._queue)
+                if failure is None:
+                    again = self._queue_owners(stored)
+                    for given in self._flushes:
+                        given.update(again if node_id in given else ())
                 if disk.num_recreated:
                     self.counters["folder_recreated"] = disk.num_recreated
                 gone = self._forget([node_id, *dropped])
@@ -366,6 +403,7 @@ def _write(disk: DiskTier, stored: StoredNode) -> tuple[list[str], tuple[str, st
     except Exception as error:
         # The thread must outlive a bug, or every later node would wait for it in RAM.
         logger.exception("writing node %s", node_id)
+        disk.delete(node_id)
         return [], ("internal", str(error))
     too_large = ("too_large", f"node {node_id} does not fit on disk beside what is pinned")
     return dropped, too_large if node_id in dropped else None

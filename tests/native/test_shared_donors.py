@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput
+from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.reuse import publish, shared
 from kvshare_mm.reuse.scheduler import namespace
 from kvshare_mm.reuse.shared import SharedDonors
 from kvshare_mm.store.remote_redis import RedisStore
-from kvshare_mm.store.shared import SharedTier
+from kvshare_mm.store.shared import RECORD, SharedTier
 
 from ..helpers import until
 from ..remote_servers import (
@@ -400,3 +402,76 @@ def test_a_store_killed_while_requests_are_answered(
         server.start()
     two.flush(60)
     assert two.stats()["requests"].get("failed", 0) == 0
+
+
+def test_a_donor_deleted_while_another_borrows_from_it_is_shared_no_more(
+    replica: OpenReplica, server: SharedServer
+) -> None:
+    one = replica()
+    ask(one, _DONOR)
+    donors = inside(one).donors
+    [owner] = (node.node_id for node in donors.nodes())
+    deleting = Gate(donors.store, "delete", lambda node_id: node_id == owner)
+    thread = threading.Thread(target=one.cache.delete, args=(owner,))
+    thread.start()
+    deleting.wait()
+    ask(one, _TARGET)  # it borrows, and both are published
+    deleting.open()
+    thread.join(60)
+    assert one.flush(60)
+    assert not any(owner.encode() in key for key in server.nodes())
+
+
+def test_an_owner_of_which_a_part_was_written_comes_with_the_next_that_borrows(
+    replica: OpenReplica, server: SharedServer
+) -> None:
+    one, two = replica(), replica()
+    remote = inside(one).donors.shared._tier.remote
+    put = remote.put
+
+    def fail(key: str, part: str, content: bytes, ttl_s: float) -> None:
+        if part == RECORD:
+            raise KVUnavailableError("shared_down", "just now")
+        put(key, part, content, ttl_s)
+
+    remote.put = fail
+    ask(one, _DONOR)
+    remote.put = put
+    ask(one, _TARGET.replace("77", "100"))
+    use = ask(two, _TARGET, store=False).provenance
+    assert use.shared > 100
+
+
+def test_what_is_taken_over_is_not_on_this_replicas_disk(
+    replica: OpenReplica, tmp_path: Path
+) -> None:
+    """After a restart it would be taken for its own, and be withdrawn from all with it."""
+    one, two = replica(), replica(store_dir=tmp_path)
+    ask(one, _DONOR)
+    assert ask(two, _TARGET).provenance.shared > 0
+    [owner] = (node.node_id for node in inside(one).donors.nodes())
+    two.close()
+    again = replica(store_dir=tmp_path)
+    assert owner not in inside(again).donors.tree
+    assert ask(again, _TARGET.replace("77", "4"), store=False).provenance.shared > 0
+
+
+@pytest.mark.parametrize("room", ["deleted", "evicted"])
+def test_an_owner_that_is_taken_over_again_narrower_is_no_error(
+    replica: OpenReplica, monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
+    monkeypatch.setattr("kvshare_mm.store.shared.BLOCK", 4)
+    monkeypatch.setattr(shared, "_LEAST_COMPUTED", 1)
+    one, two = replica(), replica(audit_share=0.0)
+    ask(one, _DONOR)
+    ask(two, _TARGET, repair="none")
+    [owner] = (node.node_id for node in inside(one).donors.nodes())
+    if room == "deleted":
+        two.cache.delete(owner)
+    else:
+        inside(two).donors.store.delete(owner)
+    short = " ".join(_DONOR.split()[:30])
+    ask(two, f"{short} and quite another end of this, with a question?", repair="none")
+    for _ in range(2):
+        use = ask(two, f"{_TARGET} again?", repair="none", store=False).provenance
+        assert use.fallback is None and use.reused > 100

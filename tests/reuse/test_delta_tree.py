@@ -45,6 +45,26 @@ def test_a_node_of_many_pieces_reads_as_position_by_position():
     assert donor.readable == source.index(None)
 
 
+def test_what_an_owner_has_no_longer_is_a_hole():
+    """It was deleted here, and less of it taken over again."""
+    tree = DeltaTree()
+    keys = np.arange(8, dtype=np.uint64)
+    tree.insert(Node("b", "ns", keys, (Span(6, 8),), (Piece("a", 0, 0, 2), Piece("a", 3, 2, 4))))
+    for own, readable, begins in (
+        (Span(0, 8), 8, True),
+        (Span(0, 5), 2, True),  # of a piece that is not all there nothing is
+        (Span(1, 8), 0, False),
+    ):
+        tree.insert(Node("a", "ns", keys, (own,), exact_len=8))
+        assert tree.donor("b").readable == readable
+        assert tree.begins("b") == begins
+        pieces = [p for p in tree.resolve("b", 0, 8) if p.owner == "a"]
+        assert all(
+            own.start <= p.owner_start and p.owner_start + p.length <= own.end for p in pieces
+        )
+        tree.drop("a")
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -159,3 +160,45 @@ def test_what_waits_for_milvus_is_bounded(
     milvus.start()
     until(lambda: not replica.publisher._rows, 120)
     assert replica.found() == {4, 5, 6, 7}
+
+
+def test_who_waits_beside_the_end_is_let_go(replica: Replica, monkeypatch) -> None:
+    """There is no time for all of it: what is left is counted."""
+    go = threading.Event()
+    take = replica.publisher._take
+    monkeypatch.setattr(replica.publisher, "_take", lambda *order: go.wait(60) and take(*order))
+    for number in range(40):
+        replica.publisher.publish(f"{number:032x}", "ns")
+    flushed: list[bool] = []
+    flushing = threading.Thread(target=lambda: flushed.append(replica.publisher.flush(60)))
+    flushing.start()
+    replica.publisher.close(0.1)
+    go.set()
+    flushing.join(60)
+    assert flushed == [True]
+    told = replica.counters
+    assert told["shared_published"] + told["shared_write_closed"] == 40
+    assert told["shared_write_closed"] > 0
+
+
+def test_what_was_published_again_since_it_was_missed_stays(
+    replica: Replica, milvus: MilvusServer
+) -> None:
+    replica.publish(1, 2)
+    replica.tier.delete(f"{1:032x}", "ns")
+    milvus.kill()
+    replica.publisher.check(f"{1:032x}", "ns")
+    assert replica.publisher.flush(60)
+    assert replica.counters["shared_write_catalogue_down"]
+    replica.publisher.publish(f"{1:032x}", "ns")
+    milvus.start()
+
+    def found() -> set[int]:
+        try:
+            return replica.found()
+        except IndexUnavailableError:
+            return set()
+
+    until(lambda: found() == {1, 2}, 120)
+    replica.publish(3)
+    until(lambda: found() == {1, 2, 3}, 120)

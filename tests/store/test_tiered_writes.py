@@ -228,15 +228,16 @@ def test_a_new_version_put_during_a_write_is_the_one_that_stays(open_store, make
     assert len(open_store().get("a", "ns").node) == 9
 
 
+@pytest.mark.parametrize("error", [KVUnavailableError("io_error", "no"), MemoryError("no room")])
 def test_a_new_version_that_cannot_be_written_is_not_replaced_by_the_old_one(
-    open_store, make_stored, gone
+    open_store, make_stored, gone, error
 ):
     """The old one may be approximate where the tree says that the node is exact."""
     store = open_store(host_bytes=ram_bytes(make_stored("a")), slow_disk=True)
     store._disk.gate.set()
     store.put(make_stored("a"))
     assert store.flush(PATIENCE_S)
-    store._disk.error = KVUnavailableError("io_error", "no")
+    store._disk.error = error
     store.put(make_stored("a", exact_len=8))
     store.flush(PATIENCE_S)
     store.put(make_stored("b"))  # it leaves RAM
@@ -247,12 +248,99 @@ def test_a_new_version_that_cannot_be_written_is_not_replaced_by_the_old_one(
 
 def test_an_embedding_that_came_meanwhile_stays_with_a_new_version(open_store, make_stored):
     store = open_store()
-    store.put(make_stored("a"), lasting=False)
+    store.put(make_stored("a"), "borrowed")
     assert store.update_embedding("a", VECTOR)
     store.put(make_stored("a", exact_len=8))
     found = store.get("a", "ns")
     assert found.node.exact_len == 8
     assert np.array_equal(found.embedding, VECTOR)
+
+
+def borrower(make_stored, name, *owners):
+    pieces = tuple(Piece(owner, 0, 2 * i, 2) for i, owner in enumerate(owners))
+    return make_stored(name, own=((2 * len(owners), 8),), pieces=pieces)
+
+
+def test_a_disk_that_hangs_holds_up_no_deletion(open_store, make_stored, gone):
+    store = open_store(slow_disk=True)
+    store.put(make_stored("a"))
+    assert store._disk.started.wait(PATIENCE_S)
+    store.delete("a")
+    assert gone == ["a"] and store.resident("a") is None
+    store._disk.gate.set()
+    store.put(make_stored("b"))
+    assert store.flush(PATIENCE_S) and sorted(store._disk) == ["b"]
+
+
+def test_what_was_put_again_after_a_deletion_is_written(open_store, make_stored):
+    store = open_store(slow_disk=True)
+    store.put(make_stored("a"))
+    assert store._disk.started.wait(PATIENCE_S)
+    store.delete("a")
+    store.put(make_stored("a", exact_len=8))
+    store._disk.gate.set()
+    assert store.flush(PATIENCE_S)
+    assert store._disk.get("a").node.exact_len == 8
+
+
+def test_who_did_not_get_to_disk_is_written_with_a_borrower(open_store, make_stored):
+    store = open_store(slow_disk=True)
+    store._disk.gate.set()
+    store._disk.error = KVUnavailableError("io_error", "full, for a moment")
+    store.put(make_stored("a"))
+    assert not store.flush(PATIENCE_S)
+    store._disk.error = None
+    store.put(borrower(make_stored, "b", "a"))
+    assert store.flush(PATIENCE_S) and sorted(store._disk) == ["a", "b"]
+
+
+def test_who_the_disk_gave_up_is_written_with_a_borrower(open_store, make_stored, tmp_path):
+    store = open_store()
+    store.put(make_stored("a"))
+    assert store.flush(PATIENCE_S)
+    shutil.rmtree(tmp_path / "kv")
+    store.put(make_stored("x"))
+    store.put(borrower(make_stored, "b", "a"))
+    assert store.flush(PATIENCE_S) and sorted(store._disk) == ["a", "b", "x"]
+
+
+def test_what_is_kept_elsewhere_goes_to_disk_only_over_an_older_version(open_store, make_stored):
+    store = open_store()
+    store.put(make_stored("a"), "never")
+    store.put(borrower(make_stored, "b", "a"))
+    assert store.flush(PATIENCE_S) and sorted(store._disk) == ["b"]
+    store.put(make_stored("b", exact_len=8), "never")
+    assert store.flush(PATIENCE_S)
+    assert store._disk.get("b").node.exact_len == 8
+
+
+@pytest.mark.parametrize("change", ["get", "update_embedding"])
+def test_what_was_read_before_a_newer_version_does_not_take_its_place(
+    open_store, make_stored, monkeypatch, change
+):
+    old = make_stored("a")
+    new = replace(old, node=replace(old.node, exact_len=8))
+    store = open_store(host_bytes=ram_bytes(new))
+    store.put(old)
+    store.put(make_stored("z"))  # a leaves RAM
+    assert store.flush(PATIENCE_S)
+    read = store._from_disk
+
+    def read_then_others(node_id):
+        found = read(node_id)
+        monkeypatch.undo()
+        store.put(new)
+        store.put(make_stored("z"))
+        assert store.flush(PATIENCE_S)
+        return found
+
+    monkeypatch.setattr(store, "_from_disk", read_then_others)
+    if change == "get":
+        store.get("a", "ns")
+    else:
+        assert store.update_embedding("a", VECTOR)
+    assert store.flush(PATIENCE_S)
+    assert store.get("a", "ns").node.exact_len == 8
 
 
 def test_a_flush_does_not_wait_for_what_is_put_meanwhile(open_store, make_stored):
@@ -280,22 +368,17 @@ def test_a_flush_does_not_wait_for_what_is_put_meanwhile(open_store, make_stored
 
 def test_who_is_borrowed_from_gets_to_disk_with_the_borrower(open_store, make_stored):
     """Else the borrower would be full of holes after a kill, though it was flushed."""
-
-    def borrower(name: str, *owners: str):
-        pieces = tuple(Piece(owner, 0, 2 * i, 2) for i, owner in enumerate(owners))
-        return make_stored(name, own=((2 * len(owners), 8),), pieces=pieces)
-
     store = open_store()
     for name in "xy":
-        store.put(make_stored(name), lasting=False)
-    store.put(borrower("z", "x"), lasting=False)
+        store.put(make_stored(name), "borrowed")
+    store.put(borrower(make_stored, "z", "x"), "borrowed")
     assert store.flush(PATIENCE_S) and sorted(store._disk) == []
-    store.put(borrower("a", "z", "gone"))
+    store.put(borrower(make_stored, "a", "z", "gone"))
     assert store.flush(PATIENCE_S) and sorted(store._disk) == ["a", "x", "z"]
-    store.put(borrower("b", "y"))
+    store.put(borrower(make_stored, "b", "y"))
     assert store.flush(PATIENCE_S) and sorted(store._disk) == ["a", "b", "x", "y", "z"]
-    store.put(make_stored("x", exact_len=8), lasting=False)  # more of it than is on disk
-    store.put(borrower("c", "x"))
+    store.put(make_stored("x", exact_len=8), "borrowed")  # more of it than is on disk
+    store.put(borrower(make_stored, "c", "x"))
     assert store.flush(PATIENCE_S)
     assert store._disk.get("x").node.exact_len == 8
 
