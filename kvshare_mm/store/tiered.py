@@ -215,16 +215,19 @@ class TieredStore:
             self._disk.unpin(node_id)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until what is in the write queue now is written.
+        """Wait until what is in the write queue now is written, and what was deleted is gone.
 
         Returns:
             True if it is, and all writes since the last flush succeeded; False after `timeout_s`
             seconds or if a write failed (see `counters`).
         """
         with self._changed:
-            given = set(self._queue)
+            given, deleted = set(self._queue), set(self._doomed)
             self._flushes.append(given)
-            written = self._changed.wait_for(lambda: given.isdisjoint(self._queue), timeout_s)
+            written = self._changed.wait_for(
+                lambda: given.isdisjoint(self._queue) and deleted.isdisjoint(self._doomed),
+                timeout_s,
+            )
             self._flushes = [each for each in self._flushes if each is not given]
             failures = self._num_failed_writes()
             succeeded = failures == self._failures_told

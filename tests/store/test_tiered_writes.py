@@ -267,7 +267,9 @@ def test_a_disk_that_hangs_holds_up_no_deletion(open_store, make_stored, gone):
     assert store._disk.started.wait(PATIENCE_S)
     store.delete("a")
     assert gone == ["a"] and store.resident("a") is None
+    assert not store.flush(0)
     store._disk.gate.set()
+    assert store.flush(PATIENCE_S) and sorted(store._disk) == []
     store.put(make_stored("b"))
     assert store.flush(PATIENCE_S) and sorted(store._disk) == ["b"]
 
