@@ -76,6 +76,12 @@ class Replica:
         """By another replica."""
         return {int(i, 16) for i in self.other.search(_PRINTS, _PRINTS.of(_KEYS, ()), 100)}
 
+    def found_when_up(self) -> set[int]:
+        try:
+            return self.found()
+        except IndexUnavailableError:
+            return set()
+
     def close(self) -> None:
         self.publisher.close(5)
         for catalogue in (self.own, self.other):
@@ -126,14 +132,7 @@ def test_what_was_written_while_milvus_was_down_is_found_when_it_is_back(
         for path in tmp_path.iterdir():
             path.rename(path.with_suffix(".lost"))
     milvus.start()
-
-    def found() -> set[int]:
-        try:
-            return replica.found()
-        except IndexUnavailableError:
-            return set()
-
-    until(lambda: found() == ({3} if lost else {2, 3}), 120)
+    until(lambda: replica.found_when_up() == ({3} if lost else {2, 3}), 120)
 
 
 def test_rows_of_what_redis_evicted_are_removed_when_somebody_meets_them(
@@ -192,13 +191,6 @@ def test_what_was_published_again_since_it_was_missed_stays(
     assert replica.counters["shared_write_catalogue_down"]
     replica.publisher.publish(f"{1:032x}", "ns")
     milvus.start()
-
-    def found() -> set[int]:
-        try:
-            return replica.found()
-        except IndexUnavailableError:
-            return set()
-
-    until(lambda: found() == {1, 2}, 120)
+    until(lambda: replica.found_when_up() == {1, 2}, 120)
     replica.publish(3)
-    until(lambda: found() == {1, 2, 3}, 120)
+    until(lambda: replica.found_when_up() == {1, 2, 3}, 120)
