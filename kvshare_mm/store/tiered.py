@@ -261,7 +261,8 @@ class TieredStore:
         self._resident.add(node_id)
         self._doomed.discard(node_id)
         self._versions[node_id] = self._versions.get(node_id, 0) + 1
-        older = node_id in self._queue or (self._disk is not None and node_id in self._disk)
+        on_disk = self._disk is not None and node_id in self._disk
+        older = on_disk or node_id in self._queue or node_id == self._writing
         if (lasting == "now" or older) and not self._closing:
             self._queue_up(stored)
             self._changed.notify_all()

@@ -268,12 +268,13 @@ def test_a_disk_that_hangs_holds_up_no_deletion(open_store, make_stored, gone):
     assert store.flush(PATIENCE_S) and sorted(store._disk) == ["b"]
 
 
-def test_what_was_put_again_after_a_deletion_is_written(open_store, make_stored):
+@pytest.mark.parametrize("lasting", ["now", "borrowed", "never"])
+def test_what_was_put_again_after_a_deletion_is_written(open_store, make_stored, lasting):
     store = open_store(slow_disk=True)
     store.put(make_stored("a"))
     assert store._disk.started.wait(PATIENCE_S)
     store.delete("a")
-    store.put(make_stored("a", exact_len=8))
+    store.put(make_stored("a", exact_len=8), lasting)
     store._disk.gate.set()
     assert store.flush(PATIENCE_S)
     assert store._disk.get("a").node.exact_len == 8
