@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -76,7 +77,6 @@ _TEXT = {
     "max_position_embeddings": 2048,
     "bos_token_id": None,
 }
-_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 _AUDIO = {
     "num_mel_bins": 16,
     "encoder_layers": 2,
@@ -102,20 +102,29 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build(family: str, folder: Path) -> None:
-    """Save a random model of a family with its processor."""
+def build(family: str, folder: Path, for_vllm: bool = False) -> None:
+    """Save a random model of a family with its processor.
+
+    Args:
+        for_vllm: its CPU attention wants heads of 32 channels and more, its Qwen2-Audio clips of
+            half a minute.
+    """
     tok = tokenizer()
     ids = {
         name.removesuffix("_token"): tok.convert_tokens_to_ids(t) for name, t in _SPECIAL.items()
     }
     text = {**_TEXT, "vocab_size": len(tok), "eos_token_id": tok.eos_token_id}
+    if for_vllm:
+        text["hidden_size"] = 128
+    seconds = 30 if for_vllm else 4
     text["pad_token_id"] = tok.pad_token_id
     ends = (("start", "bos"), ("end", "eos"))
     places = {f"{name}_token_id": ids[name] for name in ("image", "video")}
     places |= {f"vision_{name}_token_id": ids[f"vision_{short}"] for name, short in ends}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = _MODELS[family](text, places if family in _QWEN_VL else ids)
+        audio = {**_AUDIO, "max_source_positions": 50 * seconds}
+        model = _MODELS[family](text, places if family in _QWEN_VL else ids, audio)
         with torch.no_grad():
             # Fresh weights attend almost evenly, which would hide a wrong mask or rotation.
             for parameter in model.parameters():
@@ -123,14 +132,28 @@ def build(family: str, folder: Path) -> None:
     model.generation_config.eos_token_id = tok.eos_token_id
     logging.disable_progress_bar()
     model.save_pretrained(folder)
-    _processor(family, tok).save_pretrained(folder)
+    rename(folder / "model.safetensors", {"language_model.model.model.": "language_model.model."})
+    _processor(family, tok, seconds).save_pretrained(folder)
     logging.enable_progress_bar()
 
 
-def _processor(family: str, tok: Any) -> Any:
+def rename(file: Path, starts: dict[str, str]) -> None:
+    """Give weights the names that published ones have: transformers saves some under others, which
+    it reads too, and vLLM does not."""
+
+    def named(name: str) -> str:
+        for start, other in starts.items():
+            if name.startswith(start):
+                return other + name.removeprefix(start)
+        return name
+
+    save_file({named(n): w for n, w in load_file(file).items()}, file, {"format": "pt"})
+
+
+def _processor(family: str, tok: Any, seconds: int) -> Any:
     pixels = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 24}
     images, videos = Qwen2VLImageProcessor(**pixels), Qwen2VLVideoProcessor(**pixels)
-    hears = WhisperFeatureExtractor(feature_size=16, chunk_length=4)
+    hears = WhisperFeatureExtractor(feature_size=16, chunk_length=seconds)
     if family == "qwen2_vl":
         return Qwen2VLProcessor(images, tok, videos, chat_template=_TEMPLATE)
     if family == "qwen2_5_vl":
@@ -149,12 +172,18 @@ def _processor(family: str, tok: Any) -> Any:
     return Qwen2AudioProcessor(hears, tok, chat_template=_TEMPLATE)
 
 
-def _qwen2_vl(text: dict[str, Any], places: dict[str, int]) -> Any:
-    vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64}
+def _mrope(text: dict[str, Any]) -> dict[str, Any]:
+    pairs = text["hidden_size"] // text["num_attention_heads"] // 2
+    time, side = pairs // 4, pairs * 3 // 8
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [time, side, side]}
+
+
+def _qwen2_vl(text: dict[str, Any], places: dict[str, int], _: Any) -> Any:
+    vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2}
     return Qwen2VLForConditionalGeneration(
         Qwen2VLConfig(
-            text_config={**text, "rope_parameters": _MROPE},
-            vision_config=vision,
+            text_config={**text, "rope_parameters": _mrope(text)},
+            vision_config={**vision, "hidden_size": text["hidden_size"]},
             **places,
         )
     )
@@ -165,38 +194,41 @@ _VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_heads": 2,
-    "out_hidden_size": 64,
     "window_size": 56,
     "fullatt_block_indexes": [1],
 }
 
 
-def _qwen2_5_vl(text: dict[str, Any], places: dict[str, int]) -> Any:
+def _qwen2_5_vl(text: dict[str, Any], places: dict[str, int], _: Any) -> Any:
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
-            text_config={**text, "rope_parameters": _MROPE},
-            vision_config=_VISION,
+            text_config={**text, "rope_parameters": _mrope(text)},
+            vision_config={**_VISION, "out_hidden_size": text["hidden_size"]},
             **places,
         )
     )
 
 
-def _qwen3_vl(text: dict[str, Any], places: dict[str, int]) -> Any:
+def _qwen3_vl(text: dict[str, Any], places: dict[str, int], _: Any) -> Any:
     vision = {**_VISION, "depth": 3, "deepstack_visual_indexes": [0, 1], "patch_size": 16}
     return Qwen3VLForConditionalGeneration(
         Qwen3VLConfig(
             text_config={
                 **text,
-                "head_dim": 16,
-                "rope_parameters": {**_MROPE, "mrope_interleaved": True},
+                "head_dim": text["hidden_size"] // text["num_attention_heads"],
+                "rope_parameters": {**_mrope(text), "mrope_interleaved": True},
             },
-            vision_config={**vision, "num_position_embeddings": 64},
+            vision_config={
+                **vision,
+                "num_position_embeddings": 64,
+                "out_hidden_size": text["hidden_size"],
+            },
             **places,
         )
     )
 
 
-def _internvl(text: dict[str, Any], ids: dict[str, int]) -> Any:
+def _internvl(text: dict[str, Any], ids: dict[str, int], _: Any) -> Any:
     vision = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -214,12 +246,12 @@ def _internvl(text: dict[str, Any], ids: dict[str, int]) -> Any:
     )
 
 
-def _omni(text: dict[str, Any], ids: dict[str, int]) -> Any:
+def _omni(text: dict[str, Any], ids: dict[str, int], audio: dict[str, Any]) -> Any:
     return Qwen2_5OmniThinkerForConditionalGeneration(
         Qwen2_5OmniThinkerConfig(
-            audio_config={**_AUDIO, "output_dim": 64, "max_source_positions": 200},
-            vision_config=_VISION,
-            text_config={**text, "rope_parameters": _MROPE},
+            audio_config={**audio, "output_dim": 64},
+            vision_config={**_VISION, "out_hidden_size": 64},
+            text_config={**text, "rope_parameters": _mrope(text)},
             audio_token_index=ids["audio"],
             image_token_index=ids["image"],
             video_token_index=ids["video"],
@@ -231,11 +263,10 @@ def _omni(text: dict[str, Any], ids: dict[str, int]) -> Any:
     )
 
 
-def _qwen2_audio(text: dict[str, Any], ids: dict[str, int]) -> Any:
-    audio = {**_AUDIO, "model_type": "qwen2_audio_encoder", "max_source_positions": 200}
+def _qwen2_audio(text: dict[str, Any], ids: dict[str, int], audio: dict[str, Any]) -> Any:
     return Qwen2AudioForConditionalGeneration(
         Qwen2AudioConfig(
-            audio_config=audio,
+            audio_config={**audio, "model_type": "qwen2_audio_encoder"},
             text_config={**text, "model_type": "qwen2"},
             audio_token_index=ids["audio"],
         )

@@ -18,7 +18,7 @@ from kvshare_mm.store.host import HostTier
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.forward import PartialForward
-from kvshare_mm.vllm.gate import deployment_obstacle, picture_merge
+from kvshare_mm.vllm.gate import deployment_obstacle, media_merge
 from kvshare_mm.vllm.options import ConnectorOptions
 from kvshare_mm.vllm.pages import PageLayout
 from kvshare_mm.vllm.rotation import rotary_spec
@@ -32,7 +32,7 @@ def build_scheduler(
     vllm_config: Any, kv_cache_config: Any, options: ConnectorOptions
 ) -> SchedulerSide:
     """The scheduler side."""
-    merge = picture_merge(vllm_config)
+    merge = media_merge(vllm_config)
     scheduler = SchedulerSide(
         options,
         options.core.fingerprint(compat.fingerprint(vllm_config)),
@@ -86,6 +86,8 @@ def build_runner(
     forward = PartialForward(
         vllm_config, model, layers, group.kv_cache_spec, bool(model_config.uses_mrope)
     )
+    if (whole := compat.whole_model()) is not model:
+        forward.prove(whole)
     rotary = rotary_spec(model, layers, forward.probe)
     parallel = vllm_config.parallel_config
     ranks = int(parallel.world_size)

@@ -90,16 +90,17 @@ def install() -> None:
 
 def model() -> Any:
     """The language model of this process' worker, or None. vLLM gives connectors no way to it."""
-    whole = _whole_model()
+    whole = whole_model()
     return whole.get_language_model() if hasattr(whole, "get_language_model") else whole
 
 
 def logits(hidden: Any) -> Any:
     """``[n, vocab_size]`` of ``[n, hidden_size]``; None on ranks that do not gather them."""
-    return _whole_model().compute_logits(hidden)
+    return whole_model().compute_logits(hidden)
 
 
-def _whole_model() -> Any:
+def whole_model() -> Any:
+    """The model of this process' worker, with its encoders, or None."""
     worker = _workers[0]() if _workers else None
     return None if worker is None else worker.get_model()
 

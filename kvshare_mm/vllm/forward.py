@@ -7,7 +7,7 @@ continue; so every position sees all earlier ones, kept or computed, and no late
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from kvshare_mm.attention import TailAttention
 from kvshare_mm.kernels.scoring import Scoring
 from kvshare_mm.node import Span
+from kvshare_mm.vllm.rotation import PROBE_TOKENS
 from kvshare_mm.vllm.watch import watching
 
 
@@ -90,12 +91,15 @@ class PartialForward:
             table = (table[:, None] * self._split + torch.arange(self._split)).flatten().int()
         return table.to(self._device)
 
-    def run(self, parts: Sequence[Part], keep: bool = True) -> torch.Tensor:
+    def run(
+        self, parts: Sequence[Part], keep: bool = True, model: Callable[..., Any] | None = None
+    ) -> torch.Tensor:
         """Compute the KV of `parts`, of different requests, in one forward.
 
         Args:
             keep: whether what is computed goes into their blocks; else it is lost, and what is
                 there seen.
+            model: computes it instead of the model.
 
         Returns:
             ``[n, hidden_size]`` hidden states, in order if there is one span.
@@ -143,7 +147,7 @@ class PartialForward:
                 skip_compiled=True,
             ),
         ):
-            hidden: torch.Tensor = self._model(
+            hidden: torch.Tensor = (model or self._model)(
                 input_ids=torch.from_numpy(ids).to(self._device), positions=places
             )
         return hidden
@@ -155,11 +159,31 @@ class PartialForward:
             where = part.positions[..., span.start : span.end]
         return np.tile(where, (3, 1)) if self._three_axes and where.ndim == 1 else where
 
-    def probe(self, positions: torch.Tensor) -> None:
+    def probe(
+        self, positions: torch.Tensor, model: Callable[..., Any] | None = None
+    ) -> torch.Tensor:
         """Compute tokens that mean nothing, in no request's blocks, at ``[n]`` rotary positions."""
         n = len(positions)
         blocks = [0] * -(-n // self._block_size)
-        self.run([Part([Span(0, n)], np.arange(3, 3 + n), positions.numpy(), blocks)], keep=False)
+        part = Part([Span(0, n)], np.arange(3, 3 + n), positions.numpy(), blocks)
+        return self.run([part], keep=False, model=model)
+
+    def prove(self, whole: Any) -> None:
+        """That the model answers text as the `whole` multimodal one does, of which it is a part.
+
+        Raises:
+            ValueError: it does not.
+        """
+
+        def through(input_ids: torch.Tensor, positions: torch.Tensor) -> Any:
+            embeds = whole.embed_input_ids(input_ids)
+            return whole(input_ids=None, positions=positions, inputs_embeds=embeds)
+
+        positions = torch.arange(PROBE_TOKENS)
+        alone, expected = (self.probe(positions, model) for model in (None, through))
+        tolerance = 1e-3 if expected.dtype == torch.float32 else 1e-1
+        if not float((alone - expected).abs().max()) <= tolerance * float(expected.abs().max()):
+            raise ValueError("the language part does not answer as the whole model does")
 
     def looked_at(
         self,

@@ -31,7 +31,7 @@ from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm.arguments import check_installed, engine_arguments
 from kvshare_mm.vllm.failures import noted
 from kvshare_mm.vllm.options import OF_REQUESTS
-from kvshare_mm.vllm.pictures import picture_support, prompt_of, uses_of
+from kvshare_mm.vllm.pictures import NOTHING, picture_support, prompt_of, uses_of
 from kvshare_mm.vllm.room import fitted
 
 _MAX_SEED = 1 << 63
@@ -121,7 +121,8 @@ def assemble_vllm(config: KVShareConfig) -> VLLMParts:
     arguments = fitted(engine_arguments(config), config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     media = picture_support(config, str(arguments["model"]), tokenizer)
-    return VLLMParts(Named(config.model, tokenizer), VLLMEngine(arguments), media)
+    engine = VLLMEngine(arguments, media.spelled)
+    return VLLMParts(Named(config.model, tokenizer), engine, media)
 
 
 @dataclass(eq=False, slots=True)
@@ -164,6 +165,7 @@ class VLLMEngine:
 
     Args:
         arguments: vLLM's `EngineArgs` by name.
+        spelled: see `MediaSupport`.
 
     Attributes:
         block_size: tokens of a block of vLLM's prefix cache.
@@ -175,8 +177,11 @@ class VLLMEngine:
         ModelLoadError: vLLM cannot serve the model.
     """
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, arguments: Mapping[str, Any], spelled: Mapping[int, tuple[int, ...]] = NOTHING
+    ) -> None:
         self.counters: Counter[str] = Counter()
+        self._spelled = spelled
         self.num_drawn = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._closed = False
@@ -254,7 +259,7 @@ class VLLMEngine:
         last = None
         try:
             # Pictures take time to decode; the loop has others to serve meanwhile.
-            prompt = await asyncio.to_thread(prompt_of, spec.stream)
+            prompt = await asyncio.to_thread(prompt_of, spec.stream, self._spelled)
             if spec.options.cache_salt:
                 prompt["cache_salt"] = spec.namespace  # a hash: vLLM does not take every text
             params = _sampling_params(spec)

@@ -1,8 +1,10 @@
-"""Pictures in messages when vLLM runs the model: read as the native engine reads them, where the
-connector can share them."""
+"""Pictures and sound in messages when vLLM runs the model: read as the native engine reads them,
+where the connector can share them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,20 @@ from kvshare_mm.assemble import media_of
 from kvshare_mm.chat import TEXT_ONLY, MediaSupport
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import ModelLoadError
+from kvshare_mm.models.family import MEDIA
 from kvshare_mm.outputs import MediaUse
-from kvshare_mm.stream import Modality, SegmentStream
+from kvshare_mm.stream import SegmentStream
 
-_SEEING = ("qwen2_vl", "qwen2_5_vl")
+# Model types that vLLM tells where their media are, and whether their positions have three axes.
+_MROPE = {
+    "qwen2_vl": True,
+    "qwen2_5_vl": True,
+    "qwen3_vl": True,
+    "qwen3_vl_moe": True,
+    "internvl": False,
+    "qwen2_audio": False,
+}
+NOTHING: Mapping[int, tuple[int, ...]] = MappingProxyType({})
 
 
 def picture_support(
@@ -32,25 +44,40 @@ def picture_support(
     options = {"trust_remote_code": config.trust_remote_code}
     try:
         model = AutoConfig.from_pretrained(source, **options)
-        if model.model_type not in _SEEING:
+        if model.model_type not in _MROPE:
             return TEXT_ONLY
         processor = AutoProcessor.from_pretrained(source, **options)
     except Exception as error:  # of transformers, the hub, or code from the hub
         raise ModelLoadError(f"Could not load the processor of {source!r}. {error}") from error
     tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
-    placeholders = {Modality.IMAGE: int(model.image_token_id)}
-    return media_of(config, processor, placeholders, mrope=True)
+    placeholders = {
+        modality: int(getattr(model, f"{modality}_token_id"))
+        for modality in MEDIA[model.model_type]
+    }
+    return media_of(config, processor, placeholders, _MROPE[model.model_type])
 
 
-def prompt_of(stream: SegmentStream) -> dict[str, Any]:
-    """A prompt as vLLM takes it: one placeholder a picture, and the pictures."""
+def prompt_of(
+    stream: SegmentStream, spelled: Mapping[int, tuple[int, ...]] = NOTHING
+) -> dict[str, Any]:
+    """A prompt as vLLM takes it: one placeholder a picture or clip, and these.
+
+    Args:
+        spelled: see `MediaSupport`: vLLM's processor writes them too.
+    """
     once = np.ones(len(stream), dtype=bool)
-    for segment in stream.media:
+    media: dict[str, list[Any]] = {}
+    for segment, item in zip(stream.media, stream.items, strict=True):
         once[segment.start + 1 : segment.end] = False
+        token = int(stream.token_ids[segment.start])
+        around = spelled.get(token, (token,))
+        before = around.index(token)
+        once[segment.start - before : segment.start] = False
+        once[segment.end : segment.end + len(around) - before - 1] = False
+        if item.content is not None:
+            media.setdefault(item.modality, []).append(item.content())
     prompt: dict[str, Any] = {"prompt_token_ids": stream.token_ids[once].tolist()}
-    if stream.items:
-        prompt["multi_modal_data"] = {"image": [i.content() for i in stream.items if i.content]}
-    return prompt
+    return {**prompt, "multi_modal_data": media} if media else prompt
 
 
 def uses_of(stream: SegmentStream, computed_from: int) -> tuple[MediaUse, ...]:

@@ -24,7 +24,7 @@ _KV = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def rotary_spec(
-    model: Any, layers: Mapping[str, Any], run: Callable[[torch.Tensor], None]
+    model: Any, layers: Mapping[str, Any], run: Callable[[torch.Tensor], object]
 ) -> RotarySpec:
     """The rotation of each layer.
 
@@ -89,7 +89,7 @@ def _rotations(model: Any) -> list[tuple[bool, torch.Tensor]]:
 
 
 def _computed(
-    layers: Mapping[str, Any], run: Callable[[torch.Tensor], None], positions: torch.Tensor
+    layers: Mapping[str, Any], run: Callable[[torch.Tensor], object], positions: torch.Tensor
 ) -> _KV:
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 

@@ -50,7 +50,7 @@ class SchedulerSide:
         fingerprint: names the model: the first part of every namespace.
         block_size: tokens of a block.
         num_ranks: workers that must hold a donor before it is one.
-        merge: how pictures become positions, see `media.request_stream`; None: requests with media
+        merge: how media become positions, see `media.request_stream`; None: requests with media
             are declined.
 
     Attributes:

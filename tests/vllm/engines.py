@@ -155,7 +155,7 @@ def as_native(
         return last.output
 
     def prompt_for(prompt: Any) -> Prompt:
-        return prompt if isinstance(prompt[0], int) else prompt_of(stream_of(model, prompt))
+        return prompt if isinstance(prompt[0], int) else prompt_of(*_read(model, prompt))
 
     assert tokens(shared.serve(prompt_for(donor))) == list(natively(donor, 4).token_ids)
     output, expected = first_token(shared, prompt_for(target), **knobs), natively(target, 1)
@@ -177,9 +177,13 @@ def assert_as_native(output: Any, expected: RequestOutput) -> None:
 
 def stream_of(model: Path | str, messages: list[dict[str, Any]]) -> SegmentStream:
     """A chat as the engine's own door reads it."""
+    return _read(model, messages)[0]
+
+
+def _read(model: Path | str, messages: list[dict[str, Any]]) -> tuple[SegmentStream, Any]:
     tokenizer = load_tokenizer(str(model))
     support = picture_support(KVShareConfig(model=str(model)), locate(str(model)), tokenizer)
-    return chat_stream(messages, tokenizer, support)[0]
+    return chat_stream(messages, tokenizer, support)[0], support.spelled
 
 
 def summary(output: Any) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from vllm.v1.request import Request
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.vllm import compat, kv_transfer_config
 from kvshare_mm.vllm.connector import KVShareConnector
-from kvshare_mm.vllm.gate import deployment_obstacle, picture_merge, request_obstacle
+from kvshare_mm.vllm.gate import deployment_obstacle, media_merge, request_obstacle
+from kvshare_mm.vllm.media import IN_A_ROW
 from kvshare_mm.vllm.meta import Orders
 from kvshare_mm.vllm.options import ConnectorOptions
 
@@ -126,22 +127,28 @@ def test_requests_declined(change: dict[str, Any], reason: str | None) -> None:
     [
         ({}, 2),
         ({"architecture": "Qwen2VLForConditionalGeneration"}, 2),
-        ({"architecture": "Qwen3VLForConditionalGeneration"}, None),
-        ({"architecture": "TransformersMultiModalForCausalLM"}, None),
+        ({"architecture": "Qwen3VLForConditionalGeneration"}, 2),
+        ({"architecture": "Glm4vForConditionalGeneration"}, None),
+        ({"architecture": "LlavaForConditionalGeneration", "uses_mrope": False}, IN_A_ROW),
+        ({"uses_mrope": False, "is_mm_prefix_lm": True}, None),
         ({"architecture": "LlamaForCausalLM", "multimodal_config": None}, None),
         ({"multimodal_config": MultiModalConfig(video_pruning_rate=0.5)}, None),
-        ({"uses_mrope": False}, None),
+        (
+            {"uses_mrope": False, "multimodal_config": MultiModalConfig(video_pruning_rate=0.5)},
+            None,
+        ),
     ],
 )
-def test_whose_pictures_are_known(change: dict[str, Any], merge: int | None) -> None:
+def test_whose_media_are_known(change: dict[str, Any], merge: int | None) -> None:
     known = {
         "architecture": "Qwen2_5_VLForConditionalGeneration",
         "multimodal_config": MultiModalConfig(),
         "uses_mrope": True,
+        "is_mm_prefix_lm": False,
         "hf_config": SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2)),
     }
     model = SimpleNamespace(**{**known, **change})
-    assert picture_merge(SimpleNamespace(model_config=model)) == merge
+    assert media_merge(SimpleNamespace(model_config=model)) == merge
 
 
 def test_another_vllm_is_left_alone(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvshare_mm.node import Piece, spans_of
 from kvshare_mm.reuse.plan import KeptRun, ReusePlan
 from kvshare_mm.stream import Modality, Segment
-from kvshare_mm.vllm.media import request_stream
+from kvshare_mm.vllm.media import IN_A_ROW, request_stream
 from kvshare_mm.vllm.spans import cut, kept_in_the_end, loadable_end, within
 
 from ..collisions import twin_texts
@@ -89,6 +89,65 @@ def test_what_is_not_known_is_declined(other: dict[str, Any]) -> None:
     assert request_stream(ids, [feature(0)], 2) is not None
     assert request_stream(ids, [feature(0, **other)], 2) is None
     assert request_stream(ids, [feature(0)], None) is None, "media of other models"
+
+
+# -- models without M-RoPE -----------------------------------------------------------------------
+
+
+def in_a_row(offset: int, embeds: str, modality: str = "image", name: str = "a") -> Any:
+    """As vLLM describes a medium at whose place some tokens are words (``.``)."""
+    at = [offset + i for i, kind in enumerate(embeds) if kind != "."]
+    runs = [(i, i) for i in at]  # vLLM joins neighbours, which makes no difference
+    place = SimpleNamespace(
+        offset=offset,
+        length=len(embeds),
+        get_num_embeds=lambda: len(at),
+        extract_embeds_range=lambda: runs,
+    )
+    return SimpleNamespace(modality=modality, identifier=name, data=None, mm_position=place)
+
+
+@pytest.mark.parametrize(
+    ("modality", "expected"),
+    [("image", Modality.IMAGE), ("video", Modality.IMAGE), ("audio", Modality.AUDIO)],
+)
+def test_media_take_positions_one_behind_the_other(modality: str, expected: Modality) -> None:
+    ids = [5, 20, PLACE, PLACE, 21, PLACE, 22, 7]
+    stream = request_stream(ids, [in_a_row(1, ".xx.x.", modality)], IN_A_ROW)
+    assert stream is not None and stream.positions is None
+    assert [(s.modality, s.start, s.end) for s in stream.media] == [(expected, 2, 6)]
+    assert stream.align_keys[[0, 1, 6, 7]].tolist() == [5, 20, 22, 7], "words around it are text"
+    assert (stream.align_keys[2:6] >= 1 << 63).all()
+
+
+def test_what_stands_between_rows_belongs_to_a_picture() -> None:
+    """The same name with other ends of rows is laid out otherwise."""
+    made = [
+        request_stream([PLACE, between, PLACE, 7], [in_a_row(0, "x.x")], IN_A_ROW)
+        for between in (21, 22)
+    ]
+    assert made[0] is not None and made[1] is not None
+    assert set(made[0].align_keys.tolist()) & set(made[1].align_keys.tolist()) == {7}
+
+
+@pytest.mark.parametrize("names", [("a", "b"), twin_texts()])
+def test_other_names_are_other_media(names: tuple[str, str]) -> None:
+    ids = [PLACE, PLACE, 7]
+    one, other = (request_stream(ids, [in_a_row(0, "xx", name=n)], IN_A_ROW) for n in names)
+    assert one is not None and other is not None
+    assert set(one.align_keys.tolist()) & set(other.align_keys.tolist()) == {7}
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        [in_a_row(0, "..")],
+        [in_a_row(0, "xx", "prompt_embeds")],
+        [in_a_row(0, "xx"), in_a_row(1, "xx")],
+    ],
+)
+def test_places_that_are_not_understood_are_declined(features: list[Any]) -> None:
+    assert request_stream([PLACE, PLACE, PLACE, 7], features, IN_A_ROW) is None
 
 
 def plan_of(kept: list[bool], repair: list[int]) -> ReusePlan:
