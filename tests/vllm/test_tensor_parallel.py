@@ -11,7 +11,9 @@ from kvshare_mm import KVShare
 from kvshare_mm.reuse.calibration import Calibration
 from kvshare_mm.vllm.audits import Audits
 
+from .. import media_models
 from .engines import Shared, as_native, edited, ids, shared_engine, summary, tokens
+from .test_media_native import REPAIR, SEEN
 
 pytestmark = pytest.mark.vllm
 
@@ -41,6 +43,17 @@ def test_two_ranks_reuse_as_one_does(engine: Shared, folder: Path) -> None:
     ):
         expected = as_native(engine, native, donor, target)
     assert expected.provenance.reused > 100
+
+
+def test_two_ranks_keep_pictures_as_one_does(tmp_path: Path) -> None:
+    media_models.build("qwen2_vl", tmp_path, for_vllm=True)
+    options = {"lookup_deadline_s": 30, "min_load_tokens": 1}
+    with (
+        KVShare(str(tmp_path), dtype="float32", embedder=None) as native,
+        shared_engine(tmp_path, options, tensor_parallel_size=2, max_model_len=1024) as shared,
+    ):
+        expected = as_native(shared, native, *SEEN["two moved"], str(tmp_path), repair=REPAIR)
+    assert [m.source for m in expected.provenance.media] == ["kv", "kv"]
 
 
 def test_a_donor_that_one_rank_lost_is_lost_for_both(engine: Shared) -> None:
