@@ -31,9 +31,9 @@ from kvshare_mm.apps.server.lines import Line
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.metrics import CONTENT_TYPE
 
-# Below the time after which our servers close an idle connection.
-_IDLE_S = 10.0
-_MOST_IDLE = 256
+# Below the time after which servers close an idle connection: vLLM's after 5 s.
+_IDLE_S = 4.0
+MOST_IDLE = 256
 _MOST_READING = 32
 # A machine that is gone without a word is noticed after 25 s, not when the answer is overdue.
 _ALIVE = [
@@ -75,7 +75,7 @@ def create_app(
     replicas = fleet.replicas
     pool = httpcore2.AsyncConnectionPool(
         max_connections=None,  # as many as clients have
-        max_keepalive_connections=_MOST_IDLE,
+        max_keepalive_connections=MOST_IDLE,
         keepalive_expiry=_IDLE_S,
         socket_options=_ALIVE,
     )

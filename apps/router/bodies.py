@@ -28,11 +28,16 @@ class Room:
 
 
 class Body:
-    """One body; `release` it as soon as nobody else will be sent it."""
+    """One body; `release` it as soon as nobody else will be sent it.
+
+    Attributes:
+        sent: whether all of it was written to who was asked last.
+    """
 
     def __init__(self, room: Room) -> None:
         self._room = room
         self.content = b""
+        self.sent = False
         self._size = 0
 
     async def read(self, receive: Receive) -> None:
@@ -52,6 +57,7 @@ class Body:
     async def pieces(self) -> AsyncIterator[bytes]:
         """The content; who iterates holds it no longer than it takes to be sent."""
         yield self.content
+        self.sent = True
 
     def release(self) -> None:
         self._room.give_back(self._size)

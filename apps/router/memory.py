@@ -33,7 +33,7 @@ class Memory:
     def __init__(self, max_requests: int = 100_000) -> None:
         self._max_requests = max_requests
         self._index = LexicalIndex(max_ngrams=NGRAMS, max_query_ngrams=_LOOKED_UP, budget=4096)
-        self._known: OrderedDict[str, None] = OrderedDict()
+        self._known: OrderedDict[str, bool] = OrderedDict()  # whether it was answered
 
     def __len__(self) -> int:
         return len(self._known)
@@ -51,22 +51,27 @@ class Memory:
             self._known.move_to_end(request)
         return {replica: closest.get(name, ("", 0.0))[1] for replica, name in namespaces.items()}
 
-    def add(self, prompt: Prompt, replica: int) -> str | None:
-        """A replica was sent a prompt; None: it was known that it has it."""
+    def add(self, prompt: Prompt, replica: int, answered: bool = False) -> str | None:
+        """A replica was sent a prompt, or answered it.
+
+        Returns:
+            What to `forget` if it does not answer; None: it answered it, then or earlier.
+        """
         namespace = _namespace(prompt, replica)
         request = f"{namespace}-{xxhash.xxh3_128_hexdigest(prompt.words.tobytes())}"
-        if request in self._known:
-            self._known.move_to_end(request)
-            return None
-        self._known[request] = None
-        self._index.add([IndexRecord(request, namespace, prompt.words)])
+        is_new = request not in self._known
+        answered |= self._known.get(request, False)
+        self._known[request] = answered
+        self._known.move_to_end(request)
+        if is_new:
+            self._index.add([IndexRecord(request, namespace, prompt.words)])
         while len(self._known) > self._max_requests:
             self._index.remove([self._known.popitem(last=False)[0]])
-        return request
+        return None if answered else request
 
     def forget(self, request: str) -> None:
-        """It was not answered there."""
-        if request in self._known:
+        """It was not answered there, unless somebody else who asked the same was."""
+        if self._known.get(request) is False:
             del self._known[request]
             self._index.remove([request])
 

@@ -101,18 +101,19 @@ class Proxy:
         begun = time.perf_counter()
         prompt = await self._prompt(scope, asked)
         refused: list[Whole] = []
-        tried: set[int] = set()
+        tried: list[Replica] = []  # another may get the number of one that left
         lost = 0
-        while left := self._left(tried, bool(refused)):
+        while left := self._left(tried):
             choice = self._choice(prompt, left)
             if not tried:
                 self._metrics.decisions.observe(time.perf_counter() - begun)
-            tried.add(choice.replica)
+            replica = next(r for r in left if r.number == choice.replica)
+            tried.append(replica)
             try:
-                reply = await self._ask(prompt, choice, asked, client, len(tried) > 1)
+                reply = await self._ask(prompt, replica, choice, asked, client, len(tried) > 1)
             except LostError as error:
-                logger.warning("replica %d was lost: %s", choice.replica, error)
-                self._metrics.lost.labels(str(choice.replica), str(error.begun).lower()).inc()
+                logger.warning("replica %d was lost: %s", replica.number, error)
+                self._metrics.lost.labels(str(replica.number), str(error.begun).lower()).inc()
                 lost += error.reached
                 if error.begun or (client.headed and lost == _MOST_LOST):
                     return
@@ -131,16 +132,21 @@ class Proxy:
         # Where some are full, the client waits for one of them.
         await next((r for r in refused if r.status == 429), refused[-1]).send(client.send)
 
-    def _left(self, tried: set[int], refused: bool) -> list[Replica]:
-        """Replicas that can still be asked. Where nobody is healthy and none has said that it has
-        no room, those that are not: a busy machine answers late to checks, and answers requests."""
-        left = [r for r in self._replicas if r.number not in tried]
-        return [r for r in left if r.healthy] or ([] if refused else left)
+    def _left(self, tried: Sequence[Replica]) -> list[Replica]:
+        """Replicas that can still be asked. Where nobody is healthy, those that are not: a busy
+        machine answers late to checks, and answers requests."""
+        left = [r for r in self._replicas if r not in tried]
+        return [r for r in left if r.healthy] or left
 
     async def _ask(
-        self, prompt: Prompt | None, choice: Choice, asked: Asked, client: Client, again: bool
+        self,
+        prompt: Prompt | None,
+        replica: Replica,
+        choice: Choice,
+        asked: Asked,
+        client: Client,
+        again: bool,
     ) -> Whole | None:
-        replica = next(r for r in self._replicas if r.number == choice.replica)
         reason = "retry" if again else choice.reason
         self._metrics.requests.labels(str(replica.number), reason).inc()
         # Known at once: whoever asks the same a moment later follows.
@@ -149,12 +155,14 @@ class Proxy:
         try:
             return await pass_on(self._pool, replica, asked, flight, client, self._timeout_s)
         except LostError as error:
-            if not error.reached:
+            if error.absent:
                 replica.healthy = False  # until it says otherwise
             raise
         finally:
             flight.end()
-            if known and not flight.answered:
+            if flight.answered:
+                self._remember(prompt, replica, answered=True)
+            elif known:
                 self._memory.forget(known)
 
     def _choice(self, prompt: Prompt | None, left: Sequence[Replica]) -> Choice:
@@ -168,12 +176,14 @@ class Proxy:
         standings = [r.standing(shares.get(r.number, 0.0), typical) for r in left]
         return choose(0 if prompt is None else len(prompt.words), standings, self._draw)
 
-    def _remember(self, prompt: Prompt | None, replica: Replica) -> str | None:
+    def _remember(
+        self, prompt: Prompt | None, replica: Replica, answered: bool = False
+    ) -> str | None:
         """What is to be forgotten if the replica does not answer; None: nothing."""
         if prompt is None or not prompt.stored:
             return None
         try:
-            return self._memory.add(prompt, replica.number)
+            return self._memory.add(prompt, replica.number, answered)
         except Exception:
             logger.exception("a request is not remembered")
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 
-from kvshare_mm.apps.router.app import create_app
+from kvshare_mm.apps.router.app import MOST_IDLE, create_app
 from kvshare_mm.apps.router.fleet import Fleet
 from kvshare_mm.apps.server.options import ServerOptions
 from kvshare_mm.apps.server.run import Server, address, until_stopped
@@ -25,4 +25,6 @@ def serve(
     logger.info("listening on %s", address(listening, options))
     for replica in fleet.replicas:
         logger.info("replica %d is %s", replica.number, replica.origin)
-    until_stopped(Server(app, options, metrics.registry), listening)
+    # A client's connection and one to a replica, and those that are idle.
+    server = Server(app, options, metrics.registry, files_each=2, other_files=MOST_IDLE)
+    until_stopped(server, listening)

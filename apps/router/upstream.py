@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
@@ -23,18 +24,26 @@ _WRITE_S = 30.0
 # is lost is lost to it too.
 _HEAD_AFTER_S = 5.0
 _MOST_HELD = 64 << 10
+_ERRORS = (
+    httpcore2.NetworkError,
+    httpcore2.ProtocolError,
+    httpcore2.TimeoutException,
+    ssl.SSLError,  # while an answer is read
+)
 
 
 class LostError(Exception):
     """A replica went away.
 
     Attributes:
-        reached: whether it had the request.
+        absent: whether there was no connection to it.
+        reached: whether it had the whole request.
         begun: whether some of its answer was passed on.
     """
 
     def __init__(self, why: Exception, reached: bool, begun: bool) -> None:
         super().__init__(str(why) or type(why).__name__)
+        self.absent = isinstance(why, httpcore2.ConnectError | httpcore2.ConnectTimeout)
         self.reached = reached
         self.begun = begun
 
@@ -95,8 +104,8 @@ async def read_whole(
     try:
         async with _asked(pool, replica, asked, timeout_s) as reply:
             return await _whole(reply, replica, most)
-    except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException) as error:
-        raise _lost(error, False) from error
+    except _ERRORS as error:
+        raise _lost(error, asked, False) from error
 
 
 async def pass_on(
@@ -154,14 +163,15 @@ async def pass_on(
                 chunk = await _next(chunks)
             await client.send({"type": "http.response.body", "body": b"", "more_body": False})
             return None
-    except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException) as error:
+    except _ERRORS as error:
         late = isinstance(error, httpcore2.ReadTimeout | httpcore2.WriteTimeout)
-        raise _lost(error, begun or (late and client.headed)) from error
+        raise _lost(error, asked, begun or (late and client.headed)) from error
 
 
 def _asked(
     pool: httpcore2.AsyncConnectionPool, replica: Replica, asked: Asked, timeout_s: float
 ) -> AbstractAsyncContextManager[httpcore2.Response]:
+    asked.body.sent = False
     timeouts = {"connect": CONNECT_S, "write": _WRITE_S, "read": timeout_s}
     ours = (
         (b"host", replica.netloc.encode()),
@@ -200,10 +210,9 @@ def _is_stream(reply: httpcore2.Response) -> bool:
     )
 
 
-def _lost(error: Exception, begun: bool) -> Exception:
+def _lost(error: Exception, asked: Asked, begun: bool) -> Exception:
     if isinstance(error, httpcore2.LocalProtocolError):
         return ApiError(400, f"the request cannot be passed on: {error}")
     if isinstance(error, httpcore2.ReadTimeout | httpcore2.WriteTimeout) and not begun:
         return ApiError(504, "the replica took longer than this router waits", code="timeout")
-    reached = not isinstance(error, httpcore2.ConnectError | httpcore2.ConnectTimeout)
-    return LostError(error, reached, begun)
+    return LostError(error, asked.body.sent, begun)

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 # connections that were refused and are still to be closed.
 _OTHER_FILES = 160
 _MOST_FAREWELLS = 32
-# What is read of one of those, for how long, and at once.
-_MOST_UNREAD, _FAREWELL_S, _PIECE = 16 << 20, 1.0, 1 << 16
+# What is read of one of those (a whole body), for how long, and at once.
+_MOST_UNREAD, _FAREWELL_S, _PIECE = 64 << 20, 1.0, 1 << 16
 _FEWEST = 16
 _QUIET_S = 60.0
 
@@ -207,18 +207,25 @@ def quiet_about_files(loop: asyncio.AbstractEventLoop) -> None:
     loop.set_exception_handler(handler)
 
 
-def room_for(most: int) -> int:
-    """How many connections fit into what this process may open; its limit is raised if need be."""
+def room_for(most: int, files_each: int = 1, others: int = 0) -> int:
+    """How many connections fit into what this process may open; its limit is raised if need be.
+
+    Args:
+        most: connections that are wanted.
+        files_each: open files for one of them.
+        others: files beside them, and beside what any server has.
+    """
     try:
         import resource
     except ImportError:  # Windows has no such limit
         return most
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most + _OTHER_FILES
+    others += _OTHER_FILES
+    wanted = files_each * most + others
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < allowed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    fitting = max(_FEWEST, allowed - _OTHER_FILES)
+    fitting = max(_FEWEST, (allowed - others) // files_each)
     if fitting < most:
         logger.warning(
             "at most %d connections instead of %d: this process may open %d files (ulimit -n)",

@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -32,9 +33,13 @@ _OPEN = frozenset(
     {"/health", "/ping", "/version", "/metrics", "/openapi.json", "/docs", "/favicon.ico"}
 )
 _PRIVATE = frozenset({"/metrics", "/openapi.json", "/docs"})
+# Starlette takes a path that ends in a line feed for the one without.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _CLIENT_GONE = 499
 _TURN_S = 0.001
+# For the rest of a body that nobody will read.
+_REST_S = 5.0
 # In the state of every request that arrives once the server is told to stop.
 STOPPING = "stopping"
 
@@ -108,6 +113,8 @@ class Gate:
                 meter = self._meters.of(state["caller"].key, state["caller"].limits)
                 error = _begun(meter)
             if error is not None:
+                if state.get(STOPPING) and "expect" not in headers:
+                    await body.pass_over()
                 await error.response()(scope, receive, sending)
                 return
             try:
@@ -125,6 +132,8 @@ class Gate:
         """Why nobody is answered now, or not by this name."""
         if scope.get("state", {}).get(STOPPING):
             return ApiError(503, "the server is shutting down", code="stopping", retry_after=5)
+        if _CONTROL.search(scope["path"]):
+            return ApiError(404, "there is nothing here")
         return self._hosts.error(headers.get("host"))
 
     def _admit(
@@ -220,6 +229,13 @@ class _Body:
         if length.isdecimal() and int(length) > self._options.max_body_bytes:
             return ApiError(413, self._too_large)
         return None
+
+    async def pass_over(self) -> None:
+        """Read what is left: a connection that is closed before is reset, and the answer lost."""
+        self._deadline = min(self._deadline, time.monotonic() + _REST_S)
+        with suppress(HTTPException):
+            while not self._done and (await self.receive())["type"] == "http.request":
+                pass
 
     async def receive(self) -> Message:
         if self._done:

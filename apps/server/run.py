@@ -59,6 +59,8 @@ class Server(uvicorn.Server):
         options: ServerOptions,
         registry: CollectorRegistry,
         on_stop: Callable[[], None] = lambda: None,
+        files_each: int = 1,
+        other_files: int = 0,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -76,9 +78,8 @@ class Server(uvicorn.Server):
                 ssl_keyfile=options.ssl_keyfile,
             )
         )
-        self._connections = Connections(
-            room_for(options.max_connections), options.max_connections_per_client, registry
-        )
+        room = room_for(options.max_connections, files_each, other_files)
+        self._connections = Connections(room, options.max_connections_per_client, registry)
         self._on_stop = on_stop
         self._timed = False
         self._limit_s = options.shutdown_timeout_s + MARGIN_S

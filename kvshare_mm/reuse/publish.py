@@ -123,17 +123,19 @@ class Publisher:
                 orders.append(self._queue.get(timeout=_RETRY_S if self._late else None))
                 while len(orders) < _BATCH:
                     orders.append(self._queue.get_nowait())
-            try:
-                for order in orders:
-                    if order is not None:
-                        self._take(*order)
-                self._write()
-            except Exception:
-                self._counters["shared_error"] += 1
-                logger.exception("shared donors: not published")
-            finally:
-                self._backlog.did(sum(order is not None for order in orders))
+            for order in orders:
+                if order is not None:
+                    self._tried(self._take, *order)
+            self._tried(self._write)
+            self._backlog.did(sum(order is not None for order in orders))
         self._drop()
+
+    def _tried(self, step: Callable[..., None], *given: Any) -> None:
+        try:
+            step(*given)
+        except Exception:
+            self._counters["shared_error"] += 1
+            logger.exception("shared donors: not published")
 
     def _drop(self) -> None:
         """Nobody shall wait for what there was no time for."""

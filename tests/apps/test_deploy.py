@@ -119,6 +119,13 @@ _CONTAINERS = {where: (words, environment) for where, words, environment in cont
 # -- commands ----------------------------------------------------------------------------------
 
 
+def test_a_router_does_not_take_the_connections_of_those_who_ask_after_health() -> None:
+    """A replica that has none left for probes would be taken for one that is stuck."""
+    behind = [parsed(words).params for words, _ in _CONTAINERS.values() if words[0] == "serve"]
+    assert len([b for b in behind if b["max_connections_per_client"] == 1024]) > 2
+    assert all(b["max_connections"] > b["max_connections_per_client"] for b in behind)
+
+
 @pytest.mark.parametrize("where", _CONTAINERS)
 def test_commands_are_understood(where: str, tiny_folder: Path) -> None:
     words, environment = _CONTAINERS[where]

@@ -194,3 +194,30 @@ def test_what_was_published_again_since_it_was_missed_stays(
     until(lambda: replica.found_when_up() == {1, 2}, 120)
     replica.publish(3)
     until(lambda: replica.found_when_up() == {1, 2, 3}, 120)
+
+
+def test_what_fails_takes_nothing_else_with_it(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deletion in the same batch is carried out."""
+    replica.publish(1, 2)
+    begun, go_on = threading.Event(), threading.Event()
+    stored = replica.publisher._stored
+
+    def failing(node_id: str, ns: str) -> StoredNode:
+        begun.set()
+        assert go_on.wait(30)
+        if node_id == f"{1:032x}":
+            raise MemoryError("no room for it")
+        return stored(node_id, ns)
+
+    monkeypatch.setattr(replica.publisher, "_stored", failing)
+    replica.publisher.publish(f"{3:032x}", "ns")
+    assert begun.wait(30)  # what comes now is one batch
+    replica.publisher.publish(f"{1:032x}", "ns")
+    replica.publisher.withdraw(f"{2:032x}", "ns")
+    go_on.set()
+    assert replica.publisher.flush(30)
+    assert replica.counters["shared_error"] == 1
+    assert not replica.tier.keep(f"{2:032x}", "ns")
+    assert replica.found() == {1, 3}

@@ -96,6 +96,29 @@ class Routed:
         return 0.0
 
 
+def dropping() -> tuple[str, list[int], Callable[[], None]]:
+    """A server that is healthy, and closes every other connection once it has read something."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    dropped: list[int] = []
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection:
+                read = connection.recv(65536)
+                if read.startswith(b"GET /health"):
+                    head = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+                    connection.sendall(head)
+                else:
+                    dropped.append(len(read))
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listening.getsockname()[1]}", dropped, listening.close
+
+
 def run_app(server: uvicorn.Server, listening: socket.socket) -> Callable[[], None]:
     """Serve in a thread; what is returned ends it."""
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

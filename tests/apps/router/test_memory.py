@@ -120,6 +120,7 @@ def test_those_used_longest_ago_are_forgotten_first() -> None:
     prompts = [chat(f"{word} " * 4 + word.upper() * 3) for word in ("a", "b", "c", "d")]
     for prompt in prompts[:3]:
         assert memory.add(prompt, 1)
+    assert memory.add(prompts[0], 1, answered=True) is None
     assert memory.add(prompts[0], 1) is None  # known, and used
     assert memory.shares(prompts[1], [1]) == {1: 1.0}  # so is this one
     memory.add(prompts[3], 1)

@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +21,7 @@ from kvshare_mm.apps.server.hosts import allowed_hosts
 from kvshare_mm.apps.server.options import ServerOptions
 
 from ...helpers import in_threads, until
-from .conftest import Route, Upstream, Upstreams, refusing, run_app
+from .conftest import Route, Upstream, Upstreams, dropping, plain, refusing, run_app
 
 _REPORT = "Patient 48210, haemoglobin 148 g/L, sodium 141 mmol/L, seen on the second floor, {}."
 _FULL = json.dumps({"error": {"code": "queue_full"}}).encode()
@@ -191,29 +190,6 @@ def test_heads() -> None:
 # -- what goes wrong ---------------------------------------------------------------------------
 
 
-def dropping() -> tuple[str, list[int], Callable[[], None]]:
-    """A server that is healthy, and closes every other connection once it has read something."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    dropped: list[int] = []
-
-    def serve() -> None:
-        while True:
-            try:
-                connection, _ = listening.accept()
-            except OSError:
-                return
-            with connection:
-                read = connection.recv(65536)
-                if read.startswith(b"GET /health"):
-                    head = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-                    connection.sendall(head)
-                else:
-                    dropped.append(len(read))
-
-    threading.Thread(target=serve, daemon=True).start()
-    return f"http://127.0.0.1:{listening.getsockname()[1]}", dropped, listening.close
-
-
 def test_a_replica_that_drops_requests_costs_none(upstreams: Upstreams, route: Route) -> None:
     [one] = upstreams(1)
     url, dropped, end = dropping()
@@ -299,7 +275,9 @@ def test_where_none_is_healthy_requests_are_sent_all_the_same(
     for upstream in behind:
         upstream.answer = refusing(503, b"", (b"retry-after", b"3"))
     assert routed.chat("hi").status_code == 503
-    assert sum(sent_to(behind)) == 2, "one that has no room is believed"
+    assert sum(sent_to(behind)) == 1 + 2, "each is asked before a client is refused"
+    behind[1].answer = plain
+    assert [routed.chat(f"hi {i}").status_code for i in range(8)] == [200] * 8
 
 
 def test_without_replicas_nothing_is_answered(route: Route) -> None:
@@ -455,7 +433,7 @@ def test_models_while_no_check_succeeds(upstreams: Upstreams, route: Route) -> N
     assert [model["id"] for model in routed.ask("GET", "/v1/models").json()["data"]] == ["a"]
 
 
-@pytest.mark.parametrize("size", [100, 5_000_000])
+@pytest.mark.parametrize("size", [100, 5_000_000, 24_000_000])
 def test_who_is_refused_a_connection_in_the_middle_of_a_body_goes_elsewhere(
     upstreams: Upstreams, route: Route, size: int
 ) -> None:

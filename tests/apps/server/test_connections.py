@@ -326,6 +326,53 @@ def test_connections_fit_into_the_files_of_the_process(
     assert changed == ([] if raised is None else [raised])
 
 
+@pytest.mark.parametrize(("allowed", "fitting"), [(4096, 1000), (1024, 304)])
+def test_some_connections_take_two_files(
+    monkeypatch: pytest.MonkeyPatch, allowed: int, fitting: int
+) -> None:
+    """A router's: the client's, and one to a replica."""
+    changed: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, allowed))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, to: changed.append(to))
+    assert connections.room_for(1000, files_each=2, others=256) == fitting
+    assert changed == [(min(allowed, 2 * 1000 + 160 + 256), allowed)]
+
+
+def test_who_sends_a_large_body_is_told_too(serve: Serve, beside: Executor) -> None:
+    """A connection that was closed before all of it is read would be reset, the answer lost."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/long":
+            begun.set()
+            await asyncio.to_thread(go_on.wait, 30)
+        await hello(scope, receive, send)
+
+    serving = serve(app, gated=True, shutdown_timeout_s=30.0)
+    url = f"http://127.0.0.1:{serving.port}"
+    headers = {"Authorization": "Bearer x"}
+
+    async def sent() -> list[int]:
+        limits = httpx2.Limits(keepalive_expiry=60)
+        async with (
+            httpx2.AsyncClient(base_url=url, headers=headers, timeout=30, limits=limits) as one,
+            httpx2.AsyncClient(base_url=url, headers=headers, timeout=30, limits=limits) as other,
+        ):
+            for client in (one, other):
+                assert (await client.get("/x")).status_code == 200
+            beside.submit(httpx2.get, f"{url}/long", headers=headers, timeout=30)
+            assert await asyncio.to_thread(begun.wait, 30)
+            serving.server.should_exit = True
+            await asyncio.to_thread(until, lambda: not serving.server.servers[0].is_serving())
+            replies = [await c.post("/x", content=b"x" * 8_000_000) for c in (one, other)]
+            return [reply.status_code for reply in replies]
+
+    try:
+        assert asyncio.run(sent()) == [503, 503]
+    finally:
+        go_on.set()
+
+
 @pytest.mark.parametrize(
     ("address", "client"),
     [

@@ -164,6 +164,22 @@ def test_wrong_keys_are_401(keyed: Keyed) -> None:
     assert running.ask("GET", "/v1/cache", keys["boss"]).status_code == 200
 
 
+@pytest.mark.parametrize("end", ["%0a", "%0d", "%00", "%7f", "%0a%0a"])
+def test_a_page_is_not_spelt_in_another_way(serve: Start, ring: Ring, end: str) -> None:
+    file, keys = ring
+    running = serve(keys_file=file, scope="tenant", admin_key=None, private_pages=True)
+    for path in (
+        "/v1/cache",
+        "/v1/cache/clear",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+        "/v1/models",
+    ):
+        for key in keys.values():
+            assert running.ask("GET", path + end, key).status_code == 404
+
+
 def test_without_a_file_only_the_admin_key_does(shared: Running) -> None:
     assert shared.chat("x").status_code == 200
     statuses = [shared.ask("GET", "/v1/cache", key).status_code for key in (None, "wrong", ADMIN)]
