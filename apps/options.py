@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -60,6 +61,17 @@ def config_values(options: Mapping[str, Any]) -> Values:
 def described(field: str) -> str:
     """What an option is, in words."""
     return str(KVShareConfig.model_fields[field].description)
+
+
+def between(least: float, most: float, words: str) -> Any:
+    """An option with bounds; those of older releases of typer let NaN pass."""
+    return typer.Option(min=least, max=most, callback=_no_nan, help=words)
+
+
+def _no_nan(value: float) -> float:
+    if math.isnan(value):
+        raise typer.BadParameter(f"{value} is no number.")
+    return value
 
 
 def config_options(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import BaseModel, Field, ValidationError
 from rich.table import Table
 
-from kvshare_mm.apps.size import read_curve
+from kvshare_mm.apps.options import between
+from kvshare_mm.apps.size import MOST, read_curve, wrong
 from kvshare_mm.apps.terminal import console, plain_errors
 from kvshare_mm.errors import ConfigError
 
@@ -18,44 +22,51 @@ if TYPE_CHECKING:
     from kvshare_mm.apps.router.simulation import Requests
 
 _MOST_CELLS = 1 << 28  # of what the router knows: a number for each family and replica
+_MOST_KEYS = 10**8  # families or users: arrays of this length are made
+
+
+class _Line(BaseModel):
+    """Of a trace."""
+
+    timestamp: float = Field(strict=True, ge=-1e20, le=1e20, allow_inf_nan=False)
+    input_length: int = Field(ge=0, le=MOST)
+    hash_ids: list[int | str] = Field(min_length=1)
 
 
 def simulate(
     replicas: Annotated[int, typer.Option(min=1, max=10_000, help="how many")] = 8,
-    requests: Annotated[int, typer.Option(min=1, help="of a trace, at most")] = 100_000,
+    requests: Annotated[int, typer.Option(min=1, max=MOST, help="of a trace, at most")] = 100_000,
     load: Annotated[
-        float, typer.Option(min=1e-3, help="arrivals: tokens over what replicas compute in time")
+        float, between(1e-3, 1e6, "arrivals: tokens over what replicas compute in time")
     ] = 0.7,
     tokens_per_second: Annotated[
-        float, typer.Option(min=1e-3, help="of prompts, that a replica computes")
+        float, between(1e-3, MOST, "of prompts, that a replica computes")
     ] = 10_000,
-    cache_gib: Annotated[float, typer.Option(min=0, help="for donors, of each replica")] = 64,
+    cache_gib: Annotated[float, between(0, MOST, "for donors, of each replica")] = 64,
     bytes_per_token: Annotated[
-        int, typer.Option(min=1, help="of KV, as `kvshare size` says")
+        int, typer.Option(min=1, max=MOST, help="of KV, as `kvshare size` says")
     ] = 131_072,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="of each request")] = 2000,
-    families: Annotated[int, typer.Option(min=1, help="kinds of alike requests")] = 10_000,
-    zipf: Annotated[
-        float, typer.Option(min=0, help="the k-th family is asked 1 / k^ZIPF as often")
-    ] = 1.0,
-    share: Annotated[
-        float, typer.Option(min=0, max=1, help="of a prompt, found where its family's donor is")
-    ] = 0.8,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="of each request")] = 2000,
+    families: Annotated[
+        int, typer.Option(min=1, max=_MOST_KEYS, help="kinds of alike requests")
+    ] = 10_000,
+    zipf: Annotated[float, between(0, 10, "the k-th family is asked 1 / k^ZIPF as often")] = 1.0,
+    share: Annotated[float, between(0, 1, "of a prompt, found where its family's donor is")] = 0.8,
     similarity: Annotated[
         Path | None,
         typer.Option(help="instead: shares drawn from what `kvshare bench hitrate --json` wrote"),
     ] = None,
-    same_start: Annotated[
-        float, typer.Option(min=0, max=1, help="requests that begin as their family does")
-    ] = 0.5,
-    users: Annotated[int, typer.Option(min=1, help="each asks requests of all families")] = 10_000,
+    same_start: Annotated[float, between(0, 1, "requests that begin as their family does")] = 0.5,
+    users: Annotated[
+        int, typer.Option(min=1, max=_MOST_KEYS, help="each asks requests of all families")
+    ] = 10_000,
     trace: Annotated[
         Path | None,
         typer.Option(
             help="instead of what is drawn: JSON Lines of timestamp (ms), input_length, hash_ids"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of what is drawn")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON")] = False,
 ) -> None:
     """Which way of routing suits your traffic: arrivals over replicas with queues and caches.
@@ -65,7 +76,7 @@ def simulate(
     prompt begins; `two choices` hashes beginnings to two replicas and caps their load; `kvshare` is
     what `kvshare route` does.
     """
-    with plain_errors():
+    with plain_errors(), _in_memory():
         import numpy as np
 
         from kvshare_mm.apps.router.simulation import POLICIES
@@ -97,6 +108,14 @@ def simulate(
         over = f"{rate:,.4g} a second, over {replicas:,} replicas"
         title = f"First token of {len(made.at):,} requests, {over}"
         console.print(_table(title, found))
+
+
+@contextmanager
+def _in_memory() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise ConfigError("requests, families, users: so many need more memory") from error
 
 
 def drawn(
@@ -138,21 +157,24 @@ def traced(path: Path, most: int) -> Requests:
 
     from kvshare_mm.apps.router.simulation import Requests
 
-    numbers: dict[tuple[int, ...], int] = {}
-    seen: set[int] = set()
+    numbers: dict[tuple[int | str, ...], int] = {}
+    seen: set[int | str] = set()
     rows = []
     try:
-        with path.open(encoding="utf-8") as lines:
-            for line, _ in zip(lines, range(most), strict=False):
-                row = json.loads(line)
-                blocks, tokens = row["hash_ids"], int(row["input_length"])
+        with path.open("rb") as lines:
+            for text, _ in zip(lines, range(most), strict=False):
+                line = _Line.model_validate_json(text)
+                blocks, tokens = line.hash_ids, line.input_length
                 known = next((n for n, b in enumerate(blocks) if b not in seen), len(blocks))
                 seen.update(blocks)
                 family = numbers.setdefault(tuple(blocks[:2]), len(numbers))
                 shared = tokens * known // len(blocks)
-                rows.append((row["timestamp"] / 1000, max(tokens, 1), family, shared))
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise ConfigError(f"trace: {path}, line {len(rows) + 1}: {error!r}") from error
+                rows.append((line.timestamp / 1000, max(tokens, 1), family, shared))
+    except OSError as error:
+        raise ConfigError(f"trace: cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        why = wrong(error).partition(" at line ")[0]  # of this one line
+        raise ConfigError(f"trace: {path}, line {len(rows) + 1}: {why}") from error
     if not rows:
         raise ConfigError(f"trace: {path} has no requests")
     columns = [np.array(column) for column in zip(*sorted(rows), strict=True)]
@@ -165,7 +187,7 @@ def timed(requests: Requests, rate: float) -> Requests:
     from dataclasses import replace
 
     at = requests.at - requests.at[0]
-    span = float(at[-1]) or 1.0
+    span = float(at[-1]) if at[-1] > 1e-9 else 1.0  # all at once
     return replace(requests, at=at * (len(at) / rate / span))
 
 

@@ -8,22 +8,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from kvshare_mm.apps.options import described
+from kvshare_mm.apps.options import between, described
 from kvshare_mm.apps.terminal import plain_errors
 from kvshare_mm.errors import ConfigError
 
 _GIB, _DAY_S = 2**30, 86_400
+MOST = 10**9  # of tokens, GiB, TFLOP/s and the like: more than anybody has, and no sum overflows
 
 console = Console()
 
 
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
 class _Method(BaseModel):
-    token_share: float
-    shares: list[float] = []
+    token_share: _Share
+    shares: list[_Share] = []
 
 
 class _Pool(BaseModel):
@@ -33,7 +37,7 @@ class _Pool(BaseModel):
 class Curve(BaseModel):
     """What is read of a report of `kvshare bench hitrate`: token shares by donors kept."""
 
-    pool_sizes: dict[int, _Pool]
+    pool_sizes: dict[Annotated[int, Field(ge=1)], _Pool]
 
     def share(self, method: str, donors: float) -> float:
         """Straight between the measured pools over the logarithm of their sizes, and flat beyond
@@ -49,18 +53,16 @@ class Curve(BaseModel):
 
 def size(
     model: Annotated[str, typer.Option(help=f"{described('model')}; config.json alone will do")],
-    requests_per_day: Annotated[float, typer.Option(min=1, help="requests a day")],
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="of a usual request")] = 2000,
-    answer_tokens: Annotated[int, typer.Option(min=0, help="of a usual request")] = 200,
-    host_gib: Annotated[float, typer.Option(min=0, help="`--host-gib` of the server")] = 2,
-    disk_gib: Annotated[float, typer.Option(min=0, help="`--disk-gib` of the server")] = 20,
+    requests_per_day: Annotated[float, between(1, 10**12, "requests a day")],
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="of a usual request")] = 2000,
+    answer_tokens: Annotated[int, typer.Option(min=0, max=MOST, help="of a usual request")] = 200,
+    host_gib: Annotated[float, between(0, MOST, "`--host-gib` of the server")] = 2,
+    disk_gib: Annotated[float, between(0, MOST, "`--disk-gib` of the server")] = 20,
     dtype: Annotated[
         str, typer.Option(help="of the KV; auto: as the model's config has it; or q8_0")
     ] = "auto",
-    gpu_tflops: Annotated[float, typer.Option(min=1e-3, help="that prefill reaches")] = 100,
-    gpu_gbps: Annotated[
-        float, typer.Option(min=1e-3, help="GB/s from where KV lies to the device")
-    ] = 25,
+    gpu_tflops: Annotated[float, between(1e-3, MOST, "that prefill reaches")] = 100,
+    gpu_gbps: Annotated[float, between(1e-3, MOST, "GB/s from where KV lies to the device")] = 25,
     similarity: Annotated[
         Path | None, typer.Option(help="your traffic: what `kvshare bench hitrate --json` wrote")
     ] = None,
@@ -155,12 +157,19 @@ def read_curve(path: Path) -> Curve:
             raise ValueError("no pool was measured")
         for method in ("prefix", "kvshare"):
             curve.share(method, 1)
-    except (OSError, ValidationError, ValueError, KeyError) as error:
-        why = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError) as error:
+        why = wrong(error) if isinstance(error, ValidationError) else str(error)
         raise ConfigError(
             f"similarity: {path} is not what `kvshare bench hitrate --json` writes: {why}"
         ) from error
     return curve
+
+
+def wrong(error: ValidationError) -> str:
+    """What is wrong first, and where."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else first["msg"]
 
 
 def _table(found: dict[str, Any]) -> Table:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import get_args
+
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from kvshare_mm.apps.cli import app
 from kvshare_mm.apps.options import FIELDS, Values, config_options, config_values, described
+from kvshare_mm.apps.simulate import simulate
+from kvshare_mm.apps.size import size
 from kvshare_mm.config import KVShareConfig
+
+from .conftest import Run
 
 _COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 # A server decodes what strangers send.
@@ -24,6 +32,33 @@ def test_an_option_says_what_its_field_says(command: str) -> None:
         default = _STRICTER.get(field, KVShareConfig.model_fields[field].default)
         assert config_values({option.name: option.default}) == {field: default}
     assert len(options) == {"demo": 0, "generate": 3, "chat": 3, "serve": 25}[command]
+
+
+_ASKED = {simulate: ["simulate"], size: ["size", "--model", "none", "--requests-per-day", "9"]}
+_NUMBERS = {
+    (function, f"--{name.replace('_', '-')}"): get_args(parameter.annotation)[1]
+    for function in _ASKED
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
+    if get_args(parameter.annotation)[0] in (int, float)
+}
+
+
+@pytest.mark.parametrize(
+    "value", ["nan", "inf", "-inf", "-1", "1e400", pytest.param("9" * 5000, id="huge")]
+)
+@pytest.mark.parametrize(("function", "option"), _NUMBERS)
+def test_a_number_that_makes_no_sense_is_refused(
+    run: Run, function: Callable[..., None], option: str, value: str
+) -> None:
+    result = run(*_ASKED[function], option, value)
+    assert result.exit_code == 2
+    assert f"'{option}'" in result.output and "Traceback" not in result.output
+
+
+def test_they_are_all_bounded() -> None:
+    assert len(_NUMBERS) == 20
+    assert {name for name, kind in _NUMBERS.items() if kind.max is None} == {(simulate, "--seed")}
+    assert _NUMBERS[simulate, "--requests"].max >= 10**9
 
 
 def _called(*words: str) -> Values:

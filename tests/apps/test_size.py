@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 
 from kvshare_mm import ConfigError, ModelLoadError
 from kvshare_mm.apps.size import measure_size
@@ -118,3 +119,44 @@ def test_another_file_is_no_curve(tmp_path: Path, text: str) -> None:
     (tmp_path / "curve").write_text(text)
     with pytest.raises(ConfigError, match="hitrate --json"):
         measured(config_only(tmp_path), similarity=tmp_path / "curve")
+
+
+_METHODS = ("prefix", "kvshare")
+
+
+@pytest.mark.parametrize("command", ["size", "simulate"])
+@pytest.mark.parametrize("share", ["7", "-0.4", "1.0001", "NaN", "Infinity", "1e400", '"x"'])
+@pytest.mark.parametrize("field", ["token_share", "shares"])
+def test_a_share_is_between_none_and_all(
+    run: Run, tmp_path: Path, command: str, share: str, field: str
+) -> None:
+    pools: dict[str, Any] = {"9": {"methods": {m: {"token_share": 0.5} for m in _METHODS}}}
+    pools["9"]["methods"]["kvshare"][field] = [0.5, "?"] if field == "shares" else "?"
+    (path := tmp_path / "curve").write_text(json.dumps({"pool_sizes": pools}).replace('"?"', share))
+    done = _with_curve(run, command, path)
+    assert done.exit_code == 1
+    assert done.output.startswith(f"Error: similarity: {path}")
+    assert f"pool_sizes.9.methods.kvshare.{field}" in done.output
+
+
+@pytest.mark.parametrize("size", ["-10", "0", "x"])
+def test_a_pool_has_donors(run: Run, tmp_path: Path, size: str) -> None:
+    pools = {size: {"methods": {m: {"token_share": 0.5} for m in _METHODS}}}
+    (path := tmp_path / "curve").write_text(json.dumps({"pool_sizes": pools}))
+    done = _with_curve(run, "size", path)
+    assert done.exit_code == 1 and f"{path}" in done.output and f".{size}." in done.output
+
+
+def _with_curve(run: Run, command: str, curve: Path) -> Result:
+    asked = ("--model", config_only(curve.parent), "--requests-per-day", 9)
+    return run(command, *(asked if command == "size" else ()), "--similarity", curve)
+
+
+@pytest.mark.parametrize("number", [10**9, 1e-3])
+def test_the_ends_of_the_bounds_give_numbers(run: Run, tmp_path: Path, number: float) -> None:
+    asked = ("size", "--model", config_only(tmp_path), "--requests-per-day", 10**12)
+    names = ("--host-gib", "--disk-gib", "--gpu-tflops", "--gpu-gbps")
+    options = [word for name in names for word in (name, number)]
+    done = run(*asked, *options, "--prompt-tokens", 10**9, "--answer-tokens", 10**9, "--json")
+    assert done.exit_code == 0, done.output
+    json.loads(done.output, parse_constant=pytest.fail)  # NaN or an infinity

@@ -114,12 +114,69 @@ def test_a_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [("", "has no requests"), ("{}", "line 1"), ('{"timestamp": 0}', "line 1"), ("[", "line 1"),
+     ("[" * 9999, "line 1: Invalid JSON: [^0-9]*$"), ("[1]", "line 1: .* object"),
      ('{"timestamp": 0, "input_length": 5, "hash_ids": []}', "line 1")],
 )  # fmt: skip
 def test_another_file_is_no_trace(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "trace").write_text(text)
     with pytest.raises(ConfigError, match=said):
         traced(tmp_path / "trace", 10)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("timestamp", value) for value in ("NaN", "-Infinity", "1e400", "1e300", '"0"', "null")),
+        *(("input_length", value) for value in ("1e400", "1e30", "-5", "NaN", "9" * 20, "0.5")),
+        *(("hash_ids", value) for value in ("[NaN]", "[[1]]", '"ab"', "{}")),
+    ],
+)
+def test_a_line_of_a_trace_that_makes_no_sense_is_named(
+    run: Run, tmp_path: Path, field: str, value: str
+) -> None:
+    good = {"timestamp": "0", "input_length": "5", "hash_ids": "[1]"}
+    rows = [good, {**good, field: value}]
+    lines = ["{" + ", ".join(f'"{name}": {v}' for name, v in row.items()) + "}" for row in rows]
+    (path := tmp_path / "trace").write_text("\n".join(lines))
+    done = run("simulate", "--trace", path)
+    assert done.exit_code == 1
+    assert done.output.startswith(f"Error: trace: {path}, line 2: {field}")
+    assert done.output.count("\n") == 1
+
+
+def test_a_trace_that_cannot_be_read(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "trace").write_bytes(b"\xff\xfe\n")
+    for path, said in ((tmp_path / "trace", ", line 1"), (tmp_path, ": Is a directory")):
+        done = run("simulate", "--trace", path)
+        assert done.exit_code == 1 and f"{path}{said}" in done.output
+
+
+def test_a_trace_whose_requests_come_all_at_once(run: Run, tmp_path: Path) -> None:
+    line = '{"timestamp": %s, "input_length": 5, "hash_ids": ["a", 1]}\n'
+    (path := tmp_path / "trace").write_text(line % "0" + line % "1e-320")
+    done = run("simulate", "--trace", path, "--json")
+    assert done.exit_code == 0, done.output
+    assert all(row["ttft_p50_s"] > 0 for row in json.loads(done.output)["policies"].values())
+
+
+def test_the_largest_numbers_give_numbers(run: Run) -> None:
+    asked = ("--prompt-tokens", "--bytes-per-token", "--tokens-per-second", "--cache-gib")
+    most = [word for name in asked for word in (name, 10**9)]
+    for load, zipf in ((1e-3, 10), (1e6, 0)):
+        done = run("simulate", "--requests", 50, *most, "--load", load, "--zipf", zipf, "--json")
+        assert done.exit_code == 0, done.output
+        for row in json.loads(done.output)["policies"].values():
+            assert 0 < row["ttft_p50_s"] <= row["ttft_p99_s"] < 1e12
+            assert 0 < row["computed"] <= 1 <= row["busiest"]
+
+
+def test_more_than_memory_holds_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(*_: Any) -> Requests:
+        raise MemoryError
+
+    monkeypatch.setattr("kvshare_mm.apps.simulate.drawn", drawn)
+    done = run("simulate", "--requests", 10**9)
+    assert done.exit_code == 1 and done.output.startswith("Error: requests")
 
 
 def test_the_command(run: Run, tmp_path: Path) -> None:
