@@ -91,6 +91,8 @@ class DiskTier:
         self._changing = threading.Lock()
         self._lock = threading.Lock()
         self._doomed: set[str] = set()  # deleted, but for their files
+        self._num_written = 0
+        self._written: dict[str, int] = {}  # of nodes here that were written since: which write
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._used = FolderLock(self.folder)
@@ -131,11 +133,15 @@ class DiskTier:
                     num_bytes = write_node(self._path(node_id), stored, durable=self._durable)
                     with self._lock:
                         self._doomed.discard(node_id)
+                        self._num_written += 1
+                        self._written[node_id] = self._num_written
                         evicted = self._ledger.admit(node_id, num_bytes)
+                        for evicted_id in evicted:
+                            self._written.pop(evicted_id, None)
                 for evicted_id in evicted:
                     self._unlink(self._path(evicted_id))
         finally:
-            self._unlink_doomed()
+            self.clean(0.0)
         return [*lost, *evicted]
 
     def get(self, node_id: str) -> StoredNode:
@@ -148,12 +154,13 @@ class DiskTier:
         with self._lock:
             if node_id not in self._ledger:
                 raise KVUnavailableError("evicted", f"node {node_id} is not in {self.folder}")
+            begun = self._written.get(node_id)
         path = self._path(node_id)
         try:
             stored = read_node(path)
             self._check(path, stored.node, stored.embedding, stored.kv)
         except KVUnavailableError as error:
-            self._drop_unreadable(node_id, error)
+            self._drop_unreadable(node_id, error, begun)
             raise
         self.touch(node_id)
         # The modification time carries the order of use over a restart; losing it loses no data.
@@ -171,10 +178,38 @@ class DiskTier:
 
         Its file goes at once, or when what is written now is.
         """
+        self.forget(node_id)
+        self.clean(0.0)
+
+    def forget(self, node_id: str) -> None:
+        """Delete a node but for its file, which the next `clean` removes: waits for no disk."""
         with self._lock:
-            self._ledger.discard(node_id)
-            self._doomed.add(node_id)
-        self._unlink_doomed()
+            self._discard(node_id)
+
+    def clean(self, timeout_s: float | None) -> bool:
+        """Remove the files of deleted nodes.
+
+        Args:
+            timeout_s: for what is written or removed now; 0: that one removes them in its turn;
+                None: there is no limit.
+
+        Returns:
+            Whether those deleted before the call are gone.
+        """
+        # Looked at again once the lock is free, as whoever dooms a node meanwhile does not get it.
+        waits = timeout_s != 0
+        while waits or self._doomed:
+            if not self._changing.acquire(timeout=-1 if timeout_s is None else timeout_s):
+                return False
+            waits = False
+            try:
+                with self._lock:
+                    doomed, self._doomed = self._doomed, set()
+                for node_id in doomed:
+                    self._unlink(self._path(node_id))
+            finally:
+                self._changing.release()
+        return True
 
     def records(self) -> Iterator[tuple[Node, np.ndarray | None]]:
         """Yield node and embedding (``[dim]`` float32, or None) of all nodes held now.
@@ -183,10 +218,11 @@ class DiskTier:
         that vanish or turn out damaged meanwhile are left out.
         """
         for node_id in self:
+            begun = self._written.get(node_id)
             try:
                 node, embedding = self._record(self._path(node_id))
             except KVUnavailableError as error:
-                self._drop_unreadable(node_id, error)
+                self._drop_unreadable(node_id, error, begun)
             else:
                 yield node, embedding
 
@@ -319,29 +355,31 @@ class DiskTier:
         except NotFiniteError as error:  # an older version stored such nodes
             raise KVUnavailableError("corrupt", f"{path}: {error}") from error
 
-    def _drop_unreadable(self, node_id: str, error: KVUnavailableError) -> None:
-        """Forget a node that is gone or damaged; one that could not be read may be next time."""
-        self._note(error)
-        if error.reason == "newer_format":  # another process, of a later version, wrote it
-            with self._lock:
-                self._ledger.discard(node_id)
-        elif error.reason != "io_error":
-            # Also when it is gone: it may have been written again since it was looked for.
-            self.delete(node_id)
+    def _drop_unreadable(self, node_id: str, error: KVUnavailableError, begun: int | None) -> None:
+        """Forget a node that is gone or damaged; one that could not be read may be next time.
 
-    def _unlink_doomed(self) -> None:
-        """Remove the files of deleted nodes, unless one is being written: its writer does it then.
-
-        Looked at again once the lock is free, as whoever dooms a node meanwhile does not get it.
+        Args:
+            begun: which write it came from when reading began: a newer one is not forgotten.
         """
-        while self._doomed and self._changing.acquire(blocking=False):
-            try:
-                with self._lock:
-                    doomed, self._doomed = self._doomed, set()
-                for node_id in doomed:
-                    self._unlink(self._path(node_id))
-            finally:
-                self._changing.release()
+        self._note(error)
+        if error.reason == "io_error":
+            return
+        with self._lock:
+            if self._written.get(node_id) != begun:
+                return
+            if error.reason == "newer_format":  # another process, of a later version, wrote it
+                self._ledger.discard(node_id)
+                self._written.pop(node_id, None)
+            else:
+                # Also when it is gone: another process may have written it again since.
+                self._discard(node_id)
+        self.clean(0.0)
+
+    def _discard(self, node_id: str) -> None:
+        """`_lock` held."""
+        self._ledger.discard(node_id)
+        self._written.pop(node_id, None)
+        self._doomed.add(node_id)
 
     def _note(self, error: KVUnavailableError) -> None:
         if error.reason == "corrupt":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
@@ -16,9 +16,12 @@ from kvshare_mm.node import Node
 from kvshare_mm.store.base import NodeKV, StoredNode, check_finite
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import HostTier, ram_bytes
+from kvshare_mm.store.write_queue import WriteQueue, write
 
 logger = logging.getLogger(__name__)
 
+# A disk that has written nothing for so long is not waited for at the end.
+_STALLED_S = 60.0
 
 Lasting = Literal["now", "borrowed", "never"]
 
@@ -61,13 +64,12 @@ class TieredStore:
         # Taken before the locks of the tiers, and not held while a node is read or written: a slow
         # disk must not hold up what RAM can answer.
         self._changed = threading.Condition()
-        self._queue: OrderedDict[str, StoredNode] = OrderedDict()
-        self._failures_told = 0
+        self._queue = WriteQueue(host.peek)
         self._writing: str | None = None
         self._doomed: set[str] = set()  # deleted while they are written
-        self._unwritten: set[str] = set()  # to be written with the next that borrows from them
-        self._versions: dict[str, int] = {}  # how often a node was put
-        self._flushes: list[set[str]] = []  # what each waits for
+        self._num_writes = 0
+        self._num_puts = 0
+        self._versions: dict[str, int] = {}  # at which put a node came
         self._resident: set[str] = {*host, *(disk or ())}  # what `on_gone` was not called for
         self._closing = disk is None
         self._writer: threading.Thread | None = None
@@ -111,10 +113,7 @@ class TieredStore:
                 message = f"node {node_id} is of {stored.node.namespace!r}, not of {namespace!r}"
                 raise KVUnavailableError("wrong_namespace", message)
         except KVUnavailableError as error:
-            with self._changed:
-                self._count(f"read_{error.reason}")
-                gone = self._forget([node_id])
-            self._announce(gone)
+            self._unreadable(node_id, error)
             raise
         if promote:
             self._promote(stored, version)
@@ -140,6 +139,7 @@ class TieredStore:
                 stored = self._from_disk(node_id)
             except KVUnavailableError as error:
                 logger.debug("no embedding for node %s: %s", node_id, error)
+                self._unreadable(node_id, error)
                 return False
         self._check(stored.node, embedding)
         with self._changed:
@@ -158,12 +158,14 @@ class TieredStore:
         with self._changed:
             if self._writing == node_id:
                 self._doomed.add(node_id)  # it would come back after it was deleted
-            self._queue.pop(node_id, None)
+            self._queue.drop(node_id)
             self._host.delete(node_id)
             if self._disk is not None:
-                self._disk.delete(node_id)
+                self._disk.forget(node_id)
             gone = self._forget([node_id])
             self._changed.notify_all()
+        if self._disk is not None:
+            self._disk.clean(0.0)
         self._announce(gone)
 
     def resident(self, node_id: str) -> Literal["host", "disk"] | None:
@@ -197,7 +199,14 @@ class TieredStore:
         self._announce(gone)
 
     def touch(self, node_id: str) -> None:
-        """Mark a node as just used, in every tier; an unknown id is ignored."""
+        """Mark a node as just used, in every tier; an unknown id is ignored.
+
+        One that was for the disk only with a borrower goes there now.
+        """
+        with self._changed:
+            if not self._closing:
+                self._queue.add_waiting(node_id)
+                self._changed.notify_all()
         self._host.touch(node_id)
         if self._disk is not None:
             self._disk.touch(node_id)
@@ -218,29 +227,37 @@ class TieredStore:
         """Wait until what is in the write queue now is written, and what was deleted is gone.
 
         Returns:
-            True if it is, and all writes since the last flush succeeded; False after `timeout_s`
-            seconds or if a write failed (see `counters`).
+            True if it is, and so is what failed before and no flush was told of; False after
+            `timeout_s` seconds or if a write failed (see `counters`).
         """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            given, deleted = set(self._queue), set(self._doomed)
-            self._flushes.append(given)
+            flush, deleted = self._queue.begin_flush(), set(self._doomed)
             written = self._changed.wait_for(
-                lambda: given.isdisjoint(self._queue) and deleted.isdisjoint(self._doomed),
+                lambda: flush.given.isdisjoint(self._queue) and deleted.isdisjoint(self._doomed),
                 timeout_s,
             )
-            self._flushes = [each for each in self._flushes if each is not given]
-            failures = self._num_failed_writes()
-            succeeded = failures == self._failures_told
-            self._failures_told = failures
-            return written and succeeded
+            self._queue.end_flush(flush)
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        cleaned = self._disk is None or self._disk.clean(left)
+        return written and cleaned and not flush.failed
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Write what is queued, then stop the writer. What is put later stays in RAM only."""
+        """Write what is queued, then stop the writer. What is put later stays in RAM only.
+
+        Args:
+            timeout_s: None: as long as it takes, unless the disk hangs.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         if self._writer is not None:
-            self._writer.join(timeout_s)
+            before = -1
+            while self._writer.is_alive() and before != self._num_writes:
+                before = self._num_writes
+                self._writer.join(_STALLED_S if timeout_s is None else timeout_s)
+                if timeout_s is not None:
+                    break
             if self._writer.is_alive():
                 logger.warning("closed with %d nodes not on disk yet", len(self._queue))
             elif self._disk is not None:
@@ -260,33 +277,19 @@ class TieredStore:
         node_id = stored.node.node_id
         self._resident.add(node_id)
         self._doomed.discard(node_id)
-        self._versions[node_id] = self._versions.get(node_id, 0) + 1
+        self._num_puts += 1
+        self._versions[node_id] = self._num_puts
         on_disk = self._disk is not None and node_id in self._disk
         older = on_disk or node_id in self._queue or node_id == self._writing
         if (lasting == "now" or older) and not self._closing:
-            self._queue_up(stored)
+            self._queue.add(stored)
             self._changed.notify_all()
         elif lasting == "borrowed":
-            self._unwritten.add(node_id)
+            self._queue.add_later(node_id)
         return self._settle(self._host.put(stored))
 
-    def _queue_up(self, stored: StoredNode) -> None:
-        """Lock held. A node for the disk, and whom it borrows from: without them it is of no use
-        there."""
-        self._queue_owners(stored)
-        self._queue[stored.node.node_id] = stored
-        self._unwritten.discard(stored.node.node_id)
-
-    def _queue_owners(self, stored: StoredNode) -> set[str]:
-        """Lock held. Those that were not for the disk yet; returns them."""
-        owners = self._unwritten.intersection(stored.node.owners)
-        for owner in owners:
-            if (held := self._host.peek(owner)) is not None:
-                self._queue_up(held)
-        return owners
-
     def _from_ram(self, node_id: str) -> tuple[StoredNode | None, int | None]:
-        """A node, and how often it was put."""
+        """A node, and at which put it came."""
         with self._changed:
             version = self._versions.get(node_id)
             if node_id not in self._host:
@@ -298,9 +301,15 @@ class TieredStore:
             return self._host.get(node_id), version
 
     def _from_disk(self, node_id: str) -> StoredNode:
-        if self._disk is None:
+        if self._disk is None or node_id in self._doomed:
             raise KVUnavailableError("evicted", f"node {node_id} is not stored")
         return self._disk.get(node_id)
+
+    def _unreadable(self, node_id: str, error: KVUnavailableError) -> None:
+        with self._changed:
+            self._count(f"read_{error.reason}")
+            gone = self._forget([node_id])
+        self._announce(gone)
 
     def _promote(self, stored: StoredNode, version: int | None) -> None:
         node_id = stored.node.node_id
@@ -315,20 +324,23 @@ class TieredStore:
         """Lock held."""
         if node_id in self._host or node_id in self._queue:
             return "host"
-        return "disk" if self._disk is not None and node_id in self._disk else None
+        if self._disk is None or node_id in self._doomed:
+            return None
+        return "disk" if node_id in self._disk else None
 
     def _settle(self, evicted: Iterable[str]) -> list[str]:
         """Lock held. Decide what the host tier's evictions mean; return what is gone."""
         for node_id in evicted:
             if node_id not in self._queue or node_id == self._writing:
                 continue
-            queued_only = [s for held, s in self._queue.items() if held not in self._host]
-            num_bytes = sum(map(ram_bytes, queued_only))
+            queued_only = [n for n in self._queue if n not in self._host]
+            num_bytes = sum(ram_bytes(s) for s in map(self._queue.get, queued_only) if s)
             if len(queued_only) > 1 and num_bytes > self._max_queued_bytes:
-                del self._queue[node_id]
-                if self._disk is not None and node_id in self._disk:
-                    self._disk.delete(node_id)  # an older version
-                self._write_failed("queue_full", f"no room to hold node {node_id} until written")
+                self._queue.drop(node_id)
+                if self._disk is not None:
+                    self._disk.forget(node_id)  # an older version; the writer removes its file
+                full = f"no room to hold node {node_id} until written"
+                self._write_failed(node_id, "queue_full", full)
         return self._forget(evicted)
 
     def _forget(self, node_ids: Iterable[str]) -> list[str]:
@@ -336,7 +348,7 @@ class TieredStore:
         candidates = dict.fromkeys(node_ids)
         gone = [n for n in candidates if n in self._resident and self._locate(n) is None]
         self._resident.difference_update(gone)
-        self._unwritten.difference_update(gone)
+        self._queue.forget(gone)
         for node_id in gone:
             self._versions.pop(node_id, None)
         return gone
@@ -355,35 +367,33 @@ class TieredStore:
                 self._changed.wait_for(lambda: self._queue or self._closing)
                 if not self._queue:
                     return
-                node_id, stored = next(iter(self._queue.items()))
-                self._writing = node_id
-            dropped, failure = _write(disk, stored)
+                stored = self._queue.first()
+                node_id = self._writing = stored.node.node_id
+            recreated = disk.num_recreated
+            dropped, failure = write(disk, stored)
             with self._changed:
                 self._writing = None
-                if self._queue.get(node_id) is stored:  # else a newer version waits
-                    del self._queue[node_id]
+                self._num_writes += 1
                 if failure is not None:
-                    self._write_failed(*failure)
+                    self._write_failed(node_id, *failure)
                 if node_id in self._doomed:
+                    disk.forget(node_id)
                     self._doomed.discard(node_id)
-                    disk.delete(node_id)
-                # What RAM still has goes to disk again with the next that borrows from it.
-                lost = {*dropped, node_id} if failure else {*dropped}
-                if failure is not None and failure[0] == "too_large":
-                    lost.discard(node_id)
-                self._unwritten.update(n for n in lost if n in self._host and n not in self._queue)
-                if failure is None:
-                    again = self._queue_owners(stored)
-                    for given in self._flushes:
-                        given.update(again if node_id in given else ())
+                # What the disk has no room for is not tried again and again.
+                lost = {*dropped} if disk.num_recreated > recreated else set()
+                if failure is not None and failure[0] != "too_large":
+                    lost.add(node_id)
+                self._queue.done(stored, failure is not None, lost)
                 if disk.num_recreated:
                     self.counters["folder_recreated"] = disk.num_recreated
                 gone = self._forget([node_id, *dropped])
                 self._changed.notify_all()
+            disk.clean(0.0)
             self._announce(gone)
 
-    def _write_failed(self, reason: str, message: str) -> None:
+    def _write_failed(self, node_id: str, reason: str, message: str) -> None:
         """Lock held. Count a node that is not on disk; log the first of each reason."""
+        self._queue.failed(node_id)
         name = f"write_{reason}"
         self._count(name)
         if self.counters[name] == 1:
@@ -391,23 +401,3 @@ class TieredStore:
 
     def _count(self, name: str) -> None:
         self.counters[name] = self.counters.get(name, 0) + 1
-
-    def _num_failed_writes(self) -> int:
-        return sum(n for name, n in self.counters.items() if name.startswith("write_"))
-
-
-def _write(disk: DiskTier, stored: StoredNode) -> tuple[list[str], tuple[str, str] | None]:
-    """Return the ids that left the disk, and reason and message if the node itself is not on it."""
-    node_id = stored.node.node_id
-    try:
-        dropped = disk.put(stored)
-    except KVUnavailableError as error:
-        disk.delete(node_id)  # an older version, which the tree knows no more
-        return [], (error.reason, str(error))
-    except Exception as error:
-        # The thread must outlive a bug, or every later node would wait for it in RAM.
-        logger.exception("writing node %s", node_id)
-        disk.delete(node_id)
-        return [], ("internal", str(error))
-    too_large = ("too_large", f"node {node_id} does not fit on disk beside what is pinned")
-    return dropped, too_large if node_id in dropped else None

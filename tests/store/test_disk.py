@@ -14,8 +14,9 @@ import torch
 
 from kvshare_mm.errors import KVUnavailableError, StoreError
 from kvshare_mm.node import Node
+from kvshare_mm.store import disk
 from kvshare_mm.store.base import StoredNode
-from kvshare_mm.store.codec import TEMP_SUFFIX
+from kvshare_mm.store.codec import TEMP_SUFFIX, read_node
 from kvshare_mm.store.disk import NODE_SUFFIX, DiskTier
 
 BUDGET = 1 << 24
@@ -225,3 +226,28 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path, place):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="Give a folder"):
         DiskTier(tmp_path / place, BUDGET)
+
+
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+def test_who_could_not_read_a_file_does_not_remove_a_newer_one(
+    tmp_path, make_stored, monkeypatch, how
+):
+    tier = DiskTier(tmp_path, 1 << 24)
+    tier.put(make_stored("a"))
+    [file] = node_files(tmp_path)
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-3])
+
+    def read_then_written(path):
+        try:
+            return read_node(path)
+        finally:
+            monkeypatch.undo()
+            tier.put(make_stored("a", exact_len=8))
+
+    monkeypatch.setattr(disk, "read_node", read_then_written)
+    with pytest.raises(KVUnavailableError):
+        tier.get("a")
+    assert tier.get("a").node.exact_len == 8

@@ -61,3 +61,32 @@ def test_who_is_borrowed_from_gets_to_disk_with_the_borrower(open_store, make_st
     store.put(borrower(make_stored, "c", "x"))
     assert store.flush(PATIENCE_S)
     assert store._disk.get("x").node.exact_len == 8
+
+
+def test_what_the_disk_has_no_room_for_is_not_written_with_every_borrower(
+    open_store, make_stored, tmp_path
+):
+    """RAM has it still; both would push each other out for ever."""
+    alone = open_store(folder=tmp_path / "measured")
+    alone.put(make_stored("a"))
+    assert alone.flush(PATIENCE_S)
+    store = open_store(disk_bytes=3 * alone._disk.num_bytes)
+    writes = []
+    put = store._disk.put
+    store._disk.put = lambda stored: (writes.append(stored.node.node_id), put(stored))[1]
+    names = [f"n{i:02}" for i in range(12)]
+    for number, name in enumerate(names):
+        owners = names[max(0, number - 3) : number]
+        store.put(borrower(make_stored, name, *owners))
+        assert store.flush(PATIENCE_S)
+    assert writes == names
+    assert len(store._disk) < len(names)
+
+
+def test_a_prompt_that_somebody_else_was_answered_for_gets_to_disk(open_store, make_stored):
+    """Its twin is over and was flushed, though its own answer goes on."""
+    store = open_store()
+    store.put(make_stored("a"), "borrowed")
+    store.touch("a")
+    store.touch("unknown")
+    assert store.flush(PATIENCE_S) and list(store._disk) == ["a"]

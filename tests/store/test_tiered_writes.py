@@ -14,7 +14,6 @@ import pytest
 
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.store.base import StoredNode
-from kvshare_mm.store.codec import write_node
 from kvshare_mm.store.disk import DiskTier
 from kvshare_mm.store.host import ram_bytes
 
@@ -56,53 +55,6 @@ def test_what_the_queue_has_no_room_for_is_gone(open_store, make_stored, gone, c
     assert store.flush(PATIENCE_S)
     assert sorted(store._disk) == ["a", "b", "f"]
     assert gone == ["c", "d", "e"]
-
-
-def test_a_disk_that_hangs_in_a_write_holds_up_nothing_that_ram_answers(
-    open_store, make_stored, monkeypatch
-):
-    """Deleting, evicting with a full queue, and finding damage wait for no write."""
-    size = ram_bytes(make_stored("a"))
-    store = open_store(2 * size, queued_bytes=size)
-    for name in ("old", "bad", "doomed"):
-        store.put(make_stored(name))
-        assert store.flush(PATIENCE_S)
-    path = store._disk._path("bad")
-    path.write_bytes(b"damaged")
-    gate, started = threading.Event(), threading.Event()
-
-    def hang(*args: object, **options: object) -> int:
-        started.set()
-        assert gate.wait(PATIENCE_S)
-        return write_node(*args, **options)
-
-    monkeypatch.setattr("kvshare_mm.store.disk.write_node", hang)
-
-    def work() -> None:
-        store.put(make_stored("a"))
-        assert started.wait(PATIENCE_S)
-        for name in ("old", "b", "c", "old", "d", "e", "f"):  # the queue has no room for all
-            store.put(make_stored(name, exact_len=1))
-        store.delete("doomed")
-        if store.resident("bad") == "disk":
-            with pytest.raises(KVUnavailableError):
-                store.get("bad", "ns")
-        assert store.get("f", "ns").node.node_id == "f"
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    worker.join(PATIENCE_S / 2)
-    waited = worker.is_alive()
-    gate.set()
-    worker.join(PATIENCE_S)
-    assert not waited
-    store.flush(PATIENCE_S)
-    assert store.counters["write_queue_full"]
-    assert not store._disk._path("doomed").exists()
-    assert not path.exists()
-    on_disk = sorted(p.name for p in store._disk.folder.iterdir())
-    assert on_disk == sorted(store._disk._path(n).name for n in store._disk)
-    assert store._disk.num_bytes == sum(p.stat().st_size for p in store._disk.folder.iterdir())
 
 
 def test_what_is_being_written_is_not_dropped_for_room(open_store, make_stored, gone):
@@ -253,19 +205,6 @@ def test_an_embedding_that_came_meanwhile_stays_with_a_new_version(open_store, m
     found = store.get("a", "ns")
     assert found.node.exact_len == 8
     assert np.array_equal(found.embedding, VECTOR)
-
-
-def test_a_disk_that_hangs_holds_up_no_deletion(open_store, make_stored, gone):
-    store = open_store(slow_disk=True)
-    store.put(make_stored("a"))
-    assert store._disk.started.wait(PATIENCE_S)
-    store.delete("a")
-    assert gone == ["a"] and store.resident("a") is None
-    assert not store.flush(0)
-    store._disk.gate.set()
-    assert store.flush(PATIENCE_S) and sorted(store._disk) == []
-    store.put(make_stored("b"))
-    assert store.flush(PATIENCE_S) and sorted(store._disk) == ["b"]
 
 
 @pytest.mark.parametrize("lasting", ["now", "borrowed", "never"])
@@ -432,3 +371,83 @@ def test_threads(open_store, make_stored, assert_same, gone):
         assert_same(replace(store.get(node_id, "ns"), embedding=None), nodes[node_id])
     assert store._disk.num_corrupt == 0
     assert sorted(DiskTier(store._disk.folder, 1 << 24)) == sorted(store._disk)
+
+
+def test_two_that_wait_for_a_write_that_fails_are_both_told(open_store, make_stored):
+    store = open_store(slow_disk=True)
+    store._disk.error = KVUnavailableError("io_error", "full")
+    store.put(make_stored("a"))
+    flushed: list[bool] = []
+    waiting = [
+        threading.Thread(target=lambda: flushed.append(store.flush(PATIENCE_S))) for _ in range(2)
+    ]
+    for thread in waiting:
+        thread.start()
+    until(lambda: len(store._changed._waiters) == 2)
+    store._disk.gate.set()
+    for thread in waiting:
+        thread.join(PATIENCE_S)
+    assert flushed == [False, False]
+    assert store.flush(PATIENCE_S)
+
+
+@pytest.mark.parametrize("change", ["get", "update_embedding"])
+def test_a_deleted_node_whose_write_has_just_ended_stays_deleted(
+    open_store, make_stored, gone, change
+):
+    """Its file is there until the writer looks again."""
+    store = open_store(slow_disk=True)
+    put, seen = store._disk.put, []
+
+    def put_then_asked(stored):
+        dropped = put(stored)
+        seen.extend(["a" in store._disk, store.resident("a")])
+        if change == "update_embedding":
+            seen.append(store.update_embedding("a", VECTOR))
+        else:
+            with pytest.raises(KVUnavailableError):
+                store.get("a", "ns")
+            seen.append(False)
+        return dropped
+
+    store._disk.put = put_then_asked
+    store.put(make_stored("a"))
+    assert store._disk.started.wait(PATIENCE_S)
+    store.delete("a")
+    store._disk.gate.set()
+    assert store.flush(PATIENCE_S)
+    assert seen == [True, None, False]
+    assert store.ids() == [] and list(store._disk) == [] and gone == ["a"]
+    assert list(store._disk.folder.iterdir()) == []
+
+
+def test_what_is_put_after_a_deletion_is_newer_than_what_was_read_before(
+    reopened, make_stored, monkeypatch
+):
+    store = reopened("a")
+    store.put(make_stored("a"))
+    assert store.flush(PATIENCE_S)
+    store._host.delete("a")
+    disk_get = store._disk.get
+
+    def get_then_others(node_id):
+        found = disk_get(node_id)
+        monkeypatch.undo()
+        store.delete("a")
+        store.put(make_stored("a", exact_len=8))
+        assert store.flush(PATIENCE_S)
+        store._host.delete("a")
+        return found
+
+    monkeypatch.setattr(store._disk, "get", get_then_others)
+    store.get("a", "ns")
+    assert store.get("a", "ns").node.exact_len == 8
+
+
+def test_a_node_that_is_damaged_is_gone_for_who_embeds_it_too(reopened, gone):
+    store = reopened("a")
+    [file] = store._disk.folder.glob("*.kvnode")
+    file.write_bytes(file.read_bytes()[:-3])
+    assert not store.update_embedding("a", VECTOR)
+    assert gone == ["a"] and store.ids() == []
+    assert store.counters == {"read_corrupt": 1}
