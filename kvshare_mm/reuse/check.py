@@ -110,7 +110,7 @@ def parts(folder: Path) -> list[Path]:
 
 def num_bytes(folder: Path) -> int:
     """Bytes that `verify` reads of a folder. Raises StoreError: it is no store folder."""
-    return sum(path.stat().st_size for part in parts(folder) for path in part.glob(NODES))
+    return sum(_size(path) for part in parts(folder) for path in part.glob(NODES))
 
 
 def verify(folder: Path, read: Told = lambda _: None) -> Report:
@@ -255,12 +255,14 @@ def _wrong_borrowing(node: Node, tree: DeltaTree) -> Piece | None:
 
 def _check_states(folder: Path, report: Report) -> None:
     for path in _files(folder, CALIBRATIONS):
-        report.bytes["calibration"] += path.stat().st_size
+        report.bytes["calibration"] += _size(path)
         try:
             read_state(path)
         except ValueError as error:
             first = str(error).splitlines()[0]
             _add(report, Problem(path, "damaged", f"{path}: {first}"))
+        except FileNotFoundError:
+            continue  # set aside by a server while we look
         except OSError as error:
             _add(report, Problem(path, "unreadable", str(error), broken=False))
     for path in _files(folder, f"{CALIBRATIONS}.*{TEMP_SUFFIX}"):
@@ -270,17 +272,29 @@ def _check_states(folder: Path, report: Report) -> None:
         message = "a server could not read it, and began to learn anew"
         _add(report, Problem(path, "set_aside", message))
     for path in _files(folder, INDEXES):
-        report.bytes["index"] += _size(path)
+        report.bytes["index"] += sum(map(_size, _inside(path)))
 
 
 def _files(folder: Path, pattern: str) -> Iterator[Path]:
     return iter(sorted(folder.glob(pattern)))
 
 
+def _inside(path: Path) -> Iterator[Path]:
+    """A file itself, or all files of a folder; `walk` minds no folder that goes meanwhile."""
+    if not path.is_dir():
+        yield path
+    for folder, _, names in os.walk(path):
+        yield from (Path(folder, name) for name in names)
+
+
 def _size(path: Path) -> int:
-    return sum(f.stat().st_size for f in (path.rglob("*") if path.is_dir() else [path]))
+    """Bytes of a file; 0 if it is gone: a server evicts, and Milvus tidies up, while we look."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _add(report: Report, problem: Problem, num_bytes: int | None = None) -> None:
     report.problems.append(problem)
-    report.bytes["problems"] += problem.path.stat().st_size if num_bytes is None else num_bytes
+    report.bytes["problems"] += _size(problem.path) if num_bytes is None else num_bytes

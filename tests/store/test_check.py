@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 from kvshare_mm.errors import KVUnavailableError, StoreError
 from kvshare_mm.node import Piece
 from kvshare_mm.reuse.calibration import Calibration
-from kvshare_mm.reuse.check import repair, verify
+from kvshare_mm.reuse.check import num_bytes, repair, verify
 from kvshare_mm.reuse.donors import _parents_first
 from kvshare_mm.store import codec
 from kvshare_mm.store.disk import DiskTier, node_file
@@ -169,6 +170,59 @@ def test_a_folder_in_use_is_read_and_not_repaired(store):
         repair(store)
     other.close()
     assert [p.kind for p in repair(store).problems] == ["temporary"]
+
+
+@pytest.mark.parametrize(
+    ("name", "looks"),
+    [
+        (f"kv/{node_file('a')}", 0),
+        (f"kv/{node_file('a')}", 1),
+        (f"kv/{node_file('w')}", 2),
+        ("calibration-0123.json", 0),
+        ("calibration-9.json", 1),
+        ("milvus-x.db/wal-2", 0),
+    ],
+)
+def test_a_file_that_a_server_takes_away_while_we_look_is_no_failure(
+    store, make_stored, monkeypatch, name, looks
+):
+    """It goes when it was looked at so many times."""
+    borrowing("a", 6)(store, make_stored)
+    (store / "calibration-9.json").write_text("{}")
+    (store / "milvus-x.db").mkdir()
+    for file in ("wal-1", "wal-2"):
+        (store / "milvus-x.db" / file).write_bytes(b"four")
+    left, stat = [looks], Path.stat
+
+    def stat_late(path, **options):
+        if path == store / name:
+            left[0] -= 1
+            if left[0] < 0:
+                path.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat_late)
+    num_bytes(store)
+    report = verify(store)
+    assert not os.path.exists(store / name)
+    assert {problem.kind for problem in report.problems} <= {"damaged", "wrong_borrowing"}
+    assert report.bytes["index"] == (4 if "milvus" in name else 8)
+
+
+def test_a_folder_that_milvus_takes_away_while_we_look_is_no_failure(store, monkeypatch):
+    segment = store / "milvus-x.db" / "segment"
+    segment.mkdir(parents=True)
+    (store / "milvus-x.db" / "wal").write_bytes(b"four")
+    scandir = os.scandir
+
+    def scandir_late(path):
+        if os.fspath(path) == str(segment):
+            segment.rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir_late)
+    assert verify(store).bytes["index"] == 4
+    assert not segment.exists()
 
 
 def test_no_server_starts_on_a_folder_that_is_being_repaired(store, monkeypatch):
