@@ -122,8 +122,11 @@ class CacheAdmin:
         """Keep a donor from eviction for `ttl_s` seconds from now; False: there is none."""
         if self.get(donor_id) is None:
             return False
-        self.unpin(donor_id)
         with self._lock:
+            # Not by `unpin`, which lets go of the lock: two pins at once would both be entered in
+            # the store, and one of them here, which is all that can be undone.
+            if self._pins.pop(donor_id, None) is not None:
+                self._donors.store.unpin(donor_id)
             self._donors.store.pin(donor_id, min(ttl_s, _FOREVER_S))
             self._pins[donor_id] = time.monotonic() + ttl_s
         return True

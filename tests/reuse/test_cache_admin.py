@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from kvshare_mm import KVShare, RequestOptions, SamplingParams
+from kvshare_mm.node import Node, Span
+from kvshare_mm.reuse.admin import CacheAdmin
 
 _ROWS = " ".join(f"Value {i} is {i * 37 % 91} g/L;" for i in range(8))
 _DONOR = f"Laboratory report. Patient number 48210. {_ROWS} What is value 3?"
@@ -53,3 +60,50 @@ def test_donors_are_listed_looked_up_pinned_and_deleted_by_namespace(
     assert after is not None and (after.plan.num_exact, after.plan.num_reused) == (0, 0)
     assert llm.cache.list() == [other]
     assert llm.cache.delete(other.donor_id) and llm.cache.list() == []
+
+
+class Store:
+    """Counts who holds a node."""
+
+    def __init__(self) -> None:
+        self.holders: Counter[str] = Counter()
+
+    def pin(self, node_id: str, ttl_s: float) -> None:
+        self.holders[node_id] += 1
+
+    def unpin(self, node_id: str) -> None:
+        self.holders[node_id] -= 1
+
+    def resident(self, node_id: str) -> str:
+        return "host"
+
+
+class Contended:
+    """A lock that another one uses, for `work`, whenever it is let go of."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._lock = threading.Lock()
+        self._work = work
+        self._theirs = False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        if not self._theirs:
+            self._theirs = True
+            self._work()
+            self._theirs = False
+
+
+def test_however_many_pin_a_donor_at_once_it_is_unpinned_once() -> None:
+    node = Node("a", "ns", np.arange(8, dtype=np.uint64), (Span(0, 8),))
+    store = Store()
+    admin = CacheAdmin(SimpleNamespace(store=store, nodes=lambda: [node]), None)  # type: ignore[arg-type]
+    admin._lock = Contended(lambda: admin.pin("a", 50))  # type: ignore[assignment]
+    assert admin.pin("a", 100)
+    assert store.holders["a"] == 1
+    admin._lock = threading.Lock()
+    assert admin.unpin("a") and not admin.unpin("a")
+    assert store.holders["a"] == 0
