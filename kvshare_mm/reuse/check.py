@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +144,17 @@ def repair(folder: Path, aside: Path | None = None, read: Told = lambda _: None)
 
     Args:
         aside: a folder on the same file system that files are moved to instead, made if need be.
+            None of those in it is replaced.
 
     Returns:
         What was found: `Report.problems` that are `broken` are gone.
 
     Raises:
-        StoreError: it is no store folder, a server uses it, or a file cannot be removed.
+        StoreError: it is no store folder, a server uses it, a file cannot be removed, or `aside` is
+            the folder itself.
     """
+    if aside is not None and aside.resolve() == folder.resolve():
+        raise StoreError(f"{aside} is the store folder itself: give another one for broken files")
     with ExitStack() as held:
         for part in parts(folder):
             try:
@@ -171,9 +176,11 @@ def _remove(path: Path, folder: Path, aside: Path | None) -> None:
     if aside is None:
         path.unlink(missing_ok=True)
         return
-    target = aside / path.relative_to(folder)
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.replace(path, target)
+    name = aside / path.relative_to(folder)
+    name.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # What was set aside before under this name stays, too.
+    names = chain([name], (name.with_name(f"{name.name}.{n}") for n in count(2)))
+    os.replace(path, next(free for free in names if not os.path.lexists(free)))
 
 
 def _check_nodes(part: Path, used: bool, report: Report, read: Told) -> None:

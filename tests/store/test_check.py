@@ -148,6 +148,29 @@ def test_what_is_wrong_is_named_and_nothing_else_goes(
     assert verify(store).ok == (kind != "newer_format")
 
 
+def test_nothing_is_set_aside_in_the_place_where_it_was(store, make_stored, monkeypatch):
+    damaged(store, make_stored)
+    before = files(store)
+    monkeypatch.chdir(store)
+    for folder, aside in ((store, store), (store, Path("kv/..")), (Path(), store)):
+        with pytest.raises(StoreError, match="the store folder itself"):
+            repair(folder, aside)
+    assert files(store) == before
+
+
+def test_what_was_set_aside_before_stays(store, make_stored, tmp_path_factory):
+    moved = tmp_path_factory.mktemp("aside")
+    contents = []
+    for end in (b"\x01", b"\x02", b"\x03"):
+        name = damaged(store, make_stored)
+        contents.append((store / name).read_bytes() + end)
+        (store / name).write_bytes(contents[-1])
+        assert not repair(store, moved).ok
+        DiskTier(store / "kv", BUDGET).put(make_stored("a", 8))
+    assert verify(store).ok
+    assert files(moved) == dict(zip((name, f"{name}.2", f"{name}.3"), contents, strict=True))
+
+
 def test_what_the_disk_does_not_give_stays(store, monkeypatch):
     before = files(store)
 
