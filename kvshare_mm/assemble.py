@@ -6,6 +6,7 @@ import atexit
 import logging
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -118,9 +119,14 @@ class Parts:
         return self.engine.wait_audited(timeout_s)
 
     def flush(self, timeout_s: float | None) -> bool:
-        saved = self.engine.wait_saved(timeout_s)
-        seen = self.seen is None or self.seen.flush(timeout_s)
-        return saved and seen and (self.donors is None or self.donors.flush(timeout_s))
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+
+        def left() -> float | None:
+            return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+        saved = self.engine.wait_saved(left())
+        seen = self.seen is None or self.seen.flush(left())
+        return saved and seen and (self.donors is None or self.donors.flush(left()))
 
     def close(self) -> None:
         self.decoder.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,17 +56,21 @@ class SemanticIndex:
         self._counters = counters
         self._opened: Opened | None = None
         self._ready = False
-        self._pending: queue.SimpleQueue[tuple[IndexRecord, str] | str | None] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._backlog = Backlog(1)  # opening
+        self._giving = threading.Lock()
+        self._closed = False
         self._thread = start_on_one_core(self._run, "kvshare-semantic")
 
     def add(self, record: IndexRecord, text: str) -> None:
         """Embed `text` and index the record, some time later."""
-        self._put((record, text))
+        if not self._put(lambda: self._apply((record, text))):
+            self._counters["dense_insert_closed"] += 1
 
     def remove(self, node_id: str) -> None:
         """Forget a node, some time later."""
-        self._put(node_id)
+        if not self._put(lambda: self._apply(node_id)):
+            self._counters["dense_remove_closed"] += 1
 
     def search(self, namespace: str, text: str, limit: int) -> tuple[str, ...]:
         """Ids of similar donors; empty if the index is not ready or fails."""
@@ -81,26 +86,32 @@ class SemanticIndex:
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until everything given so far is searchable; False if time ran out."""
-        done = self._backlog.wait(timeout_s)
-        if self._opened is not None and self._ready:
-            self._try("dense_flush_failed", self._opened[0].flush)
-        return done
+        # By the index's own thread. Here it would take as long as an index that hangs, and one that
+        # was told to be quick would be given up, for others too, because somebody had little time.
+        self._put(self._flush)
+        return self._backlog.wait(timeout_s)
 
     def close(self) -> None:
-        """Finish what was given, then stop."""
-        self._pending.put(None)
+        """Finish what was given, then stop; what comes later is counted and dropped."""
+        with self._giving:
+            self._closed = True
+            self._pending.put(None)
         self._thread.join()
         if self._opened is not None:
             self._try("dense_close_failed", self._opened[0].close)
 
-    def _put(self, item: tuple[IndexRecord, str] | str) -> None:
-        self._backlog.give()
-        self._pending.put(item)
+    def _put(self, work: Callable[[], None]) -> bool:
+        """False: nobody would do it any more, and who waited for it would wait for ever."""
+        with self._giving:
+            if not self._closed:
+                self._backlog.give()
+                self._pending.put(work)
+            return not self._closed
 
     def _run(self) -> None:
         self._finished(self._open)
-        while (item := self._pending.get()) is not None:
-            self._finished(lambda item=item: self._apply(item))  # type: ignore[misc]
+        while (work := self._pending.get()) is not None:
+            self._finished(work)
 
     def _finished(self, work: Callable[[], None]) -> None:
         try:
@@ -149,6 +160,10 @@ class SemanticIndex:
         embedding = embed(text)
         self._on_embedded(record.node_id, embedding)
         self._try("dense_insert_failed", lambda: index.add([replace(record, embedding=embedding)]))
+
+    def _flush(self) -> None:
+        if self._opened is not None and self._ready:
+            self._try("dense_flush_failed", self._opened[0].flush)
 
     def _try(self, reason: str, call: Callable[[], object]) -> None:
         try:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -23,8 +24,10 @@ from kvshare_mm import (
     StreamChunk,
 )
 from kvshare_mm.asked import Given
+from kvshare_mm.assemble import Parts
 from kvshare_mm.options import Options
 
+from ..helpers import Clock
 from .prompts import _CHAT, _DONOR, _PARAMS, _TARGET, OpenLLM
 
 
@@ -185,6 +188,24 @@ def test_the_context_manager_closes(tiny_folder: Path) -> None:
         raise ZeroDivisionError
     with pytest.raises(EngineClosedError):
         other.generate("The fox.", _PARAMS)
+
+
+def test_a_flush_has_its_time_once_and_not_for_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    given: list[float] = []
+
+    def slow(timeout_s: float) -> bool:
+        given.append(timeout_s)
+        clock.now += 3
+        return True
+
+    part = SimpleNamespace(wait_saved=slow, flush=slow)
+    monkeypatch.setattr("kvshare_mm.assemble.time", SimpleNamespace(monotonic=clock), raising=False)
+    nothing: Any = None
+    fake: Any = part
+    parts = Parts(nothing, nothing, nothing, donors=fake, engine=fake, seen=fake)
+    assert parts.flush(5)
+    assert given == [5, 2, 0]
 
 
 def test_a_store_in_the_home_folder() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ class Memory:
     def __init__(self, failures: int = 0) -> None:
         self.failures, self.attempts = failures, 0
         self.held: dict[str, IndexRecord] = {}
+        self.flushed, self.quick = threading.Event(), threading.Event()
+        self.quick.set()
 
     def reconcile(self, records: Sequence[IndexRecord]) -> None:
         self.attempts += 1
@@ -36,7 +39,9 @@ class Memory:
     def search_dense(self, namespace: str, vector: np.ndarray, limit: int) -> list[Candidate]:
         return [Candidate(node_id, 1.0) for node_id in list(self.held)[:limit]]
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        self.flushed.set()
+        assert self.quick.wait(60)
 
     def close(self) -> None: ...
 
@@ -99,3 +104,31 @@ def test_an_embedder_that_cannot_be_loaded_is_not_tried_again() -> None:
     assert index.flush(60)
     assert (len(attempts), counters["dense_insert_skipped"]) == (1, 1)
     index.close()
+
+
+def test_who_waits_for_an_index_that_hangs_waits_no_longer_than_was_said() -> None:
+    memory = Memory()
+    index, _ = _semantic(memory)
+    memory.flushed.clear()
+    memory.quick.clear()
+    index.add(_record("new"), "text")
+    flushed: list[bool] = []
+    flushing = threading.Thread(target=lambda: flushed.append(index.flush(0.1)), daemon=True)
+    flushing.start()
+    assert memory.flushed.wait(30)
+    flushing.join(30)
+    assert flushed == [False]
+    memory.quick.set()
+    assert index.flush(30)
+    index.close()
+
+
+def test_what_comes_after_the_end_is_dropped_and_nobody_waits_for_it() -> None:
+    memory = Memory()
+    index, counters = _semantic(memory)
+    index.close()
+    index.add(_record("late"), "text")
+    index.remove("late")
+    assert index.flush(0)
+    assert counters == {"dense_insert_closed": 1, "dense_remove_closed": 1}
+    assert memory.held == {}
