@@ -53,7 +53,7 @@ class SeenMedia:
         capacity: media remembered in a namespace; the longest not seen is forgotten.
 
     Attributes:
-        counters: ``embedded``, ``embed_failed``.
+        counters: ``embedded``, ``embed_failed``; ``embed_closed``, of what came after the end.
     """
 
     def __init__(self, open_embedder: Callable[[], ImageEmbedder], capacity: int = 4096) -> None:
@@ -64,15 +64,20 @@ class SeenMedia:
         self._loading = threading.Lock()
         self._lock = threading.Lock()
         self._backlog = Backlog()
+        self._closed = False
         self._known: dict[str, OrderedDict[str, tuple[SeenMedium, Vector]]] = {}
         self._queue: queue.SimpleQueue[tuple[MediaItem, str] | None] = queue.SimpleQueue()
         self._thread = start_on_one_core(self._work, "kvshare-seen")
 
     def add(self, items: Sequence[MediaItem], ns: str) -> None:
         """Remember a request's media; returns at once."""
-        for item in items:
-            self._backlog.give()
-            self._queue.put((item, ns))
+        with self._lock:
+            if self._closed:  # nobody would do it, and who waited for it would wait for ever
+                self.counters["embed_closed"] += len(items)
+                return
+            for item in items:
+                self._backlog.give()
+                self._queue.put((item, ns))
 
     def like(self, item: MediaItem, ns: str, k: int = 5) -> list[SeenMedium]:
         """The `k` media of a namespace that are most like an item, the most alike first.
@@ -105,7 +110,9 @@ class SeenMedia:
 
     def close(self) -> None:
         """Stop the thread once it has remembered what it was given."""
-        self._queue.put(None)
+        with self._lock:
+            self._closed = True
+            self._queue.put(None)
         self._thread.join()
 
     def _work(self) -> None:

@@ -75,6 +75,8 @@ class Publisher:
         self._doubted: dict[str, str] = {}  # namespaces of nodes whose KV may be gone
         self._deleted: dict[str, str] = {}  # namespaces of nodes whose KV is to be deleted
         self._closing = threading.Event()
+        self._giving = threading.Lock()
+        self._over = False  # the thread takes no more orders
         self._purged = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="kvshare-publish", daemon=True)
         self._thread.start()
@@ -109,8 +111,12 @@ class Publisher:
             logger.warning("%d deleted donors stay shared until they expire", len(self._deleted))
 
     def _order(self, do: _Do, node_id: str, ns: str) -> None:
-        self._backlog.give()
-        self._queue.put((do, node_id, ns))
+        with self._giving:
+            if not self._over:
+                self._backlog.give()
+                self._queue.put((do, node_id, ns))
+            else:
+                self._dropped(do, node_id, ns)
 
     @property
     def _late(self) -> bool:
@@ -138,15 +144,18 @@ class Publisher:
             logger.exception("shared donors: not published")
 
     def _drop(self) -> None:
-        """Nobody shall wait for what there was no time for."""
-        with suppress(queue.Empty):
+        """Nobody shall wait for what there was no time for, or for what comes after the end."""
+        with self._giving, suppress(queue.Empty):
+            self._over = True
             while True:
                 if (order := self._queue.get_nowait()) is not None:
-                    do, node_id, ns = order
-                    if do is _Do.WITHDRAW:
-                        self._deleted[node_id] = ns
-                    self._counters["shared_write_closed"] += 1
+                    self._dropped(*order)
                     self._backlog.did()
+
+    def _dropped(self, do: _Do, node_id: str, ns: str) -> None:
+        if do is _Do.WITHDRAW:
+            self._deleted[node_id] = ns
+        self._counters["shared_write_closed"] += 1
 
     def _take(self, do: _Do, node_id: str, ns: str) -> None:
         """Carry out an order, but for what `_write` does."""

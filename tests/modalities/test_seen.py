@@ -122,3 +122,11 @@ def test_the_content_of_an_item_is_what_was_sent(
     samples, rate = clip.content()
     assert rate == RATE
     assert np.array_equal(samples, tone())
+
+
+def test_what_comes_after_the_end_is_dropped_and_nobody_waits_for_it(images: ImageAdapter) -> None:
+    seen = SeenMedia(MeanColour)  # type: ignore[arg-type]
+    seen.close()
+    seen.add([plain(images, "#f00"), plain(images, "#0f0")], "ns")
+    assert seen.flush(0)
+    assert seen.counters == {"embed_closed": 2}

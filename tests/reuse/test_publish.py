@@ -180,6 +180,15 @@ def test_who_waits_beside_the_end_is_let_go(replica: Replica, monkeypatch) -> No
     assert told["shared_write_closed"] > 0
 
 
+def test_what_comes_after_the_end_is_dropped_and_nobody_waits_for_it(replica: Replica) -> None:
+    replica.publisher.close(60)
+    replica.publisher.publish(f"{1:032x}", "ns")
+    replica.publisher.withdraw(f"{1:032x}", "ns")
+    replica.publisher.check(f"{2:032x}", "ns")
+    assert replica.publisher.flush(0)
+    assert replica.counters == {"shared_write_closed": 3}
+
+
 def test_what_was_published_again_since_it_was_missed_stays(
     replica: Replica, milvus: MilvusServer
 ) -> None:
