@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import count
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
@@ -80,7 +81,10 @@ class MooncakeStore:
     def put(self, key: str, part: str, content: bytes | memoryview, ttl_s: float) -> None:
         config = self._mooncake.ReplicateConfig()
         config.group_ids = [key]
-        self._ask(lambda client: _done(client.upsert(f"{key}/{part}", content, config)))
+        self._ask(
+            lambda client: _done(client.upsert(f"{key}/{part}", content, config)),
+            late=lambda put: self._remove_late(key, put),
+        )
 
     def get(self, key: str, part: str) -> bytes | None:
         return self._ask(lambda client: _read(client, f"{key}/{part}"))
@@ -108,13 +112,25 @@ class MooncakeStore:
         if self._client is not None:
             self._client.close()
 
-    def _ask(self, call: Callable[[Any], T]) -> T:
+    def _remove_late(self, key: str, put: Future[None]) -> None:
+        """A part was put after its node was given up, and maybe deleted: it would stay. If the node
+        was published again meanwhile, the part would not fit the others."""
+        if not put.cancelled() and put.exception() is None:
+            with suppress(RuntimeError):  # closed
+                self._threads.submit(lambda: _remove(self._connected(), key))
+
+    def _ask(self, call: Callable[[Any], T], late: Callable[[Future[T]], None] | None = None) -> T:
+        """Args:
+        late: called with a call that nobody waits for any more, once it has ended.
+        """
         with self.breaker.use():
             answer = self._threads.submit(lambda: call(self._connected()))
             try:
                 return answer.result(self._timeout_s)
             except TimeoutError as error:  # an OSError, too
                 answer.cancel()
+                if late is not None:
+                    answer.add_done_callback(late)
                 raise TimeoutError(f"no answer for {self._timeout_s} s") from error
 
     def _connected(self) -> Any:

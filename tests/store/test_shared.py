@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -273,6 +274,39 @@ def test_a_server_that_fails_is_left_alone_and_tried_again(
         assert reason(lambda: tier.put(make_stored("b"))) == "shared_down"
         until(lambda: works("b"), 60)
         remote.close()
+
+
+class SlowMooncake:
+    """Mooncake's client, which does nothing more until it is let go on."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+        self.go_on = threading.Event()
+        self.done = 0
+
+    def upsert(self, name: str, content: bytes, config: object) -> int:
+        assert self.go_on.wait(60)
+        self.kept[name] = content
+        self.done += 1
+        return 0
+
+    def batch_remove(self, names: Sequence[str], force: bool) -> list[int]:
+        return [-704 if self.kept.pop(name, None) is None else 0 for name in names]
+
+    def close(self) -> None: ...
+
+
+def test_what_mooncake_puts_after_it_was_given_up_does_not_stay() -> None:
+    remote = MooncakeStore("mooncake://127.0.0.1:1", timeout_s=0.1)
+    slow = remote._client = SlowMooncake()
+    assert reason(lambda: remote.put("given-up", "0", b"secret", 1.0)) == "shared_down"
+    remote._timeout_s = 60
+    remote.delete("given-up")
+    slow.go_on.set()
+    until(lambda: slow.done == 1 and not slow.kept)
+    remote.put("in-time", "0", b"secret", 1.0)
+    remote.close()
+    assert slow.kept == {"in-time/0": b"secret"}
 
 
 @pytest.mark.parametrize(
