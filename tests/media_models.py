@@ -249,8 +249,8 @@ def _internvl(text: dict[str, Any], ids: dict[str, int], _: Any) -> Any:
 def _omni(text: dict[str, Any], ids: dict[str, int], audio: dict[str, Any]) -> Any:
     return Qwen2_5OmniThinkerForConditionalGeneration(
         Qwen2_5OmniThinkerConfig(
-            audio_config={**audio, "output_dim": 64},
-            vision_config={**_VISION, "out_hidden_size": 64},
+            audio_config={**audio, "output_dim": text["hidden_size"]},
+            vision_config={**_VISION, "out_hidden_size": text["hidden_size"]},
             text_config={**text, "rope_parameters": _mrope(text)},
             audio_token_index=ids["audio"],
             image_token_index=ids["image"],

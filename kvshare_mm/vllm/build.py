@@ -18,7 +18,7 @@ from kvshare_mm.store.host import HostTier
 from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.forward import PartialForward
-from kvshare_mm.vllm.gate import deployment_obstacle, media_merge
+from kvshare_mm.vllm.gate import deployment_obstacle, shares_media
 from kvshare_mm.vllm.options import ConnectorOptions
 from kvshare_mm.vllm.pages import PageLayout
 from kvshare_mm.vllm.rotation import rotary_spec
@@ -32,15 +32,15 @@ def build_scheduler(
     vllm_config: Any, kv_cache_config: Any, options: ConnectorOptions
 ) -> SchedulerSide:
     """The scheduler side."""
-    merge = media_merge(vllm_config)
+    positions = compat.media_positions(vllm_config) if shares_media(vllm_config) else None
     scheduler = SchedulerSide(
         options,
         options.core.fingerprint(compat.fingerprint(vllm_config)),
         int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size),
         int(vllm_config.parallel_config.world_size),
-        merge,
+        positions,
     )
-    if merge is not None:
+    if positions is not None:
         compat.keep_media(vllm_config)
     scheduler.obstacle = deployment_obstacle(vllm_config, kv_cache_config)
     if scheduler.obstacle is not None:

@@ -16,8 +16,11 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvshare_mm.identity import identity
 from kvshare_mm.vllm.launch import CONNECTOR, MODULE
+from kvshare_mm.vllm.media import Positions
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +123,36 @@ def keep_media(vllm_config: Any) -> None:
         return mm_features
 
     output.strip_covered_mm_data = whole
+
+
+def media_positions(vllm_config: Any) -> Positions | None:
+    """Rotary positions of prompts with media, as the model's own class tells them.
+
+    Returns:
+        None if they have another number of axes than three.
+    """
+    config = vllm_config.model_config
+    if not config.uses_mrope:
+        return lambda token_ids, features: None
+    if config.mrope_num_dims != 3:
+        return None
+    import torch
+    from vllm.model_executor.model_loader.utils import get_model_cls
+
+    # Its configuration is all that they depend on, and all that a scheduler has of a model.
+    kind = get_model_cls(config)
+    model: Any = kind.__new__(kind)
+    torch.nn.Module.__init__(model)
+    model.config = getattr(config.hf_config, "thinker_config", config.hf_config)
+
+    def positions(token_ids: list[int], features: list[Any]) -> np.ndarray:
+        found, delta = model.get_mrope_input_positions(token_ids, features)
+        where = np.asarray(found, np.int64)
+        if where.shape != (3, len(token_ids)) or delta != int(where.max()) + 1 - len(token_ids):
+            raise ValueError("they are not of this prompt, or its answer's do not go on behind it")
+        return where
+
+    return positions
 
 
 def fingerprint(vllm_config: Any) -> str:

@@ -5,17 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvshare_mm.models.support import declared_obstacle
-from kvshare_mm.vllm.media import IN_A_ROW
 
-# Models whose positions have three axes, and whose pictures' are known.
-_GRIDS = frozenset(
-    {
-        "Qwen2VLForConditionalGeneration",
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLMoeForConditionalGeneration",
-    }
-)
 # Drafters that keep no KV of their own.
 _FREE_DRAFTERS = frozenset({"ngram", "ngram_gpu", "suffix"})
 
@@ -62,20 +52,12 @@ def deployment_obstacle(vllm_config: Any, kv_cache_config: Any) -> str | None:
     return None
 
 
-def media_merge(vllm_config: Any) -> int | None:
-    """How media become positions, as `media.request_stream` is told; None: requests with media are
-    declined.
-
-    Only where that is known: other models lay pictures out otherwise, let a picture's tokens see
-    those behind them, or leave some out.
-    """
+def shares_media(vllm_config: Any) -> bool:
+    """Whether requests with media are shared: not where a picture's tokens see those behind them,
+    or some of a video's are left out."""
     model = vllm_config.model_config
     media = model.multimodal_config
-    if media is None or media.is_multimodal_pruning_enabled() or model.is_mm_prefix_lm:
-        return None
-    if model.architecture in _GRIDS and model.uses_mrope:
-        return int(model.hf_config.vision_config.spatial_merge_size)
-    return None if model.uses_mrope else IN_A_ROW
+    return not (media is None or media.is_multimodal_pruning_enabled() or model.is_mm_prefix_lm)
 
 
 def request_obstacle(request: Any) -> str | None:

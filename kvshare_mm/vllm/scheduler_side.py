@@ -32,7 +32,7 @@ from kvshare_mm.vllm.audits import Audits
 from kvshare_mm.vllm.bursts import Bursts
 from kvshare_mm.vllm.gate import request_obstacle
 from kvshare_mm.vllm.lookup import Lookup
-from kvshare_mm.vllm.media import request_stream
+from kvshare_mm.vllm.media import Positions, request_stream
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
 from kvshare_mm.vllm.options import ConnectorOptions, request_options
 from kvshare_mm.vllm.saving import Saving
@@ -50,8 +50,7 @@ class SchedulerSide:
         fingerprint: names the model: the first part of every namespace.
         block_size: tokens of a block.
         num_ranks: workers that must hold a donor before it is one.
-        merge: how media become positions, see `media.request_stream`; None: requests with media
-            are declined.
+        positions: of prompts with media; None: these are declined.
 
     Attributes:
         reuse: the donors.
@@ -68,7 +67,7 @@ class SchedulerSide:
         fingerprint: str,
         block_size: int,
         num_ranks: int,
-        merge: int | None = None,
+        positions: Positions | None = None,
     ) -> None:
         core = options.core
         self.reuse = ReuseScheduler(core.host_budget(), core.max_candidates, num_ranks)
@@ -80,7 +79,7 @@ class SchedulerSide:
         self._options = options
         self.fingerprint = fingerprint
         self._block_size = block_size
-        self._merge = merge
+        self._positions = positions
         self._planner = core.planner
         self._lookups: dict[str, Lookup] = {}
         self._bursts = Bursts(self._lookups, self.reuse)
@@ -121,7 +120,7 @@ class SchedulerSide:
             return
         try:
             prompt = request.prompt_token_ids, request.mm_features
-            lookup.stream = request_stream(*prompt, self._merge)
+            lookup.stream = request_stream(*prompt, self._positions)
         except Exception:
             # A cache problem is never a request's problem.
             logger.exception("a prompt could not be read; computing in full")

@@ -25,8 +25,7 @@ from vllm.v1.request import Request
 from kvshare_mm.errors import ConfigError
 from kvshare_mm.vllm import compat, kv_transfer_config
 from kvshare_mm.vllm.connector import KVShareConnector
-from kvshare_mm.vllm.gate import deployment_obstacle, media_merge, request_obstacle
-from kvshare_mm.vllm.media import IN_A_ROW
+from kvshare_mm.vllm.gate import deployment_obstacle, request_obstacle, shares_media
 from kvshare_mm.vllm.meta import Orders
 from kvshare_mm.vllm.options import ConnectorOptions
 
@@ -123,32 +122,17 @@ def test_requests_declined(change: dict[str, Any], reason: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "merge"),
+    ("change", "shared"),
     [
-        ({}, 2),
-        ({"architecture": "Qwen2VLForConditionalGeneration"}, 2),
-        ({"architecture": "Qwen3VLForConditionalGeneration"}, 2),
-        ({"architecture": "Glm4vForConditionalGeneration"}, None),
-        ({"architecture": "LlavaForConditionalGeneration", "uses_mrope": False}, IN_A_ROW),
-        ({"uses_mrope": False, "is_mm_prefix_lm": True}, None),
-        ({"architecture": "LlamaForCausalLM", "multimodal_config": None}, None),
-        ({"multimodal_config": MultiModalConfig(video_pruning_rate=0.5)}, None),
-        (
-            {"uses_mrope": False, "multimodal_config": MultiModalConfig(video_pruning_rate=0.5)},
-            None,
-        ),
+        ({}, True),
+        ({"multimodal_config": None}, False),
+        ({"multimodal_config": MultiModalConfig(video_pruning_rate=0.5)}, False),
+        ({"is_mm_prefix_lm": True}, False),
     ],
 )
-def test_whose_media_are_known(change: dict[str, Any], merge: int | None) -> None:
-    known = {
-        "architecture": "Qwen2_5_VLForConditionalGeneration",
-        "multimodal_config": MultiModalConfig(),
-        "uses_mrope": True,
-        "is_mm_prefix_lm": False,
-        "hf_config": SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2)),
-    }
-    model = SimpleNamespace(**{**known, **change})
-    assert media_merge(SimpleNamespace(model_config=model)) == merge
+def test_whose_media_are_shared(change: dict[str, Any], shared: bool) -> None:
+    model = {"multimodal_config": MultiModalConfig(), "is_mm_prefix_lm": False, **change}
+    assert shares_media(SimpleNamespace(model_config=SimpleNamespace(**model))) == shared
 
 
 def test_another_vllm_is_left_alone(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

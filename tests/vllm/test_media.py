@@ -15,14 +15,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from vllm.model_executor.model_loader import utils as loading
+from vllm.model_executor.models.registry import ModelRegistry
 from vllm.multimodal.inputs import PlaceholderRange
 
 from kvshare_mm.assets.shop.dialogues import Request, random_customer
 from kvshare_mm.assets.shop.similar import random_request, similar
 from kvshare_mm.models.loader import locate
-from kvshare_mm.stream import SegmentStream
+from kvshare_mm.stream import MediaItem, Modality, SegmentStream, mrope_positions
 from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.pictures import prompt_of
@@ -329,38 +329,83 @@ def test_no_pollution(
         on_its_own(engine, stock, stream, answer)
 
 
-@pytest.mark.parametrize(
-    "architecture", [Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration]
-)
+QWENS = ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen2_5Omni"]
+
+
+def positions_of(model: str) -> Any:
+    """As a scheduler gets them, which has a configuration alone."""
+    config = {
+        "vision_config": SimpleNamespace(spatial_merge_size=2, tokens_per_second=2),
+        "video_token_id": 11,
+        "vision_start_token_id": 12,
+        "vision_end_token_id": 13,
+    }
+    hf_config = SimpleNamespace(**config)
+    if model == "Qwen2_5Omni":
+        hf_config = SimpleNamespace(thinker_config=hf_config)
+    resolved = ModelRegistry._try_load_model_cls(f"{model}ForConditionalGeneration")
+    assert resolved is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "get_model_cls", lambda _: resolved)
+        asked = SimpleNamespace(uses_mrope=True, mrope_num_dims=3, hf_config=hf_config)
+        return compat.media_positions(SimpleNamespace(model_config=asked))
+
+
+def picture(offset: int, rows: int, columns: int, name: str = "a", **other: Any) -> Any:
+    grid = SimpleNamespace(data=torch.tensor([1, 2 * rows, 2 * columns]))
+    made = {
+        "modality": "image",
+        "identifier": name,
+        "data": {"image_grid_thw": grid},
+        "mm_position": PlaceholderRange(offset, rows * columns),
+    }
+    return SimpleNamespace(**{**made, **other})
+
+
+@pytest.mark.parametrize("model", QWENS)
 @given(
     layout=st.lists(
         st.tuples(st.integers(0, 5), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4
     ),
     end=st.integers(1, 6),
 )
-def test_positions_are_vllms(
-    architecture: Any, layout: list[tuple[int, int, int]], end: int
+def test_positions_are_what_the_native_engine_gives(
+    model: str, layout: list[tuple[int, int, int]], end: int
 ) -> None:
     ids: list[int] = []
-    features = []
+    features, items = [], []
     for number, (text, rows, columns) in enumerate(layout):
         ids += [1] * text
-        grid = SimpleNamespace(data=torch.tensor([1, 2 * rows, 2 * columns]))
-        features.append(
-            SimpleNamespace(
-                modality="image",
-                identifier=str(number),
-                data={"image_grid_thw": grid},
-                mm_position=PlaceholderRange(len(ids), rows * columns),
-            )
-        )
+        features.append(picture(len(ids), rows, columns, str(number)))
+        items.append(MediaItem(Modality.IMAGE, "ab", rows * columns, (rows, columns), "", dict))
         ids += [9] * (rows * columns)
     ids += [1] * end
-    stream = request_stream(ids, features, 2)
+    stream = request_stream(ids, features, positions_of(model))
     assert stream is not None and stream.positions is not None
-    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
-    model: Any = SimpleNamespace(config=config)
-    model.iter_mm_grid_thw = lambda found: architecture.iter_mm_grid_thw(model, found)
-    expected, delta = architecture.get_mrope_input_positions(model, ids, features)
-    assert np.array_equal(stream.positions, expected.numpy())
-    assert stream.rope_delta == delta
+    expected = mrope_positions(stream.segments, items)
+    assert np.array_equal(stream.positions, expected)
+
+
+@pytest.mark.parametrize("model", QWENS)
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"modality": "prompt_embeds"},
+        {"data": None},
+        {"data": {"address": 1}},
+        {"data": {"image_grid_thw": SimpleNamespace(data=None)}},
+        {"data": {"image_grid_thw": SimpleNamespace(data=torch.tensor([1, 4, 6]))}},
+        {"modality": "video"},
+        {"modality": "audio"},
+    ],
+)
+def test_what_a_model_does_not_tell_is_declined(model: str, other: dict[str, Any]) -> None:
+    """Such as data that only the workers have: a cache in shared memory."""
+    ids, positions = [9, 9, 9, 9, 7], positions_of(model)
+    assert request_stream(ids, [picture(0, 2, 2)], positions) is not None
+    assert request_stream(ids, [picture(0, 2, 2, **other)], positions) is None
+
+
+def test_a_model_with_more_axes_is_declined() -> None:
+    asked = SimpleNamespace(uses_mrope=True, mrope_num_dims=4)
+    assert compat.media_positions(SimpleNamespace(model_config=asked)) is None

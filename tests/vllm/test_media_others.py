@@ -1,5 +1,4 @@
-"""A model whose pictures the native engine does not take: vLLM tells where they are, which is
-enough."""
+"""Media that the native engine does not take: vLLM tells where they are, which is enough."""
 
 from __future__ import annotations
 
@@ -24,13 +23,11 @@ from .engines import Shared, shared_engine, stock_engine, stock_tokens, summary,
 pytestmark = pytest.mark.vllm
 
 LENGTH = 8
-PICTURE_TOKENS = 16
 TEXT = "Sort this parcel by its sender, then say to which of our two warehouses it goes. "
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("llava")
+def llava(made: Path) -> None:
+    """Positions one behind the other."""
     tok = media_models.tokenizer()
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 7, "projection_dim": 32}
@@ -42,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 vision_config={"model_type": "clip_vision_model", **vision},
                 text_config={"model_type": "llama", **text, "eos_token_id": tok.eos_token_id},
                 image_token_id=tok.convert_tokens_to_ids("<|image_pad|>"),
-                image_seq_length=PICTURE_TOKENS,
+                image_seq_length=16,
             )
         )
         with torch.no_grad():
@@ -59,33 +56,55 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_additional_image_tokens=1,
         image_token="<|image_pad|>",
     ).save_pretrained(made)
-    return made
+
+
+def qwen(made: Path) -> None:
+    """M-RoPE; its videos are what the native engine does not take."""
+    media_models.build("qwen2_5_vl", made, for_vllm=True)
+
+
+# What makes a model, the medium, what stands for it, and the positions that it takes.
+MODELS = {
+    "llava": (llava, "image", "<|image_pad|>", 16),
+    "video": (qwen, "video", "<|video_pad|>", 2 * 2 * 3),
+}
+Made = tuple[Path, str]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp(request.param)
+    MODELS[request.param][0](folder)
+    return folder, request.param
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[Shared]:
+def engine(made: Made) -> Iterator[Shared]:
     options = {"lookup_deadline_s": 30, "min_load_tokens": 1}
-    with shared_engine(folder, options, max_model_len=512) as made:
-        yield made
+    with shared_engine(made[0], options, max_model_len=512) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def stock(folder: Path) -> Iterator[Any]:
-    with stock_engine(folder, max_model_len=512) as made:
-        yield made
+def stock(made: Made) -> Iterator[Any]:
+    with stock_engine(made[0], max_model_len=512) as started:
+        yield started
 
 
-def prompt(*parts: str | int) -> dict[str, Any]:
-    """Text, and pictures by their numbers."""
-    tok, ids, pictures = media_models.tokenizer(), [], []
+def prompt(name: str, *parts: str | int) -> dict[str, Any]:
+    """Text, and media by their numbers."""
+    _, modality, token, _ = MODELS[name]
+    tok, ids, media = media_models.tokenizer(), [], []
     for part in parts:
         if isinstance(part, str):
             ids += tok.encode(part)
         else:
-            ids.append(tok.convert_tokens_to_ids("<|image_pad|>"))
-            pixels = np.random.default_rng(part).integers(0, 256, (40, 60, 3), np.uint8)
-            pictures.append(Image.fromarray(pixels))
-    return {"prompt_token_ids": ids, "multi_modal_data": {"image": pictures}}
+            ids.append(tok.convert_tokens_to_ids(token))
+            frames = np.random.default_rng(part).integers(0, 256, (4, 56, 84, 3), np.uint8)
+            times = {"fps": 2.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}
+            video = (frames, {**times, "duration": 2.0, "do_sample_frames": False})
+            media.append(video if modality == "video" else Image.fromarray(frames[0]))
+    return {"prompt_token_ids": ids, "multi_modal_data": {modality: media}}
 
 
 @pytest.fixture(autouse=True)
@@ -95,26 +114,32 @@ def fresh(engine: Shared) -> Iterator[None]:
         yield
 
 
-def test_a_picture_that_moved_is_kept(engine: Shared) -> None:
-    engine.serve(prompt("Tom: ", 1, TEXT), LENGTH)
-    target = prompt("From Alexandra: ", 1, TEXT)
+def test_a_medium_that_moved_is_kept(engine: Shared, made: Made) -> None:
+    _, name = made
+    engine.serve(prompt(name, "Tom: ", 1, TEXT), LENGTH)
+    target = prompt(name, "From Alexandra: ", 1, TEXT)
     use = summary(engine.serve(target, LENGTH, repair="tail:16"))
-    length = len(target["prompt_token_ids"]) - 1 + PICTURE_TOKENS
-    assert use["reused"] > PICTURE_TOKENS + 40
-    assert use["exact"] + use["reused"] + use["recomputed"] == length
+    taken = MODELS[name][3]
+    assert use["reused"] > taken + 40
+    computed = use["exact"] + use["reused"] + use["recomputed"]
+    assert computed == len(target["prompt_token_ids"]) - 1 + taken
 
 
-def test_a_new_picture_is_computed(engine: Shared) -> None:
-    engine.serve(prompt(TEXT, 1, TEXT), LENGTH)
-    use = summary(engine.serve(prompt(TEXT, 2, TEXT), LENGTH, repair="tail:16"))
+def test_a_new_medium_is_computed(engine: Shared, made: Made) -> None:
+    _, name = made
+    engine.serve(prompt(name, TEXT, 1, TEXT), LENGTH)
+    use = summary(engine.serve(prompt(name, TEXT, 2, TEXT), LENGTH, repair="tail:16"))
     assert use["exact"] == len(TEXT) and not use["reused"]
     assert use["declined"] == "new_picture"
 
 
-def test_what_is_exact_gives_the_answer_of_stock_vllm(engine: Shared, stock: Any) -> None:
-    engine.serve(prompt(TEXT, 1, TEXT), LENGTH)
+def test_what_is_exact_gives_the_answer_of_stock_vllm(
+    engine: Shared, stock: Any, made: Made
+) -> None:
+    _, name = made
+    engine.serve(prompt(name, TEXT, 1, TEXT), LENGTH)
     assert engine.llm.reset_prefix_cache()
-    target = prompt(TEXT, 1, "Sort them by weight. " + TEXT)
+    target = prompt(name, TEXT, 1, "Sort them by weight. " + TEXT)
     output = engine.serve(target, LENGTH, reuse="exact")
-    assert summary(output)["exact"] > len(TEXT) + PICTURE_TOKENS
+    assert summary(output)["exact"] > len(TEXT) + MODELS[name][3]
     assert tokens(output) == stock_tokens(stock, target, LENGTH)

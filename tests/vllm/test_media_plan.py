@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvshare_mm.node import Piece, spans_of
 from kvshare_mm.reuse.plan import KeptRun, ReusePlan
 from kvshare_mm.stream import Modality, Segment
-from kvshare_mm.vllm.media import IN_A_ROW, request_stream
+from kvshare_mm.vllm.media import request_stream
 from kvshare_mm.vllm.spans import cut, kept_in_the_end, loadable_end, within
 
 from ..collisions import twin_texts
@@ -21,21 +21,48 @@ from ..collisions import twin_texts
 PLACE = 9
 
 
+def place(offset: int, embeds: str) -> Any:
+    """As vLLM describes a place of which some tokens are words (``.``)."""
+    at = [offset + i for i, kind in enumerate(embeds) if kind != "."]
+    return SimpleNamespace(
+        offset=offset,
+        length=len(embeds),
+        get_num_embeds=lambda: len(at),
+        extract_embeds_range=lambda: [(i, i) for i in at],  # vLLM joins neighbours
+    )
+
+
 def feature(offset: int, rows: int = 2, columns: int = 2, name: str = "a", **other: Any) -> Any:
-    """As vLLM describes a picture; two patches a side become one position."""
-    length = rows * columns
+    """As vLLM describes a picture."""
     made = {
         "modality": "image",
         "identifier": name,
-        "data": {"image_grid_thw": SimpleNamespace(data=[1, 2 * rows, 2 * columns])},
-        "mm_position": SimpleNamespace(offset=offset, length=length, get_num_embeds=lambda: length),
+        "grid": (rows, columns),
+        "mm_position": place(offset, "x" * (rows * columns)),
     }
     return SimpleNamespace(**{**made, **other})
 
 
+def grids(token_ids: list[int], features: list[Any]) -> np.ndarray:
+    """Of a model with M-RoPE."""
+    where, end = np.zeros((3, 0), np.int64), 0
+    for each in sorted(features, key=lambda f: f.mm_position.offset):
+        text = np.arange(each.mm_position.offset - end) + where.max(initial=-1) + 1
+        where = np.hstack((where, np.tile(text, (3, 1))))
+        rows, columns = np.indices(each.grid).reshape(2, -1)
+        picture = np.stack((0 * rows, rows, columns)) + where.max(initial=-1) + 1
+        where, end = np.hstack((where, picture)), each.mm_position.offset + len(rows)
+    text = np.arange(len(token_ids) - end) + where.max(initial=-1) + 1
+    return np.hstack((where, np.tile(text, (3, 1))))
+
+
+def in_a_row(token_ids: list[int], features: list[Any]) -> None:
+    """Of a model without."""
+
+
 def test_a_picture_has_keys_of_its_own() -> None:
     ids = [5, PLACE, PLACE, PLACE, PLACE, 7]
-    a, again, b = (request_stream(ids, [feature(1, name=n)], 2) for n in "aab")
+    a, again, b = (request_stream(ids, [feature(1, name=n)], grids) for n in "aab")
     assert a is not None and again is not None and b is not None
     assert a.align_keys.tolist() == again.align_keys.tolist()
     assert a.align_keys[[0, 5]].tolist() == [5, 7]
@@ -46,18 +73,27 @@ def test_a_picture_has_keys_of_its_own() -> None:
     assert a.positions[:, 5].tolist() == [3, 3, 3]
 
 
+def test_a_picture_that_moved_has_the_same_keys() -> None:
+    one = request_stream([5, *[PLACE] * 4, 7], [feature(1)], grids)
+    moved = request_stream([5, 6, 6, *[PLACE] * 4, 7], [feature(3)], grids)
+    assert one is not None and moved is not None
+    assert one.align_keys[1:5].tolist() == moved.align_keys[3:7].tolist()
+
+
 def test_a_name_that_is_used_for_another_grid_is_another_picture() -> None:
     """Names may be the sender's own."""
     ids = [PLACE] * 4 + [7]
-    square = request_stream(ids, [feature(0)], 2)
-    flat = request_stream(ids, [feature(0, 1, 4)], 2)
+    square = request_stream(ids, [feature(0)], grids)
+    flat = request_stream(ids, [feature(0, 1, 4)], grids)
     assert square is not None and flat is not None
     assert set(square.align_keys.tolist()) & set(flat.align_keys.tolist()) == {7}
 
 
-def test_names_made_to_collide_are_two_pictures() -> None:
+@pytest.mark.parametrize("positions", [grids, in_a_row])
+@pytest.mark.parametrize("names", [("a", "b"), twin_texts()])
+def test_other_names_are_other_media(names: tuple[str, str], positions: Any) -> None:
     ids = [PLACE] * 4 + [7]
-    one, other = (request_stream(ids, [feature(0, name=name)], 2) for name in twin_texts())
+    one, other = (request_stream(ids, [feature(0, name=n)], positions) for n in names)
     assert one is not None and other is not None
     assert set(one.align_keys.tolist()) & set(other.align_keys.tolist()) == {7}
 
@@ -65,89 +101,55 @@ def test_names_made_to_collide_are_two_pictures() -> None:
 def test_the_order_of_features_does_not_matter() -> None:
     ids = [PLACE] * 4 + [5] + [PLACE] * 2
     features = [feature(5, 1, 2, "b"), feature(0, name="a")]
-    stream = request_stream(ids, features, 2)
+    stream = request_stream(ids, features, grids)
     assert stream is not None
     assert [(s.start, s.end) for s in stream.media] == [(0, 4), (5, 7)]
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"modality": "video"},
-        {"modality": "audio"},
-        {"modality": "prompt_embeds"},
-        {"data": None},
-        {"data": {"address": 1}},
-        {"data": {"image_grid_thw": SimpleNamespace(data=None)}},
-        {"data": {"image_grid_thw": SimpleNamespace(data=[2, 4, 4])}},
-        {"data": {"image_grid_thw": SimpleNamespace(data=[1, 4, 6])}},
-        {"mm_position": SimpleNamespace(offset=0, length=4, get_num_embeds=lambda: 3)},
-    ],
-)
-def test_what_is_not_known_is_declined(other: dict[str, Any]) -> None:
-    ids = [PLACE] * 4 + [7]
-    assert request_stream(ids, [feature(0)], 2) is not None
-    assert request_stream(ids, [feature(0, **other)], 2) is None
-    assert request_stream(ids, [feature(0)], None) is None, "media of other models"
-
-
-# -- models without M-RoPE -----------------------------------------------------------------------
-
-
-def in_a_row(offset: int, embeds: str, modality: str = "image", name: str = "a") -> Any:
-    """As vLLM describes a medium at whose place some tokens are words (``.``)."""
-    at = [offset + i for i, kind in enumerate(embeds) if kind != "."]
-    runs = [(i, i) for i in at]  # vLLM joins neighbours, which makes no difference
-    place = SimpleNamespace(
-        offset=offset,
-        length=len(embeds),
-        get_num_embeds=lambda: len(at),
-        extract_embeds_range=lambda: runs,
-    )
-    return SimpleNamespace(modality=modality, identifier=name, data=None, mm_position=place)
 
 
 @pytest.mark.parametrize(
     ("modality", "expected"),
     [("image", Modality.IMAGE), ("video", Modality.IMAGE), ("audio", Modality.AUDIO)],
 )
-def test_media_take_positions_one_behind_the_other(modality: str, expected: Modality) -> None:
+def test_words_around_a_medium_are_text(modality: str, expected: Modality) -> None:
     ids = [5, 20, PLACE, PLACE, 21, PLACE, 22, 7]
-    stream = request_stream(ids, [in_a_row(1, ".xx.x.", modality)], IN_A_ROW)
+    medium = feature(0, modality=modality, mm_position=place(1, ".xx.x."))
+    stream = request_stream(ids, [medium], in_a_row)
     assert stream is not None and stream.positions is None
     assert [(s.modality, s.start, s.end) for s in stream.media] == [(expected, 2, 6)]
-    assert stream.align_keys[[0, 1, 6, 7]].tolist() == [5, 20, 22, 7], "words around it are text"
+    assert stream.align_keys[[0, 1, 6, 7]].tolist() == [5, 20, 22, 7]
     assert (stream.align_keys[2:6] >= 1 << 63).all()
 
 
 def test_what_stands_between_rows_belongs_to_a_picture() -> None:
     """The same name with other ends of rows is laid out otherwise."""
-    made = [
-        request_stream([PLACE, between, PLACE, 7], [in_a_row(0, "x.x")], IN_A_ROW)
-        for between in (21, 22)
-    ]
+    picture = feature(0, mm_position=place(0, "x.x"))
+    made = [request_stream([PLACE, end, PLACE, 7], [picture], in_a_row) for end in (21, 22)]
     assert made[0] is not None and made[1] is not None
     assert set(made[0].align_keys.tolist()) & set(made[1].align_keys.tolist()) == {7}
-
-
-@pytest.mark.parametrize("names", [("a", "b"), twin_texts()])
-def test_other_names_are_other_media(names: tuple[str, str]) -> None:
-    ids = [PLACE, PLACE, 7]
-    one, other = (request_stream(ids, [in_a_row(0, "xx", name=n)], IN_A_ROW) for n in names)
-    assert one is not None and other is not None
-    assert set(one.align_keys.tolist()) & set(other.align_keys.tolist()) == {7}
 
 
 @pytest.mark.parametrize(
     "features",
     [
-        [in_a_row(0, "..")],
-        [in_a_row(0, "xx", "prompt_embeds")],
-        [in_a_row(0, "xx"), in_a_row(1, "xx")],
+        [feature(0, modality="prompt_embeds")],
+        [feature(0, mm_position=place(0, "...."))],
+        [feature(0), feature(3)],
     ],
 )
-def test_places_that_are_not_understood_are_declined(features: list[Any]) -> None:
-    assert request_stream([PLACE, PLACE, PLACE, 7], features, IN_A_ROW) is None
+@pytest.mark.parametrize("positions", [grids, in_a_row])
+def test_what_is_not_known_is_declined(features: list[Any], positions: Any) -> None:
+    ids = [PLACE] * 7 + [7]
+    assert request_stream(ids, [feature(0)], positions) is not None
+    assert request_stream(ids, features, positions) is None
+    assert request_stream(ids, [feature(0)], None) is None, "media of other models"
+
+
+def test_a_model_that_cannot_tell_positions_is_declined() -> None:
+    def fails(token_ids: list[int], features: list[Any]) -> None:
+        raise AssertionError("no data")
+
+    assert request_stream([PLACE] * 4 + [7], [feature(0)], fails) is None
+    assert request_stream([5, 7], [], fails) is not None
 
 
 def plan_of(kept: list[bool], repair: list[int]) -> ReusePlan:
