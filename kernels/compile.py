@@ -20,13 +20,18 @@ from kvshare_mm.kernels.scoring import PLAIN, Scoring
 from kvshare_mm.kernels.tiles import SHARED_BYTES, Tile, attention_tiles, serving_tiles
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+_TABLES = frozenset(
+    ("index_ptr", "last_key_ptr", "cu_seqlens_q", "block_table", "run_ptr", "rotation_ptr")
+)
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-# gpt-oss (sinks in every layer), Gemma 3 (a window), Gemma 2 (capped), Llama 4 (chunks).
+# gpt-oss (sinks in every layer), Gemma 3 (a window; pictures), Gemma 2 (capped), Llama 4 (chunks).
 _SCORINGS = (
-    (64, Scoring(window=128, sinks=torch.zeros(1))),
-    (256, Scoring(window=512)),
-    (256, Scoring(window=4096, softcap=50.0)),
-    (128, Scoring(chunk=8192)),
+    (64, Scoring(window=128, sinks=torch.zeros(1)), False),
+    (256, Scoring(window=512), False),
+    (128, Scoring(window=1024), True),
+    (256, Scoring(window=1024), True),
+    (256, Scoring(window=4096, softcap=50.0), False),
+    (128, Scoring(chunk=8192), False),
 )
 _GROUP = 4  # query heads per KV head, as in Llama 3 8B and Mistral 7B
 
@@ -110,9 +115,9 @@ def variants(target: str, all_tiles: bool = False) -> Iterator[Variant]:
     small = serving_tiles(target, 128, 128, torch.float16)[-1]
     yield _attention(small, torch.float16, 128, 16, 8)
     yield _combine(8, 128)
-    for dim, scoring in _SCORINGS:
+    for dim, scoring, ahead in _SCORINGS:
         for tile in tiles(target, dim, dim, torch.bfloat16):
-            yield _attention(tile, torch.bfloat16, dim, 16, 1, scoring)
+            yield _attention(tile, torch.bfloat16, dim, 16, 1, scoring, ahead)
     for dim, pairs, interleaved in ((64, 32, False), (128, 64, False), (256, 32, True)):
         yield _edit(torch.bfloat16, dim, pairs, interleaved)
     yield _edit(torch.bfloat16, 256, 128, False, by_layer=True)
@@ -175,7 +180,7 @@ def _usage(target: str, ptxas_log: str, amdgcn: str) -> tuple[int, int]:
 
 def _type_of(name: str) -> str:
     """Arguments of all kernels: table and index pointers, factors, sizes and strides."""
-    if name in ("index_ptr", "cu_seqlens_q", "block_table", "run_ptr", "rotation_ptr"):
+    if name in _TABLES:
         return "*i32"
     if name in ("source_slots", "target_slots"):
         return "*i64"
@@ -200,6 +205,7 @@ def _attention(
     page_size: int,
     num_splits: int,
     scoring: Scoring = PLAIN,
+    ahead: bool = False,
 ) -> Variant:
     from kvshare_mm.kernels.partial_attention import attention_constants, partial_attention_kernel
 
@@ -215,6 +221,7 @@ def _attention(
             (f"chunks of {scoring.chunk}", scoring.chunk),
             ("capped", scoring.softcap),
             ("sinks", scoring.sinks),
+            ("pictures", ahead or None),
         )
         if given is not None
     ]
@@ -227,6 +234,7 @@ def _attention(
         dim_v=dim,
         num_splits=num_splits,
         scoring=scoring,
+        ahead=ahead,
     )
     out = kv if num_splits == 1 else "*fp32"
     types = {"q_ptr": kv, "k_ptr": kv, "v_ptr": kv, "out_ptr": out, "sinks_ptr": kv}

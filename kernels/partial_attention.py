@@ -8,6 +8,8 @@ query may see is decided by its token index, which the kernel loads, and not by 
 - The heads that share a KV head are rows of one tile, so K and V are read once for all of them.
 - Indices ascend, so a tile's last row bounds the keys to visit, and keys up to its first row's
   index need no mask. For a contiguous run that is exactly the work of a causal prefill.
+- Rows of a picture may see up to its end. That never falls from row to row, so it is all that is
+  told; only where a layer bounds the keys from below too, rows need their own index beside it.
 - A window bounds the keys from below too; sinks are where the softmax's sums begin.
 - Few queries over a long context would leave most of a GPU idle: the keys are then split over
   programs, and `combine_kernel` joins the parts by their log-sum-exp (base 2).
@@ -73,8 +75,8 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, index, k_head, v_head, table, begin, end, seen, scale_log2, softcap,
-    stride_kp, stride_kt, stride_vp, stride_vt,
+    acc, total, peak, q, index, last_key, k_head, v_head, table, begin, end, seen,
+    scale_log2, softcap, stride_kp, stride_kt, stride_vp, stride_vt,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, CAPPED: tl.constexpr,
     PAGE_SIZE: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -106,7 +108,7 @@ def _attend(
             x = scores * (2.0 / softcap)
             scores = softcap * _LOG2E * (1.0 - 2.0 / (tl.math.exp2(x) + 1.0))
         if MASKED:
-            visible = index[:, None] >= offsets[None, :]
+            visible = last_key[:, None] >= offsets[None, :]
             if WINDOW > 0:
                 visible = visible & (offsets[None, :] > index[:, None] - WINDOW)
             if CHUNK > 0:
@@ -138,15 +140,15 @@ def _attend(
 
 @triton.jit
 def partial_attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, index_ptr, cu_seqlens_q, block_table,
-    num_requests, num_heads, scale_log2, softcap,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, index_ptr, last_key_ptr, cu_seqlens_q,
+    block_table, num_requests, num_heads, scale_log2, softcap,
     stride_qt, stride_qh, stride_kp, stride_kh, stride_kt, stride_vp, stride_vh, stride_vt,
     stride_os, stride_ot, stride_oh, stride_ls, stride_table,
     GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr,
     NUM_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, CAPPED: tl.constexpr,
-    SINKS: tl.constexpr,
+    SINKS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of rows (a row is a query and a head of the group), KV heads, splits."""
     # The last tiles have the longest way: they start first.
@@ -163,8 +165,11 @@ def partial_attention_kernel(
         token = (q_start + rows // GROUP).to(tl.int64)
         head = kv_head * GROUP + rows % GROUP
         index = tl.load(index_ptr + token, mask=valid, other=-1)
+        last_key = index
+        if AHEAD:
+            last_key = tl.load(last_key_ptr + token, mask=valid, other=-1)
         last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
-        seen = tl.load(index_ptr + q_start + last_row // GROUP) + 1
+        seen = tl.load(last_key_ptr + q_start + last_row // GROUP) + 1
         by_all = tl.load(index_ptr + q_start + first_row // GROUP) + 1
 
         dims_k = tl.arange(0, BLOCK_DK)
@@ -197,13 +202,13 @@ def partial_attention_kernel(
         if (WINDOW == 0) & (CHUNK == 0):
             masked_from = tl.maximum(begin, tl.minimum(end, by_all // BLOCK_N * BLOCK_N))
             acc, total, peak = _attend(
-                acc, total, peak, q, index, k_head, v_head, table, begin, masked_from, seen,
-                scale_log2, softcap, stride_kp, stride_kt, stride_vp, stride_vt,
+                acc, total, peak, q, index, last_key, k_head, v_head, table, begin, masked_from,
+                seen, scale_log2, softcap, stride_kp, stride_kt, stride_vp, stride_vt,
                 False, WINDOW, CHUNK, CAPPED, PAGE_SIZE, DIM_K, DIM_V, BLOCK_N, BLOCK_DK,
                 BLOCK_DV, PRECISION, WIDEN,
             )  # fmt: skip
         acc, total, peak = _attend(
-            acc, total, peak, q, index, k_head, v_head, table, masked_from, end, seen,
+            acc, total, peak, q, index, last_key, k_head, v_head, table, masked_from, end, seen,
             scale_log2, softcap, stride_kp, stride_kt, stride_vp, stride_vt,
             True, WINDOW, CHUNK, CAPPED, PAGE_SIZE, DIM_K, DIM_V, BLOCK_N, BLOCK_DK, BLOCK_DV,
             PRECISION, WIDEN,
@@ -261,8 +266,10 @@ def attention_constants(
     dim_v: int,
     num_splits: int,
     scoring: Scoring = PLAIN,
+    ahead: bool = False,
 ) -> dict[str, Any]:
     """What `partial_attention_kernel` is compiled for; `page_size` 0 means one page per request.
+    With `ahead`, some queries see keys behind their own.
 
     float32 is there for exactness: TF32 would lose 13 of its 24 bits. The interpreter multiplies
     the bit patterns of bfloat16 as if they were integers, so it gets float32.
@@ -283,6 +290,7 @@ def attention_constants(
         "CHUNK": scoring.span[1],
         "CAPPED": scoring.softcap is not None,
         "SINKS": scoring.sinks is not None,
+        "AHEAD": ahead and scoring.span != PLAIN.span,
     }
 
 
@@ -322,16 +330,18 @@ def partial_attention_triton(
     if num_splits > 1:
         parts = query.new_empty(num_splits, *out.shape, dtype=torch.float32)
     lse = query.new_empty(num_splits, num_queries, num_heads, dtype=torch.float32)
+    # Without a bound from below, a query is no more than what it sees.
+    index = batch.index if scoring.span != PLAIN.span else batch.last_key
     num_tiles = num_queries * group // tile.block_m + batch.num_requests
     partial_attention_kernel[(num_tiles, num_kv_heads, num_splits)](
         query, key, value, parts, lse, lse if scoring.sinks is None else scoring.sinks,
-        batch.index, batch.cu_seqlens_q, batch.block_table,
+        index, batch.last_key, batch.cu_seqlens_q, batch.block_table,
         batch.num_requests, num_heads, scale * _LOG2E.value, scoring.softcap or 0.0,
         *query.stride()[:2], *key.stride()[:3], *value.stride()[:3],
         *parts.stride()[:3], lse.stride(0), batch.block_table.stride(0),
         **attention_constants(
             tile, query.dtype, group=group, page_size=page_size, dim_k=dim_k, dim_v=dim_v,
-            num_splits=num_splits, scoring=scoring,
+            num_splits=num_splits, scoring=scoring, ahead=batch.sees is not None,
         ),
         **tile.launch_options(torch.version.hip is None),
     )  # fmt: skip

@@ -40,6 +40,9 @@ class RaggedQueries:
             ``t // page_size``; entries behind a request's last page are never read.
         kv_lens: each request's last index plus one (0 if it has none), if the caller knows: then
             nobody has to wait for the GPU to tell.
+        sees: as `indices`, of each query the last key that it sees, where some see keys behind
+            their own: not before its own index, nowhere falling, and in `kv_lens` instead of the
+            indices. Windows and chunks begin by a query's own index. None: its own is the last.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -50,6 +53,7 @@ class RaggedQueries:
         indices: Sequence[torch.Tensor],
         block_table: torch.Tensor,
         kv_lens: Sequence[int] | None = None,
+        sees: Sequence[torch.Tensor] | None = None,
     ) -> None:
         if block_table.ndim != 2 or len(block_table) != len(indices):
             raise ValueError(
@@ -57,6 +61,8 @@ class RaggedQueries:
             )
         if any(i.ndim != 1 or i.is_floating_point() for i in indices):
             raise ValueError("indices are one-dimensional integer tensors, one per request")
+        if sees is not None and [s.shape for s in sees] != [i.shape for i in indices]:
+            raise ValueError("sees has one entry for each index")
         device = block_table.device
         self.lengths = tuple(len(i) for i in indices)
         self.index = (
@@ -64,6 +70,7 @@ class RaggedQueries:
             if indices
             else torch.empty(0, dtype=torch.int32, device=device)
         )
+        self.sees = torch.cat(list(sees)).to(device, torch.int32) if sees else None
         self.block_table = block_table.to(torch.int32).contiguous()
         if kv_lens is not None:
             self.kv_lens = tuple(kv_lens)
@@ -71,10 +78,15 @@ class RaggedQueries:
         self._masks: dict[tuple[int, int, bool, torch.dtype], tuple[torch.Tensor | None, ...]] = {}
 
     @classmethod
-    def in_slots(cls, slots: Sequence[int], indices: Sequence[torch.Tensor]) -> RaggedQueries:
+    def in_slots(
+        cls,
+        slots: Sequence[int],
+        indices: Sequence[torch.Tensor],
+        sees: Sequence[torch.Tensor] | None = None,
+    ) -> RaggedQueries:
         """Queries of requests that each have a slot of contiguous K/V."""
         pages = torch.tensor(slots, device=indices[0].device)[:, None]
-        batch = cls(indices, pages)
+        batch = cls(indices, pages, sees=sees)
         batch.pages = list(slots)
         return batch
 
@@ -86,6 +98,11 @@ class RaggedQueries:
     def num_queries(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def last_key(self) -> torch.Tensor:
+        """``[num_queries]`` int32: the last key that each query sees."""
+        return self.index if self.sees is None else self.sees
+
     @cached_property
     def cu_seqlens_q(self) -> torch.Tensor:
         """``[num_requests + 1]`` int32: request r's queries are rows ``[cu[r], cu[r + 1])``."""
@@ -96,7 +113,7 @@ class RaggedQueries:
         """Keys that a request's last query sees; 0 without queries."""
         if not self.num_queries:
             return (0,) * self.num_requests
-        lasts = self.index[[max(0, end - 1) for end in self._starts[1:]]].tolist()
+        lasts = self.last_key[[max(0, end - 1) for end in self._starts[1:]]].tolist()
         return tuple(last + 1 if n else 0 for last, n in zip(lasts, self.lengths, strict=True))
 
     @cached_property
@@ -124,7 +141,9 @@ class RaggedQueries:
     def packed(self) -> RaggedQueries:
         """The same queries over K/V of these requests alone, one page each, in their order."""
         pages = torch.arange(self.num_requests, device=self.index.device)[:, None]
-        return RaggedQueries(self.index.split(list(self.lengths)), pages, self.kv_lens)
+        lengths = list(self.lengths)
+        sees = None if self.sees is None else self.sees.split(lengths)
+        return RaggedQueries(self.index.split(lengths), pages, self.kv_lens, sees)
 
     def chunks(self, scoring: Scoring = PLAIN) -> tuple[Chunk, ...]:
         """The queries in even pieces of at most `CHUNK`; a whole prompt that sees all is one causal
@@ -135,10 +154,10 @@ class RaggedQueries:
         return self._chunks[key]
 
     def _cut(self, scoring: Scoring) -> Iterator[Chunk]:
-        index = self._token
+        index, last_key = self._tokens
         for request, n in enumerate(self.lengths):
             first = self._starts[request]
-            whole = n > 0 and index[first + n - 1] == n - 1
+            whole = n > 0 and index[first + n - 1] == n - 1 and self.sees is None
             if whole and scoring.fused and not scoring.first_key(n - 1):
                 yield Chunk(request, first, first + n, 0, n, causal=True)
                 continue
@@ -146,7 +165,7 @@ class RaggedQueries:
             for piece in range(pieces):
                 start, end = first + n * piece // pieces, first + n * (piece + 1) // pieces
                 first_key = scoring.first_key(index[start])
-                yield Chunk(request, start, end, first_key, index[end - 1] + 1, causal=False)
+                yield Chunk(request, start, end, first_key, last_key[end - 1] + 1, causal=False)
 
     def masks(
         self, dtype: torch.dtype, scoring: Scoring = PLAIN
@@ -165,7 +184,7 @@ class RaggedQueries:
             return None
         index = self.index[chunk.start : chunk.end, None]
         keys = torch.arange(chunk.first_key, chunk.kv_len, device=index.device)[None]
-        hidden = keys > index
+        hidden = keys > self.last_key[chunk.start : chunk.end, None]
         if scoring.window is not None:
             hidden |= keys <= index - scoring.window
         if scoring.chunk is not None:
@@ -174,10 +193,10 @@ class RaggedQueries:
         return mask.masked_fill_(hidden, float("-inf"))
 
     @cached_property
-    def _token(self) -> list[int]:
-        """`index` on the host."""
-        tokens: list[int] = self.index.tolist()
-        return tokens
+    def _tokens(self) -> tuple[list[int], list[int]]:
+        """`index` and `last_key` on the host."""
+        index: list[int] = self.index.tolist()
+        return index, index if self.sees is None else self.sees.tolist()
 
     @cached_property
     def _starts(self) -> list[int]:

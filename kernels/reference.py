@@ -15,6 +15,7 @@ def partial_attention_reference(
     index: torch.Tensor,
     scale: float,
     scoring: Scoring = PLAIN,
+    sees: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of queries at arbitrary token indices over all earlier keys, one query at a time.
 
@@ -27,6 +28,7 @@ def partial_attention_reference(
             what the layer's window or chunk leaves.
         scale: factor on the scores.
         scoring: windows, sinks and capped scores of the layer.
+        sees: ``[n]`` the last key that each query sees, from its own on; None: its own.
 
     Returns:
         ``[num_heads, n, value_dim]`` in the dtype of `query`; computed in float64.
@@ -36,8 +38,9 @@ def partial_attention_reference(
     out = query.new_empty(num_heads, n, value.shape[-1])
     for h in range(num_heads):
         for i in range(n):
-            last = int(index[i])
-            seen = [j for j in range(last + 1) if _sees(last, j, scoring)]
+            own = int(index[i])
+            last = own if sees is None else int(sees[i])
+            seen = [j for j in range(last + 1) if _sees(own, j, scoring)]
             scores = key[h // group, seen].double() @ query[h, i].double() * scale
             if scoring.softcap is not None:
                 scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
@@ -52,7 +55,7 @@ def _sees(query: int, key: int, scoring: Scoring) -> bool:
     if scoring.window is not None:
         return query - key < scoring.window
     if scoring.chunk is not None:
-        return query // scoring.chunk == key // scoring.chunk
+        return query // scoring.chunk <= key // scoring.chunk
     return True
 
 

@@ -6,7 +6,7 @@ Kernels run in Triton's interpreter on the CPU (`tests/conftest.py` turns it on)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -39,6 +39,7 @@ class Case:
         key, value: ``[pages, kv_heads, page_size, dim]``, NaN wherever no query may look.
         table: ``[requests, pages]``.
         scale: on the scores.
+        sees: for each request the last keys that its queries see; None: their own.
     """
 
     indices: list[torch.Tensor]
@@ -47,10 +48,11 @@ class Case:
     value: torch.Tensor
     table: torch.Tensor
     scale: float
+    sees: list[torch.Tensor] | None = None
 
     @property
     def batch(self) -> RaggedQueries:
-        return RaggedQueries(self.indices, self.table)
+        return RaggedQueries(self.indices, self.table, sees=self.sees)
 
     def split(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Rows of the batch, request by request."""
@@ -67,11 +69,13 @@ def make_case(
     page_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    pictures: Sequence[tuple[int, int]] = (),
 ) -> Case:
     """A case over requests' token indices; `page_size` None means contiguous K/V in slots.
 
     Two pages belong to no request. NaN stands in them, behind every request's last query, and in
-    the pages that a request's table lists but does not reach.
+    the pages that a request's table lists but does not reach. The positions of a picture, those
+    ``[start, end)`` of `pictures` in every request, see each other.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -79,7 +83,9 @@ def make_case(
         return (torch.rand(*shape, generator=generator) * 2 - 1).to(dtype).to(DEVICE)
 
     value_dim = value_dim or dim
-    lengths = [i[-1] + 1 if i else 0 for i in indices]
+    ends = {at: end - 1 for start, end in pictures for at in range(start, end)}
+    sees = [[ends.get(at, at) for at in index] for index in indices]
+    lengths = [last[-1] + 1 if last else 0 for last in sees]
     size = page_size or max(lengths) + 3
     columns = 1 if page_size is None else max(-(-max(lengths) // size), 2)
     num_pages = len(indices) * columns + 2
@@ -103,4 +109,5 @@ def make_case(
         value,
         table.to(DEVICE),
         dim**-0.5,
+        [torch.tensor(last, dtype=torch.int64) for last in sees] if pictures else None,
     )

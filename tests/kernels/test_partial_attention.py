@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from kvshare_mm.kernels import dispatch
 from kvshare_mm.kernels.partial_attention import partial_attention_triton
@@ -31,8 +32,9 @@ def want(case: Case, scoring: Scoring = PLAIN) -> torch.Tensor:
         key, value = (
             gather_pages_reference(x.cpu(), case.table[r].cpu()) for x in (case.key, case.value)
         )
+        sees = case.sees[r] if case.sees else None
         rows = partial_attention_reference(
-            query.cpu().transpose(0, 1).float(), key, value, index, case.scale, scoring
+            query.cpu().transpose(0, 1).float(), key, value, index, case.scale, scoring, sees
         )
         out.append(rows.transpose(0, 1))
     return torch.cat(out)
@@ -135,6 +137,39 @@ def test_every_scoring(
     check_both(case, SMALL if dtype == torch.float32 else WIDE, splits, scoring)
 
 
+PICTURES = [(4, 18), (30, 33), (33, 60)]
+
+
+@pytest.mark.parametrize(
+    ("page_size", "splits", "dtype"),
+    [(None, 1, torch.float32), (16, 2, torch.bfloat16)],
+)
+@pytest.mark.parametrize("scoring", [PLAIN, *SCORINGS.values()], ids=["plain", *SCORINGS])
+def test_the_positions_of_a_picture_see_each_other(
+    scoring: Scoring, page_size: int | None, splits: int, dtype: torch.dtype
+) -> None:
+    indices = [[0, 3, 4, 5, 17, 40], [], [11], list(range(20)), [29, 30, 31, 32], [50]]
+    case = make_case(indices, page_size=page_size, dtype=dtype, pictures=PICTURES)
+    check_both(case, SMALL if dtype == torch.float32 else WIDE, splits, scoring)
+    assert case.batch.packed().kv_lens == case.batch.kv_lens == (60, 0, 18, 20, 33, 60)
+
+
+@pytest.mark.parametrize("scoring", [PLAIN, Scoring(window=24)], ids=["all", "window"])
+def test_a_picture_is_seen_as_a_dense_mask_says(scoring: Scoring) -> None:
+    """The reference too: beside attention with a mask over everything."""
+    case = make_case([list(range(64))], group=1, pictures=PICTURES)
+    at = torch.arange(64)
+    seen = at[None] <= at[:, None]
+    for start, end in PICTURES:
+        seen[start:end, start:end] = True
+    if scoring.window is not None:
+        seen &= at[None] > at[:, None] - scoring.window
+    query = case.query.cpu().transpose(0, 1)
+    key, value = (x[case.table[0, 0], :, :64].cpu() for x in (case.key, case.value))
+    dense = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=case.scale)
+    torch.testing.assert_close(want(case, scoring), dense.transpose(0, 1), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_keys_out_of_the_window_are_not_even_read(backend: str) -> None:
     """A layer with a window may lack what is before it."""
@@ -189,6 +224,7 @@ def _cases(draw: st.DrawFn) -> tuple[Case, Tile, int, Scoring]:
         page_size=draw(st.sampled_from([None, 16, 24, 64])),
         dtype=draw(st.sampled_from(list(ATOL))),
         seed=draw(st.integers(0, 1000)),
+        pictures=draw(st.sampled_from([(), PICTURES])),
     )
     scoring = draw(_scorings(case.query.shape[1]))
     return case, draw(st.sampled_from([SMALL, WIDE])), draw(st.integers(1, 3)), scoring
@@ -279,6 +315,8 @@ def test_a_batch_that_does_not_fit_is_refused() -> None:
         RaggedQueries([index], torch.zeros(2, 1, dtype=torch.int32))
     with pytest.raises(ValueError, match="integer"):
         RaggedQueries([index.float()], torch.zeros(1, 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="one entry for each"):
+        RaggedQueries([index], torch.zeros(1, 1, dtype=torch.int32), sees=[index[:1]])
 
 
 # -- the torch path's shape ---------------------------------------------------------------------
