@@ -110,8 +110,7 @@ class DeltaTree:
             align_keys=keys,
             own=spans_of(owned),
             pieces=tuple(pieces),
-            # What was computed before anything approximate is what a full prefill gives.
-            exact_len=len(keys) if drift is None else int(np.argmax(plan.reused)),
+            exact_len=len(keys) if drift is None else _exact_len(plan, media),
             attention=attention,
             parent=plan.edited_from if plan.edited_from in self._nodes else None,
             created_s=created_s,
@@ -277,6 +276,13 @@ def healed(node: Node, here: Container[str], attention: np.ndarray | None) -> No
         drift=None,
         risk=0.0,
     )
+
+
+def _exact_len(plan: ReusePlan, media: Sequence[Segment]) -> int:
+    """What was computed before anything approximate is what a full prefill gives; but for a medium
+    that goes on with that, whose positions may see each other."""
+    first = int(np.argmax(plan.reused))
+    return next((item.start for item in media if item.start <= first < item.end), first)
 
 
 def _widened(values: np.ndarray | None) -> np.ndarray | None:
