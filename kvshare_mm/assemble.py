@@ -262,16 +262,17 @@ def media_of(
     """
     sources = MediaSources(config.max_media_bytes, config.local_media)
     adapters = adapters_for(processor, placeholders, sources, config.max_image_pixels, decoder)
-    return MediaSupport(adapters, placeholders, mrope, _spelled(processor, placeholders))
+    return MediaSupport(adapters, placeholders, mrope, _spelled(processor))
 
 
-def _spelled(processor: Any, placeholders: Mapping[Modality, int]) -> dict[int, tuple[int, ...]]:
-    """InternVL's processor puts tokens around a picture, where others have it in the template."""
-    start, end = (getattr(processor, f"{name}_image_token_id", None) for name in ("start", "end"))
-    token = placeholders.get(Modality.IMAGE)
-    if start is None or end is None or token is None:
-        return {}
-    return {token: (start, token, end)}
+def _spelled(processor: Any) -> dict[str, str]:
+    """Some processors put text around a picture, where others have it in the template."""
+    token = str(getattr(processor, "image_token", ""))
+    if (written := getattr(processor, "full_image_sequence", None)) is not None:  # Gemma 3
+        place = processor.tokenizer.image_token
+        return {token: written.replace(place * processor.image_seq_length, place)}
+    start, end = (getattr(processor, f"{name}_image_token", None) for name in ("start", "end"))
+    return {token: f"{start}{token}{end}"} if start and end else {}  # InternVL
 
 
 def _donors(

@@ -231,7 +231,12 @@ def partial_attention(
             tail.add(query[0, :, :rows], seen, scale, scoring)
         if reads is not None:
             layer: Any = module.layer_idx
-            reads(layer, query[0, :, :rows], seen, batch.index[:rows], scale, scoring)
+            first, index = query[0, :, :rows], batch.index[:rows]
+            if batch.sees is not None:
+                # Shares are counted up to a row's own key: nobody asks what a picture's rows read.
+                alone = batch.sees[:rows] == index
+                first, index = first[:, alone], index[alone]
+            reads(layer, first, seen, index, scale, scoring)
     return out.contiguous()[None], None  # some models view it, others reshape
 
 

@@ -27,13 +27,13 @@ class MediaSupport:
         adapters: read the parts of messages.
         placeholders: the token that stands for a medium, by modality.
         mrope: its rotary positions have three axes.
-        spelled: tokens that the model's processor writes for one of its template.
+        spelled: what the model's processor writes for a token of its template.
     """
 
     adapters: Adapters
     placeholders: Mapping[Modality, int] = field(default_factory=dict)
     mrope: bool = False
-    spelled: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    spelled: Mapping[str, str] = field(default_factory=dict)
 
 
 TEXT_ONLY = MediaSupport(Adapters([]))
@@ -138,9 +138,9 @@ def chat_stream(
         raise InvalidRequestError(
             f"the model's chat template refuses these messages: {error}", "messages"
         ) from error
+    for token, written in media.spelled.items():
+        text = text.replace(token, written)
     ids = _token_ids(text, tokenizer, "messages", add_special_tokens=False)
-    if media.spelled:
-        ids = [token for t in ids for token in media.spelled.get(t, (t,))]
     try:
         stream = media_stream(ids, reader.items, media.placeholders, media.mrope)
     except ValueError as error:
@@ -190,7 +190,8 @@ class _Reader:
         self.items: list[MediaItem] = []
         self._adapters = media.adapters
         self._tenant = tenant
-        self._reserved = tokenizer.convert_ids_to_tokens(list(media.placeholders.values()))
+        places = tokenizer.convert_ids_to_tokens(list(media.placeholders.values()))
+        self._reserved = {*places, *media.spelled}
 
     def message(self, message: Message, where: str) -> dict[str, Any]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

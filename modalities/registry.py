@@ -33,10 +33,14 @@ def adapters_for(
     adapters: list[ModalityAdapter] = []
     for modality in modalities:
         if modality is Modality.IMAGE:
-            if hasattr(processor.image_processor, "crop_to_patches"):
-                adapters.append(TiledImageAdapter(processor, sources, max_pixels, decoder))
-                continue
-            adapters.append(ImageAdapter(processor.image_processor, sources, max_pixels, decoder))
+            images = processor.image_processor
+            given = sources, max_pixels, decoder
+            if hasattr(images, "crop_to_patches"):
+                adapters.append(TiledImageAdapter(processor, *given, crop_to_patches=True))
+            elif hasattr(images, "do_pan_and_scan"):
+                adapters.append(TiledImageAdapter(processor, *given, do_pan_and_scan=False))
+            else:
+                adapters.append(ImageAdapter(images, *given))
         elif modality is Modality.AUDIO:
             adapters.append(AudioAdapter(processor.feature_extractor, sources, decoder))
     return Adapters(adapters)

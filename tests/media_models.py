@@ -21,6 +21,12 @@ from transformers import (
     Qwen2VLProcessor,
     WhisperFeatureExtractor,
 )
+from transformers.models.gemma3 import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+)
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.internvl import (
     InternVLConfig,
@@ -43,7 +49,7 @@ from transformers.models.qwen3_vl import (
 from transformers.utils import logging
 
 _QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-SEES = (*_QWEN_VL, "internvl", "qwen2_5_omni_thinker")
+SEES = (*_QWEN_VL, "internvl", "gemma3", "qwen2_5_omni_thinker")
 FAMILIES = (*SEES, "qwen2_audio")
 HEARS = ("qwen2_5_omni_thinker", "qwen2_audio")
 
@@ -58,6 +64,8 @@ _SPECIAL = {
     "start_image_token": "<|vision_start|>",
     "end_image_token": "<|vision_end|>",
     "context_image_token": "<|image_pad|>",
+    "boi_token": "<|vision_start|>",
+    "eoi_token": "<|vision_end|>",
 }
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -86,10 +94,16 @@ _AUDIO = {
 }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, and the special ones."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+def tokenizer(lines: int = 1) -> PreTrainedTokenizerFast:
+    """A token a byte, and the special ones.
+
+    Args:
+        lines: so many line feeds behind one another are a token.
+    """
+    feeds = ["\u010a" * i for i in range(2, lines + 1)]
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *feeds]
+    merges = [(feed[1:], feed[:1]) for feed in feeds]
+    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *_SPECIAL.values()])
@@ -109,7 +123,8 @@ def build(family: str, folder: Path, for_vllm: bool = False) -> None:
         for_vllm: its CPU attention wants heads of 32 channels and more, its Qwen2-Audio clips of
             half a minute.
     """
-    tok = tokenizer()
+    # Gemma's processor writes line feeds around a picture, which become one with those before.
+    tok = tokenizer(lines=3 if family == "gemma3" else 1)
     ids = {
         name.removesuffix("_token"): tok.convert_tokens_to_ids(t) for name, t in _SPECIAL.items()
     }
@@ -167,6 +182,12 @@ def _processor(family: str, tok: Any, seconds: int) -> Any:
         # Its processor writes the tokens around a picture itself.
         template = _TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>")
         return InternVLProcessor(tiles, tok, frames, image_seq_length=4, chat_template=template)
+    if family == "gemma3":
+        pixels = {"size": {"height": 84, "width": 84}}
+        template = _TEMPLATE.replace("<|image_pad|><|vision_end|>", "")
+        return Gemma3Processor(
+            Gemma3ImageProcessor(**pixels), tok, image_seq_length=36, chat_template=template
+        )
     if family == "qwen2_5_omni_thinker":
         return Qwen2_5OmniProcessor(images, videos, hears, tok, chat_template=_TEMPLATE)
     return Qwen2AudioProcessor(hears, tok, chat_template=_TEMPLATE)
@@ -246,6 +267,30 @@ def _internvl(text: dict[str, Any], ids: dict[str, int], _: Any) -> Any:
     )
 
 
+def _gemma3(text: dict[str, Any], ids: dict[str, int], _: Any) -> Any:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 84,
+        "patch_size": 7,
+    }
+    sizes = {"num_hidden_layers": 4, "head_dim": 16, "query_pre_attn_scalar": 16}
+    layers = ["sliding_attention", "full_attention"] * 2
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            # Shorter than prompts, and longer than a picture, as it is in those there are.
+            text_config={**text, **sizes, "layer_types": layers, "sliding_window": 48},
+            vision_config=vision,
+            mm_tokens_per_image=36,
+            image_token_index=ids["image"],
+            boi_token_index=ids["boi"],
+            eoi_token_index=ids["eoi"],
+        )
+    )
+
+
 def _omni(text: dict[str, Any], ids: dict[str, int], audio: dict[str, Any]) -> Any:
     return Qwen2_5OmniThinkerForConditionalGeneration(
         Qwen2_5OmniThinkerConfig(
@@ -278,6 +323,7 @@ _MODELS = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "internvl": _internvl,
+    "gemma3": _gemma3,
     "qwen2_5_omni_thinker": _omni,
     "qwen2_audio": _qwen2_audio,
 }

@@ -21,7 +21,7 @@ class Full:
 
 @torch.inference_mode()
 def full(model: Any, inputs: Mapping[str, Any]) -> Full:
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache()  # made of a configuration, it drops what is behind windows
     logits = model(**inputs, past_key_values=cache, use_cache=True).logits[0]
     k, v = (torch.cat([getattr(x, n) for x in cache.layers]) for n in ("keys", "values"))
     return Full(logits, k, v)

@@ -17,6 +17,7 @@ MEDIA: dict[str, tuple[Modality, ...]] = {
     "qwen3_vl": (Modality.IMAGE,),
     "qwen3_vl_moe": (Modality.IMAGE,),
     "internvl": (Modality.IMAGE,),
+    "gemma3": (Modality.IMAGE,),
     "qwen2_5_omni": (Modality.IMAGE, Modality.AUDIO),
     "qwen2_5_omni_thinker": (Modality.IMAGE, Modality.AUDIO),
     "qwen2_audio": (Modality.AUDIO,),
@@ -38,6 +39,10 @@ class Family(Protocol):
     def mrope(self) -> bool:
         """Whether its rotary positions have three axes."""
 
+    @property
+    def both_ways(self) -> bool:
+        """Whether the positions of a medium see all of it, and not only what is before them."""
+
     def encode(self, modality: Modality, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run an encoder on one medium.
 
@@ -57,7 +62,7 @@ def load_family(model_type: str, source: str, **options: Any) -> tuple[Any, Fami
     Returns:
         None if `model_type` is of no multimodal family that is known here.
     """
-    if model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl"):
+    if model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl", "gemma3"):
         from transformers import AutoModelForImageTextToText
 
         model, report = AutoModelForImageTextToText.from_pretrained(source, **options)
@@ -123,6 +128,10 @@ def _seeing(model_type: str, model: Any) -> Family:
         from kvshare_mm.models.internvl import InternVL
 
         return InternVL(model)
+    if model_type == "gemma3":
+        from kvshare_mm.models.gemma3 import Gemma3
+
+        return Gemma3(model)
     if model_type.startswith("qwen3"):
         from kvshare_mm.models.qwen3_vl import Qwen3VL
 

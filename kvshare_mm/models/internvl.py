@@ -15,6 +15,7 @@ class InternVL:
     """A loaded ``InternVLForConditionalGeneration``."""
 
     mrope = False
+    both_ways = False
 
     def __init__(self, model: Any) -> None:
         self._model = model

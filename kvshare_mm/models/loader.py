@@ -149,6 +149,10 @@ def load_model(
         logger.info("a kept state of it takes %.1f MiB", size / 2**20)
     elif support.reason:
         logger.warning("%s is served without KV reuse: %s", name, support.reason)
+    if support.reason and family is not None and family.both_ways:
+        # Only PartialAttention is told what a picture's positions see.
+        logger.warning("%s is served with text alone: %s", name, support.reason)
+        family = processor = None
     return LoadedModel(
         name=name,
         model=language,

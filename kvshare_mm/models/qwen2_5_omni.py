@@ -15,6 +15,7 @@ class Qwen25Omni:
     """A loaded ``Qwen2_5OmniThinkerForConditionalGeneration``."""
 
     mrope = True
+    both_ways = False
 
     def __init__(self, model: Any) -> None:
         self._model = model

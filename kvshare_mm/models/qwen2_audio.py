@@ -16,6 +16,7 @@ class Qwen2Audio:
     """A loaded ``Qwen2AudioForConditionalGeneration``."""
 
     mrope = False
+    both_ways = False
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -15,6 +15,7 @@ class Qwen2VL:
     """A loaded ``Qwen2VLForConditionalGeneration`` or ``Qwen2_5_VLForConditionalGeneration``."""
 
     mrope = True
+    both_ways = False
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvshare_mm.attention import GivenUp, TailAttention
 from kvshare_mm.native.encoder import MediaEncoder
-from kvshare_mm.native.inputs import MediaInputs
+from kvshare_mm.native.inputs import fitting
 from kvshare_mm.native.media import PromptMedia
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.request import RequestSpec
@@ -224,10 +224,14 @@ class Auditor:
         ids = np.concatenate((stream.token_ids, np.array(audit.answer[:-1], np.int64)))
         # A chunk ends with the prompt: where its last position looks is kept with the node.
         limit = len(stream) if audit.done < len(stream) else len(ids)
-        index = np.arange(audit.done, min(audit.done + CHUNK, limit))
+        media = PromptMedia(self._encoder, stream, audit.spec.namespace, True, False)
+        left = np.arange(audit.done, limit)
+        index = left[: fitting(left, CHUNK, media.whole)]
         ahead = index[-1] + 1 - len(stream)  # tokens of the answer that were computed with it
         tail = TailAttention() if ahead == 0 else None
-        inputs = self._inputs(audit, index, len(ids))
+        inputs = media.inputs(index)
+        if inputs is not None:
+            inputs = replace(inputs, positions=stream.positions_to(len(ids)))
         keep = 1 if ahead <= 0 else len(index)
         logits = self._runner.forward(audit.slot, ids, index, keep, given_up, tail, inputs)
         if ahead < 0:
@@ -243,14 +247,6 @@ class Auditor:
         audit.done = int(index[-1]) + 1
         if tail is not None:
             audit.attention = tail.mass
-
-    def _inputs(self, audit: Audit, index: np.ndarray, length: int) -> MediaInputs | None:
-        stream = audit.spec.stream
-        if not stream.items:
-            return None
-        media = PromptMedia(self._encoder, stream, audit.spec.namespace, True, False)
-        inputs = media.inputs(index)
-        return inputs and replace(inputs, positions=stream.positions_to(length))
 
     def _learn(self, audit: Audit) -> None:
         spec, promise = audit.spec, audit.promise

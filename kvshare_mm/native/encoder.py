@@ -27,12 +27,14 @@ class MediaEncoder:
     Attributes:
         counters: ``tower_runs``, ``tower_us`` (their processor's work included) and ``tower_hits``,
             and ``store_error`` for stored features that could not be read or written.
+        both_ways: see `models.family.Family`.
     """
 
     def __init__(self, loaded: LoadedModel, store: TieredStore | None) -> None:
         if loaded.family is None:
             raise ValueError(f"{loaded.name} has no encoders")
         self.counters: Counter[str] = Counter()
+        self.both_ways = loaded.family.both_ways
         self._family = loaded.family
         self._device = loaded.device
         self._dtype = loaded.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,11 @@ class MediaInputs:
 
     positions: np.ndarray | None = None
     features: tuple[tuple[int, torch.Tensor], ...] = ()
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """``[start, end)`` of the media that are to be computed."""
+        return tuple((start, start + len(features)) for start, features in self.features)
 
 
 def model_inputs(
@@ -58,6 +64,31 @@ def model_inputs(
     for rows, _ in here:
         visual[0, rows] = True
     return {**inputs, "visual_pos_masks": visual, "deepstack_visual_embeds": deep}
+
+
+def fitting(compute: np.ndarray, most: int, whole: Sequence[tuple[int, int]]) -> int:
+    """How many of the positions `compute` (ascending) the next forward takes.
+
+    Args:
+        most: so many, unless that would cut a medium: then fewer, or all of one that is longer.
+        whole: ``[start, end)`` of media whose positions see each other. Those of one that are
+            computed at all are computed in one forward; the others' KV is there already.
+    """
+    for start, end in whole:
+        low, high = (int(at) for at in np.searchsorted(compute, (start, end)))
+        if low < most < high:
+            return low or high
+    return min(most, len(compute))
+
+
+def seen(index: torch.Tensor, whole: Sequence[tuple[int, int]]) -> torch.Tensor | None:
+    """``[n]``, the last position that each of `index` (``[n]``) sees: its own, or the end of the
+    medium of `whole` that it stands in; None: none stands in one."""
+    found = None
+    for start, end in whole:
+        inside = (index >= start) & (index < end)
+        found = torch.where(inside, end - 1, index if found is None else found)
+    return found
 
 
 def decode_positions(index: torch.Tensor, rope_deltas: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,13 @@ class PromptMedia:
         self._options = {"reuse": reuse, "keep": store}
         self._made: dict[int, tuple[torch.Tensor, bool]] = {}
 
+    @property
+    def whole(self) -> tuple[tuple[int, int], ...]:
+        """``[start, end)`` of media that no chunk may cut, see `inputs.fitting`."""
+        if self._encoder is None or not self._encoder.both_ways:
+            return ()
+        return tuple((segment.start, segment.end) for segment in self._stream.media)
+
     def inputs(self, compute: np.ndarray) -> MediaInputs | None:
         """What the model needs to compute positions `compute`; None: token ids are enough."""
         stream = self._stream

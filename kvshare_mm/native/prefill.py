@@ -16,6 +16,7 @@ from kvshare_mm.attention import TailAttention
 from kvshare_mm.config import Reuse
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.native.encoder import MediaEncoder
+from kvshare_mm.native.inputs import fitting
 from kvshare_mm.native.media import PromptMedia
 from kvshare_mm.native.slots import Chunk, ModelRunner, SlotRunner
 from kvshare_mm.native.states import StateRunner
@@ -110,15 +111,16 @@ class Prefill:
         return self.compute(self.next(most))
 
     def next(self, most: int) -> Chunk:
-        """The next `most` positions, or those that are left; encodes the media among them."""
+        """The next positions, see `inputs.fitting`; encodes the media among them."""
         start = time.perf_counter()
         left = self.plan.compute[self.done :]
+        here = left[: fitting(left, most, self.media.whole)]
         chunk = Chunk(
             self.slot,
             self.stream.token_ids,
-            left[:most],
-            self.tail if len(left) <= most else None,
-            self.media.inputs(left[:most]),
+            here,
+            self.tail if len(here) == len(left) else None,
+            self.media.inputs(here),
             self.reads.add if self.reads is not None else None,
         )
         self.seconds += time.perf_counter() - start

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -24,8 +24,10 @@ from kvshare_mm.models.loader import LoadedModel
 from kvshare_mm.native.inputs import (
     MediaInputs,
     decode_positions,
+    fitting,
     followed_by,
     model_inputs,
+    seen,
 )
 from kvshare_mm.reads import PROBE, Heads, reading_heads
 
@@ -144,6 +146,7 @@ class SlotRunner:
         self._device = loaded.device
         self.chunk = chunk
         self.can_draft = drafts
+        self._both_ways = loaded.family is not None and loaded.family.both_ways
         # Zeros: layers that use another's KV write none (Gemma 3n), and it is stored all the same.
         k, v = (
             _untouched_zeros(
@@ -185,11 +188,22 @@ class SlotRunner:
         reads: Recorder | None = None,
     ) -> torch.Tensor:
         ids = torch.from_numpy(token_ids).to(self._device)
-        *parts, last = torch.from_numpy(compute).to(self._device).split(self.chunk)
+        *parts, last = self._parts(compute, media)
         for part in parts:
             self._forward(slot, ids, part, media, reads=reads)
         logits: torch.Tensor = self._forward(slot, ids, last, media, tail, reads=reads).logits
         return logits[0, -1]
+
+    def _parts(self, compute: np.ndarray, media: MediaInputs | None) -> Iterator[torch.Tensor]:
+        whole = self._whole(media)
+        while len(compute):
+            length = fitting(compute, self.chunk, whole)
+            yield torch.from_numpy(compute[:length]).to(self._device)
+            compute = compute[length:]
+
+    def _whole(self, media: MediaInputs | None) -> tuple[tuple[int, int], ...]:
+        """``[start, end)`` of media whose positions see each other."""
+        return media.spans if media is not None and self._both_ways else ()
 
     @torch.inference_mode()
     def forward(
@@ -336,7 +350,8 @@ class SlotRunner:
         keep: int = 1,
         reads: Recorder | None = None,
     ) -> Any:
-        batch = RaggedQueries.in_slots([slot], [index])
+        sees = seen(index, self._whole(media))
+        batch = RaggedQueries.in_slots([slot], [index], None if sees is None else [sees])
         with self._cache.forward(batch, tail, reads):
             return self._model(
                 **model_inputs(self._model, ids, index, media),

@@ -31,7 +31,7 @@ from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm.arguments import check_installed, engine_arguments
 from kvshare_mm.vllm.failures import noted
 from kvshare_mm.vllm.options import OF_REQUESTS
-from kvshare_mm.vllm.pictures import NOTHING, picture_support, prompt_of, uses_of
+from kvshare_mm.vllm.pictures import NOTHING, picture_support, prompt_of, tokens_written, uses_of
 from kvshare_mm.vllm.room import fitted
 
 _MAX_SEED = 1 << 63
@@ -121,7 +121,7 @@ def assemble_vllm(config: KVShareConfig) -> VLLMParts:
     arguments = fitted(engine_arguments(config), config)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     media = picture_support(config, str(arguments["model"]), tokenizer)
-    engine = VLLMEngine(arguments, media.spelled)
+    engine = VLLMEngine(arguments, tokens_written(media, tokenizer))
     return VLLMParts(Named(config.model, tokenizer), engine, media)
 
 
@@ -165,7 +165,7 @@ class VLLMEngine:
 
     Args:
         arguments: vLLM's `EngineArgs` by name.
-        spelled: see `MediaSupport`.
+        written: see `pictures.tokens_written`.
 
     Attributes:
         block_size: tokens of a block of vLLM's prefix cache.
@@ -178,10 +178,10 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, arguments: Mapping[str, Any], spelled: Mapping[int, tuple[int, ...]] = NOTHING
+        self, arguments: Mapping[str, Any], written: Mapping[int, tuple[int, ...]] = NOTHING
     ) -> None:
         self.counters: Counter[str] = Counter()
-        self._spelled = spelled
+        self._written = written
         self.num_drawn = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._closed = False
@@ -259,7 +259,7 @@ class VLLMEngine:
         last = None
         try:
             # Pictures take time to decode; the loop has others to serve meanwhile.
-            prompt = await asyncio.to_thread(prompt_of, spec.stream, self._spelled)
+            prompt = await asyncio.to_thread(prompt_of, spec.stream, self._written)
             if spec.options.cache_salt:
                 prompt["cache_salt"] = spec.namespace  # a hash: vLLM does not take every text
             params = _sampling_params(spec)

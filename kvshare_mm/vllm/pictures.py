@@ -57,20 +57,32 @@ def picture_support(
     return media_of(config, processor, placeholders, _MROPE[model.model_type])
 
 
+def tokens_written(
+    media: MediaSupport, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, tuple[int, ...]]:
+    """`MediaSupport.spelled` in tokens: vLLM's processor writes them too."""
+    return {
+        int(tokenizer.convert_tokens_to_ids(token)): tuple(
+            tokenizer.encode(written, add_special_tokens=False)
+        )
+        for token, written in media.spelled.items()
+    }
+
+
 def prompt_of(
-    stream: SegmentStream, spelled: Mapping[int, tuple[int, ...]] = NOTHING
+    stream: SegmentStream, written: Mapping[int, tuple[int, ...]] = NOTHING
 ) -> dict[str, Any]:
     """A prompt as vLLM takes it: one placeholder a picture or clip, and these.
 
     Args:
-        spelled: see `MediaSupport`: vLLM's processor writes them too.
+        written: see `tokens_written`.
     """
     once = np.ones(len(stream), dtype=bool)
     media: dict[str, list[Any]] = {}
     for segment, item in zip(stream.media, stream.items, strict=True):
         once[segment.start + 1 : segment.end] = False
         token = int(stream.token_ids[segment.start])
-        around = spelled.get(token, (token,))
+        around = written.get(token, (token,))
         before = around.index(token)
         once[segment.start - before : segment.start] = False
         once[segment.end : segment.end + len(around) - before - 1] = False

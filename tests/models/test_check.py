@@ -100,11 +100,15 @@ def test_others_are_declined_in_words(config: dict[str, Any], words: str) -> Non
 
 
 def test_of_other_multimodal_models_the_text_is_checked() -> None:
-    checked = check_config(AutoConfig.for_model("gemma3"))
-    assert (checked.model_type, checked.reason, checked.media) == ("gemma3_text", None, ())
+    checked = check_config(AutoConfig.for_model("mistral3"))
+    assert (checked.model_type, checked.reason, checked.media) == ("mistral", None, ())
 
 
 def test_pictures() -> None:
+    checked = check_config(AutoConfig.for_model("gemma3", text_config={"num_hidden_layers": 34}))
+    assert (checked.model_type, checked.reason) == ("gemma3_text", None)
+    assert checked.media == (Modality.IMAGE,) and checked.windows
+    assert checked.bytes_per_token == 139264  # as of its text alone, which is put to the proof
     checked = check_model("tiny-vl")
     assert checked.media == (Modality.IMAGE,) and checked.shape == KVShape(4, 2, 32, 32)
 

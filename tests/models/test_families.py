@@ -27,7 +27,7 @@ from ..media_oracle import Oracle
 from ..modalities.media import RATE, picture, tone
 
 ATOL = 1e-4
-FLAT = ("qwen2_audio", "internvl")  # positions have one axis
+FLAT = ("qwen2_audio", "internvl", "gemma3")  # positions have one axis
 MAX_LEN = 400
 
 
@@ -144,6 +144,8 @@ def test_greedy_answers_are_the_models(
     oracles: Callable[[str], Oracle], family: str, name: str, plain: bool
 ) -> None:
     oracle = oracles(family)
+    if plain and oracle.loaded.family is not None and oracle.loaded.family.both_ways:
+        pytest.skip("where PartialAttention does not run, it is served with text alone")
     stream = oracle.stream(MESSAGES[name])
     runner: Any = (
         PlainRunner(oracle.loaded, 1) if plain else SlotRunner(oracle.loaded, 1, MAX_LEN, 4096)
@@ -263,7 +265,6 @@ _EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "im
 @pytest.mark.parametrize(
     ("kind", "text", "vision"),
     [
-        ("gemma3", {"model_type": "gemma3_text", "sliding_window": 8}, {}),
         ("mistral3", {"model_type": "mistral"}, {"model_type": "pixtral"}),
         ("llava_onevision", {"model_type": "qwen2"}, {"model_type": "siglip_vision_model"}),
         ("smolvlm", {"model_type": "llama"}, {}),
@@ -305,7 +306,11 @@ def test_a_language_part_that_is_not_the_whole_is_refused(
 ) -> None:
     sizes = {**_SMALL, "vocab_size": 128}
     eyes = {**_EYES, "num_attention_heads": 2, "patch_size": 14}
-    config = AutoConfig.for_model("gemma3", text_config=sizes, vision_config=eyes)
+    config = AutoConfig.for_model(
+        "llava_onevision",
+        text_config={**sizes, "model_type": "qwen2"},
+        vision_config={**eyes, "model_type": "siglip_vision_model"},
+    )
     model = AutoModelForImageTextToText.from_config(config)
     config.save_pretrained(tmp_path)
     for name, value in changed.items():

@@ -24,7 +24,7 @@ from kvshare_mm.config import KVShareConfig
 from kvshare_mm.models.loader import load_tokenizer, locate
 from kvshare_mm.stream import SegmentStream
 from kvshare_mm.vllm import arguments, kv_transfer_config
-from kvshare_mm.vllm.pictures import picture_support, prompt_of
+from kvshare_mm.vllm.pictures import picture_support, prompt_of, tokens_written
 
 # Token ids, or a prompt with pictures as vLLM takes it.
 Prompt = Sequence[int] | dict[str, Any]
@@ -183,7 +183,8 @@ def stream_of(model: Path | str, messages: list[dict[str, Any]]) -> SegmentStrea
 def _read(model: Path | str, messages: list[dict[str, Any]]) -> tuple[SegmentStream, Any]:
     tokenizer = load_tokenizer(str(model))
     support = picture_support(KVShareConfig(model=str(model)), locate(str(model)), tokenizer)
-    return chat_stream(messages, tokenizer, support)[0], support.spelled
+    stream = chat_stream(messages, tokenizer, support)[0]
+    return stream, tokens_written(support, tokenizer)
 
 
 def summary(output: Any) -> dict[str, Any]:
