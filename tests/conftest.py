@@ -97,6 +97,29 @@ def random_model(
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _EVERY_OTHER = ["sliding_attention", "full_attention"] * 2
 _WINDOWS = {"sliding_window": 24, "layer_types": _EVERY_OTHER, "num_hidden_layers": 4}
+# Its CPU attention knows latents of 512 + 64 alone, and turns neighbours right with YaRN alone.
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+    },
+}
 # Those that vLLM is tested with, and what they want beside the sizes that all have.
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -115,6 +138,9 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
         **_MOE,
         "num_experts_per_tok": 1,
     },
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": {**_LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm4_moe_lite": _LATENT,
 }
 
 

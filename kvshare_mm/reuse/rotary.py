@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-SUPPORTED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+# The last two are YaRN as vLLM calls it in the configuration of a DeepSeek that it has loaded.
+SUPPORTED_ROPE_TYPES = frozenset(
+    {"default", "linear", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
+)
 
 
 @dataclass(frozen=True, slots=True)

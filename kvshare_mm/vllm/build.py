@@ -19,6 +19,7 @@ from kvshare_mm.store.tiered import TieredStore
 from kvshare_mm.vllm import compat
 from kvshare_mm.vllm.forward import PartialForward
 from kvshare_mm.vllm.gate import deployment_obstacle, shares_media
+from kvshare_mm.vllm.latents import LatentPages
 from kvshare_mm.vllm.options import ConnectorOptions
 from kvshare_mm.vllm.pages import PageLayout
 from kvshare_mm.vllm.rotation import rotary_spec
@@ -88,6 +89,8 @@ def build_runner(
     )
     if (whole := compat.whole_model()) is not model:
         forward.prove(whole)
+    first = next(iter(layers.values()))
+    pages = LatentPages(first) if compat.is_latent(first) else PageLayout(first)
     rotary = rotary_spec(model, layers, forward.probe)
     parallel = vllm_config.parallel_config
     ranks = int(parallel.world_size)
@@ -100,7 +103,7 @@ def build_runner(
     store = TieredStore(HostTier(options.core.host_budget() // ranks), disk, gone.append)
     return WorkerSide(
         layers,
-        PageLayout(next(iter(layers.values()))),
+        pages,
         forward,
         ReuseWorker(store, KVEditor(rotary), options.core.packed),
         gone,

@@ -191,6 +191,24 @@ def needs_blocks(request: Any) -> bool:
     return request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
+def is_latent(layer: Any) -> bool:
+    """Whether an attention layer keeps latents (MLA)."""
+    from vllm.model_executor.layers.attention import MLAAttention
+
+    return isinstance(layer, MLAAttention)
+
+
+def write_latents(layer: Any, k: Any, v: Any, cache: Any, slots: Any) -> None:
+    """Put ``[n, 1, dim]`` latents and rotated keys into slots of an MLA layer's pages."""
+    layer.impl.do_kv_cache_update(k[:, 0], v, cache, slots, layer.kv_cache_dtype, layer._k_scale)
+
+
+def key_weights(layer: Any) -> Any:
+    """``[num_heads, nope_dim, latent_dim]`` of an MLA layer: what makes keys of latents; None: they
+    are kept in another form, as some kernels for AMX and ROCm want it."""
+    return getattr(layer, "W_UK_T", None)
+
+
 class SetApart:
     """Keeps a request's blocks from `first` on out of the prefix cache that others look into.
 

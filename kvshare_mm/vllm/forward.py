@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from kvshare_mm.attention import TailAttention
 from kvshare_mm.kernels.scoring import Scoring
 from kvshare_mm.node import Span
+from kvshare_mm.vllm.pages import Pages
 from kvshare_mm.vllm.rotation import PROBE_TOKENS
 from kvshare_mm.vllm.watch import watching
 
@@ -66,7 +67,7 @@ class PartialForward:
         self._device = first.kv_cache.device
         self._block_size = int(spec.block_size)
         # Kernels may address finer blocks than the scheduler does.
-        self._split = self._block_size // int(first.kv_cache.shape[2])
+        self._split = self._block_size // int(first.kv_cache.shape[-2])
         # As vLLM's runner groups them: chunked layers have a backend of their own.
         alike: dict[Any, list[str]] = {}
         for name, layer in layers.items():
@@ -191,7 +192,8 @@ class PartialForward:
         token_id: int,
         place: np.ndarray | None,
         block_ids: Sequence[int],
-        k: Sequence[torch.Tensor],
+        kv: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        pages: Pages,
     ) -> np.ndarray:
         """What position `last` attends to: ``[last + 1]`` float32, mean over heads and layers.
 
@@ -199,14 +201,16 @@ class PartialForward:
 
         Args:
             place: ``[3]`` its rotary position; None: the index.
-            k: ``[num_kv_heads, >= last + 1, head_dim]`` of each layer.
+            kv: K and V of each layer, ``[num_kv_heads, >= last + 1, dim]``.
+            pages: those that they are of.
         """
         tail = TailAttention()
-        keys = dict(zip(self._layers, k, strict=True))
+        of_layers = dict(zip(self._layers, kv, strict=True))
 
         def see(name: str, query: torch.Tensor, *_: torch.Tensor) -> None:
-            layer, key = self._layers[name], keys[name][:, : last + 1]
-            tail.add(query.view(-1, 1, key.shape[-1]), key, layer.impl.scale, _scoring(layer))
+            layer, (k, v) = self._layers[name], (x[:, : last + 1] for x in of_layers[name])
+            query, key = pages.scored(layer, query, k, v)
+            tail.add(query, key, layer.impl.scale, _scoring(layer))
 
         ids = np.zeros(last + 1, np.int64)
         ids[last] = token_id
@@ -227,7 +231,7 @@ def _scoring(layer: Any) -> Scoring:
     return Scoring(
         layer.sliding_window,
         getattr(layer, "attention_chunk_size", None),
-        layer.impl.logits_soft_cap or None,
+        getattr(layer.impl, "logits_soft_cap", None) or None,
         getattr(layer.impl, "sinks", None),
     )
 

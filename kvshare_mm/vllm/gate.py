@@ -9,7 +9,7 @@ from kvshare_mm.models.support import declared_obstacle
 # Drafters that keep no KV of their own.
 _FREE_DRAFTERS = frozenset({"ngram", "ngram_gpu", "suffix"})
 
-_KEPT_WHOLE = frozenset({"FullAttentionSpec"})
+_KEPT_WHOLE = frozenset({"FullAttentionSpec", "MLAAttentionSpec"})
 _WINDOWED = frozenset({"SlidingWindowSpec", "ChunkedLocalAttentionSpec"})
 # Layers with windows keep the KV of all tokens then: gaps are computed over it, and donors made.
 KEEP_ALL = "--disable-hybrid-kv-cache-manager"
@@ -32,6 +32,8 @@ def deployment_obstacle(vllm_config: Any, kv_cache_config: Any) -> str | None:
         return "only decoders that generate text are supported"
     if (reason := declared_obstacle(model.hf_text_config)) is not None:
         return reason
+    if getattr(model.hf_text_config, "index_topk", None) is not None:
+        return "its attention sees what an indexer chooses, which keeps a cache of its own"
     groups = kv_cache_config.kv_cache_groups
     kinds = {type(group.kv_cache_spec).__name__ for group in groups}
     if len(groups) != 1:

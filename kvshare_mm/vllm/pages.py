@@ -8,12 +8,60 @@ written into a scratch page through the backend's own write, and the page is sea
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 # Numbers are written as digits to a base that even bfloat16 holds exactly.
 _BASE = 128
+
+
+class Pages(Protocol):
+    """K and V of tokens in the pages of a model's layers, which are alike.
+
+    Attributes:
+        num_kv_heads, key_dim, value_dim: of a token's K and V.
+    """
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def read(
+        self, cache: torch.Tensor, block_ids: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a request's positions ``[0, length)``.
+
+        Args:
+            cache: a layer's.
+            block_ids: ``[ceil(length / block_size)]`` its blocks in order, on the cache's device.
+
+        Returns:
+            ``[num_kv_heads, length, key_dim]`` and ``[num_kv_heads, length, value_dim]``, on the
+            cache's device.
+        """
+
+    def write(self, layer: Any, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """Put K and V into a layer's pages.
+
+        Args:
+            k: ``[n, num_kv_heads, key_dim]``.
+            v: ``[n, num_kv_heads, value_dim]``.
+            slots: ``[n]`` int64.
+        """
+
+    def scored(
+        self, layer: Any, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the scores of one query are made of.
+
+        Args:
+            query: of one token, as the layer is called with it.
+            k, v: ``[num_kv_heads, N, dim]`` of a request.
+
+        Returns:
+            ``[num_heads, 1, dim]`` and ``[num_kv_heads, N, dim]``.
+        """
 
 
 class PageLayout:
@@ -27,8 +75,8 @@ class PageLayout:
     """
 
     def __init__(self, layer: Any) -> None:
-        _, self._heads, self._block_size, width = layer.kv_cache.shape
-        self._dim = width // 2
+        _, self.num_kv_heads, self._block_size, width = layer.kv_cache.shape
+        self.key_dim = self.value_dim = width // 2
         self._key = self._find(layer, keys=True)
         self._value = self._find(layer, keys=False)
         self._key_strides, self._value_strides = _strides(self._key), _strides(self._value)
@@ -36,16 +84,7 @@ class PageLayout:
     def read(
         self, cache: torch.Tensor, block_ids: torch.Tensor, length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a request's positions ``[0, length)``.
-
-        Args:
-            cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_dim]`` of a layer.
-            block_ids: ``[ceil(length / block_size)]`` its blocks in order, on the cache's device.
-
-        Returns:
-            Two ``[num_kv_heads, length, head_dim]``, on the cache's device.
-        """
-        pages = cache[block_ids].reshape(len(block_ids), self._heads, -1)
+        pages = cache[block_ids].reshape(len(block_ids), self.num_kv_heads, -1)
 
         def of(where: torch.Tensor, strides: tuple[int, int] | None) -> torch.Tensor:
             if strides is None:
@@ -56,19 +95,28 @@ class PageLayout:
                     (*pages.stride()[:2], *strides),
                     int(where[0, 0]),
                 )
-            return found.transpose(0, 1).reshape(self._heads, -1, self._dim)[:, :length]
+            heads = found.transpose(0, 1)
+            return heads.reshape(self.num_kv_heads, -1, self.key_dim)[:, :length]
 
         return of(self._key, self._key_strides), of(self._value, self._value_strides)
 
+    def write(self, layer: Any, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        layer.impl.do_kv_cache_update(layer, k, v, layer.kv_cache, slots)
+
+    def scored(
+        self, layer: Any, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return query.view(-1, 1, self.key_dim), k
+
     def _find(self, layer: Any, *, keys: bool) -> torch.Tensor:
         """``[block_size, head_dim]`` flat index in a head's page."""
-        size, dim = self._block_size, self._dim
+        size, dim = self._block_size, self.key_dim
         cache = layer.kv_cache
         names = torch.arange(1, size * dim + 1, device=cache.device)
         found = torch.zeros(2 * size * dim, dtype=torch.int64, device=cache.device)
         weight = 1
         while weight <= size * dim:
-            digit = (names // weight % _BASE).view(size, 1, dim).expand(-1, self._heads, -1)
+            digit = (names // weight % _BASE).view(size, 1, dim).expand(-1, self.num_kv_heads, -1)
             filled = digit.to(cache.dtype).contiguous()
             empty = torch.zeros_like(filled)
             scratch = torch.zeros((2, *cache.shape[1:]), dtype=cache.dtype, device=cache.device)

@@ -7,6 +7,7 @@ keys must be moved by one of the model's rotations, or by none.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from kvshare_mm.vllm.watch import watching
 PROBE_TOKENS = 12
 _PROBE_SHIFT = 37
 
-# K and V of every layer: ``[num_kv_heads, PROBE_TOKENS, head_dim]``.
+# K and V of every layer, or latents and their rotated keys: ``[num_kv_heads, PROBE_TOKENS, dim]``.
 _KV = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -40,8 +41,8 @@ def rotary_spec(
     with _same_inputs(model, layers):
         before, after = (_computed(layers, run, positions + n) for n in (0, _PROBE_SHIFT))
     best: list[int] = []
-    for interleaved, table in _rotations(model):
-        specs = [RotarySpec(angles[None], interleaved) for angles in table]
+    for (interleaved, table), of_values in itertools.product(_rotations(model), (False, True)):
+        specs = [RotarySpec(angles[None], interleaved, None, of_values) for angles in table]
         rows: list[int] = []
         for kv in zip(before, after, strict=True):
             errors = [_off(*kv, spec) for spec in specs]
@@ -53,7 +54,7 @@ def rotary_spec(
         used = sorted(set(rows))
         if len(rows) == len(layers) and used != [len(table) - 1]:
             which = None if len(used) == 1 else tuple(used.index(row) for row in rows)
-            return RotarySpec(table[used], interleaved, which)
+            return RotarySpec(table[used], interleaved, which, of_values)
     if len(best) == len(layers):
         raise ValueError("the model's layers do not rotate their keys")
     name = list(layers)[len(best)]
@@ -94,7 +95,7 @@ def _computed(
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def see(name: str, query: torch.Tensor, *kv: torch.Tensor) -> None:
-        heads = layers[name].kv_cache.shape[1]
+        heads = layers[name].num_kv_heads
         k, v = (x.reshape(PROBE_TOKENS, heads, -1).transpose(0, 1).cpu() for x in kv)
         seen[name] = k.clone(), v.clone()
 
@@ -140,10 +141,11 @@ def _off(
 ) -> float:
     """How far K and V, moved, are from those of the other position: the largest difference, as a
     share of the largest number."""
-    if spec.rotary_dim > before[0].shape[-1]:
+    turned, still = (1, 0) if spec.of_values else (0, 1)
+    if spec.rotary_dim > before[turned].shape[-1]:
         return float("inf")
-    moved = rerotate(before[0], torch.full((PROBE_TOKENS,), _PROBE_SHIFT), spec)
+    moved = rerotate(before[turned], torch.full((PROBE_TOKENS,), _PROBE_SHIFT), spec)
     return max(
         float((x - y).float().abs().max() / y.float().abs().max().clamp(min=1e-6))
-        for x, y in ((moved, after[0]), (before[1], after[1]))
+        for x, y in ((moved, after[turned]), (before[still], after[still]))
     )

@@ -8,7 +8,6 @@ the ranks agree on it.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from kvshare_mm.reuse.orders import Report
 from kvshare_mm.reuse.worker import ReuseWorker
 from kvshare_mm.vllm.forward import Part, PartialForward
 from kvshare_mm.vllm.meta import Load, Orders, Save, WorkerReport
-from kvshare_mm.vllm.pages import PageLayout
+from kvshare_mm.vllm.pages import Pages
 from kvshare_mm.vllm.recompute import Head, Recompute
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class WorkerSide:
     def __init__(
         self,
         layers: dict[str, Any],
-        pages: PageLayout,
+        pages: Pages,
         forward: PartialForward,
         worker: ReuseWorker,
         gone: deque[str],
@@ -152,8 +151,7 @@ class WorkerSide:
         kept = np.zeros(load.end, np.int64)
         for span in load.kept:
             kept[span.start : span.end] = 1
-        cache = next(iter(self._layers.values())).kv_cache
-        shape = len(self._layers), cache.shape[1], cache.shape[3] // 2
+        shape = len(self._layers), self._pages.num_kv_heads, self._pages.key_dim
         rows = kept.cumsum() - kept
         return self._worker.place(load.pieces, load.namespace, shape, load.positions, rows)
 
@@ -162,10 +160,13 @@ class WorkerSide:
         layers = list(self._layers.values())
         slots = self._forward.slots(load.kept, load.block_ids)
         like = layers[0].kv_cache
-        shape = len(slots), like.shape[1], like.shape[3] // 2
+        heads, dims = self._pages.num_kv_heads, (self._pages.key_dim, self._pages.value_dim)
         room = _STAGED_BYTES["cpu" if like.device.type == "cpu" else "gpu"]
-        step = min(len(layers), max(1, room // (2 * math.prod(shape) * like.itemsize)))
-        k, v = torch.empty((2, step, *shape), dtype=like.dtype, device=like.device)
+        step = min(len(layers), max(1, room // (len(slots) * heads * sum(dims) * like.itemsize)))
+        k, v = (
+            torch.empty((step, len(slots), heads, dim), dtype=like.dtype, device=like.device)
+            for dim in dims
+        )
         with torch.inference_mode():
             for first in range(0, len(layers), step):
                 some = layers[first : first + step]
@@ -173,7 +174,7 @@ class WorkerSide:
                 slot_k, slot_v = (x.transpose(1, 2) for x in of_some)
                 self._worker.write(placement, slot_k, slot_v, first)
                 for layer, of_k, of_v in zip(some, *of_some, strict=True):
-                    layer.impl.do_kv_cache_update(layer, of_k, of_v, layer.kv_cache, slots)
+                    self._pages.write(layer, of_k, of_v, slots)
 
     def _advance(self) -> bool:
         """Begin and compute loads as far as the budget allows, in one forward; False: there are
@@ -258,13 +259,13 @@ class WorkerSide:
         node = save.node
         length = max(save.last + 1, node.own[-1].end if node.own else 0)
         caches = [layer.kv_cache for layer in self._layers.values()]
-        blocks = self._forward.table(save.block_ids)[: -(-length // caches[0].shape[2])]
+        blocks = self._forward.table(save.block_ids)[: -(-length // caches[0].shape[-2])]
         kv = [self._pages.read(cache, blocks, length) for cache in caches]
         place = None if node.positions is None else node.positions[:, save.last]
         attention = None
         if not any(m.start <= save.last < m.end for m in node.media):  # its token says nothing
             attention = self._forward.looked_at(
-                save.last, save.last_token, place, save.block_ids, [k for k, _ in kv]
+                save.last, save.last_token, place, save.block_ids, kv, self._pages
             )
         k, v = (torch.stack([each[i] for each in kv]) for i in range(2))
         return attention, k, v

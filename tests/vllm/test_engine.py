@@ -78,7 +78,14 @@ def test_an_exact_donor_gives_stock_tokens(
     assert summary(output)["exact"] == 230  # not a multiple of the block size
     assert summary(output)["reused"] == 0
     assert tokens(output) == stock_tokens(stock, longer, 12)
-    # Exact blocks are for everybody.
+
+
+def test_exact_blocks_are_for_everybody(engine: Shared) -> None:
+    prompt = ids(230)
+    engine.serve(prompt)
+    assert engine.llm.reset_prefix_cache()
+    longer = [*prompt, *ids(40, 7)]
+    assert summary(engine.serve(longer, 12, reuse="exact"))["exact"] == 230
     assert summary(engine.serve(longer, reuse="off"))["exact"] == 256
 
 

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.request import Request
@@ -35,6 +36,7 @@ SPEC = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torc
 WINDOW = SlidingWindowSpec(
     block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32, sliding_window=64
 )
+LATENT = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.float32)
 OTHER = SimpleNamespace(block_size=32)
 CACHES = KVCacheConfig(
     num_blocks=8, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l0"], SPEC)]
@@ -52,7 +54,7 @@ def config(random_model: Callable[[str], Path]) -> Any:
     return made.create_engine_config()
 
 
-@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, sliding_window=64)])
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, sliding_window=64), LATENT])
 def test_kv_of_all_tokens_is_shared(config: Any, spec: Any) -> None:
     caches = replace(CACHES, kv_cache_groups=[KVCacheGroupSpec(["l0"], spec)])
     assert deployment_obstacle(config, caches) is None
@@ -66,6 +68,7 @@ def test_kv_of_all_tokens_is_shared(config: Any, spec: Any) -> None:
         ("parallel_config", {"data_parallel_size": 2, "is_moe_model": True}, "mixture of experts"),
         ("model_config", {"runner_type": "pooling"}, "generate text"),
         ("model_config", {"is_encoder_decoder": True}, "generate text"),
+        ("model_config", {"hf_text_config": SimpleNamespace(index_topk=64)}, "indexer"),
         ("cache_config", {"cache_dtype": "fp8"}, "fp8"),
         ("speculative_config", {"method": "eagle"}, "eagle"),
     ],

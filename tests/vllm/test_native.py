@@ -15,6 +15,7 @@ from kvshare_mm.models.loader import load_tokenizer, locate
 from kvshare_mm.native.slots import SlotRunner
 
 from ..conftest import RANDOM_MODELS
+from ..native.asking import inside
 from .engines import assert_as_native, first_token, shared_engine, tokens
 
 pytestmark = pytest.mark.vllm
@@ -46,11 +47,16 @@ def _real_pairs(model: str) -> Pairs:
 
 @dataclass(frozen=True)
 class Served:
-    """A pair, and what the native engine made of it."""
+    """A pair, and what the native engine made of it.
+
+    Attributes:
+        looked: what the end of the donor's prompt attends to.
+    """
 
     donor: list[int]
     target: list[int]
     first: list[int]
+    looked: np.ndarray
     then: RequestOutput
 
 
@@ -58,11 +64,13 @@ def _natively(folder: str, pairs: Pairs) -> Iterator[Served]:
     greedy = {"temperature": 0, "ignore_eos": True}
     with KVShare(folder, dtype="float32", embedder=None) as native:
         for donor, target in pairs:
+            native.flush()  # the pair before
             native.cache.clear()
             first = native.generate(donor, SamplingParams(max_tokens=4, **greedy))
             native.flush()
+            [node] = inside(native).donors.nodes()
             then = native.generate(target, SamplingParams(max_tokens=1, logprobs=10, **greedy))
-            yield Served(donor, target, list(first.token_ids), then)
+            yield Served(donor, target, list(first.token_ids), node.attention, then)
 
 
 @pytest.mark.parametrize("name", [*RANDOM_MODELS, "smollm2"])
@@ -85,4 +93,6 @@ def test_the_same_reuse_and_the_same_first_token(
         for each in served:
             shared.forget()
             assert tokens(shared.serve(each.donor)) == each.first
+            [node] = shared.catalogue.nodes()
+            assert np.allclose(node.attention, each.looked, atol=1e-4)
             assert_as_native(first_token(shared, each.target), each.then)

@@ -9,12 +9,15 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 
+from kvshare_mm.vllm.latents import LatentPages
 from kvshare_mm.vllm.pages import PageLayout
 
 pytestmark = pytest.mark.vllm
 
 HEADS = 2
+ROTATED, OF_HEAD = 8, 12  # channels of an MLA layer
 
 
 class CPULayer:
@@ -46,6 +49,25 @@ class PackedLayer(CPULayer):
             at = torch.arange(dim) + slot % size * dim
             flat[slot // size][:, self._order[at]] = k[i]
             flat[slot // size][:, self._order[at + size * dim]] = v[i]
+
+
+class LatentLayer(SimpleNamespace):
+    """What the CPU's attention does to latents."""
+
+    def __init__(self, dim: int, block: int) -> None:
+        super().__init__(
+            kv_lora_rank=dim,
+            qk_rope_head_dim=ROTATED,
+            num_heads=HEADS,
+            kv_cache=torch.zeros(6, block, dim + ROTATED, dtype=torch.bfloat16),
+            kv_cache_dtype="auto",
+            _k_scale=torch.ones(()),
+            W_UK_T=torch.randn(HEADS, OF_HEAD, dim),
+            impl=SimpleNamespace(do_kv_cache_update=self.update),
+        )
+
+    def update(self, *args: Any) -> None:
+        CPUMLAImpl.do_kv_cache_update(None, *args)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -82,3 +104,35 @@ def test_a_backend_that_loses_numbers_is_found_out() -> None:
     layer.impl.do_kv_cache_update = lossy
     with pytest.raises(ValueError, match="once"):
         PageLayout(layer)
+
+
+def test_latents_are_read_as_they_were_written() -> None:
+    layer = LatentLayer(24, 16)
+    k, v = (torch.randn(37, 1, dim).bfloat16() for dim in (24, ROTATED))
+    blocks = torch.tensor([4, 1, 2])
+    slots = (blocks[:, None] * 16 + torch.arange(16)).flatten()[:37]
+    pages = LatentPages(layer)
+    pages.write(layer, k, v, slots)
+    found_k, found_v = pages.read(layer.kv_cache, blocks, 37)
+    assert torch.equal(found_k, k.transpose(0, 1))
+    assert torch.equal(found_v, v.transpose(0, 1))
+
+
+def test_scores_are_those_of_the_keys_that_latents_become() -> None:
+    layer = LatentLayer(24, 16)
+    query, k, v = torch.randn(1, HEADS, OF_HEAD + ROTATED), torch.randn(7, 24), torch.randn(7, 8)
+    turned, latents = LatentPages(layer).scored(layer, query, k[None], v[None])
+    keys = torch.einsum("nl,hdl->hnd", k, layer.W_UK_T)
+    keys = torch.cat((keys, v.expand(HEADS, 7, ROTATED)), -1)
+    want = torch.einsum("hd,hnd->hn", query[0], keys)
+    assert torch.allclose((turned @ latents.transpose(1, 2))[:, 0], want, atol=1e-4)
+
+
+def test_backends_that_keep_latents_otherwise_are_found_out() -> None:
+    layer = LatentLayer(24, 16)
+    layer.W_UK_T = None
+    with pytest.raises(ValueError, match="packs the weights"):
+        LatentPages(layer)
+    layer.impl.do_kv_cache_update = lambda *_: None
+    with pytest.raises(ValueError, match="as they are"):
+        LatentPages(layer)
