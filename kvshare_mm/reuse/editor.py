@@ -115,7 +115,9 @@ class KVEditor:
         spec = self._spec
         if spec is not None and spec.layers is not None:
             spec = replace(spec, layers=spec.layers[layers])
-        move = _move if resolve(self._backend, k.device) == "torch" else _move_at_once
+        # Not every GPU that keeps float8 can compute with it.
+        at_once = k.itemsize > 1 and resolve(self._backend, k.device) != "torch"
+        move = _move_at_once if at_once else _move
         for stored, placed in placement:
             exponents = stored.kv.k_exponents
             donor_k = stored.kv.k[layers], None if exponents is None else exponents[layers]

@@ -70,6 +70,9 @@ def rerotate(
     torch.mul(a, cos, out=moved_a).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=moved_b).addcmul_(a, sin)
     if not direct:
+        if out.itemsize == 1:  # float8, beyond whose largest number there is none
+            most = torch.finfo(out.dtype).max
+            moved.clamp_(-most, most)
         out[..., :dim] = moved
     if dim < k.shape[-1]:
         out[..., dim:] = k[..., dim:]

@@ -130,7 +130,8 @@ class ReuseWorker:
     def _owned(self, node: Node, k: torch.Tensor, v: torch.Tensor) -> NodeKV:
         """The rows that a node owns of ``[layers, heads, >= N, dim]``, copied to the CPU."""
         k, v = (torch.cat([x[:, :, s.start : s.end] for s in node.own], dim=2) for x in (k, v))
-        return NodeKV.packed(k, v) if self._packed else NodeKV(k.cpu(), v.cpu())
+        packed = self._packed and k.itemsize > 1  # float8 has eight bits already
+        return NodeKV.packed(k, v) if packed else NodeKV(k.cpu(), v.cpu())
 
     def carry_out(self, touched: Sequence[str], dropped: Sequence[str]) -> None:
         """Nodes that were asked for again, and nodes to be deleted."""

@@ -77,6 +77,7 @@ def check_finite(node: Node, embedding: np.ndarray | None, kv: NodeKV | None = N
         raise _not_finite(node, "drift")
     for name, tensor in (("K", kv.k), ("V", kv.v)) if kv is not None else ():
         numbers = scales_of(tensor) if tensor.dtype == torch.int8 else tensor
+        numbers = numbers.float() if numbers.itemsize == 1 else numbers
         # The extremes: a NaN becomes both, and they do not overflow as a sum would.
         if numbers.numel() and not all(math.isfinite(x) for x in torch.aminmax(numbers)):
             raise _not_finite(node, name)

@@ -43,6 +43,7 @@ _KV_DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "I8": torch.int8,  # of `q8`
+    "F8_E4M3": torch.float8_e4m3fn,  # vLLM's
 }
 _KV_DTYPE_NAMES = {dtype: name for name, dtype in _KV_DTYPES.items()}
 _KV_NAMES = ("k", "v")
@@ -93,7 +94,7 @@ def write_node(path: Path, stored: StoredNode, *, durable: bool = False) -> int:
 
     Args:
         path: the file to create or to replace.
-        stored: the node; K and V bfloat16, float16, float32 or packed to int8, on the CPU.
+        stored: the node; K and V bfloat16, float16, float32, float8 or packed to int8, on the CPU.
         durable: also flush to the device, to survive a power cut and not only a killed process.
 
     Returns:
@@ -173,7 +174,7 @@ def _check_kv(stored: StoredNode) -> None:
         if tensor.dtype not in _KV_DTYPE_NAMES or tensor.device.type != "cpu":
             raise ValueError(
                 f"node {stored.node.node_id}: {name} is {tensor.dtype} on {tensor.device}; the"
-                " store takes bfloat16, float16, float32 and packed int8 on the CPU"
+                " store takes bfloat16, float16, float32, float8 and packed int8 on the CPU"
             )
         if tensor.dim() != 4 or tensor.shape[2] != stored.node.num_owned:
             raise ValueError(

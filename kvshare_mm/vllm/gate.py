@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvshare_mm.models.support import declared_obstacle
+from kvshare_mm.vllm.compat import FLOAT8
 
 # Drafters that keep no KV of their own.
 _FREE_DRAFTERS = frozenset({"ngram", "ngram_gpu", "suffix"})
@@ -46,7 +47,10 @@ def deployment_obstacle(vllm_config: Any, kv_cache_config: Any) -> str | None:
         return f"its KV cache is a {kinds.pop()}, not full attention's"
     if groups[0].kv_cache_spec.non_causal:
         return "its attention is not causal"
-    if vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+    known = {"auto", "bfloat16", "float16", "float32"}
+    if kinds == {"FullAttentionSpec"}:
+        known |= FLOAT8
+    if vllm_config.cache_config.cache_dtype not in known:
         return f"KV of dtype {vllm_config.cache_config.cache_dtype} is not supported"
     drafter = vllm_config.speculative_config
     if drafter is not None and drafter.method not in _FREE_DRAFTERS:

@@ -27,6 +27,7 @@ class LatentPages:
     num_kv_heads = 1
 
     def __init__(self, layer: Any) -> None:
+        self.dtype = layer.kv_cache.dtype
         self.key_dim, self.value_dim = int(layer.kv_lora_rank), int(layer.qk_rope_head_dim)
         _, size, width = layer.kv_cache.shape
         rows = torch.arange(size * width, device=layer.kv_cache.device).remainder(128)

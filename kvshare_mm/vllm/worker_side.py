@@ -161,10 +161,11 @@ class WorkerSide:
         slots = self._forward.slots(load.kept, load.block_ids)
         like = layers[0].kv_cache
         heads, dims = self._pages.num_kv_heads, (self._pages.key_dim, self._pages.value_dim)
+        dtype = self._pages.dtype
         room = _STAGED_BYTES["cpu" if like.device.type == "cpu" else "gpu"]
         step = min(len(layers), max(1, room // (len(slots) * heads * sum(dims) * like.itemsize)))
         k, v = (
-            torch.empty((step, len(slots), heads, dim), dtype=like.dtype, device=like.device)
+            torch.empty((step, len(slots), heads, dim), dtype=dtype, device=like.device)
             for dim in dims
         )
         with torch.inference_mode():

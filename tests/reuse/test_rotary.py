@@ -135,6 +135,16 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     assert torch.equal(moved, rerotate(k.float(), shift, spec).to(dtype))
 
 
+def test_float8_is_rounded_once_and_stays_in_its_range() -> None:
+    _, _, spec = _model("default")
+    k = (200 * _raw(40)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    shift = torch.arange(-20, 20)
+    moved, want = rerotate(k, shift, spec), rerotate(k.float(), shift, spec)
+    assert want.abs().max() > 448  # what was near its limit turns beyond it
+    want = want.clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(moved.view(torch.uint8), want.view(torch.uint8))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_zero_shift_changes_no_bit(dtype: torch.dtype, interleaved: bool) -> None:

@@ -28,7 +28,7 @@ from kvshare_mm.stream import MediaItem, Modality, Segment
 
 from ..collisions import twin_texts
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 
 @st.composite
@@ -62,8 +62,9 @@ def stored_nodes(draw) -> StoredNode:
 
     def tensor() -> torch.Tensor:
         shape = (layers, heads, node.num_owned, draw(st.integers(1, 5)))
-        bits = {2: np.int16, 4: np.int32}[dtype.itemsize]
-        return torch.from_numpy(rng.integers(-(2**15), 2**15, shape, bits)).view(dtype)
+        bits = {1: np.int8, 2: np.int16, 4: np.int32}[dtype.itemsize]
+        most = 2 ** min(15, 8 * dtype.itemsize - 1)
+        return torch.from_numpy(rng.integers(-most, most, shape, bits)).view(dtype)
 
     k, v = tensor(), tensor()
     dim = draw(st.none() | st.integers(1, 9))
@@ -93,8 +94,10 @@ def test_the_safetensors_library_reads_the_file(tmp_path, make_stored, dtype):
     write_node(tmp_path / "node", stored)
 
     with safetensors.safe_open(tmp_path / "node", "pt") as file:
-        assert torch.equal(file.get_tensor("k"), stored.kv.k)
-        assert torch.equal(file.get_tensor("v"), stored.kv.v)
+        for name, tensor in (("k", stored.kv.k), ("v", stored.kv.v)):
+            found = file.get_tensor(name)
+            assert found.dtype == dtype
+            assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))
         assert file.get_tensor("own").tolist() == [[1, 3], [5, 8]]
         assert file.get_tensor("embedding").tolist() == [0, 1, 2]
         assert np.array_equal(file.get_tensor("keys").numpy(), stored.node.align_keys)

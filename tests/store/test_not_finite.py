@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvshare_mm.errors import NotFiniteError
-from kvshare_mm.store.base import NodeKV, StoredNode
+from kvshare_mm.store.base import NodeKV, StoredNode, check_finite
 from kvshare_mm.store.codec import write_node
 
 from .test_tiered import PATIENCE_S, reason_of
@@ -140,3 +140,10 @@ def test_it_is_seen_in_eight_bits(open_store, make_stored, where, value):
     with pytest.raises(NotFiniteError):
         store.put(replace(bad, kv=NodeKV.packed(bad.kv.k, bad.kv.v)))
     assert store.ids() == ["a"]
+
+
+def test_float8_that_is_no_number_is_refused(make_stored):
+    stored = make_stored(dtype=torch.float8_e4m3fn)
+    check_finite(stored.node, None, stored.kv)
+    with pytest.raises(NotFiniteError, match="its V"):
+        check_finite(stored.node, None, spoiled(stored, "v").kv)

@@ -129,10 +129,10 @@ class Shared:
         assert self.llm.reset_prefix_cache()
 
 
-def first_token(shared: Shared, prompt: Prompt, **knobs: Any) -> Any:
-    """vLLM's output of one token, with log probabilities."""
+def first_token(shared: Shared, prompt: Prompt, logprobs: int = 20, **knobs: Any) -> Any:
+    """vLLM's output of one token, with log probabilities; of all tokens for -1."""
     extra = {"kv_transfer_params": {"kvshare": knobs}}
-    params = SamplingParams(max_tokens=1, logprobs=20, extra_args=extra, **GREEDY)
+    params = SamplingParams(max_tokens=1, logprobs=logprobs, extra_args=extra, **GREEDY)
     (output,) = shared.llm.generate([_asked(prompt)], params, use_tqdm=False)
     shared.settle()
     return output

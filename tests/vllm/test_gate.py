@@ -69,7 +69,8 @@ def test_kv_of_all_tokens_is_shared(config: Any, spec: Any) -> None:
         ("model_config", {"runner_type": "pooling"}, "generate text"),
         ("model_config", {"is_encoder_decoder": True}, "generate text"),
         ("model_config", {"hf_text_config": SimpleNamespace(index_topk=64)}, "indexer"),
-        ("cache_config", {"cache_dtype": "fp8"}, "fp8"),
+        ("cache_config", {"cache_dtype": "int8_per_token_head"}, "int8"),
+        ("cache_config", {"cache_dtype": "fp8_e5m2"}, "fp8_e5m2"),
         ("speculative_config", {"method": "eagle"}, "eagle"),
     ],
 )
@@ -88,6 +89,16 @@ def test_deployments_declined(config: Any, part: str, change: dict[str, Any], na
         parts[part] = view(parts[part], **change)
     reason = deployment_obstacle(SimpleNamespace(**parts), CACHES)
     assert reason is not None and named in reason
+
+
+def test_float8_of_heads_is_shared_and_of_latents_is_not(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config.cache_config, "cache_dtype", "fp8")
+    assert deployment_obstacle(config, CACHES) is None
+    latents = replace(CACHES, kv_cache_groups=[KVCacheGroupSpec(["l0"], LATENT)])
+    reason = deployment_obstacle(config, latents)
+    assert reason is not None and "fp8" in reason
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from kvshare_mm.native.slots import SlotRunner
 
 from ..conftest import RANDOM_MODELS
 from ..native.asking import inside
-from .engines import assert_as_native, first_token, shared_engine, tokens
+from .engines import assert_as_native, first_token, shared_engine, summary, tokens
 
 pytestmark = pytest.mark.vllm
 
@@ -96,3 +97,29 @@ def test_the_same_reuse_and_the_same_first_token(
             [node] = shared.catalogue.nodes()
             assert np.allclose(node.attention, each.looked, atol=1e-4)
             assert_as_native(first_token(shared, each.target), each.then)
+
+
+def test_float8_that_is_rounded_again_stays_within_the_bound() -> None:
+    """The native engine has none: it is compared to computing all, with the same cache."""
+    folder = str(locate("smollm2"))
+    options = {"lookup_deadline_s": 30, "min_load_tokens": 1, "audit_share": 0}
+    with shared_engine(
+        folder, options, max_model_len=2048, kv_cache_dtype="fp8", max_logprobs=-1
+    ) as shared:
+
+        def logprobs(target: list[int], **knobs: Any) -> tuple[np.ndarray, int]:
+            assert shared.llm.reset_prefix_cache()
+            output = first_token(shared, target, -1, **knobs, store=False)
+            top = output.outputs[0].logprobs[0]
+            return np.array([top[i].logprob for i in range(len(top))]), summary(output)["reused"]
+
+        for donor, target in _real_pairs(folder):
+            shared.forget()
+            whole, _ = logprobs(target, reuse="off")
+            shared.serve(donor)
+            exact, _ = logprobs(target, reuse="exact")
+            similar, reused = logprobs(target)
+            assert np.array_equal(exact, whole)
+            divergence = float(np.sum(np.exp(whole) * (whole - similar)))
+            print(f"{reused} of {len(target)} tokens reused: {divergence:.1e}")
+            assert reused > 100 and 0 < divergence < 0.01

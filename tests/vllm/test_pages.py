@@ -70,6 +70,24 @@ class LatentLayer(SimpleNamespace):
         CPUMLAImpl.do_kv_cache_update(None, *args)  # type: ignore[arg-type]
 
 
+class Float8Layer(CPULayer):
+    """Keeps bytes, and rounds towards zero."""
+
+    def __init__(self, dtype: torch.dtype, dim: int, block: int) -> None:
+        super().__init__(dtype, dim, block)
+        self.kv_cache, self.dtype = self.kv_cache.to(torch.uint8), dtype
+        self.kv_cache_dtype, self._k_scale, self._v_scale = "fp8", *torch.tensor([0.37, 1.7])
+        self._isa = _get_attn_isa(dtype, block, dim, "fp8")
+
+    def update(self, layer: Any, k: Any, v: Any, cache: Any, slots: torch.Tensor) -> None:
+        blocks, heads, size, _ = cache.shape
+        keys, values = cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
+        scales = {"k_scale": self._k_scale.item(), "v_scale": self._v_scale.item()}
+        ops.cpu_attn_reshape_and_cache(
+            k, v, keys, values, slots, self._isa, **scales, kv_cache_dtype="fp8"
+        )
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "dim", "block"),
     [
@@ -91,6 +109,34 @@ def test_what_was_written_is_read(kind: Any, dtype: torch.dtype, dim: int, block
     found_k, found_v = PageLayout(layer).read(layer.kv_cache, blocks, length)
     assert torch.equal(found_k, k.transpose(0, 1))
     assert torch.equal(found_v, v.transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8_is_read_and_written_as_bytes(dtype: torch.dtype) -> None:
+    layer, length = Float8Layer(dtype, 64, 32), 80
+    k, v = (torch.randn(length, HEADS, 64).to(dtype) for _ in range(2))
+    blocks = torch.tensor([4, 1, 2])
+    slots = (blocks[:, None] * 32 + torch.arange(32)).flatten()[:length]
+    layer.update(layer, k, v, layer.kv_cache, slots)
+    pages, kept = PageLayout(layer), layer.kv_cache.clone()
+    found = pages.read(layer.kv_cache, blocks, length)
+    for x, seen, scale in zip((k, v), found, (0.37, 1.7), strict=True):
+        back = seen.float() * scale
+        assert torch.allclose(back, x.transpose(0, 1).float(), rtol=1 / 8, atol=scale / 512)
+    layer.kv_cache.zero_()
+    pages.write(layer, *(x.transpose(0, 1).contiguous() for x in found), slots)
+    assert torch.equal(layer.kv_cache, kept)
+    query = torch.randn(1, 4 * 64).to(dtype)
+    heads, keys = pages.scored(layer, query, *found)
+    assert heads.shape == (4, 1, 64) and keys.dtype == dtype
+    assert torch.allclose(keys.float(), found[0].float() * 0.37, rtol=1e-2)
+
+
+def test_bytes_of_another_kind_are_refused() -> None:
+    layer = Float8Layer(torch.float32, 32, 32)
+    layer.kv_cache_dtype = "int8_per_token_head"
+    with pytest.raises(ValueError, match="int8_per_token_head"):
+        PageLayout(layer)
 
 
 def test_a_backend_that_loses_numbers_is_found_out() -> None:
