@@ -19,7 +19,9 @@ def test_donors_are_moved_by_what_fits_the_gpu(monkeypatch: pytest.MonkeyPatch) 
     """The Triton kernel where there is a GPU, as natively."""
     layer = SimpleNamespace(kv_cache=torch.zeros(1, 1, 16, 32))
     monkeypatch.setattr(build, "deployment_obstacle", lambda *_: None)
-    monkeypatch.setattr(build.compat, "model", torch.nn.Module)
+    model = torch.nn.Module()
+    monkeypatch.setattr(build.compat, "model", lambda: model)
+    monkeypatch.setattr(build.compat, "whole_model", lambda: model)
     monkeypatch.setattr(build, "rotary_spec", lambda *_: None)
     for part in ("PartialForward", "PageLayout", "TieredStore"):
         monkeypatch.setattr(build, part, lambda *_: SimpleNamespace(probe=None))
