@@ -102,13 +102,14 @@ class Proxy:
         prompt = await self._prompt(scope, asked)
         refused: list[Whole] = []
         tried: list[Replica] = []  # another may get the number of one that left
-        lost = 0
-        while left := self._left(tried):
+        lost, told = 0, False
+        while left := self._left(tried, told):
             choice = self._choice(prompt, left)
             if not tried:
                 self._metrics.decisions.observe(time.perf_counter() - begun)
             replica = next(r for r in left if r.number == choice.replica)
             tried.append(replica)
+            answers = replica.healthy
             try:
                 reply = await self._ask(prompt, replica, choice, asked, client, len(tried) > 1)
             except LostError as error:
@@ -118,11 +119,18 @@ class Proxy:
                 if error.begun or (client.headed and lost == _MOST_LOST):
                     return
                 if lost == _MOST_LOST:
+                    if refused:
+                        break
                     raise ApiError(502, "no replica survived this request", code="lost") from error
                 continue
+            except ApiError:
+                if refused:
+                    break
+                raise
             if reply is None:
                 return
             refused.append(reply)
+            told |= answers
             if reply.is_final:
                 break
         if client.headed:
@@ -132,11 +140,16 @@ class Proxy:
         # Where some are full, the client waits for one of them.
         await next((r for r in refused if r.status == 429), refused[-1]).send(client.send)
 
-    def _left(self, tried: Sequence[Replica]) -> list[Replica]:
+    def _left(self, tried: Sequence[Replica], told: bool) -> list[Replica]:
         """Replicas that can still be asked. Where nobody is healthy, those that are not: a busy
-        machine answers late to checks, and answers requests."""
+        machine answers late to checks, and answers requests.
+
+        Args:
+            told: one that is healthy has said that it has no room. That is passed on: others may
+                take long to say nothing.
+        """
         left = [r for r in self._replicas if r not in tried]
-        return [r for r in left if r.healthy] or left
+        return [r for r in left if r.healthy] or ([] if told else left)
 
     async def _ask(
         self,

@@ -213,6 +213,7 @@ def _is_stream(reply: httpcore2.Response) -> bool:
 def _lost(error: Exception, asked: Asked, begun: bool) -> Exception:
     if isinstance(error, httpcore2.LocalProtocolError):
         return ApiError(400, f"the request cannot be passed on: {error}")
-    if isinstance(error, httpcore2.ReadTimeout | httpcore2.WriteTimeout) and not begun:
+    late = isinstance(error, httpcore2.ReadTimeout | httpcore2.WriteTimeout) and asked.body.sent
+    if late and not begun:
         return ApiError(504, "the replica took longer than this router waits", code="timeout")
     return LostError(error, asked.body.sent, begun)

@@ -38,8 +38,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _CLIENT_GONE = 499
 _TURN_S = 0.001
-# For the rest of a body that nobody will read.
-_REST_S = 5.0
+# For the rest of a body that nobody will read: who stops waits a second for what came meanwhile.
+_REST_S = 0.5
 # In the state of every request that arrives once the server is told to stop.
 STOPPING = "stopping"
 

@@ -59,6 +59,7 @@ class SemanticIndex:
         self._pending: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._backlog = Backlog(1)  # opening
         self._giving = threading.Lock()
+        self._flush_is_last = False  # of what was given
         self._closed = False
         self._thread = start_on_one_core(self._run, "kvshare-semantic")
 
@@ -88,7 +89,8 @@ class SemanticIndex:
         """Wait until everything given so far is searchable; False if time ran out."""
         # By the index's own thread. Here it would take as long as an index that hangs, and one that
         # was told to be quick would be given up, for others too, because somebody had little time.
-        self._put(self._flush)
+        if not self._flush_is_last:  # however many wait
+            self._put(self._flush)
         return self._backlog.wait(timeout_s)
 
     def close(self) -> None:
@@ -106,6 +108,7 @@ class SemanticIndex:
             if not self._closed:
                 self._backlog.give()
                 self._pending.put(work)
+                self._flush_is_last = work == self._flush
             return not self._closed
 
     def _run(self) -> None:
@@ -162,6 +165,8 @@ class SemanticIndex:
         self._try("dense_insert_failed", lambda: index.add([replace(record, embedding=embedding)]))
 
     def _flush(self) -> None:
+        with self._giving:
+            self._flush_is_last = False
         if self._opened is not None and self._ready:
             self._try("dense_flush_failed", self._opened[0].flush)
 

@@ -76,8 +76,12 @@ def check_finite(node: Node, embedding: np.ndarray | None, kv: NodeKV | None = N
     if math.isnan(node.risk) or (node.drift is not None and np.isnan(node.drift).any()):
         raise _not_finite(node, "drift")
     for name, tensor in (("K", kv.k), ("V", kv.v)) if kv is not None else ():
+        if tensor.dtype == torch.float8_e4m3fn:  # has no infinities, and one NaN of each sign
+            bits = (layer.view(torch.uint8) for layer in tensor)
+            if any(bool(((layer & 0x7F) == 0x7F).any()) for layer in bits):
+                raise _not_finite(node, name)
+            continue
         numbers = scales_of(tensor) if tensor.dtype == torch.int8 else tensor
-        numbers = numbers.float() if numbers.itemsize == 1 else numbers
         # The extremes: a NaN becomes both, and they do not overflow as a sum would.
         if numbers.numel() and not all(math.isfinite(x) for x in torch.aminmax(numbers)):
             raise _not_finite(node, name)

@@ -91,6 +91,7 @@ class DiskTier:
         self._changing = threading.Lock()
         self._lock = threading.Lock()
         self._doomed: set[str] = set()  # deleted, but for their files
+        self._lost: list[str] = []  # went with a removed folder, and nobody was told yet
         self._num_written = 0
         self._written: dict[str, int] = {}  # of nodes here that were written since: which write
         try:
@@ -119,7 +120,6 @@ class DiskTier:
             ValueError: K and V do not belong to the node, see `codec.write_node`.
         """
         node_id = stored.node.node_id
-        lost: list[str] = []
         try:
             with self._changing:
                 with self._lock:
@@ -127,9 +127,10 @@ class DiskTier:
                     if not fits:
                         # Known before it is written: gigabytes may be at stake.
                         self._ledger.discard(node_id)
+                        self._written.pop(node_id, None)
                         evicted = [node_id]
                 if fits:
-                    lost = [each for each in self._recreate() if each != node_id]
+                    self._recreate()
                     num_bytes = write_node(self._path(node_id), stored, durable=self._durable)
                     with self._lock:
                         self._doomed.discard(node_id)
@@ -142,7 +143,8 @@ class DiskTier:
                     self._unlink(self._path(evicted_id))
         finally:
             self.clean(0.0)
-        return [*lost, *evicted]
+        lost, self._lost = self._lost, []
+        return [*(each for each in lost if each != node_id), *evicted]
 
     def get(self, node_id: str) -> StoredNode:
         """Read the node, verify every byte and mark it used.
@@ -197,16 +199,18 @@ class DiskTier:
             Whether those deleted before the call are gone.
         """
         # Looked at again once the lock is free, as whoever dooms a node meanwhile does not get it.
-        waits = timeout_s != 0
-        while waits or self._doomed:
-            if not self._changing.acquire(timeout=-1 if timeout_s is None else timeout_s):
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._doomed:
+            left = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
+            if not self._changing.acquire(timeout=left):
                 return False
-            waits = False
             try:
                 with self._lock:
-                    doomed, self._doomed = self._doomed, set()
+                    doomed = list(self._doomed)
                 for node_id in doomed:
                     self._unlink(self._path(node_id))
+                    with self._lock:  # not before: who asks would think that it is gone
+                        self._doomed.discard(node_id)
             finally:
                 self._changing.release()
         return True
@@ -267,10 +271,10 @@ class DiskTier:
     def _path(self, node_id: str) -> Path:
         return self.folder / node_file(node_id)
 
-    def _recreate(self) -> list[str]:
-        """Make the folder again if it was removed; return the ids of what went with it."""
+    def _recreate(self) -> None:
+        """Make the folder again if it was removed; what went with it is `_lost`."""
         if self.folder.is_dir():
-            return []
+            return
         try:
             self.folder.mkdir(mode=0o700, parents=True)
         except OSError as error:
@@ -280,10 +284,11 @@ class DiskTier:
         self.num_recreated += 1
         logger.warning("%s was removed; it is made again, empty", self.folder)
         with self._lock:
-            lost = list(self._ledger)
-            for node_id in lost:
+            gone = list(self._ledger)
+            for node_id in gone:
                 self._ledger.discard(node_id)
-        return lost
+            self._lost += gone
+            self._written.clear()
 
     def _check_writable(self) -> None:
         # Asking the permission bits is not enough: on a read-only mount or over a

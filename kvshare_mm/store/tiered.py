@@ -20,8 +20,9 @@ from kvshare_mm.store.write_queue import WriteQueue, write
 
 logger = logging.getLogger(__name__)
 
-# A disk that has written nothing for so long is not waited for at the end.
-_STALLED_S = 60.0
+# A disk that takes so long for a node, and is slower than so many bytes a second, is not waited for
+# at the end.
+_STALLED_S, _SLOWEST = 60.0, 10e6
 
 Lasting = Literal["now", "borrowed", "never"]
 
@@ -230,14 +231,21 @@ class TieredStore:
             True if it is, and so is what failed before and no flush was told of; False after
             `timeout_s` seconds or if a write failed (see `counters`).
         """
+        timeout_s = None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        told = False
         with self._changed:
             flush, deleted = self._queue.begin_flush(), set(self._doomed)
-            written = self._changed.wait_for(
-                lambda: flush.given.isdisjoint(self._queue) and deleted.isdisjoint(self._doomed),
-                timeout_s,
-            )
-            self._queue.end_flush(flush)
+            try:
+                written = self._changed.wait_for(
+                    lambda: (
+                        flush.given.isdisjoint(self._queue) and deleted.isdisjoint(self._doomed)
+                    ),
+                    timeout_s,
+                )
+                told = True
+            finally:
+                self._queue.end_flush(flush, told)
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         cleaned = self._disk is None or self._disk.clean(left)
         return written and cleaned and not flush.failed
@@ -255,13 +263,19 @@ class TieredStore:
             before = -1
             while self._writer.is_alive() and before != self._num_writes:
                 before = self._num_writes
-                self._writer.join(_STALLED_S if timeout_s is None else timeout_s)
+                self._writer.join(self._patience() if timeout_s is None else timeout_s)
                 if timeout_s is not None:
                     break
             if self._writer.is_alive():
                 logger.warning("closed with %d nodes not on disk yet", len(self._queue))
             elif self._disk is not None:
                 self._disk.close()
+
+    def _patience(self) -> float:
+        """Seconds that a disk may take for what it writes now."""
+        with self._changed:
+            size = ram_bytes(self._queue.first()) if self._queue else 0
+        return max(_STALLED_S, size / _SLOWEST)
 
     def _check(self, node: Node, embedding: np.ndarray | None, kv: NodeKV | None = None) -> None:
         """Lock not held: reading gigabytes takes a while."""
@@ -362,6 +376,7 @@ class TieredStore:
                 logger.exception("on_gone(%s) failed", node_id)
 
     def _write_behind(self, disk: DiskTier) -> None:
+        recreated = 0
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closing)
@@ -369,7 +384,6 @@ class TieredStore:
                     return
                 stored = self._queue.first()
                 node_id = self._writing = stored.node.node_id
-            recreated = disk.num_recreated
             dropped, failure = write(disk, stored)
             with self._changed:
                 self._writing = None
@@ -380,10 +394,10 @@ class TieredStore:
                     disk.forget(node_id)
                     self._doomed.discard(node_id)
                 # What the disk has no room for is not tried again and again.
-                lost = {*dropped} if disk.num_recreated > recreated else set()
-                if failure is not None and failure[0] != "too_large":
-                    lost.add(node_id)
-                self._queue.done(stored, failure is not None, lost)
+                lost: list[str] = []
+                if failure is None and disk.num_recreated > recreated:
+                    lost, recreated = dropped, disk.num_recreated
+                self._queue.done(stored, failure[0] if failure else None, lost)
                 if disk.num_recreated:
                     self.counters["folder_recreated"] = disk.num_recreated
                 gone = self._forget([node_id, *dropped])

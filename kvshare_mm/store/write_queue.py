@@ -63,18 +63,23 @@ class WriteQueue:
     def add(self, stored: StoredNode) -> None:
         """A node for the disk. While that fails, those it borrows from wait until it has taken the
         node: or each node would try all that are older."""
-        if not self._failing:
-            self._add_owners(stored)
-        self._queue[stored.node.node_id] = stored
-        self._later.discard(stored.node.node_id)
+        node_id = stored.node.node_id
+        if not self._failing and self._add_owners(stored):
+            self._queue.pop(node_id, None)  # behind them
+        self._queue[node_id] = stored
+        self._later.discard(node_id)
 
     def add_later(self, node_id: str) -> None:
         """A node for the disk once one that is borrows from it."""
         self._later.add(node_id)
 
     def add_waiting(self, node_id: str) -> None:
-        """If a node waits for a borrower, it does no longer."""
-        if node_id in self._later and (stored := self._peek(node_id)) is not None:
+        """If a node waits for a borrower, it does no longer, unless the disk fails."""
+        if (
+            not self._failing
+            and node_id in self._later
+            and (stored := self._peek(node_id)) is not None
+        ):
             self.add(stored)
 
     def drop(self, node_id: str) -> None:
@@ -85,22 +90,21 @@ class WriteQueue:
         """Nodes are gone."""
         self._later.difference_update(node_ids)
 
-    def done(self, stored: StoredNode, failed: bool, lost: Iterable[str]) -> None:
-        """A node was written, or failed to be.
+    def done(self, stored: StoredNode, failure: str | None, lost: Iterable[str] = ()) -> None:
+        """A node was written, or why it was not.
 
         Args:
-            lost: those that ought to be on disk and are not: what RAM still has is written with
-                the next that borrows from it.
+            lost: others that left the disk though it had room: like one that the disk did not take,
+                what RAM still has is written with the next that borrows from it.
         """
         node_id = stored.node.node_id
         if self._queue.get(node_id) is stored:  # else a newer version waits
             del self._queue[node_id]
-        self._failing = failed
-        self._later.update(n for n in lost if n not in self._queue and self._peek(n) is not None)
-        if not failed:
-            owners = self._add_owners(stored)
-            for flush in self._flushes:
-                flush.given |= owners if node_id in flush.given else set()
+        self._failing = failure is not None and failure != "too_large"
+        again = {*lost, node_id} if failure == "io_error" else {*lost}
+        self._later.update(n for n in again if n not in self._queue and self._peek(n) is not None)
+        if failure is None:
+            self._add_owners(stored)
 
     def begin_flush(self) -> Flush:
         """Somebody waits for all that is in the queue now."""
@@ -109,8 +113,10 @@ class WriteQueue:
         self._flushes.append(flush)
         return flush
 
-    def end_flush(self, flush: Flush) -> None:
+    def end_flush(self, flush: Flush, told: bool) -> None:
+        """Somebody waits no longer, and was told how it went; else the next is."""
         self._flushes.remove(flush)
+        self._untold |= flush.failed and not told
 
     def failed(self, node_id: str) -> None:
         """All that wait for the node are told that it is not on disk, or else the next."""
@@ -120,21 +126,27 @@ class WriteQueue:
         self._untold |= not told
 
     def _add_owners(self, stored: StoredNode) -> set[str]:
-        """Those it borrows from that were not for the disk yet, each behind its own. Returns them.
+        """Those it borrows from that were not for the disk yet, each behind its own. Returns them;
+        who waits for the node waits for them.
 
         No recursion: as many may borrow from each other as a session has turns.
         """
         owners: set[str] = set()
-        path = [stored]
+        path = [(stored, iter(stored.node.owners))]
         while path:
-            waiting = self._later.intersection(path[-1].node.owners)
-            owner = next(filter(None, map(self._peek, sorted(waiting))), None)
+            borrower, left = path[-1]
+            name = next(left, None)
+            owner = self._peek(name) if name is not None and name in self._later else None
             if owner is not None:
                 self._later.discard(owner.node.node_id)
                 owners.add(owner.node.node_id)
-                path.append(owner)
-            elif (done := path.pop()) is not stored:
-                self._queue[done.node.node_id] = done
+                path.append((owner, iter(owner.node.owners)))
+            elif name is None:
+                path.pop()
+                if borrower is not stored:
+                    self._queue[borrower.node.node_id] = borrower
+        for flush in self._flushes:
+            flush.given |= owners if stored.node.node_id in flush.given else set()
         return owners
 
 

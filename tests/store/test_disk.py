@@ -251,3 +251,23 @@ def test_who_could_not_read_a_file_does_not_remove_a_newer_one(
     with pytest.raises(KVUnavailableError):
         tier.get("a")
     assert tier.get("a").node.exact_len == 8
+
+
+def test_what_went_with_a_removed_folder_is_told_though_the_next_write_fails(
+    tmp_path, make_stored, monkeypatch
+):
+    folder = tmp_path / "kv"
+    tier = DiskTier(folder, 1 << 24)
+    for name in "ab":
+        tier.put(make_stored(name))
+    shutil.rmtree(folder)
+
+    def failing(*_, **__):
+        raise KVUnavailableError("io_error", "full")
+
+    monkeypatch.setattr(disk, "write_node", failing)
+    with pytest.raises(KVUnavailableError):
+        tier.put(make_stored("c"))
+    monkeypatch.undo()
+    assert sorted(tier.put(make_stored("d"))) == ["a", "b"]
+    assert tier.put(make_stored("e")) == []

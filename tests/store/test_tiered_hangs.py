@@ -114,3 +114,58 @@ def test_a_disk_that_hangs_is_not_waited_for_at_the_end(open_store, make_stored,
     assert store._disk.started.wait(PATIENCE_S)
     store.close()
     assert store.get("a", "ns").node.node_id == "a"
+
+
+def test_a_disk_that_writes_one_large_node_is_waited_for_at_the_end(
+    open_store, make_stored, monkeypatch
+):
+    monkeypatch.setattr(tiered, "_STALLED_S", 0.01)
+    monkeypatch.setattr(tiered, "_SLOWEST", 1e-3)  # bytes a second
+    store = open_store(slow_disk=True)
+    for name in "ab":
+        store.put(make_stored(name))
+    assert store._disk.started.wait(PATIENCE_S)
+    closing = threading.Thread(target=store.close)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    store._disk.gate.set()
+    closing.join(PATIENCE_S)
+    assert sorted(store._disk) == ["a", "b"]
+
+
+def test_a_flush_does_not_wait_for_a_write_that_came_later(open_store, make_stored):
+    store = open_store()
+    store.put(make_stored("a"))
+    assert store.flush(PATIENCE_S)
+    with store._disk._changing:  # as while a file is written
+        assert store.flush(0)
+        store.delete("a")
+        assert not store.flush(0), "its file is there"
+        assert not store.flush(0.01)
+    assert store.flush(0)
+    assert list(store._disk.folder.iterdir()) == []
+
+
+def test_a_flush_that_is_interrupted_leaves_what_failed_to_the_next(
+    open_store, make_stored, monkeypatch
+):
+    store = open_store(slow_disk=True)
+    store._disk.error = KVUnavailableError("io_error", "full")
+    store.put(make_stored("a"))
+    assert store._disk.started.wait(PATIENCE_S)
+    wait_for = store._changed.wait_for
+
+    def interrupted(*asked):
+        if threading.current_thread() is store._writer:
+            return wait_for(*asked)
+        store._disk.gate.set()
+        wait_for(lambda: not store._queue)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store._changed, "wait_for", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.flush()
+    monkeypatch.undo()
+    assert not store.flush(float("inf"))
+    assert store.flush(float("inf"))

@@ -24,12 +24,12 @@ class Held(dict[str, StoredNode]):
         self[name] = self._make(name, length, own=((length - 2, length),), pieces=pieces)
         return self[name]
 
-    def write(self, failed: bool = False, *lost: str) -> str:
+    def write(self, failure: str | None = None) -> str:
         """The first in the queue."""
         stored = self.queue.first()
-        if failed:
+        if failure is not None:
             self.queue.failed(stored.node.node_id)
-        self.queue.done(stored, failed, lost)
+        self.queue.done(stored, failure)
         return stored.node.node_id
 
     def write_all(self) -> list[str]:
@@ -67,7 +67,7 @@ def test_a_disk_that_fails_is_not_given_all_that_is_older_with_each_node(held):
         name = str(number)
         held.queue.add(held.node(name, *([str(number - 1)] if number else [])))
         assert len(held.queue) == 1
-        held.write(True, name)
+        held.write("io_error")
     held.queue.add(held.node("5", "4"))
     assert list(held.queue) == ["5"]
     assert held.write() == "5"  # it has taken one
@@ -76,13 +76,13 @@ def test_a_disk_that_fails_is_not_given_all_that_is_older_with_each_node(held):
 
 def test_who_waits_for_a_node_waits_for_those_that_come_with_it(held):
     held.queue.add(held.node("a"))
-    held.write(True, "a")
+    held.write("io_error")
     held.queue.begin_flush()
     held.queue.add(held.node("b", "a"))
     flush = held.queue.begin_flush()
     held.write()
     assert flush.given == {"a", "b"} and not flush.failed
-    held.write(True, "a")
+    held.write("io_error")
     assert flush.failed
 
 
@@ -90,17 +90,17 @@ def test_all_that_wait_are_told_of_a_failure_or_else_the_next(held):
     held.queue.add(held.node("a"))
     waiting = [held.queue.begin_flush() for _ in range(2)]
     held.queue.add(held.node("b"))
-    held.write(True)
+    held.write("io_error")
     assert [flush.failed for flush in waiting] == [True, True]
     waiting.append(held.queue.begin_flush())
     assert not waiting[-1].failed, "it was told already"
     for flush in waiting:
-        held.queue.end_flush(flush)
+        held.queue.end_flush(flush, True)
     held.queue.add(held.node("c"))
     late = held.queue.begin_flush()
-    held.queue.end_flush(late)
+    held.queue.end_flush(late, True)
     assert late.given == {"b", "c"}
-    held.write(True)
+    held.write("io_error")
     assert [held.queue.begin_flush().failed for _ in range(2)] == [True, False]
 
 
@@ -114,3 +114,56 @@ def test_who_waits_for_a_borrower_may_be_written_without(held):
     held.queue.forget(["b"])
     held.queue.add_waiting("b")
     assert not held.queue
+
+
+def test_who_was_interrupted_leaves_what_failed_to_the_next(held):
+    held.queue.add(held.node("a"))
+    flush = held.queue.begin_flush()
+    held.write("io_error")
+    held.queue.end_flush(flush, False)
+    assert [held.queue.begin_flush().failed for _ in range(2)] == [True, False]
+
+
+def test_one_that_is_too_large_does_not_mean_that_the_disk_fails(held):
+    held.node("owner")
+    held.queue.add_later("owner")
+    held.queue.add(held.node("large"))
+    held.write("too_large")
+    held.queue.add(held.node("a", "owner"))
+    assert held.write_all() == ["owner", "a"]
+    held.queue.add_waiting("large")
+    assert not held.queue, "it will not fit next time"
+
+
+def test_what_is_asked_for_again_is_not_tried_again_while_the_disk_fails(held):
+    held.queue.add(held.node("a"))
+    held.write("io_error")
+    for _ in range(3):
+        held.queue.add_waiting("a")
+    assert not held.queue
+    held.queue.add(held.node("b"))
+    held.write()
+    held.queue.add_waiting("a")
+    assert held.write_all() == ["a"]
+
+
+def test_owners_that_come_late_are_waited_for_and_written_first(held):
+    """The borrower was queued while the disk failed, and its new version is once it does not."""
+    held.queue.add(held.node("owner"))
+    held.write("io_error")
+    held.queue.add(held.node("other"))
+    held.queue.add(held.node("a", "owner"))
+    flush = held.queue.begin_flush()
+    held.write()
+    held.queue.add(held.node("a", "owner"))
+    assert flush.given == {"other", "a", "owner"}
+    assert held.write_all() == ["owner", "a"]
+
+
+def test_what_went_with_a_folder_comes_with_the_next_that_borrows_from_it(held):
+    held.queue.add(held.node("a"))
+    held.write()
+    held.queue.add(held.node("x"))
+    held.queue.done(held.queue.first(), None, ["a", "unknown"])
+    held.queue.add(held.node("b", "a"))
+    assert held.write_all() == ["a", "b"]

@@ -96,10 +96,12 @@ class Routed:
         return 0.0
 
 
-def dropping() -> tuple[str, list[int], Callable[[], None]]:
-    """A server that is healthy, and closes every other connection once it has read something."""
+def dropping(reads: bool = True) -> tuple[str, list[int], Callable[[], None]]:
+    """A server that is healthy, and closes every other connection once it has read something, or
+    reads no more of it."""
     listening = socket.create_server(("127.0.0.1", 0))
     dropped: list[int] = []
+    held: list[socket.socket] = []
 
     def serve() -> None:
         while True:
@@ -107,16 +109,23 @@ def dropping() -> tuple[str, list[int], Callable[[], None]]:
                 connection, _ = listening.accept()
             except OSError:
                 return
-            with connection:
-                read = connection.recv(65536)
-                if read.startswith(b"GET /health"):
-                    head = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-                    connection.sendall(head)
-                else:
-                    dropped.append(len(read))
+            read = connection.recv(65536)
+            if read.startswith(b"GET /health"):
+                head = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+                connection.sendall(head)
+            else:
+                dropped.append(len(read))
+                if not reads:
+                    held.append(connection)
+                    continue
+            connection.close()
+
+    def end() -> None:
+        for each in (listening, *held):
+            each.close()
 
     threading.Thread(target=serve, daemon=True).start()
-    return f"http://127.0.0.1:{listening.getsockname()[1]}", dropped, listening.close
+    return f"http://127.0.0.1:{listening.getsockname()[1]}", dropped, end
 
 
 def run_app(server: uvicorn.Server, listening: socket.socket) -> Callable[[], None]:

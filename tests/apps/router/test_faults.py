@@ -94,3 +94,51 @@ def test_a_client_that_leaves_takes_nothing_from_another(
         assert routed.chat(text).status_code == 200
     until(lambda: routed.replicas[0].in_flight == 0)
     assert routed.metric("kvshare_router_requests_known") == 1
+
+
+def test_who_is_told_that_there_is_no_room_is_told_at_once(
+    upstreams: Upstreams, route: Route
+) -> None:
+    """Who does not answer checks may take long to say nothing, or be somebody else by now."""
+    full, other = upstreams(2)
+    full.answer = refusing(429, b"", (b"retry-after", b"1"))
+    other.health = 404
+    routed = route([full.url, other.url])
+    until(lambda: routed.replicas[0].healthy and not routed.replicas[1].healthy)
+    reply = routed.chat("hi")
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+    assert len(other.asked) == 0
+
+
+def test_a_refusal_is_better_than_that_another_took_too_long(
+    upstreams: Upstreams, route: Route
+) -> None:
+    behind = upstreams(2)
+
+    async def first_refuses(upstream: Any, scope: Any, send: Any, receive: Any) -> None:
+        if sum(len(u.asked) for u in behind) == 1:
+            await refusing(503, b"", (b"retry-after", b"3"))(upstream, scope, send, receive)
+        else:
+            await receive()  # until the router has gone
+
+    for upstream in behind:
+        upstream.health, upstream.answer = 503, first_refuses
+    routed = route([u.url for u in behind], request_timeout_s=1.0)
+    until(lambda: not any(r.healthy for r in routed.replicas))
+    reply = routed.chat("hi")
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "3")
+    assert sum(len(u.asked) for u in behind) == 2
+
+
+def test_who_takes_no_body_costs_no_request(
+    upstreams: Upstreams, route: Route, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream_module, "_WRITE_S", 0.5)
+    [free] = upstreams(1)
+    url, taken, end = dropping(reads=False)
+    routed = route([url, free.url], max_body_bytes=32 << 20)
+    for number in range(2):
+        routed.replicas[0].healthy, routed.replicas[1].healthy = True, False
+        assert routed.chat(f"{number} {'x' * 24_000_000}").status_code == 200
+    assert taken
+    end()
