@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,6 +74,26 @@ def _frontier(report: Report, figure: Any, theme: Theme) -> None:
     what = f"{report['pairs']} pairs of {report.get('what', 'similar prompts')}"
     axes.set_title(f"{what}, {model_label(report['model'])}", loc="left")
     figure.legend(loc="outside lower center", ncols=4)
+
+
+def _models(report: Report, figure: Any, theme: Theme) -> None:
+    """The frontiers of several models, beside those of windows."""
+    methods = ("kvshare", "epic")
+    panels = dict(zip(methods, figure.subplots(1, 2, sharey=True, sharex=True), strict=True))
+    lines = ("kvshare", "cacheblend", "boundary", "placeholders", "epic")
+    for name, axes in panels.items():
+        for each, line in zip(report["reports"], itertools.cycle(lines)):
+            found = each["methods"].get(name, [])
+            x = [100 * p["work_share"] for p in found]
+            y = [max(p["kl_first_token"]["mean"], _FLOOR) for p in found]
+            told = {"color": theme.colour(line), "label": model_label(each["model"])}
+            axes.plot(x, y, marker="o", markersize=4, linewidth=1.8, **told)
+        axes.set_yscale("log")
+        axes.set_xlabel("work, % of full recompute")
+        axes.set_title(label(name), loc="left")
+    panels["kvshare"].set_ylabel("KL of the first token, mean (nats)")
+    handles, labels = panels["kvshare"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
 
 
 def _layers(report: Report, figure: Any, theme: Theme) -> None:
@@ -175,6 +196,7 @@ def _quality(reports: Sequence[Report], rows: int, figure: Any, theme: Theme) ->
 _DRAWN: dict[str, tuple[Callable[[Report, Any, Theme], None], float]] = {
     "frontier": (_frontier, 4.4),
     "hitrate": (_hitrate, 3.4),
+    "models": (_models, 4.4),
     "reliability": (_reliability, 4.4),
     "reuse": (_layers, 3.4),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
             logger.warning("%s is no result that has a place in the report", path)
     if not results:
         raise ConfigError(f"{folder} has no results of {', '.join(sorted(TABLES))}")
-    return results
+    return {**results, **_of_all_models(results)}
 
 
 def sections(results: dict[str, dict[str, Any]]) -> list[Section]:
@@ -105,6 +106,19 @@ def write_figures(parts: Sequence[Section], folder: Path) -> list[Path]:
             path.write_text(text, encoding="utf-8")
             written.append(path)
     return written
+
+
+def _of_all_models(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Frontiers of several models on the same prompts, as a result of its own."""
+    frontiers = [report for report in results.values() if report["kind"] == "frontier"]
+    if not frontiers:
+        return {}
+    kinds = [report.get("what", "similar prompts") for report in frontiers]
+    (what, count), *_ = Counter(kinds).most_common(1)
+    reports = [report for report, kind in zip(frontiers, kinds, strict=True) if kind == what]
+    command = ", ".join(filter(None, (report.get("command") for report in reports)))
+    together = {"kind": "models", "what": what, "reports": reports, "command": command}
+    return {"frontier-models": together} if count > 1 else {}
 
 
 def _quality_figures(results: dict[str, dict[str, Any]]) -> dict[str, Drawn]:

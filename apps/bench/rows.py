@@ -57,6 +57,16 @@ def points(report: Report) -> list[Row]:
     ]
 
 
+def models(report: Report) -> list[Row]:
+    """By default, and by what has windows of 16 instead."""
+    return [
+        {"model": each["model"], **point}
+        for each in report["reports"]
+        for point in points(each)
+        if (point["name"], point["policy"]) in {("kvshare", "default"), ("epic", "window:16")}
+    ]
+
+
 def stories(report: Report) -> list[Row]:
     stories = report["stories"] + report.get("pictures", {}).get("stories", [])
     return [

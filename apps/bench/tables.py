@@ -162,6 +162,19 @@ TABLES: dict[str, Kind] = {
         },
         rows.points,
     ),
+    "models": Kind(
+        "Divergence against work of several models, {what}",
+        {
+            "model": "{model:model}",
+            "method": "{name:method}",
+            "policy": "{policy}",
+            "work": "{work_share:.0%}",
+            "KL mean": "{kl_first_token[mean]:.4f}",
+            "KL p90": "{kl_first_token[p90]:.4f}",
+            "first token same": "{first_token_agreement:.0%}",
+        },
+        rows.models,
+    ),
     "hitrate": Kind(
         "Hit rate: {stream}, {measured} of {prompts} prompts",
         {

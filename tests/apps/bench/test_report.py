@@ -146,3 +146,25 @@ def test_what_is_no_folder_of_results(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ConfigError, match=r"x\.json is no JSON"):
         read_results(tmp_path)
+
+
+def test_several_models_are_one_picture(tmp_path: Path) -> None:
+    one = {**RESULTS["frontier-a"], "command": "first"}
+    ours = [point("default", 0.42, 0.0011), point("auto:0.1", 0.2, 0.03)]
+    windows = [point("window:16", 0.37, 0.0158), point("window:2", 0.2, 0.09)]
+    other = {**one, "model": "/models/Big_1.gguf", "command": "second",
+             "methods": {"kvshare": ours, "epic": windows}}  # fmt: skip
+    for name, report in (("a", one), ("b", other), ("c", {**one, "what": "long prompts"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    results = read_results(tmp_path)
+    assert results["frontier-models"]["command"] == "first, second"
+    part = sections(results)[-1]
+    assert part.rows[1:] == [
+        ["Big_1", "KVShare", "default", "42%", "0.0011", "0.0011", "90%"],
+        ["Big_1", "EPIC-style", "window:16", "37%", "0.0158", "0.0158", "90%"],
+    ]
+    assert part.figure is not None
+    for text in (part.figure.light, part.figure.dark):
+        assert "Big_1" in text and "smollm2" in text
+    (tmp_path / "b.json").unlink()
+    assert "frontier-models" not in read_results(tmp_path)
