@@ -70,7 +70,7 @@ class Reads:
             scale: factor on the scores.
             scoring: what the layer does beyond; one that does not see all before reads nothing far.
         """
-        if layer not in self._heads or scoring.span != (0, 0):
+        if layer not in self._heads or scoring.span != (0, 0) or not len(index):
             return
         heads = list(self._heads[layer])
         own = query[heads] * scale

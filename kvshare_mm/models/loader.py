@@ -118,22 +118,20 @@ def load_model(
             language: Any
             if (loaded := load_family(config.model_type, source, **options)) is not None:
                 model, family, report = loaded
-                processor = AutoProcessor.from_pretrained(
-                    source, trust_remote_code=trust_remote_code
-                )
+                language = family.decoder
+                processor = _processor(name, source, family, trusted)
+                family = family if processor is not None else None
+            elif (part := load_text_part(config, source, **options)) is not None:
+                model, language, report = part
+                logger.warning("%s is served with text alone: no media are known of it", name)
+            else:
+                model, report = AutoModelForCausalLM.from_pretrained(source, **options)
+                language = model
+            if processor is not None:
                 tokenizer = processor.tokenizer
                 tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
-                language = family.decoder
             else:
-                if (part := load_text_part(config, source, **options)) is not None:
-                    model, language, report = part
-                    logger.warning("%s is served with text alone: no media are known of it", name)
-                else:
-                    model, report = AutoModelForCausalLM.from_pretrained(source, **options)
-                    language = model
-                tokenizer = AutoTokenizer.from_pretrained(
-                    source, trust_remote_code=trust_remote_code
-                )
+                tokenizer = AutoTokenizer.from_pretrained(source, **trusted)
     except Exception as error:  # of transformers, safetensors, the hub, or code from the hub
         here = ", ".join((*EMBEDDED, *SHIPPED))
         hint = "" if Path(source).exists() else f" It is no folder, and none of {here}."
@@ -230,6 +228,20 @@ def locate(name: str) -> str:
     refuse_unknown(name)
     folder = Path(name).expanduser()
     return str(folder) if folder.is_dir() else name
+
+
+def _processor(name: str, source: str, family: Family, trusted: dict[str, bool]) -> Any:
+    """A multimodal model's; None: it is served with text alone.
+
+    Only a Gemma 3 is, whose folder may hold what was trained on text and say nothing of pictures.
+    """
+    try:
+        return AutoProcessor.from_pretrained(source, **trusted)
+    except Exception as error:  # of transformers, the hub, or code from the hub
+        if not family.both_ways:
+            raise
+        logger.warning("%s is served with text alone: %s", name, error)
+        return None
 
 
 def _device(device: str) -> torch.device:

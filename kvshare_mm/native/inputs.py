@@ -51,6 +51,9 @@ def model_inputs(
     ]
     if not here:
         return {"input_ids": tokens, "position_ids": positions}
+    tokens = tokens.clone()
+    for rows, _ in here:  # what stands for a medium need not be in the vocabulary
+        tokens[0, rows] = 0
     embeddings = model.get_input_embeddings()(tokens)
     width = embeddings.shape[-1]
     for rows, features in here:

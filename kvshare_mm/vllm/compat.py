@@ -132,7 +132,7 @@ def media_positions(vllm_config: Any) -> Positions | None:
     """Rotary positions of prompts with media, as the model's own class tells them.
 
     Returns:
-        None if they have another number of axes than three.
+        None if they have another number of axes than three, or it cannot be asked.
     """
     config = vllm_config.model_config
     if not config.uses_mrope:
@@ -143,10 +143,14 @@ def media_positions(vllm_config: Any) -> Positions | None:
     from vllm.model_executor.model_loader.utils import get_model_cls
 
     # Its configuration is all that they depend on, and all that a scheduler has of a model.
-    kind = get_model_cls(config)
-    model: Any = kind.__new__(kind)
-    torch.nn.Module.__init__(model)
-    model.config = getattr(config.hf_config, "thinker_config", config.hf_config)
+    try:
+        kind = get_model_cls(config)
+        model: Any = kind.__new__(kind)
+        torch.nn.Module.__init__(model)
+        model.config = getattr(config.hf_config, "thinker_config", config.hf_config)
+    except Exception as error:  # of code from the hub
+        logger.warning("media are not shared: %r", error)
+        return None
 
     def positions(token_ids: list[int], features: list[Any]) -> np.ndarray:
         found, delta = model.get_mrope_input_positions(token_ids, features)
@@ -175,6 +179,8 @@ def fingerprint(vllm_config: Any) -> str:
         "cache_dtype": vllm_config.cache_config.cache_dtype,
         "config": config.hf_config.to_dict(),
     }
+    if skipped := getattr(vllm_config.cache_config, "kv_cache_dtype_skip_layers", None):
+        names["kv_cache_dtype_skip_layers"] = list(skipped)
     if config.multimodal_config is not None and config.multimodal_config.mm_processor_kwargs:
         names["mm_processor_kwargs"] = dict(config.multimodal_config.mm_processor_kwargs)
     folder = Path(config.model)

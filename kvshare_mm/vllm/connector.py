@@ -120,7 +120,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         except Exception as error:
             # The scheduler side learns of it with the first report; vLLM serves on.
             logger.exception("KVShare is off")
-            self._obstacle = str(error)
+            self._obstacle = str(error) or type(error).__name__
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Loads run behind the forward, in `wait_for_save`: a block may be scheduled to be written

@@ -20,7 +20,7 @@ from kvshare_mm import KVShare, RequestOptions
 from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.models.loader import load_model
 from kvshare_mm.native.audit import Audit, Auditor
-from kvshare_mm.native.inputs import MediaInputs, fitting, seen
+from kvshare_mm.native.inputs import MediaInputs, fitting, model_inputs, seen
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.request import RequestSpec
 from kvshare_mm.reuse.plan import Promise, ReusePlan
@@ -230,3 +230,27 @@ def test_a_model_that_must_be_served_without_partial_attention_is_served_with_te
     assert loaded.unsupported is not None and "dynamic" in loaded.unsupported
     assert loaded.family is None and loaded.processor is None
     assert any("text alone" in record.message for record in caplog.records)
+
+
+def test_a_folder_that_does_not_say_how_pictures_are_read_is_served_with_text_alone(
+    media_folder: Callable[[str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = shutil.copytree(media_folder("gemma3"), tmp_path / "text")
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        (folder / file).unlink(missing_ok=True)
+    with caplog.at_level(logging.WARNING):
+        loaded = load_model(str(folder), dtype="float32")
+    assert loaded.family is None and loaded.processor is None and loaded.unsupported is None
+    assert any("text alone" in record.message for record in caplog.records)
+
+
+def test_what_stands_for_a_picture_need_not_be_in_the_vocabulary() -> None:
+    table = torch.nn.Embedding(10, 4)
+    ids, index = torch.tensor([3, 99, 99, 5]), torch.arange(4)
+    media = MediaInputs(features=((1, torch.ones(2, 4)),))
+    made = model_inputs(Mock(get_input_embeddings=lambda: table), ids, index, media)
+    expected = torch.cat((table.weight[3:4], torch.ones(2, 4), table.weight[5:6]))
+    assert torch.equal(made["inputs_embeds"][0], expected)
+    assert ids.tolist() == [3, 99, 99, 5]

@@ -134,3 +134,11 @@ def test_heads_that_look_up_what_stood_before_are_chosen() -> None:
 def test_a_random_model_has_none(tiny_llama: Any) -> None:
     assert SlotRunner(tiny_llama.loaded, 1, 2 * PROBE, 512).reading_heads == {}
     assert SlotRunner(tiny_llama.loaded, 1, PROBE, 512).reading_heads == {}
+
+
+def test_no_rows_read_nothing() -> None:
+    """A chunk may hold rows of a picture alone, which are not told."""
+    reads = Reads(HEADS)
+    none = torch.zeros(0, dtype=torch.int64)
+    reads.add(0, torch.zeros(4, 0, 8), torch.zeros(2, 90, 8), none, 1.0)
+    assert len(reads.pairs(KEYS)) == 0

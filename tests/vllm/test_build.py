@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.model_executor.model_loader import utils as loading
 
 from kvshare_mm.reuse.worker import ReuseWorker
-from kvshare_mm.vllm import build
+from kvshare_mm.vllm import build, compat, connector
 from kvshare_mm.vllm.options import ConnectorOptions
 
 pytestmark = pytest.mark.vllm
@@ -46,3 +47,26 @@ def test_donors_are_moved_by_what_fits_the_gpu(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("kvshare_mm.reuse.editor.resolve", resolve)
     worker.load([], "", *torch.zeros(2, 1, 1, 16, 16), None)
     assert asked == [("auto", "cpu")]
+
+
+def test_a_reason_without_words_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(connector, "build_runner", fails)
+    worker = object.__new__(connector.KVShareConnector)
+    worker._obstacle = worker._vllm_config = worker._caches_of = worker._options = None
+    worker.register_kv_caches({})
+    assert worker._obstacle == "AssertionError"
+
+
+def test_a_class_that_cannot_be_made_without_weights_shares_no_media(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Wants:
+        def __new__(cls, more: int) -> Wants:
+            return super().__new__(cls)
+
+    monkeypatch.setattr(loading, "get_model_cls", lambda _: Wants)
+    asked = SimpleNamespace(uses_mrope=True, mrope_num_dims=3, hf_config=None)
+    assert compat.media_positions(SimpleNamespace(model_config=asked)) is None
