@@ -30,6 +30,7 @@ class Backlog:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for what was given so far, however much is given meanwhile; False: time ran out."""
+        timeout_s = None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)
         with self._changed:
             last = self._given
             return self._changed.wait_for(lambda: self._done >= last, timeout_s)

@@ -102,8 +102,8 @@ class Proxy:
         prompt = await self._prompt(scope, asked)
         refused: list[Whole] = []
         tried: list[Replica] = []  # another may get the number of one that left
-        lost, told = 0, False
-        while left := self._left(tried, told):
+        lost, slow, told = 0, 0, False
+        while left := self._left(tried, told and not client.headed):
             choice = self._choice(prompt, left)
             if not tried:
                 self._metrics.decisions.observe(time.perf_counter() - begun)
@@ -116,11 +116,12 @@ class Proxy:
                 logger.warning("replica %d was lost: %s", replica.number, error)
                 self._metrics.lost.labels(str(replica.number), str(error.begun).lower()).inc()
                 lost += error.reached
+                slow += error.slow
                 if error.begun or (client.headed and lost == _MOST_LOST):
                     return
+                if slow == _MOST_LOST and not client.headed:
+                    break
                 if lost == _MOST_LOST:
-                    if refused:
-                        break
                     raise ApiError(502, "no replica survived this request", code="lost") from error
                 continue
             except ApiError:
@@ -130,11 +131,13 @@ class Proxy:
             if reply is None:
                 return
             refused.append(reply)
-            told |= answers
+            told |= answers and not reply.is_leaving
             if reply.is_final:
                 break
         if client.headed:
             return
+        if slow and not refused:
+            raise ApiError(504, "replicas took the request too slowly", code="timeout")
         if not refused:
             raise ApiError(503, "no replica answers", code="no_replica", retry_after=2)
         # Where some are full, the client waits for one of them.

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import httpcore2
 from starlette.types import Send
@@ -38,6 +39,7 @@ class LostError(Exception):
     Attributes:
         absent: whether there was no connection to it.
         reached: whether it had the whole request.
+        slow: whether it was too slow to take it.
         begun: whether some of its answer was passed on.
     """
 
@@ -45,6 +47,7 @@ class LostError(Exception):
         super().__init__(str(why) or type(why).__name__)
         self.absent = isinstance(why, httpcore2.ConnectError | httpcore2.ConnectTimeout)
         self.reached = reached
+        self.slow = isinstance(why, httpcore2.WriteTimeout)
         self.begun = begun
 
 
@@ -86,11 +89,20 @@ class Whole:
         """Whether no other replica should be asked: a key that used up what it may is refused,
         others would answer only because they do not know it."""
         if self.status == 429:
-            try:
-                return bool(json.loads(self.body)["error"]["code"] == "rate_limit_exceeded")
-            except (ValueError, KeyError, TypeError, RecursionError):
-                return False
+            return bool(self._code == "rate_limit_exceeded")
         return not any(name == b"retry-after" for name, _ in self.headers)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it comes of a server that starts or stops, and not of one that has no room."""
+        return self._code in {"loading", "stopping"}
+
+    @property
+    def _code(self) -> Any:
+        try:
+            return json.loads(self.body)["error"]["code"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
 
     async def send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
@@ -164,7 +176,7 @@ async def pass_on(
             await client.send({"type": "http.response.body", "body": b"", "more_body": False})
             return None
     except _ERRORS as error:
-        late = isinstance(error, httpcore2.ReadTimeout | httpcore2.WriteTimeout)
+        late = isinstance(error, httpcore2.ReadTimeout | httpcore2.WriteTimeout) and asked.body.sent
         raise _lost(error, asked, begun or (late and client.headed)) from error
 
 

@@ -200,10 +200,17 @@ class DiskTier:
         """
         # Looked at again once the lock is free, as whoever dooms a node meanwhile does not get it.
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._doomed:
+        with self._lock:
+            asked = set(self._doomed)
+        while True:
+            with self._lock:
+                if not self._doomed:
+                    return True
+                done = asked.isdisjoint(self._doomed)
+            # Others' are removed too, who found the lock taken; nobody waits for it for them.
             left = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
-            if not self._changing.acquire(timeout=left):
-                return False
+            if not self._changing.acquire(timeout=0.0 if done else left):
+                return done
             try:
                 with self._lock:
                     doomed = list(self._doomed)
@@ -213,7 +220,6 @@ class DiskTier:
                         self._doomed.discard(node_id)
             finally:
                 self._changing.release()
-        return True
 
     def records(self) -> Iterator[tuple[Node, np.ndarray | None]]:
         """Yield node and embedding (``[dim]`` float32, or None) of all nodes held now.

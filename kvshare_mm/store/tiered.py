@@ -236,18 +236,20 @@ class TieredStore:
         told = False
         with self._changed:
             flush, deleted = self._queue.begin_flush(), set(self._doomed)
-            try:
+        try:
+            with self._changed:
                 written = self._changed.wait_for(
                     lambda: (
                         flush.given.isdisjoint(self._queue) and deleted.isdisjoint(self._doomed)
                     ),
                     timeout_s,
                 )
-                told = True
-            finally:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            cleaned = self._disk is None or self._disk.clean(left)
+            told = True
+        finally:
+            with self._changed:
                 self._queue.end_flush(flush, told)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        cleaned = self._disk is None or self._disk.clean(left)
         return written and cleaned and not flush.failed
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -395,8 +397,10 @@ class TieredStore:
                     self._doomed.discard(node_id)
                 # What the disk has no room for is not tried again and again.
                 lost: list[str] = []
-                if failure is None and disk.num_recreated > recreated:
+                told = failure is None or failure[0] == "too_large"
+                if told and disk.num_recreated > recreated:
                     lost, recreated = dropped, disk.num_recreated
+                    lost = [each for each in lost if each != node_id]
                 self._queue.done(stored, failure[0] if failure else None, lost)
                 if disk.num_recreated:
                     self.counters["folder_recreated"] = disk.num_recreated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from kvshare_mm.store.base import StoredNode
 from kvshare_mm.store.disk import DiskTier
 
 logger = logging.getLogger(__name__)
+
+# Where nothing new is written, a disk that failed is given what is asked for again so long after.
+_AGAIN_S = 30.0
 
 
 @dataclass(eq=False, slots=True)
@@ -41,6 +45,7 @@ class WriteQueue:
         self._queue: OrderedDict[str, StoredNode] = OrderedDict()
         self._later: set[str] = set()  # to be written with the next that borrows from them
         self._failing = False  # the last write
+        self._again_s = 0.0
         self._flushes: list[Flush] = []
         self._untold = False  # a failure
 
@@ -74,12 +79,11 @@ class WriteQueue:
         self._later.add(node_id)
 
     def add_waiting(self, node_id: str) -> None:
-        """If a node waits for a borrower, it does no longer, unless the disk fails."""
-        if (
-            not self._failing
-            and node_id in self._later
-            and (stored := self._peek(node_id)) is not None
-        ):
+        """If a node waits for a borrower, it does no longer, unless the disk fails, which is tried
+        again from time to time."""
+        blocked = self._failing and (self._queue or time.monotonic() < self._again_s)
+        stored = self._peek(node_id) if not blocked and node_id in self._later else None
+        if stored is not None:
             self.add(stored)
 
     def drop(self, node_id: str) -> None:
@@ -100,7 +104,9 @@ class WriteQueue:
         node_id = stored.node.node_id
         if self._queue.get(node_id) is stored:  # else a newer version waits
             del self._queue[node_id]
-        self._failing = failure is not None and failure != "too_large"
+        if failure != "too_large":  # which says nothing of the disk
+            self._failing = failure is not None
+            self._again_s = time.monotonic() + _AGAIN_S
         again = {*lost, node_id} if failure == "io_error" else {*lost}
         self._later.update(n for n in again if n not in self._queue and self._peek(n) is not None)
         if failure is None:

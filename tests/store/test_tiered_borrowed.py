@@ -6,6 +6,7 @@ import shutil
 
 from kvshare_mm.errors import KVUnavailableError
 from kvshare_mm.node import Piece
+from kvshare_mm.store import disk
 
 PATIENCE_S = 60  # for what is bound to happen; no test waits so long unless it fails
 
@@ -90,3 +91,30 @@ def test_a_prompt_that_somebody_else_was_answered_for_gets_to_disk(open_store, m
     store.touch("a")
     store.touch("unknown")
     assert store.flush(PATIENCE_S) and list(store._disk) == ["a"]
+
+
+def test_what_a_removed_folder_took_is_written_with_a_borrower_whatever_fails_between(
+    open_store, make_stored, tmp_path
+):
+    store = open_store(slow_disk=True)
+    store._disk.gate.set()
+    store.put(make_stored("a"))
+    assert store.flush(PATIENCE_S)
+    shutil.rmtree(tmp_path / "kv")
+    write = disk.write_node
+
+    def failing(*_, **__):
+        raise KVUnavailableError("io_error", "full, for a moment")
+
+    disk.write_node = failing
+    try:
+        store.put(make_stored("c"))
+        assert not store.flush(PATIENCE_S)
+    finally:
+        disk.write_node = write
+    large = make_stored("large", 60_000, layers=10)
+    assert large.kv.num_bytes > store._disk.max_bytes
+    store.put(large)
+    assert not store.flush(PATIENCE_S)
+    store.put(borrower(make_stored, "e", "a"))
+    assert store.flush(PATIENCE_S) and {"a", "e"} <= set(store._disk)

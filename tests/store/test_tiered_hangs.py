@@ -12,6 +12,8 @@ from kvshare_mm.store import tiered
 from kvshare_mm.store.codec import write_node
 from kvshare_mm.store.host import ram_bytes
 
+from ..helpers import until
+
 PATIENCE_S = 60  # for what is bound to happen; no test waits so long unless it fails
 VECTOR = np.array([1, 2, 3], np.float32)
 
@@ -169,3 +171,43 @@ def test_a_flush_that_is_interrupted_leaves_what_failed_to_the_next(
     monkeypatch.undo()
     assert not store.flush(float("inf"))
     assert store.flush(float("inf"))
+
+
+def test_a_flush_that_is_interrupted_while_files_are_removed_leaves_what_failed_to_the_next(
+    open_store, make_stored, monkeypatch
+):
+    store = open_store(slow_disk=True)
+    store._disk.gate.set()
+    store._disk.error = KVUnavailableError("io_error", "full")
+    store.put(make_stored("a"))
+
+    def interrupted(timeout_s):
+        raise KeyboardInterrupt
+
+    until(lambda: not store._queue)
+    monkeypatch.setattr(store._disk, "clean", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.flush()
+    monkeypatch.undo()
+    assert not store.flush(PATIENCE_S)
+    assert store.flush(PATIENCE_S)
+
+
+def test_a_flush_does_not_wait_for_what_is_deleted_meanwhile(open_store, make_stored, monkeypatch):
+    store = open_store()
+    for name in "ab":
+        store.put(make_stored(name))
+    assert store.flush(PATIENCE_S)
+    unlink, held = store._disk._unlink, store._disk._changing
+    store._disk.forget("a")
+
+    def unlink_and_more(path):
+        unlink(path)
+        monkeypatch.undo()
+        store._disk.forget("b")  # by another thread, which then writes something
+        threading.Thread(target=held.acquire).start()
+
+    monkeypatch.setattr(store._disk, "_unlink", unlink_and_more)
+    assert store.flush(PATIENCE_S)
+    until(held.locked)
+    held.release()

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from kvshare_mm.node import Piece
+from kvshare_mm.store import write_queue
 from kvshare_mm.store.base import StoredNode
 from kvshare_mm.store.write_queue import WriteQueue
 
@@ -167,3 +168,27 @@ def test_what_went_with_a_folder_comes_with_the_next_that_borrows_from_it(held):
     held.queue.done(held.queue.first(), None, ["a", "unknown"])
     held.queue.add(held.node("b", "a"))
     assert held.write_all() == ["a", "b"]
+
+
+def test_a_node_that_is_too_large_does_not_mean_that_the_disk_is_well_again(held):
+    for name in "ab":
+        held.queue.add(held.node(name))
+        held.write("io_error")
+    held.queue.add(held.node("large"))
+    held.write("too_large")
+    held.queue.add(held.node("c", "a", "b"))
+    assert list(held.queue) == ["c"]
+
+
+def test_a_disk_that_failed_is_tried_again_where_nothing_new_is_written(held, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(write_queue.time, "monotonic", lambda: now[0])
+    held.queue.add(held.node("a"))
+    held.write("io_error")
+    for seconds in (0, 29):
+        now[0] = 100.0 + seconds
+        held.queue.add_waiting("a")
+        assert not held.queue
+    now[0] = 131.0
+    held.queue.add_waiting("a")
+    assert held.write_all() == ["a"]

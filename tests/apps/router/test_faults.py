@@ -142,3 +142,49 @@ def test_who_takes_no_body_costs_no_request(
         assert routed.chat(f"{number} {'x' * 24_000_000}").status_code == 200
     assert taken
     end()
+
+
+def leaving(code: str) -> Any:
+    body = json.dumps({"error": {"code": code}}).encode()
+    return refusing(503, body, (b"retry-after", b"5"))
+
+
+@pytest.mark.parametrize(("code", "status"), [("stopping", 200), ("loading", 200), ("busy", 503)])
+def test_who_starts_or_stops_has_not_said_that_there_is_no_room(
+    upstreams: Upstreams, route: Route, code: str, status: int
+) -> None:
+    going, come = upstreams(2)
+    going.answer = leaving(code)
+    come.health = 503  # not checked yet
+    routed = route([going.url, come.url])
+    until(lambda: routed.replicas[0].healthy and not routed.replicas[1].healthy)
+    assert routed.chat("hi").status_code == status
+
+
+def test_a_request_that_two_did_not_survive_is_not_said_to_have_found_no_room(
+    upstreams: Upstreams, route: Route
+) -> None:
+    [full] = upstreams(1)
+    full.answer = refusing(429, b"", (b"retry-after", b"1"))
+    made = [dropping() for _ in range(2)]
+    routed = route([full.url, *(url for url, _, _ in made)])
+    for number in range(20):  # the one that is full is among those asked, or it is not
+        assert routed.chat(f"poison {number}").status_code == 502
+        if full.asked:
+            break
+    assert full.asked
+    for _, _, end in made:
+        end()
+
+
+def test_a_body_that_replicas_take_too_slowly_is_not_sent_to_all(
+    upstreams: Upstreams, route: Route, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream_module, "_WRITE_S", 0.5)
+    made = [dropping(reads=False) for _ in range(3)]
+    routed = route([url for url, _, _ in made], max_body_bytes=32 << 20)
+    reply = routed.chat("x" * 24_000_000)
+    assert reply.status_code == 504 and reply.json()["error"]["code"] == "timeout"
+    assert sorted(len(taken) for _, taken, _ in made) == [0, 1, 1]
+    for _, _, end in made:
+        end()
