@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-
-from kvshare_mm.models.decoder import Decoder
-from kvshare_mm.stream import Modality
+from kvshare_mm.models.qwen2_vl import Qwen2VL
 
 
-class Gemma3:
-    """A loaded ``Gemma3ForConditionalGeneration``."""
+class Gemma3(Qwen2VL):
+    """A loaded ``Gemma3ForConditionalGeneration``; a picture takes ``mm_tokens_per_image``."""
 
     mrope = False
     both_ways = True
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.decoder = Decoder(model.model.language_model, model.lm_head, model.generation_config)
-        self.placeholders = {Modality.IMAGE: int(model.config.image_token_id)}
-
-    def encode(self, modality: Modality, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        features = self._model.get_image_features(**inputs, return_dict=True).pooler_output
-        return torch.cat(tuple(features))  # [1, mm_tokens_per_image, hidden_size]

@@ -33,19 +33,19 @@ pytestmark = pytest.mark.vllm
 BLOCK = 32
 # One long request and a little more: several at once must preempt each other.
 NUM_BLOCKS = 25
+OPTIONS = {
+    "lookup_deadline_s": 30,
+    "min_load_tokens": 8,
+    "recompute_per_step": 32,
+    "audit_share": 0,
+}
 
 
 @pytest.fixture(scope="module")
 def engine(random_model: Callable[[str], Path]) -> Iterator[Shared]:
-    options = {
-        "lookup_deadline_s": 30,
-        "min_load_tokens": 8,
-        "recompute_per_step": 32,
-        "audit_share": 0,
-    }
     with shared_engine(
         random_model("llama"),
-        options,
+        OPTIONS,
         num_gpu_blocks_override=NUM_BLOCKS,
         max_num_batched_tokens=512,
     ) as made:

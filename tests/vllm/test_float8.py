@@ -17,15 +17,9 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def engine(random_model: Callable[[str], Path]) -> Iterator[Shared]:
-    options = {
-        "lookup_deadline_s": 30,
-        "min_load_tokens": 8,
-        "recompute_per_step": 32,
-        "audit_share": 0,
-    }
     with shared_engine(
         random_model("llama"),
-        options,
+        any_kv.OPTIONS,
         kv_cache_dtype="fp8",
         num_gpu_blocks_override=any_kv.NUM_BLOCKS,
         max_num_batched_tokens=512,

@@ -22,15 +22,9 @@ BLOCK = 16
 
 @pytest.fixture(scope="module")
 def engine(random_model: Callable[[str], Path]) -> Iterator[Shared]:
-    options = {
-        "lookup_deadline_s": 30,
-        "min_load_tokens": 8,
-        "recompute_per_step": 32,
-        "audit_share": 0,
-    }
     blocks = any_kv.NUM_BLOCKS * any_kv.BLOCK // BLOCK
     with shared_engine(
-        random_model("deepseek_v2"), options, num_gpu_blocks_override=blocks
+        random_model("deepseek_v2"), any_kv.OPTIONS, num_gpu_blocks_override=blocks
     ) as made:
         yield made
 

@@ -343,14 +343,7 @@ def test_who_sends_a_large_body_is_told_too(
 ) -> None:
     """A connection that was closed before all of it is read would be reset, the answer lost."""
     monkeypatch.setattr(gate, "_REST_S", 30.0)  # on a machine that is busy
-    begun, go_on = threading.Event(), threading.Event()
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] == "/long":
-            begun.set()
-            await asyncio.to_thread(go_on.wait, 30)
-        await hello(scope, receive, send)
-
+    app, begun, go_on = with_a_long_one()
     serving = serve(app, gated=True, shutdown_timeout_s=30.0)
     url = f"http://127.0.0.1:{serving.port}"
     headers = {"Authorization": "Bearer x"}
@@ -389,9 +382,8 @@ def test_a_client_is_an_address_or_a_network_of_ipv6(address: str, client: str) 
     assert connections.client_of(address) == client
 
 
-def test_requests_after_the_end_has_begun_are_told_to_come_back(
-    serve: Serve, beside: Executor
-) -> None:
+def with_a_long_one() -> tuple[ASGIApp, threading.Event, threading.Event]:
+    """An application whose /long has begun with the one event, and ends with the other."""
     begun, go_on = threading.Event(), threading.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -400,6 +392,13 @@ def test_requests_after_the_end_has_begun_are_told_to_come_back(
             await asyncio.to_thread(go_on.wait, 30)
         await hello(scope, receive, send)
 
+    return app, begun, go_on
+
+
+def test_requests_after_the_end_has_begun_are_told_to_come_back(
+    serve: Serve, beside: Executor
+) -> None:
+    app, begun, go_on = with_a_long_one()
     serving = serve(app, gated=True, shutdown_timeout_s=30.0)
     url = f"http://127.0.0.1:{serving.port}"
     headers = {"Authorization": "Bearer x"}
