@@ -176,8 +176,8 @@ async def pass_on(
             await client.send({"type": "http.response.body", "body": b"", "more_body": False})
             return None
     except _ERRORS as error:
-        late = isinstance(error, httpcore2.ReadTimeout | httpcore2.WriteTimeout) and asked.body.sent
-        raise _lost(error, asked, begun or (late and client.headed)) from error
+        begun = begun or (client.headed and _is_late(error, asked))
+        raise _lost(error, asked, begun) from error
 
 
 def _asked(
@@ -225,7 +225,12 @@ def _is_stream(reply: httpcore2.Response) -> bool:
 def _lost(error: Exception, asked: Asked, begun: bool) -> Exception:
     if isinstance(error, httpcore2.LocalProtocolError):
         return ApiError(400, f"the request cannot be passed on: {error}")
-    late = isinstance(error, httpcore2.ReadTimeout | httpcore2.WriteTimeout) and asked.body.sent
-    if late and not begun:
+    if _is_late(error, asked) and not begun:
         return ApiError(504, "the replica took longer than this router waits", code="timeout")
     return LostError(error, asked.body.sent, begun)
+
+
+def _is_late(error: Exception, asked: Asked) -> bool:
+    """Whether a replica has a request and says nothing."""
+    timeouts = httpcore2.ReadTimeout | httpcore2.WriteTimeout
+    return isinstance(error, timeouts) and asked.body.sent

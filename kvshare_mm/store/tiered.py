@@ -399,8 +399,8 @@ class TieredStore:
                 lost: list[str] = []
                 told = failure is None or failure[0] == "too_large"
                 if told and disk.num_recreated > recreated:
-                    lost, recreated = dropped, disk.num_recreated
-                    lost = [each for each in lost if each != node_id]
+                    lost = [each for each in dropped if each != node_id]
+                    recreated = disk.num_recreated
                 self._queue.done(stored, failure[0] if failure else None, lost)
                 if disk.num_recreated:
                     self.counters["folder_recreated"] = disk.num_recreated

@@ -35,12 +35,7 @@ def stock(random_model: Callable[[str], Path]) -> Iterator[Any]:
         yield made
 
 
-@pytest.fixture(autouse=True)
-def fresh(engine: Shared) -> Iterator[None]:
-    engine.forget()
-    with engine.keeping_its_blocks():
-        yield
-
+fresh = any_kv.fresh
 
 test_an_exact_donor_gives_stock_tokens = any_kv.test_an_exact_donor_gives_stock_tokens
 test_no_pollution = any_kv.test_no_pollution

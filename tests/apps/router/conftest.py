@@ -142,6 +142,13 @@ def run_app(server: uvicorn.Server, listening: socket.socket) -> Callable[[], No
     return stop
 
 
+REPORT = "Patient 48210, haemoglobin 148 g/L, sodium 141 mmol/L, seen on the second floor, {}."
+
+
+def sent_to(upstreams: list[Upstream]) -> list[int]:
+    return [len(u.asked) for u in upstreams]
+
+
 Upstreams = Callable[[int], list[Upstream]]
 Route = Callable[..., Routed]
 
