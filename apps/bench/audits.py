@@ -4,7 +4,7 @@ The same stream of requests, with a pause behind each, is served by engines that
 of requests that they audit. They take turns, a few requests each, so that all meet the same
 machine; while one is asked, the others have nothing left to audit. An audit begins in a pause, and
 whoever comes then interrupts it. What audits teach changes how much is computed, which takes its
-own time: that is told beside it.
+own time: so those requests are told apart that computed as much with audits as without.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 from rich.progress import track
 
 from kvshare_mm.apps.bench.divergence import spread
@@ -43,8 +44,8 @@ def run(
 
     Returns:
         The report as JSON-ready data: by share, the seconds until the first token of all requests,
-        the share of their tokens that was computed, how many were audited in the end, and how many
-        audits were interrupted.
+        the share of their tokens that was computed, how many were audited in the end, how many
+        audits were interrupted, and what the ``alike`` waited, see `_alike`.
     """
     params = SamplingParams(max_tokens=_MAX_TOKENS)
     served: dict[float, list[RequestOutput]] = {share: [] for share in (0.0, *shares)}
@@ -75,9 +76,29 @@ def run(
                 "computed_share": _computed_share(found),
                 "audits": _over(audits[share].get("results", {})),
                 "interrupted": audits[share].get("results", {}).get("yielded", 0),
+                "alike": _alike(found, served[0.0]),
             }
             for share, found in served.items()
         },
+    }
+
+
+def _alike(audited: Sequence[RequestOutput], plain: Sequence[RequestOutput]) -> dict[str, Any]:
+    """The requests that computed as many tokens with audits as without: how many they are, and the
+    first token's time with audits over that without: ``p50`` of the requests' own ratios, ``p99``
+    the ratio of the slowest hundredth's."""
+    pairs = [
+        (a.metrics.ttft, p.metrics.ttft)
+        for a, p in zip(audited, plain, strict=True)
+        if a.provenance.recomputed == p.provenance.recomputed
+    ]
+    if not pairs:
+        return {"requests": 0, "p50": None, "p99": None}
+    with_audits, without = np.array(pairs).T
+    return {
+        "requests": len(pairs),
+        "p50": float(np.median(with_audits / without)),
+        "p99": float(np.percentile(with_audits, 99) / np.percentile(without, 99)),
     }
 
 

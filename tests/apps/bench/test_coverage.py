@@ -130,3 +130,6 @@ def test_engines_with_audits_and_without_take_turns(tiny_folder: Path) -> None:
     assert all(found["ttft_s"]["p99"] > 0 for found in report["shares"].values())
     assert all(0 < found["computed_share"] < 1 for found in report["shares"].values())
     assert len(TABLES["audits"].rows(report)) == 3
+    plain, audited = (found["alike"] for found in report["shares"].values())
+    assert plain == {"requests": 8, "p50": 1.0, "p99": 1.0}
+    assert 0 < audited["requests"] <= 8 and audited["p50"] > 0 and audited["p99"] > 0
