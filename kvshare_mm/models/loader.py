@@ -25,6 +25,7 @@ from kvshare_mm.errors import ConfigError, ModelLoadError
 from kvshare_mm.kernels.backend import BackendError, resolve
 from kvshare_mm.modalities.loading import loading
 from kvshare_mm.models.family import Family, load_family, load_text_part
+from kvshare_mm.models.few_rows import speed_up
 from kvshare_mm.models.gguf import converted, embedded_gguf
 from kvshare_mm.models.names import EMBEDDED, SHIPPED, refuse_unknown
 from kvshare_mm.models.shape import KVShape
@@ -140,6 +141,7 @@ def load_model(
         missing = sorted(report["missing_keys"])
         raise ModelLoadError(f"The model {name!r} lacks {len(missing)} weights, e.g. {missing[0]}")
     model = model.to(target).eval().requires_grad_(False)
+    speed_up(language)
     support = check_support(language, attention_name(backend))
     if support.states is not None:
         size = support.states.num_bytes

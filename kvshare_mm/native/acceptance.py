@@ -6,9 +6,9 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-# What a decode step with a draft is dearer by, in steps without: at all, and for each token of it.
-# Measured on a CPU; a GPU's rows cost less.
-_DRAFT, _TOKEN = 0.05, 0.08
+# What rows add to a decode step, in steps of one: each of the first four, and of the others all of
+# them once and each (see `models.few_rows`). Measured on a CPU; a GPU's rows cost less.
+_ROW, _FEW, _MANY, _MANY_ROW = 0.12, 4, 0.6, 0.05
 # Where nothing has been drafted yet: how often a token is right, as if so many had been tried.
 _BEFORE = {"donor": 0.75, "sure": 0.6, "unsure": 0.35}
 _TRIED = 4.0
@@ -17,6 +17,12 @@ _ANSWER, _FAMILY = 0.8, 0.95
 # What is not drafted is taken for a little better each time, so that it is tried again.
 _CURIOUS = 1 / 256
 _MOST_FAMILIES = 4096
+
+
+def step_cost(rows: int) -> float:
+    """How long a decode step of so many rows takes, in steps of one."""
+    few = 1 + _ROW * (min(rows, _FEW) - 1)
+    return few if rows <= _FEW else few + _MANY + _MANY_ROW * (rows - _FEW)
 
 
 @dataclass(slots=True)
@@ -36,12 +42,17 @@ class Rate:
         self.right = memory * self.right + right
         self.tried = memory * self.tried + min(drafted, right + 1)
 
-    def length(self, most: int) -> int:
-        """How many tokens to draft; 0: it does not pay."""
-        best, worth, gain, likely = 0, 0.0, -_DRAFT, 1.0
+    def length(self, most: int, batch: int = 1) -> int:
+        """How many tokens to draft; 0: it does not pay.
+
+        Args:
+            batch: answers of the step, whose tokens all wait for the draft's rows.
+        """
+        best, worth, right, likely = 0, 0.0, 0.0, 1.0
         for length in range(1, most + 1):
             likely *= self.chance
-            gain += likely - _TOKEN
+            right += likely
+            gain = right - batch * (step_cost(batch + length) / step_cost(batch) - 1)
             if gain > worth:
                 best, worth = length, gain
         if not best and most:
@@ -63,9 +74,9 @@ class Acceptance:
             for kind, rate in self._family.items()
         }
 
-    def length(self, kind: str, most: int) -> int:
+    def length(self, kind: str, most: int, batch: int = 1) -> int:
         """How many tokens of a kind to draft, see `Rate.length`."""
-        return self._own[kind].length(most)
+        return self._own[kind].length(most, batch)
 
     def learn(self, kind: str, drafted: int, right: int) -> None:
         """Of a draft of so many tokens so many were right."""

@@ -50,8 +50,9 @@ class Drafter:
         self._said[self._length : self._length + len(tokens)] = tokens
         self._length += len(tokens)
 
-    def draft(self, most: int) -> list[int]:
-        """Up to `most` tokens that may come next."""
+    def draft(self, most: int, batch: int = 1) -> list[int]:
+        """Up to `most` tokens that may come next; `batch`: answers of the step, this one with
+        them."""
         if most <= 0:
             return []
         said = self._said[: self._length]
@@ -66,7 +67,7 @@ class Drafter:
             agree, at, source = own, place, said
             kind = "sure" if own >= _SURE else "unsure"
         most = min(most, _MOST, 2 * agree, len(source) - at)
-        most = self._acceptance.length(kind, most)
+        most = self._acceptance.length(kind, most, batch)
         self._drafted = (kind, most)
         return source[at : at + most].tolist()  # type: ignore[no-any-return]
 

@@ -264,7 +264,7 @@ class NativeEngine:
             self._finish(request, "abort")
         batch = [r for r in self._active if r.prefill is not None]
         for request in batch:
-            request.propose(_MOST_DRAFTED // len(batch))
+            request.propose(_MOST_DRAFTED // len(batch), len(batch))
         begun = next((r for r in self._active if r.computing), None)
         prompt = begun.computing if begun else None
         done = prompt.done if prompt else 0

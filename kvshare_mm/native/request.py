@@ -144,11 +144,11 @@ class SlotRequest(Request):
             self.emit(StreamChunk(text, (token,), logprobs=logprobs))
         return reason
 
-    def propose(self, most: int) -> None:
-        """Make the draft of the next decode step, of so many tokens at most."""
+    def propose(self, most: int, batch: int) -> None:
+        """Make the draft of the next decode step, of so many answers and tokens at most."""
         if self.drafter is not None:
             left = self.longest - len(self.token_ids)
-            self.draft = self.drafter.draft(max(0, min(most, left - 1)))
+            self.draft = self.drafter.draft(max(0, min(most, left - 1)), batch)
 
     def finish(self, reason: FinishReason) -> None:
         """Send the output as the last chunk, or what became of it: nobody must wait for ever."""

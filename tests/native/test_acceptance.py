@@ -7,20 +7,29 @@ import random
 import pytest
 
 from kvshare_mm.native import acceptance
-from kvshare_mm.native.acceptance import Acceptance, Families, Rate
+from kvshare_mm.native.acceptance import Acceptance, Families, Rate, step_cost
 
 
-def gain(chance: float, length: int) -> float:
-    """Steps that a draft saves on the mean."""
+def gain(chance: float, length: int, batch: int = 1) -> float:
+    """Tokens that a draft gains on the mean, less those that the batch loses to its rows."""
     right = sum(chance**i for i in range(1, length + 1))
-    return right - acceptance._DRAFT - acceptance._TOKEN * length
+    return right - batch * (step_cost(batch + length) / step_cost(batch) - 1)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("chance", [0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.0])
-def test_a_draft_has_the_length_that_saves_most(chance: float) -> None:
-    length = Rate(chance, 1.0).length(8)
-    assert gain(chance, length) == max(gain(chance, n) for n in range(1, 9)) if length else True
-    assert (length == 0) == (max(gain(chance, n) for n in range(1, 9)) <= 0)
+def test_a_draft_has_the_length_that_saves_most(chance: float, batch: int) -> None:
+    length = Rate(chance, 1.0).length(8, batch)
+    best = max(gain(chance, n, batch) for n in range(1, 9))
+    assert gain(chance, length, batch) == pytest.approx(max(best, 0.0))
+    assert (length == 0) == (best <= 0)
+
+
+def test_rows_that_are_nearly_free_are_used_and_dear_ones_are_not() -> None:
+    assert Rate(0.6, 1.0).length(8) == 3, "a step of four rows costs little more than one of one"
+    assert Rate(0.6, 1.0).length(8, batch=2) == 2
+    assert Rate(0.6, 1.0).length(8, batch=4) == 0
+    assert Rate(0.95, 1.0).length(8) == 8
 
 
 @pytest.mark.parametrize("chance", [0.05, 0.5, 0.95])
@@ -40,7 +49,7 @@ def test_what_is_never_right_costs_less_than_three_hundredths() -> None:
         answer = families.acceptance("ns", None)
         for _ in range(48):
             if length := answer.length("unsure", 8):
-                lost += acceptance._DRAFT + acceptance._TOKEN * length
+                lost += step_cost(1 + length) - 1
                 answer.learn("unsure", length, 0)
     assert lost / (20 * 48) < 0.03
 
