@@ -71,8 +71,8 @@ def rotation_table(
     a rotation.
 
     Args:
-        shift: ``[num_runs]`` integers, target position minus source position, the same on all
-            axes of a position (M-RoPE).
+        shift: ``[num_runs]`` integers, target position minus source position; or ``[num_runs,
+            rotary_dim / 2]``: of each pair, whose axis of a position may be another one (M-RoPE).
         inv_freq: ``[num_rotations, rotary_dim / 2]`` angles per position, after scaling (linear,
             llama3, YaRN); 0 where nothing turns.
 
@@ -80,5 +80,6 @@ def rotation_table(
         cos and sin, ``[num_rotations, num_runs, rotary_dim / 2]`` float32, on the device of
         `inv_freq`.
     """
-    angle = shift.to(inv_freq.device, torch.float64)[:, None] * inv_freq.double()[:, None]
+    shift = shift.to(inv_freq.device, torch.float64).reshape(len(shift), -1)
+    angle = shift * inv_freq.double()[:, None]
     return angle.cos().float(), angle.sin().float()

@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 
     @property
     def shift(self) -> int:
-        """Target index minus owner index. Keys move by `plan.uniform_shift`."""
+        """Target index minus owner index. Keys move by `plan.turn_of`."""
         return self.start - self.owner_start
 
 

@@ -11,7 +11,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from kvshare_mm.reuse.rotary import SUPPORTED_ROPE_TYPES, RotarySpec, rerotate
 
 _PROBE_TOKENS = 12
 _PROBE_SHIFT = 37
+_PROBE_TURN = (5, 11, 17)
 _PROBE_WINDOW = 5
 RECURRENT = "it has recurrent layers"
 _ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -176,6 +177,16 @@ def _rotary_positions(config: Any, device: torch.device) -> torch.Tensor:
     return torch.stack((index, 2 * index % 7, 3 * index % 11))
 
 
+def _axes(config: Any, spec: RotarySpec) -> tuple[int, ...] | None:
+    """On which axis each pair turns, as the configuration has it; None: it has one axis, or they
+    take turns."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    sections = rope.get("mrope_section") or ()
+    axes = tuple(axis for axis, count in enumerate(sections) for _ in range(count))
+    whole = len(sections) == 3 and 2 * len(axes) == spec.rotary_dim
+    return axes if whole and not rope.get("mrope_interleaved") else None
+
+
 def _position_ids(positions: torch.Tensor) -> torch.Tensor:
     """As models take them: ``[1, n]``, or ``[3, 1, n]``."""
     return positions if len(positions) == 1 else positions[:, None]
@@ -215,6 +226,12 @@ def _prove(
         return Support(
             f"the keys of its layer {max(0, known - 1)} do not follow its rotary embedding"
         )
+    axes = _axes(model.config, spec)
+    if axes is not None:
+        apart = torch.tensor(_PROBE_TURN, device=ids.device)
+        turned = _first_layer(model, ids, positions + apart[:, None])
+        pair, each = (first.k, first.v, turned.k, turned.v), replace(spec, axes=axes)
+        spec = each if _moves(pair, apart.expand(n, 3), each, tolerance) else spec
     # The last position is computed by itself, so that the keys it needs come from the slot.
     _forward(model, ids, cache, 0, index[:-1], positions)
     last = _forward(model, ids, cache, 0, index[-1:], positions)

@@ -57,12 +57,14 @@ class Catalogue:
 
     Attributes:
         joining: tokens that go on with the word before them (see `words`); None: plans do not tell.
+        each_axis: see `PlannerOptions`.
     """
 
     def __init__(self, counters: Counter[str], max_candidates: int = 4) -> None:
         self.tree = DeltaTree()
         self.max_candidates = max_candidates
         self.joining: np.ndarray | None = None
+        self.each_axis = False
         self._counters = counters
         self._lexical = LexicalIndex()
         self._prefixes = PrefixIndex()
@@ -104,6 +106,7 @@ class Catalogue:
             shared = [node.node_id for node in beside]
             donors = self._donors([*exact, *prefixes, *shared, *alike], ns, beside)
             found = time.perf_counter()
+        options = replace(options, each_axis=self.each_axis)
         plan = make_plan(keys, donors, options, positions, pictures)
         if self.joining is not None:
             plan = replace(plan, joined=joined_positions(keys, self.joining))

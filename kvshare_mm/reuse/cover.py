@@ -88,7 +88,7 @@ def cover(
             break
         whole = _gaps(_NO_RUNS, prefix, limit, min_run)
         usable = _usable(matcher.align(i), donors[i], whole, min_run)
-        runs = _longest(_runs(i, usable, donors[i], positions))
+        runs = _longest(_runs(i, usable, donors[i], positions, options))
         length = int(runs[:, 3].sum())
         if length > covered:
             best, covered = runs, length
@@ -102,7 +102,8 @@ def cover(
         if len(gaps):
             usable = _usable(matcher.matches(i), donor, gaps, min_run)
             filled = _lay_down(usable, len(target), min_run)
-            best = _longest(np.concatenate((best, _runs(i, filled, donor, positions))))
+            found = _runs(i, filled, donor, positions, options)
+            best = _longest(np.concatenate((best, found)))
     return [Kept(*row) for row in best.tolist()]
 
 
@@ -125,10 +126,17 @@ def _usable(matches: Ints, donor: Donor, gaps: Ints, min_run: int) -> Ints:
     return _clip(matches, 0, _stretches(donor.reusable, min_run), min_run)
 
 
-def _runs(number: int, matches: Ints, donor: Donor, positions: Ints | None) -> Ints:
-    """Matches as rows of ``[r, 4]``, without those whose rotary positions do not move as one."""
-    if positions is not None or donor.positions is not None:
-        matches = matches[_moving_as_one(matches, positions, donor.positions)]
+def _runs(
+    number: int, matches: Ints, donor: Donor, positions: Ints | None, options: PlannerOptions
+) -> Ints:
+    """Matches as rows of ``[r, 4]``, without those whose rotary positions do not move as one; or
+    the parts of them that do, if keys move on each axis by itself."""
+    if (positions is not None or donor.positions is not None) and len(matches):
+        moved = _moved(matches, positions, donor.positions)
+        if options.each_axis:
+            matches = _parted(matches, moved, options.min_run)
+        else:
+            matches = matches[_moving_as_one(matches, moved)]
     return np.concatenate((np.full((len(matches), 1), number), matches), axis=1)
 
 
@@ -209,17 +217,31 @@ def _lay_down(pieces: Ints, num_tokens: int, min_run: int) -> Ints:
     return np.array(taken, dtype=np.int64).reshape(-1, 3)
 
 
-def _moving_as_one(matches: Ints, target: Ints | None, donor: Ints | None) -> Mask:
-    """``[m]`` bool: all of a match moves by the same on all axes, see `plan.uniform_shift`.
+def _moved(matches: Ints, target: Ints | None, donor: Ints | None) -> Ints:
+    """``[3, n]``: by how much each position of the matches, one behind the other, moves.
 
     Args:
-        target, donor: ``[3, N]`` and ``[3, M]`` rotary positions; None: the index.
+        target, donor: ``[3, N]`` and ``[3, M]`` rotary positions; None: the index of one.
     """
     at, donor_at = (consecutive(matches[:, axis], matches[:, 2]) for axis in (1, 0))
-    moved = (at if target is None else target[:, at]) - (
-        donor_at if donor is None else donor[:, donor_at]
-    )
-    moved = np.atleast_2d(moved)
+    here = at if target is None else target[:, at]
+    return here - (donor_at if donor is None else donor[:, donor_at])
+
+
+def _moving_as_one(matches: Ints, moved: Ints) -> Mask:
+    """``[m]`` bool: all of a match moves by the same on all axes, see `plan.uniform_shift`."""
     begin = np.cumsum(matches[:, 2]) - matches[:, 2]
     same = (moved == np.repeat(moved[0, begin], matches[:, 2])).all(axis=0)
-    return np.logical_and.reduceat(same, begin) if len(begin) else np.empty(0, dtype=bool)
+    return np.logical_and.reduceat(same, begin)
+
+
+def _parted(matches: Ints, moved: Ints, min_run: int) -> Ints:
+    """The parts of matches, `min_run` long or more, all of which move alike: see `plan.turn_of`."""
+    begin = np.cumsum(matches[:, 2]) - matches[:, 2]
+    parts = np.concatenate(([True], (moved[:, 1:] != moved[:, :-1]).any(axis=0)))
+    parts[begin] = True
+    cut = np.flatnonzero(parts)
+    which = np.searchsorted(begin, cut, "right") - 1
+    length = np.diff(np.append(cut, len(parts)))
+    starts = matches[which, :2] + (cut - begin[which])[:, None]
+    return np.column_stack((starts, length))[length >= min_run]

@@ -66,6 +66,7 @@ class DonorPool:
         self.worker = ReuseWorker(self.store, editor, packed)
         self.reuse = ReuseScheduler(self.store.host_bytes, max_candidates)
         self.reuse.catalogue.joining = joining
+        self.reuse.catalogue.each_axis = editor.each_axis
         self.reuse.only_exact = only_exact
         if only_exact is Decline.RECURRENT_LAYERS:
             self.reuse.states = self.states

@@ -13,7 +13,7 @@ from kvshare_mm.kernels.dispatch import edit_kv
 from kvshare_mm.kernels.edits import KVEdit, rotation_table
 from kvshare_mm.kernels.q8 import unpack
 from kvshare_mm.node import Node, Piece
-from kvshare_mm.reuse.plan import uniform_shift
+from kvshare_mm.reuse.plan import Turn, turn_of
 from kvshare_mm.reuse.rotary import RotarySpec, rerotate
 from kvshare_mm.store.base import StoredNode
 
@@ -29,7 +29,7 @@ class _Placed:
     piece: Piece
     row: int
     target: int
-    shift: int
+    shift: Turn
 
 
 # K or V of a donor, and what it was packed with.
@@ -47,11 +47,15 @@ class KVEditor:
         backend: "triton" moves all pieces of a donor in one kernel; "torch" moves one after the
             other, which is as fast where there is no launch to save; "auto" is what fits the
             device that the slot is on.
+
+    Attributes:
+        each_axis: see `PlannerOptions`.
     """
 
     def __init__(self, spec: RotarySpec | None, backend: str = "auto") -> None:
         self._spec = spec
         self._backend = backend
+        self.each_axis = spec is not None and spec.axes is not None
 
     def edit(
         self,
@@ -100,8 +104,11 @@ class KVEditor:
             target = piece.start if rows is None else int(rows[piece.start])
             node = owners[piece.owner].node
             placed[piece.owner].append(_place(piece, node, positions, target))
-        if self._spec is None and any(p.shift for part in placed.values() for p in part):
+        shifts = {p.shift for part in placed.values() for p in part}
+        if self._spec is None and any(map(any, shifts)):
             raise ValueError("a shifted piece needs the model's rotation")
+        if not self.each_axis and any(len(set(shift)) > 1 for shift in shifts):
+            raise ValueError("the axes of a piece do not move as one")
         return [(stored, placed[owner]) for owner, stored in owners.items()]
 
     def write(self, placement: Placement, k: torch.Tensor, v: torch.Tensor, first: int = 0) -> None:
@@ -144,12 +151,12 @@ def _move(
         step = max(1, len(k) * _BLOCK_BYTES // (_position_bytes(k) * part.piece.length))
         for first in range(0, len(k), step):
             layers = slice(first, first + step)
-            for (donor, slot), shift in ((turned, part.shift), (still, 0)):
+            for (donor, slot), shift in ((turned, part.shift), (still, (0, 0, 0))):
                 after = slot[layers, :, target]
                 kept, exponents = donor
                 exponents = None if exponents is None else exponents[layers]
                 before = _unpacked((kept[layers, :, source], exponents), after)
-                if shift:
+                if any(shift):
                     assert spec is not None
                     own = spec if spec.layers is None else replace(spec, layers=spec.layers[layers])
                     before = before.to(after.device, after.dtype)
@@ -172,8 +179,8 @@ def _move_at_once(
     first = min(p.row for p in placed)
     rows = [p.row - first for p in placed]
     last = max(p.row + p.piece.length for p in placed)
-    shift = torch.tensor([p.shift for p in placed])
     spec = spec or RotarySpec(torch.empty(1, 0))
+    shift = spec.of_pairs(torch.tensor([p.shift for p in placed]))
     cos, sin = rotation_table(shift, spec.inv_freq.cpu())
     lengths = torch.tensor([piece.length for piece in pieces])
     edit = KVEdit(
@@ -210,7 +217,7 @@ def _place(piece: Piece, owner: Node, positions: np.ndarray | None, target: int)
     row = owner.owned_row(piece.owner_start, piece.length)
     if row is None:
         raise ValueError(f"{piece.owner} does not own {piece}")
-    shift = uniform_shift(positions, piece.start, owner.positions, piece.owner_start, piece.length)
+    shift = turn_of(positions, piece.start, owner.positions, piece.owner_start, piece.length)
     if shift is None:
         raise ValueError(f"the positions of {piece} do not move as one")
     return _Placed(piece, row, target, shift)

@@ -80,7 +80,7 @@ class KeptRun(NamedTuple):
 
     @property
     def shift(self) -> int:
-        """Target index minus donor index. Keys move by `uniform_shift`."""
+        """Target index minus donor index. Keys move by `turn_of`."""
         return self.start - self.donor_start
 
 
@@ -308,6 +308,7 @@ class PlannerOptions:
             below it the edits outweigh what is known and the answer would drift.
         exact_only: never reuse approximately.
         tolerance: how approximate a donor may be that the target continues.
+        each_axis: keys can be moved by other amounts on each axis of their positions.
         max_seconds: the search for approximate reuse ends when it has worked about so long (for
             each 32,768 tokens of the prompt; the time of its own thread, waiting for others is
             none of it), with the best found until then. What it may look at is bounded too and
@@ -320,10 +321,15 @@ class PlannerOptions:
     min_gain_share: float = 0.3
     exact_only: bool = False
     tolerance: Tolerance = field(default_factory=Tolerance)
+    each_axis: bool = False
     max_seconds: float = 0.05
 
     def but_exact_only(self) -> PlannerOptions:
         return replace(self, exact_only=True)
+
+
+Turn = tuple[int, int, int]
+"""By how many positions a key moves on each axis: time, row, column."""
 
 
 def uniform_shift(
@@ -334,11 +340,20 @@ def uniform_shift(
     Args:
         target, donor: ``[3, N]`` and ``[3, M]`` rotary positions; None: the index.
     """
+    turn = turn_of(target, start, donor, donor_start, length)
+    return turn[0] if turn is not None and len(set(turn)) == 1 else None
+
+
+def turn_of(
+    target: np.ndarray | None, start: int, donor: np.ndarray | None, donor_start: int, length: int
+) -> Turn | None:
+    """By how many positions all keys of a run move; None if not all move alike. Args: see
+    `uniform_shift`."""
     if target is None and donor is None:
-        return start - donor_start
+        return (start - donor_start,) * 3
     moved = _positions(target, start, length) - _positions(donor, donor_start, length)
-    turn = int(moved.flat[0])
-    return turn if (moved == turn).all() else None
+    time, row, column = map(int, moved[:, 0])
+    return (time, row, column) if (moved == moved[:, :1]).all() else None
 
 
 def _positions(positions: np.ndarray | None, start: int, length: int) -> np.ndarray:

@@ -40,7 +40,8 @@ def make_plan(
     """Plan the reuse of `donors` for a target.
 
     A run is kept only if its rotary positions move as one. Equal keys see to that: a medium's key
-    names its grid, so what is equal is laid out equally.
+    names its grid, so what is equal is laid out equally. Not so a video's pictures, whose times
+    move and their rows and columns do not; so runs end there, where keys can be moved like that.
 
     Args:
         target: ``[N]`` uint64 keys.

@@ -28,6 +28,8 @@ class RotarySpec:
         interleaved: pairs are neighbours ``(2i, 2i + 1)`` (GPT-J) and not halves
             ``(i, i + rotary_dim / 2)`` (Llama).
         layers: which row of `inv_freq` each layer turns by; None: the first, in every layer.
+        axes: on which axis of a position each pair turns (M-RoPE): 0 time, 1 row, 2 column; None:
+            that is not known, and all axes of what is moved must move alike.
         of_values: what is rotated lies where other models keep their values: multi-head latent
             attention keeps the latent first and the keys' rotated part second.
     """
@@ -36,10 +38,18 @@ class RotarySpec:
     interleaved: bool = False
     layers: tuple[int, ...] | None = None
     of_values: bool = False
+    axes: tuple[int, ...] | None = None
 
     @property
     def rotary_dim(self) -> int:
         return 2 * self.inv_freq.shape[1]
+
+    def of_pairs(self, shift: torch.Tensor) -> torch.Tensor:
+        """``[n, rotary_dim / 2]``, or ``[n, 1]`` if they are the same: by how many positions each
+        pair moves where tokens move by `shift`, ``[n]`` or ``[n, 3]``."""
+        if shift.ndim == 1:
+            return shift[:, None]
+        return shift[:, :1] if self.axes is None else shift[:, list(self.axes)]
 
 
 def rerotate(
@@ -50,15 +60,16 @@ def rerotate(
     Args:
         k: ``[..., num_tokens, head_dim]`` rotated keys, any floating dtype;
             ``[num_layers, num_kv_heads, num_tokens, head_dim]`` where `spec` tells layers apart.
-        shift: ``[num_tokens]`` integer positions to move by, negative allowed; or ``[1]``: all by
-            as many.
+        shift: ``[num_tokens]`` integer positions to move by, negative allowed, or ``[num_tokens,
+            3]``: on each axis; or one row of these: all by as many.
         spec: the model's rotation.
         out: of k's shape, written; it shares no memory with k. None: a new tensor of k's dtype.
 
     Returns:
         `out`; the arithmetic is done in float32.
     """
-    angle = shift.to(spec.inv_freq.device, torch.float64)[:, None] * spec.inv_freq.double()[:, None]
+    shift = spec.of_pairs(shift.to(spec.inv_freq.device, torch.float64))
+    angle = shift * spec.inv_freq.double()[:, None]
     angle = angle[0] if spec.layers is None else angle[list(spec.layers), None]
     cos, sin = angle.cos().float(), angle.sin().float()
     dim = spec.rotary_dim

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvshare_mm.reuse import align as align_module
 from kvshare_mm.reuse import chain, cover, ranks, runs
 from kvshare_mm.reuse.align import align, common_prefix
-from kvshare_mm.reuse.plan import Donor, PlannerOptions, ReusePlan, uniform_shift
+from kvshare_mm.reuse.plan import Donor, PlannerOptions, ReusePlan, turn_of, uniform_shift
 from kvshare_mm.reuse.planner import make_plan
 
 from .plans import blocks, donor_of, maximal_matches, to_keys
@@ -38,8 +39,20 @@ def slow_cover(target, prefix, donors, options, positions=None) -> list[Row]:
 
     def moving(number, found):
         for d, t, n in found:
-            if uniform_shift(positions, t, donors[number].positions, d, n) is not None:
+            if options.each_axis:
+                yield from parted(number, d, t, n)
+            elif uniform_shift(positions, t, donors[number].positions, d, n) is not None:
                 yield number, d, t, n
+
+    def parted(number, d, t, n):
+        begun = 0
+        for i in range(n + 1):
+            here = donors[number].positions, d + begun, i + 1 - begun
+            if i < n and turn_of(positions, t + begun, *here) is not None:
+                continue
+            if i - begun >= min_run:
+                yield number, d + begun, t + begun, i - begun
+            begun = i
 
     def reach(donor):
         keys = target[prefix:limit]
@@ -91,9 +104,10 @@ def test_it_finds_what_the_plain_search_does(task):
 
 
 @settings(max_examples=100)
-@given(tasks())
-def test_runs_that_do_not_move_as_one_are_left_to_others(task):
+@given(tasks(), st.booleans())
+def test_runs_that_do_not_move_as_one_are_left_to_others(task, each_axis):
     target, donors, options = task
+    options = dataclasses.replace(options, each_axis=each_axis)
 
     def bent(n: int, at: int) -> np.ndarray:
         positions = np.tile(np.arange(n), (3, 1))

@@ -57,13 +57,14 @@ def _row(stored: StoredNode, position: int) -> int:
     return owned.index(position)
 
 
-def _turned(key: torch.Tensor, shift: int, interleaved: bool) -> torch.Tensor:
+def _turned(key: torch.Tensor, shift: int | list[int], interleaved: bool) -> torch.Tensor:
     """One head's key, pair by pair, in double precision."""
     out = key.double().clone()
     half = len(INV_FREQ)
     for i, freq in enumerate(INV_FREQ.double().tolist()):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
-        cos, sin = np.cos(shift * freq), np.sin(shift * freq)
+        turn = freq * (shift if isinstance(shift, int) else shift[i])
+        cos, sin = np.cos(turn), np.sin(turn)
         out[a] = float(key[a]) * cos - float(key[b]) * sin
         out[b] = float(key[b]) * cos + float(key[a]) * sin
     return out
@@ -74,7 +75,7 @@ def _assert_moved(
     v: torch.Tensor,
     piece: Piece,
     stored: StoredNode,
-    turn: int,
+    turn: int | list[int],
     interleaved: bool = False,
 ) -> None:
     """A slot holds a piece: its keys turned, its values as they were."""
@@ -200,6 +201,25 @@ def test_pieces_turn_by_their_positions_and_not_by_their_index(backend: str) -> 
     editor.edit(pieces, lambda _: stored, k, v, target)
     for piece, turn in zip(pieces, (6, 1), strict=True):
         _assert_moved(k, v, piece, stored, turn)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_each_axis_turns_its_own_pairs(backend: str) -> None:
+    stored = _stored("a", ((0, 12),), torch.float32)
+    stored = StoredNode(replace(stored.node, positions=np.tile(np.arange(64), (3, 1))), stored.kv)
+    target = np.tile(np.arange(20), (3, 1))
+    target[0, 10:13] += 3
+    target[2, 2:4] -= 2
+    pieces = [Piece("a", 8, 10, 3), Piece("a", 1, 2, 2), Piece("a", 3, 5, 2)]
+    k, v = _slot(torch.float32)
+    editor = KVEditor(RotarySpec(INV_FREQ[None], axes=(0, 1, 2, 2)), backend)
+    assert editor.each_axis
+    editor.edit(pieces, lambda _: stored, k, v, target)
+    for piece, turn in zip(pieces, ([5, 2, 2, 2], [1, 1, -1, -1], [2] * 4), strict=True):
+        _assert_moved(k, v, piece, stored, turn)
+    unknown = KVEditor(RotarySpec(INV_FREQ[None]), backend)
+    with pytest.raises(ValueError, match="do not move as one"):
+        unknown.edit(pieces, lambda _: stored, k, v, target)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare_mm.reuse.plan import Decline, KeptRun, PlannerOptions, ReusePlan, uniform_shift
+from kvshare_mm.reuse.plan import (
+    Decline,
+    KeptRun,
+    PlannerOptions,
+    ReusePlan,
+    turn_of,
+    uniform_shift,
+)
 from kvshare_mm.reuse.planner import make_plan
 
 from .plans import EAGER, blocks, describe, donor_of, plans, to_keys
@@ -163,6 +170,25 @@ def test_runs_that_do_not_move_as_one_are_dropped():
     parted = np.tile(np.arange(21), (3, 1))
     parted[2, 12:] += 1
     assert make_plan(to_keys([99, *range(20)]), [donor], EAGER, parted).num_reused == 0
+
+
+def test_runs_end_where_an_axis_moves_by_another_amount():
+    keys = to_keys(range(20))
+    donor = dataclasses.replace(donor_of(range(20)), positions=np.tile(np.arange(20), (3, 1)))
+    options = dataclasses.replace(EAGER, each_axis=True)
+    positions = np.tile(np.arange(21), (3, 1))
+    positions[0, 5:] -= 3  # a time alone
+    positions[:, 12:] += 4  # and all that is behind
+    positions[2, 20:] += 1  # less than is worth a run
+    plan = make_plan(to_keys([99, *range(20)]), [donor], options, positions)
+    assert describe(plan) == [("d", 0, 1, 4, False), ("d", 4, 5, 7, False), ("d", 11, 12, 8, False)]
+    turns = [
+        turn_of(positions, run.start, donor.positions, run.donor_start, run.length)
+        for run in plan.runs
+    ]
+    assert turns == [(1, 1, 1), (-2, 1, 1), (2, 5, 5)]
+    # What is exact stands where it stood, on each axis.
+    assert make_plan(keys, [donor], options, positions[:, :20]).num_exact == 0
 
 
 def test_an_exact_prefix_stands_where_it_stood():

@@ -157,6 +157,24 @@ def test_zero_shift_changes_no_bit(dtype: torch.dtype, interleaved: bool) -> Non
     assert torch.equal(k, before)
 
 
+def test_each_axis_turns_its_own_pairs() -> None:
+    whole = replace(_model("default")[2], axes=(0, 0, 1, 2) * (HEAD_DIM // 8))
+    k, shift = (
+        _raw(12),
+        torch.stack((torch.arange(-6, 6), torch.arange(12), torch.full((12,), -9)), 1),
+    )
+    one_by_one = k
+    for axis in range(3):
+        mine = torch.tensor([of == axis for of in whole.axes or ()])
+        spec = RotarySpec(torch.where(mine, whole.inv_freq, 0))
+        one_by_one = rerotate(one_by_one, shift[:, axis], spec)
+    moved = rerotate(k, shift, whole)
+    assert torch.allclose(moved, one_by_one, atol=1e-5)
+    assert not torch.allclose(moved, rerotate(k, shift[:, 0], whole), atol=0.1)
+    alike = shift[:, :1].expand(-1, 3)
+    assert torch.equal(rerotate(k, alike, whole), rerotate(k, shift[:, 0], whole))
+
+
 @settings(max_examples=40)
 @given(
     a=st.integers(-3000, 3000),
