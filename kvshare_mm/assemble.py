@@ -242,7 +242,8 @@ def media_support(
     family = loaded.family
     if family is None:
         return TEXT_ONLY
-    return media_of(config, loaded.processor, family.placeholders, family.mrope, decoder)
+    rate = getattr(family, "tokens_per_second", None)
+    return media_of(config, loaded.processor, family.placeholders, family.mrope, decoder, rate)
 
 
 def media_of(
@@ -251,6 +252,7 @@ def media_of(
     placeholders: Mapping[Modality, int],
     mrope: bool,
     decoder: Decoder | None = None,
+    tokens_per_second: float | None = None,
 ) -> MediaSupport:
     """What a multimodal model can take beside text.
 
@@ -259,9 +261,11 @@ def media_of(
         placeholders: the token that stands for a medium, by modality.
         mrope: whether its positions have three axes.
         decoder: of files; None: they are decoded in this process.
+        tokens_per_second: of video, see `VideoAdapter`.
     """
     sources = MediaSources(config.max_media_bytes, config.local_media)
-    adapters = adapters_for(processor, placeholders, sources, config.max_image_pixels, decoder)
+    pixels = config.max_image_pixels
+    adapters = adapters_for(processor, placeholders, sources, pixels, decoder, tokens_per_second)
     return MediaSupport(adapters, placeholders, mrope, _spelled(processor))
 
 

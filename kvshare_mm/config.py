@@ -131,10 +131,13 @@ class KVShareConfig(BaseModel):
     max_candidates: int = Field(4, ge=1, le=64, description="donors considered for a request")
 
     max_image_pixels: int = Field(
-        50_000_000, ge=1, description="largest picture that is decoded; larger ones are refused"
+        50_000_000,
+        ge=1,
+        description="pixels of the largest picture that is decoded, or of all frames of a video; "
+        "larger ones are refused",
     )
     max_media_bytes: int = Field(
-        64 << 20, ge=1, description="largest picture or sound file, as it is sent"
+        64 << 20, ge=1, description="largest picture, sound file or video, as it is sent"
     )
     media_workers: int = Field(
         0,

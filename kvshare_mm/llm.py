@@ -141,8 +141,10 @@ class KVShare:
 
         A part of a message is text (``{"type": "text", "text": ...}``), a picture (``image_url``:
         a URL, a data URL, a path or the file's bytes; or ``image``: a path, the file's bytes or a
-        PIL image) or sound (``input_audio``: base64 and format; or ``audio``: a path, the file's
-        bytes or samples with their rate), as far as the model takes it.
+        PIL image), a video (``video``: a list of frames as of ``image``, with their number a second
+        as ``fps``; or ``video_url``: ``data:video/jpeg;base64,<frame>,<frame>``) or sound
+        (``input_audio``: base64 and format; or ``audio``: a path, the file's bytes or samples with
+        their rate), as far as the model takes it.
 
         Args: as `generate`; also ``tools``, ``tool_choice`` and ``parallel_tool_calls``, as in
             OpenAI's API (`kvshare_mm.tools`). The answer's calls are in its `tool_calls`.
@@ -346,7 +348,8 @@ class KVShare:
     def similar_media(
         self, part: Mapping[str, Any], k: int = 5, cache_salt: str | None = None
     ) -> list[SeenMedium]:
-        """Pictures or clips that were sent before and are like one, the most alike first.
+        """Pictures or clips that were sent before and are like one, the most alike first; frames
+        of video that are like its first.
 
         For showing; what is reused is decided by tokens and hashes alone.
 

@@ -32,7 +32,7 @@ class MediaUse:
     """A picture or clip of the prompt, and what it cost.
 
     Attributes:
-        modality: "image" or "audio".
+        modality: "image", "audio" or "video".
         start, end: its positions ``[start, end)``.
         content_hash: 16 hex digits; equal for what is the same to the model.
         label: its sizes, in words.

@@ -6,7 +6,8 @@ set, so a diff over keys matches pictures and sound only when they are exactly t
 
 Positions are what the model's rotary embedding is told. They are the index in the stream, unless a
 model with M-RoPE sees a picture: then each has a time, a row and a column, and a picture of many
-tokens moves what follows it by its longer side only.
+tokens moves what follows it by its longer side only. A video is a row of pictures that begin at one
+row and column, each with a time of its own.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ class Modality(StrEnum):
     TEXT = "text"
     IMAGE = "image"
     AUDIO = "audio"
+    VIDEO = "video"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaItem:
-    """One picture or clip of a prompt, decoded and hashed.
+    """One picture or clip of a prompt, decoded and hashed; of a video, the frames that the model
+    makes one picture of.
 
     Attributes:
         digest: hex digits of a cryptographic hash over content and processor settings.
@@ -41,6 +44,8 @@ class MediaItem:
         inputs: makes what the model's encoder takes, by keyword. Called only if the encoder runs.
         notes: what was done to it that its sender may not expect.
         content: decodes it again: a picture in RGB, or (samples, samples a second).
+        time: rotary time since the first picture of its video; None: it begins by itself.
+        behind: pictures of the same video that follow it at the same placeholder.
     """
 
     modality: Modality
@@ -51,6 +56,8 @@ class MediaItem:
     inputs: Callable[[], Mapping[str, Any]] = field(repr=False)
     notes: tuple[str, ...] = ()
     content: Callable[[], Any] | None = field(default=None, repr=False)
+    time: int | None = None
+    behind: tuple[MediaItem, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.length < 1 or (self.grid and self.grid[0] * self.grid[1] != self.length):
@@ -121,7 +128,8 @@ class SegmentStream:
     @property
     def pictures(self) -> np.ndarray | None:
         """``[N]`` bool: positions that are pictures; None: none are."""
-        pictures = [s for s in self.segments if s.modality is Modality.IMAGE]
+        seen = (Modality.IMAGE, Modality.VIDEO)
+        pictures = [s for s in self.segments if s.modality in seen]
         if not pictures:
             return None
         mask = np.zeros(len(self), dtype=bool)
@@ -132,7 +140,8 @@ class SegmentStream:
     @property
     def rope_delta(self) -> int:
         """Rotary position minus index of whatever is written behind this stream."""
-        return 0 if self.positions is None else int(self.positions.max()) + 1 - len(self)
+        # Behind rows and columns: the last picture of a video may be later than what follows it.
+        return 0 if self.positions is None else int(self.positions[1:].max()) + 1 - len(self)
 
     def positions_to(self, length: int) -> np.ndarray | None:
         """``[3, length]`` positions of the stream and of the text written behind it, or None."""
@@ -160,7 +169,8 @@ def media_stream(
 
     Args:
         token_ids: the prompt.
-        items: its media, those of each modality in the order of their placeholders.
+        items: its media, those of each modality in the order of their placeholders; of a video its
+            first picture, with the others behind it.
         placeholders: token id by modality.
         mrope: the model's positions have three axes.
 
@@ -187,8 +197,7 @@ def media_stream(
             keys.append(ids[done:index].astype(np.uint64))
             segments.append(Segment(Modality.TEXT, end, end + index - done))
             end += index - done
-        if index < len(ids):
-            item = placed[index]
+        for item in _pictures(placed[index]) if index in placed else ():
             tokens.append(np.full(item.length, ids[index]))
             keys.append(media_keys(item.digest, item.length))
             segments.append(
@@ -196,7 +205,7 @@ def media_stream(
             )
             end += item.length
         done = index + 1
-    in_order = tuple(placed[index] for index in sorted(placed))
+    in_order = tuple(item for index in sorted(placed) for item in _pictures(placed[index]))
     positions = None
     if mrope and any(item.grid for item in in_order):
         positions = mrope_positions(segments, in_order)
@@ -210,9 +219,11 @@ def mrope_positions(segments: Sequence[Segment], items: Sequence[MediaItem]) -> 
 
     Text and sound count on, all three axes alike. A picture's tokens share one time and have their
     row and column, counted from where it begins; what follows begins behind the largest of them.
+    All pictures of a video begin where its first does, and what follows begins behind their rows
+    and columns, however late the last of them is: so transformers has it.
     """
     parts: list[np.ndarray] = []
-    start = 0
+    begin = start = 0
     left = iter(items)
     for segment in segments:
         item = None if segment.modality is Modality.TEXT else next(left)
@@ -221,10 +232,16 @@ def mrope_positions(segments: Sequence[Segment], items: Sequence[MediaItem]) -> 
             parts.append(np.broadcast_to(np.arange(start, start + length), (3, length)))
             start += length
         else:
+            begin = start if item.time is None else begin
             rows, columns = np.indices(item.grid).reshape(2, -1)
-            parts.append(np.stack((np.zeros_like(rows), rows, columns)) + start)
-            start += max(item.grid)
+            parts.append(np.stack((np.full_like(rows, item.time or 0), rows, columns)) + begin)
+            start = begin + max(item.grid)
     return np.hstack(parts).astype(np.int64, copy=False)
+
+
+def _pictures(item: MediaItem) -> tuple[MediaItem, ...]:
+    """What stands at an item's placeholder."""
+    return (item, *item.behind)
 
 
 def media_keys(digest: str, length: int) -> np.ndarray:

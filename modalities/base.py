@@ -51,7 +51,9 @@ class Adapters:
         if adapter is not None:
             return adapter.read(part, where, tenant)
         if isinstance(kind, str) and kind.startswith("video"):
-            raise InvalidRequestError(f"{where} is a video, and video is not supported", where)
+            raise InvalidRequestError(
+                f"{where} is a video, and video is not supported by this model", where
+            )
         known = ", ".join(sorted({"text", *self._by_type}))
         raise InvalidRequestError(
             f"{where} is of type {kind!r}; this model takes parts of type {known}", where

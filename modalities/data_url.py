@@ -15,6 +15,8 @@ _PIECE = 1 << 15
 _SHORT = 1 << 19  # bytes that are decoded without a pause
 _PAUSE_S = 50e-6
 _ESCAPE = 3  # characters of %41
+MAX_FRAMES = 768  # of a video, Qwen's own most
+_FRAMES = "data:video/jpeg;base64"
 
 
 def decoded(url: str) -> bytes:
@@ -32,6 +34,30 @@ def decoded(url: str) -> bytes:
     body = _unquoted(url, comma + 1)
     in_base64 = url[:comma].lower().replace(" ", "").endswith(";base64")
     return from_base64(body) if in_base64 else b"".join(body)
+
+
+def frames(url: str, max_bytes: int) -> list[bytes]:
+    """The pictures of a video in a data URL, as vLLM takes them: base64, with commas between.
+
+    Args:
+        max_bytes: so many bytes may be in all of them.
+
+    Raises:
+        ValueError: it is no such URL, malformed, or there is more; or more than `MAX_FRAMES`.
+
+    >>> frames("data:video/jpeg;base64,aGk=,aG8=", 100)
+    [b'hi', b'ho']
+    """
+    comma = url.find(",", 0, 1000)
+    if url[: max(0, comma)].lower().replace(" ", "") != _FRAMES:
+        raise ValueError(f"video files are not read; send frames, as {_FRAMES},<frame>,<frame>")
+    # Four characters for three bytes: what is too large is known before it is decoded.
+    if len(url) - comma > max_bytes // 3 * 4 + 5 * MAX_FRAMES:
+        raise ValueError(f"there are more than {max_bytes} bytes, the most that is taken")
+    found = url[comma + 1 :].split(",", MAX_FRAMES)
+    if len(found) > MAX_FRAMES:
+        raise ValueError(f"there are more than {MAX_FRAMES} frames, the most that are taken")
+    return [from_base64(pieces(frame)) for frame in found]
 
 
 def from_base64(pieces: Iterable[bytes]) -> bytes:

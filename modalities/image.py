@@ -150,20 +150,31 @@ class ImageAdapter:
         )
 
     def _inputs(self, loaded: Any) -> dict[str, torch.Tensor]:
-        """What the processor would have made: normalizing works pixel by pixel."""
         patches, (rows, columns) = loaded
-        processor = self._processor
-        size = processor.patch_size
-        images = patches.view(len(patches), 3, -1, size)
-        pixels = processor.rescale_and_normalize(
-            images,
-            processor.do_rescale,
-            processor.rescale_factor,
-            processor.do_normalize,
-            processor.image_mean,
-            processor.image_std,
-        )
         return {
-            "pixel_values": pixels.reshape(len(patches), -1).float(),
+            "pixel_values": normalized_patches(self._processor, patches),
             "image_grid_thw": torch.tensor([[1, rows, columns]]),
         }
+
+
+def normalized(processor: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """What a processor of transformers would have made of pixels: it works pixel by pixel.
+
+    Args:
+        pixels: ``[..., 3, height, width]`` uint8.
+    """
+    made: torch.Tensor = processor.rescale_and_normalize(
+        pixels,
+        processor.do_rescale,
+        processor.rescale_factor,
+        processor.do_normalize,
+        processor.image_mean,
+        processor.image_std,
+    )
+    return made.float()
+
+
+def normalized_patches(processor: Any, patches: torch.Tensor) -> torch.Tensor:
+    """`normalized`, of patches as Qwen2-VL's processors lay them out, uint8 ``[n, pixels]``."""
+    pixels = patches.view(len(patches), 3, -1, processor.patch_size)
+    return normalized(processor, pixels).reshape(len(patches), -1)

@@ -31,7 +31,7 @@ class SeenMedium:
     """A picture or clip that was sent before.
 
     Attributes:
-        modality: "image" or "audio".
+        modality: "image", "audio" or "video".
         content_hash: 16 hex digits, as in a request's provenance.
         label: its sizes, in words.
         times: requests that brought it.

@@ -22,7 +22,7 @@ class MediaSources:
     """
 
     def __init__(self, max_bytes: int = 64 << 20, local_files: bool = True) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._local_files = local_files
 
     def read(self, place: object, where: str) -> bytes:
@@ -46,7 +46,7 @@ class MediaSources:
         if not isinstance(text, str):
             raise InvalidRequestError(f"{where} must be base64 text", where)
         # Four characters for three bytes: what is too large is known before it is decoded.
-        if len(text) > self._max_bytes // 3 * 4 + 4:
+        if len(text) > self.max_bytes // 3 * 4 + 4:
             raise self._too_large(where)
         try:
             content = data_url.from_base64(data_url.pieces(text))
@@ -57,7 +57,7 @@ class MediaSources:
     def _fetch(self, url: str, where: str) -> bytes:
         from kvshare_mm.modalities.fetch import FetchPolicy, MediaFetcher
 
-        fetcher = MediaFetcher(FetchPolicy(max_bytes=self._max_bytes))
+        fetcher = MediaFetcher(FetchPolicy(max_bytes=self.max_bytes))
         try:
             content: bytes = fetcher.fetch(url)
         except InvalidRequestError as error:
@@ -77,7 +77,7 @@ class MediaSources:
             found = file.stat()
             if not stat.S_ISREG(found.st_mode):
                 raise InvalidRequestError(f"{where}: {file} is no file", where)
-            if found.st_size > self._max_bytes:
+            if found.st_size > self.max_bytes:
                 raise self._too_large(where)
             return file.read_bytes()
         except FileNotFoundError as error:
@@ -88,11 +88,11 @@ class MediaSources:
     def _checked(self, content: bytes, where: str) -> bytes:
         if not content:
             raise InvalidRequestError(f"{where} is empty", where)
-        if len(content) > self._max_bytes:
+        if len(content) > self.max_bytes:
             raise self._too_large(where)
         return content
 
     def _too_large(self, where: str) -> InvalidRequestError:
         return InvalidRequestError(
-            f"{where} has more than {self._max_bytes} bytes, the most that is taken", where
+            f"{where} has more than {self.max_bytes} bytes, the most that is taken", where
         )

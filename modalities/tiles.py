@@ -8,7 +8,7 @@ import torch
 
 from kvshare_mm.modalities.decoding import Decoder
 from kvshare_mm.modalities.hashing import content_digest, row_hashes
-from kvshare_mm.modalities.image import ImageAdapter, Known
+from kvshare_mm.modalities.image import ImageAdapter, Known, normalized
 from kvshare_mm.modalities.picture_file import Picture
 from kvshare_mm.modalities.sources import MediaSources
 
@@ -58,14 +58,4 @@ class TiledImageAdapter(ImageAdapter):
         return tiles, known
 
     def _inputs(self, loaded: Any) -> dict[str, torch.Tensor]:
-        """What the processor would have made: normalizing works pixel by pixel."""
-        processor = self._processor
-        pixels = processor.rescale_and_normalize(
-            loaded,
-            processor.do_rescale,
-            processor.rescale_factor,
-            processor.do_normalize,
-            processor.image_mean,
-            processor.image_std,
-        )
-        return {"pixel_values": pixels.float()}
+        return {"pixel_values": normalized(self._processor, loaded)}

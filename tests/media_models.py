@@ -51,6 +51,7 @@ from transformers.utils import logging
 _QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SEES = (*_QWEN_VL, "internvl", "gemma3", "qwen2_5_omni_thinker")
 FAMILIES = (*SEES, "qwen2_audio")
+FILMS = ("qwen2_vl", "qwen2_5_vl")
 HEARS = ("qwen2_5_omni_thinker", "qwen2_audio")
 
 _SPECIAL = {
@@ -72,6 +73,7 @@ _TEMPLATE = (
     "{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% elif part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -48,10 +48,21 @@ class Oracle:
         parts = [p for m in messages if not isinstance(m["content"], str) for p in m["content"]]
         images = [p["image"] for p in parts if p["type"] == "image"]
         sounds = [_mono(p["audio"]) for p in parts if p["type"] == "audio"]
+        videos = [p for p in parts if p["type"] == "video"]
         text = self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
         media = {**({"images": images} if images else {}), **({"audio": sounds} if sounds else {})}
+        if videos:
+            media["videos"] = [p["video"] for p in videos]
+            media["video_metadata"] = [
+                {
+                    "total_num_frames": len(p["video"]),
+                    "frames_indices": list(range(len(p["video"]))),
+                    "fps": p.get("fps"),
+                }
+                for p in videos
+            ]
         return dict(self.processor(text=text, return_tensors="pt", **media))
 
     def full(self, inputs: dict[str, Any]) -> references.Full:

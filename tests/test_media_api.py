@@ -23,9 +23,11 @@ from kvshare_mm import (
 from kvshare_mm.models.support import Support
 from kvshare_mm.reuse.admin import CacheAdmin
 from kvshare_mm.store.media import media_ids
+from kvshare_mm.stream import Modality
 
+from .media_models import FAMILIES, FILMS
 from .media_oracle import Oracle
-from .modalities.media import RATE, encoded, picture, recorded, tone
+from .modalities.media import RATE, encoded, film, picture, recorded, tone
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 OFF = RequestOptions(reuse="off", store=False)
@@ -83,6 +85,61 @@ def test_answers_are_transformers_own(
     output = open_media().chat(messages, PARAMS)
     assert list(output.token_ids) == oracle.greedy(oracle.inputs(messages), 6)
     assert len(output.prompt_token_ids) == len(oracle.stream(messages))
+
+
+def video(first: int = 0, frames: int = 6, **more: Any) -> dict[str, Any]:
+    return {"type": "video", "video": [encoded(f) for f in film(frames, first=first)], **more}
+
+
+@pytest.mark.parametrize("family", FILMS)
+def test_answers_about_video_are_transformers_own(
+    open_media: Callable[..., KVShare], oracles: Callable[[str], Oracle], family: str
+) -> None:
+    shown = {"type": "video", "video": film(5), "fps": 2}
+    messages = user(POLICY, shown, " or ", {"type": "image", "image": picture(56, 140, 1)}, "?")
+    oracle = oracles(family)
+    output = open_media(family).chat(messages, PARAMS)
+    assert list(output.token_ids) == oracle.greedy(oracle.inputs(messages), 6)
+
+
+def test_a_video_goes_on_and_only_what_is_new_is_looked_at(
+    open_media: Callable[..., KVShare],
+) -> None:
+    llm = open_media()
+    stored(llm, user(POLICY, video(fps=2), "What is it?"))
+    later = user(POLICY, video(2, fps=2), "What is it?")
+    output = stored(llm, later)
+    told = [(use.modality, use.source, use.label) for use in output.provenance.media]
+    assert told == [
+        ("video", "kv", "video 1 of 3, 112x84, seen as 112x84"),
+        ("video", "kv", "video 2 of 3, 112x84, seen as 112x84"),
+        ("video", "encoder", "video 3 of 3, 112x84, seen as 112x84"),
+    ]
+    assert llm.stats()["media"]["tower_runs"] == 4
+    exact = llm.chat(later, PARAMS, RequestOptions(reuse="exact"))
+    full = llm.chat(later, PARAMS, OFF)
+    assert exact.token_ids == full.token_ids
+    other = llm.chat(later, PARAMS, RequestOptions(cache_salt="another"))
+    assert [use.source for use in other.provenance.media] == ["encoder"] * 3
+
+
+def test_models_that_take_no_video_say_so(open_media: Callable[..., KVShare]) -> None:
+    for family in set(FAMILIES) - set(FILMS):
+        llm = open_media(family)
+        assert Modality.VIDEO not in llm.modalities
+        with pytest.raises(InvalidRequestError, match="video is not supported") as caught:
+            llm.chat(user("See", video()))
+        assert caught.value.field == "messages[0].content[1]"
+        llm.close()
+
+
+def test_similar_frames_are_shown(open_media: Callable[..., KVShare], clip_folder: Path) -> None:
+    llm = open_media(media_embedder=str(clip_folder))
+    stored(llm, user(POLICY, video(), "What is it?"))
+    best, *others = llm.similar_media(video(2))
+    assert best.label == "video 2 of 3, 112x84, seen as 112x84"
+    assert best.similarity == pytest.approx(1, abs=1e-5)
+    assert len(others) == 2
 
 
 @pytest.mark.parametrize(
@@ -178,8 +235,10 @@ def test_all_ways_to_send_a_medium_are_one(
         ({"type": "image", "image": "/nowhere.png"}, ".image", "no file"),
         ({"type": "image_url", "image_url": {"url": "data:,"}}, ".image_url", "image_url"),
         ({"type": "input_audio", "input_audio": {}}, "", "takes parts of type image"),
-        ({"type": "video", "video": "clip.mp4"}, "", "video is not supported"),
+        ({"type": "video", "video": "clip.mp4"}, ".video", "video files are not read"),
+        ({"type": "video", "video": [b"no picture"]}, ".video[0]", "no picture"),
         ({"type": "text", "text": "<|image_pad|>"}, ".text", "keep for media"),
+        ({"type": "text", "text": "<|video_pad|>"}, ".text", "keep for media"),
     ],
 )
 def test_bad_parts_name_themselves_and_lose_nothing(

@@ -81,6 +81,7 @@ _PARTS = [
     _part("text", {"type": "string"}),
     _part("image_url", {"anyOf": [{"type": "string"}, _URL]}),
     _part("input_audio", _SOUND),
+    _part("video_url", {"anyOf": [{"type": "string"}, _URL]}),
 ]
 
 
@@ -91,7 +92,7 @@ def limits(schema: dict[str, Any]) -> None:
 
 
 def kinds_of_parts(schema: dict[str, Any]) -> None:
-    """Add the three kinds that a part of a message can be of to its JSON schema."""
+    """Add the four kinds that a part of a message can be of to its JSON schema."""
     schema["oneOf"] = _PARTS
 
 

@@ -1,6 +1,6 @@
-"""Pictures and sound of a chat: fetched here, within limits, before the engine sees the messages.
+"""Media of a chat: fetched here, within limits, before the engine sees the messages.
 
-Only three kinds of parts pass. The engine takes more, paths on this machine among them; those are
+Only four kinds of parts pass. The engine takes more, paths on this machine among them; those are
 for its own users, not for the network's.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from kvshare_mm.apps.server.json_bodies import LARGE
 from kvshare_mm.errors import InvalidRequestError
+from kvshare_mm.modalities import data_url
 from kvshare_mm.modalities.fetch import MediaFetcher
 
 _PASSED = ("tool_call_id", "tool_calls")
@@ -29,12 +30,12 @@ async def resolved(
     Args:
         messages: as in OpenAI's API.
         fetcher: gets what URLs name.
-        max_media: most pictures and clips.
+        max_media: most pictures, clips and videos.
         aside: runs a function where it holds nobody up.
 
     Raises:
-        InvalidRequestError: a part that is not text, image_url or input_audio, is malformed, too
-            large, or cannot be fetched; its field is the part's place.
+        InvalidRequestError: a part that is not text, image_url, input_audio or video_url, is
+            malformed, too large, or cannot be fetched; its field is the part's place.
     """
     made: list[dict[str, Any]] = []
     fetches: list[tuple[dict[str, Any], str, str]] = []
@@ -62,33 +63,49 @@ async def resolved(
                 continue
             num_media += 1
             if num_media > max_media:
-                raise InvalidRequestError(f"more than {max_media} pictures and clips", place)
-            if kind == "image_url":
-                picture: dict[str, Any] = {"type": "image_url"}
-                fetches.append((picture, _url(part.get("image_url"), place), place))
-                parts.append(picture)
+                raise InvalidRequestError(
+                    f"more than {max_media} pictures, clips and videos", place
+                )
+            if kind in ("image_url", "video_url"):
+                seen = {"type": kind} | {k: part[k] for k in ("fps",) if k in part}
+                fetches.append((seen, _url(part.get(kind), kind, place), place))
+                parts.append(seen)
             elif kind == "input_audio":
                 parts.append(_sound(part.get("input_audio"), place, fetcher.policy.max_bytes))
             else:
                 raise InvalidRequestError(
-                    f"{place} is of type {kind!r}; text, image_url and input_audio are taken", place
+                    f"{place} is of type {kind!r}; text, image_url, input_audio and video_url are "
+                    "taken",
+                    place,
                 )
         made.append({**told, "content": parts})
-    contents = await asyncio.gather(*(_fetched(fetcher, url, at, aside) for _, url, at in fetches))
-    for (picture, _, _), content in zip(fetches, contents, strict=True):
-        picture["image_url"] = content
+    contents = await asyncio.gather(
+        *(_fetched(fetcher, url, part["type"], at, aside) for part, url, at in fetches)
+    )
+    for (part, _, _), content in zip(fetches, contents, strict=True):
+        part[part["type"]] = content
     return made
 
 
 async def _fetched(
-    fetcher: MediaFetcher, url: str, place: str, aside: Callable[..., Awaitable[Any]]
-) -> bytes:
-    place = f"{place}.image_url"
+    fetcher: MediaFetcher,
+    url: str,
+    kind: str,
+    place: str,
+    aside: Callable[..., Awaitable[Any]],
+) -> bytes | list[bytes]:
+    """A picture, or the frames of a video."""
+    place = f"{place}.{kind}"
+    content: bytes | list[bytes]
     try:
+        if kind == "video_url":
+            content = await aside(data_url.frames, url, fetcher.policy.max_bytes)
         # A URL that long holds the medium itself.
-        inline = len(url) > LARGE
-        content: bytes = await (aside(fetcher.fetch, url) if inline else fetcher.afetch(url))
-    except InvalidRequestError as error:
+        elif len(url) > LARGE:
+            content = await aside(fetcher.fetch, url)
+        else:
+            content = await fetcher.afetch(url)
+    except ValueError as error:
         raise InvalidRequestError(f"{place}: {error}", place) from error
     if not content:
         raise InvalidRequestError(f"{place}: there is nothing at this URL", place)
@@ -101,10 +118,10 @@ def _text(text: object, place: str) -> str:
     return text
 
 
-def _url(value: object, place: str) -> str:
+def _url(value: object, kind: str, place: str) -> str:
     url = value.get("url") if isinstance(value, Mapping) else value
     if not isinstance(url, str):
-        raise InvalidRequestError(f"{place}.image_url.url must be a URL", f"{place}.image_url")
+        raise InvalidRequestError(f"{place}.{kind}.url must be a URL", f"{place}.{kind}")
     return url
 
 

@@ -41,7 +41,7 @@ class ServerOptions:
         media_threads: requests with media that are prepared at a time.
         max_media_waiting: those that may wait to be prepared; more get status 429.
         max_choices: most answers of one request.
-        max_media: most pictures and clips of one request.
+        max_media: most pictures, clips and videos of one request.
         ssl_certfile: certificate chain (PEM) for HTTPS, or None.
         ssl_keyfile: its key (PEM); None: it is in `ssl_certfile`.
         fetch: what media may be fetched from where.

@@ -10,10 +10,10 @@ import torch
 from kvshare_mm.models.decoder import Decoder
 from kvshare_mm.stream import Modality
 
-# Model types whose pictures or sound are taken.
+# Model types whose media are taken.
 MEDIA: dict[str, tuple[Modality, ...]] = {
-    "qwen2_vl": (Modality.IMAGE,),
-    "qwen2_5_vl": (Modality.IMAGE,),
+    "qwen2_vl": (Modality.IMAGE, Modality.VIDEO),
+    "qwen2_5_vl": (Modality.IMAGE, Modality.VIDEO),
     "qwen3_vl": (Modality.IMAGE,),
     "qwen3_vl_moe": (Modality.IMAGE,),
     "internvl": (Modality.IMAGE,),

@@ -95,7 +95,7 @@ def seen(index: torch.Tensor, whole: Sequence[tuple[int, int]]) -> torch.Tensor 
 
 
 def decode_positions(index: torch.Tensor, rope_deltas: torch.Tensor) -> torch.Tensor:
-    """Rotary positions of answer tokens, ``[1, n]``: on every axis what follows the largest."""
+    """Rotary positions of answer tokens, ``[1, n]``: on every axis what follows the prompt."""
     return (index + rope_deltas)[None]
 
 

@@ -20,6 +20,11 @@ def picture(width: int = 80, height: int = 60, seed: int = 0, mode: str = "RGB")
     return Image.fromarray(pixels.astype(np.uint8)).convert(mode)
 
 
+def film(frames: int, width: int = 112, height: int = 84, first: int = 0) -> list[Image.Image]:
+    """So many different pictures, from a `first` on."""
+    return [picture(width, height, seed) for seed in range(first, first + frames)]
+
+
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     buffer = BytesIO()
     image.save(buffer, format, **options)

@@ -162,7 +162,9 @@ def test_bad_media_is_refused_and_the_part_is_named(adapters: Adapters, name: st
         {"type": "video_url", "video_url": {"url": "https://example.com/clip.mp4"}},
     ],
 )
-def test_video_is_not_supported(adapters: Adapters, part: dict[str, Any]) -> None:
+def test_video_is_refused_by_models_that_take_none(
+    adapters: Adapters, part: dict[str, Any]
+) -> None:
     with pytest.raises(InvalidRequestError, match="video is not supported") as caught:
         adapters.read(part, WHERE, "")
     assert caught.value.field == WHERE

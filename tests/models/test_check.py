@@ -110,7 +110,9 @@ def test_pictures() -> None:
     assert checked.media == (Modality.IMAGE,) and checked.windows
     assert checked.bytes_per_token == 139264  # as of its text alone, which is put to the proof
     checked = check_model("tiny-vl")
-    assert checked.media == (Modality.IMAGE,) and checked.shape == KVShape(4, 2, 32, 32)
+    assert checked.media == (Modality.IMAGE, Modality.VIDEO) and checked.shape == KVShape(
+        4, 2, 32, 32
+    )
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:

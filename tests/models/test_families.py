@@ -22,9 +22,9 @@ from kvshare_mm.native.plain import PlainRunner
 from kvshare_mm.native.slots import SlotRunner
 from kvshare_mm.stream import Modality, SegmentStream
 
-from ..media_models import FAMILIES, HEARS, SEES, tokenizer
+from ..media_models import FAMILIES, FILMS, HEARS, SEES, tokenizer
 from ..media_oracle import Oracle
-from ..modalities.media import RATE, picture, tone
+from ..modalities.media import RATE, film, picture, tone
 
 ATOL = 1e-4
 FLAT = ("qwen2_audio", "internvl", "gemma3")  # positions have one axis
@@ -37,6 +37,10 @@ def see(width: int = 112, height: int = 84, seed: int = 0) -> dict[str, Any]:
 
 def hear(seconds: float = 0.8, hertz: float = 440) -> dict[str, Any]:
     return {"type": "audio", "audio": (tone(seconds, hertz), RATE)}
+
+
+def watch(frames: int, fps: float | None = 2.0, *size: int) -> dict[str, Any]:
+    return {"type": "video", "video": film(frames, *size), "fps": fps}
 
 
 def say(text: str) -> dict[str, Any]:
@@ -78,12 +82,29 @@ BOTH: dict[str, list[dict[str, Any]]] = {
     "sound and picture": [user(hear(), see(140, 56), say("?"))],
     "much of both": [SYSTEM, user(see(), hear(0.3), hear(0.6, 300), say("?"), see(56, 56, 3))],
 }
+VIDEOS: dict[str, list[dict[str, Any]]] = {
+    "a video": [user(watch(8), say("What is it?"))],
+    "an odd last frame": [SYSTEM, user(say("What is this?"), watch(5))],
+    "one frame": [user(watch(1), say("?"))],
+    "of no known speed": [user(say("See "), watch(10, None), say("?"))],
+    "slow": [user(say("See "), watch(8, 0.3), say(" and "), see(56, 56))],
+    "of a fraction a second": [user(watch(10, 4.7, 56, 84), say("?"))],
+    "two videos and a picture": [
+        user(watch(4), say(" or "), see(56, 140, 1), watch(6, 1.0, 56, 56), say("?"))
+    ],
+    "videos over turns": [
+        user(watch(3, 24), say("What?")),
+        {"role": "assistant", "content": "A lamp."},
+        user(watch(2, 24, 168, 28), say("?")),
+    ],
+}
 CASES = [
+    *((family, name) for family in FILMS for name in VIDEOS),
     *((family, name) for family in SEES for name in PICTURES),
     *((family, name) for family in HEARS for name in SOUNDS),
     *(("qwen2_5_omni_thinker", name) for name in BOTH),
 ]
-MESSAGES = {**PICTURES, **SOUNDS, **BOTH}
+MESSAGES = {**PICTURES, **SOUNDS, **BOTH, **VIDEOS}
 
 
 def encoded(oracle: Oracle, stream: SegmentStream) -> MediaInputs:
@@ -112,13 +133,22 @@ def test_positions_are_the_models(oracles: Callable[[str], Oracle], family: str,
         )
     else:
         want, delta = oracle.reference.model.get_rope_index(
-            ids, inputs["mm_token_type_ids"], inputs.get("image_grid_thw"), attention_mask=mask
+            ids,
+            inputs["mm_token_type_ids"],
+            inputs.get("image_grid_thw"),
+            inputs.get("video_grid_thw"),
+            attention_mask=mask,
+            **{k: inputs[k] for k in ("second_per_grid_ts",) if k in inputs},
         )
     got = stream.positions
     if got is None:
         got = np.broadcast_to(np.arange(len(stream)), (3, len(stream)))
     assert got.tolist() == want[:, 0].tolist()
-    assert stream.rope_delta == int(delta.reshape(-1)[0])
+    # generate() goes on from the last position, be something before it later.
+    assert stream.rope_delta == int(want[0, 0, -1]) + 1 - len(stream)
+    late = int(want.max()) > int(want[0, 0, -1])
+    assert late or stream.rope_delta == int(delta.reshape(-1)[0])
+    assert late == (family == "qwen2_5_vl" and name == "slow")
     assert (stream.positions is None) == (not any(item.grid for item in stream.items))
 
 
@@ -186,10 +216,40 @@ def test_every_family_is_served_with_reuse(oracles: Callable[[str], Oracle], fam
     assert loaded.family is not None
     assert set(loaded.family.placeholders) == {
         modality
-        for modality, families in ((Modality.IMAGE, SEES), (Modality.AUDIO, HEARS))
+        for modality, families in (
+            (Modality.IMAGE, SEES),
+            (Modality.AUDIO, HEARS),
+            (Modality.VIDEO, FILMS),
+        )
         if family in families
     }
     assert loaded.family.mrope == (family not in FLAT)
+
+
+@pytest.mark.parametrize("family", FILMS)
+def test_each_picture_of_a_video_is_encoded_alone(
+    oracles: Callable[[str], Oracle], family: str
+) -> None:
+    """What the model makes of a whole video at once."""
+    oracle = oracles(family)
+    messages = VIDEOS["two videos and a picture"]
+    media = encoded(oracle, oracle.stream(messages)).features
+    inputs = oracle.inputs(messages)
+    with torch.inference_mode():
+        want = oracle.reference.get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+        ).pooler_output
+    got = torch.cat([features for _, features in (*media[:2], *media[3:])])
+    assert torch.allclose(got, torch.cat(tuple(want)), atol=ATOL, rtol=0)
+
+
+def test_which_models_move_keys_on_each_axis(oracles: Callable[[str], Oracle]) -> None:
+    apart = {}
+    for family in ("qwen2_vl", "qwen3_vl", "internvl"):
+        rotary = oracles(family).loaded.rotary
+        assert rotary is not None
+        apart[family] = rotary.axes
+    assert apart == {"qwen2_vl": (0, 0, 1, 1, 1, 2, 2, 2), "qwen3_vl": None, "internvl": None}
 
 
 def test_decoding_in_a_batch_with_other_positions(oracles: Callable[[str], Oracle]) -> None:

@@ -18,7 +18,7 @@ from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.modalities.fetch import FetchPolicy, MediaFetcher
 
-from ...modalities.media import encoded
+from ...modalities.media import encoded, film
 from ..conftest import Run
 from .conftest import Running, Start, image_part
 
@@ -47,6 +47,12 @@ def plain(colour: str) -> dict[str, Any]:
     return image_part(encoded(Image.new("RGB", (56, 56), colour)))
 
 
+def video(*frames: Image.Image, fps: float | None = None) -> dict[str, Any]:
+    files = (base64.b64encode(encoded(frame, "JPEG")).decode() for frame in frames)
+    part = {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + ",".join(files)}}
+    return part if fps is None else {**part, "fps": fps}
+
+
 def sound(data: object = _WAV, form: object = "wav") -> dict[str, Any]:
     return {"type": "input_audio", "input_audio": {"data": data, "format": form}}
 
@@ -57,13 +63,16 @@ def test_parts_arrive_in_order() -> None:
         picture("https://a.example/1"),
         sound(),
         picture("data:,two"),
+        {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64,YQ==,Yg=="}, "fps": 2},
         {"type": "text", "text": "!"},
+        most=4,
     )
     assert message["content"] == [
         {"type": "text", "text": "see"},
         {"type": "image_url", "image_url": b"https://a.example/1"},
         {"type": "input_audio", "input_audio": {"data": _WAV, "format": "wav"}},
         {"type": "image_url", "image_url": b"two"},
+        {"type": "video_url", "video_url": [b"a", b"b"], "fps": 2},
         {"type": "text", "text": "!"},
     ]
 
@@ -84,7 +93,13 @@ def test_only_role_and_content_pass() -> None:
     [
         ([{"type": "image", "image": "/etc/passwd"}], "is of type 'image'"),
         ([{"type": "audio", "audio": "/etc/passwd"}], "is of type 'audio'"),
-        ([{"type": "video_url", "video_url": {"url": "https://x"}}], "video_url"),
+        ([{"type": "video", "video": ["/etc/passwd"]}], "is of type 'video'"),
+        ([{"type": "video_url"}], "must be a URL"),
+        ([{"type": "video_url", "video_url": ["/etc/passwd"]}], "must be a URL"),
+        ([{"type": "video_url", "video_url": {"url": "https://x"}}], "video files are not read"),
+        ([{"type": "video_url", "video_url": "data:video/mp4;base64,AAAA"}], "send frames"),
+        ([{"type": "video_url", "video_url": "data:video/jpeg;base64,*"}], "video_url: "),
+        ([{"type": "video_url", "video_url": "data:video/jpeg;base64,YQ=="}] * 4, "more than 3"),
         ([{"type": "text"}], "must be text"),
         ([{"type": "text", "text": 5}], "must be text"),
         ([{"type": "image_url"}], "must be a URL"),
@@ -176,6 +191,48 @@ def test_the_same_picture_is_reused_and_another_is_not(seeing: Running) -> None:
     image = told[2]["media"][0]
     assert told[2]["exact"] <= image["start"]
     assert second.json()["choices"] == first.json()["choices"]
+
+
+def test_a_video_is_reused_by_its_frames(seeing: Running) -> None:
+    frames = film(6)
+    replies = [
+        ask(seeing, video(*shown, fps=2))
+        for shown in (frames, frames[2:], [*frames[:4], frames[0]])
+    ]
+    for reply in replies:
+        assert reply.status_code == 200, reply.text
+    told = [[use["source"] for use in r.json()["kvshare"]["media"]] for r in replies]
+    assert told == [["encoder"] * 3, ["kv", "kv"], ["kv", "kv", "encoder"]]
+    first, second, _ = (reply.json() for reply in replies)
+    assert first["usage"]["prompt_tokens"] - second["usage"]["prompt_tokens"] == 12
+    labels = [use["label"] for use in second["kvshare"]["media"]]
+    assert labels == [f"video {i} of 2, 112x84, seen as 112x84" for i in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("part", "param", "words"),
+    [
+        (video(*film(1), *film(1, 56, 56)), "video_url[1]", "the first frame 112x84"),
+        (video(*film(2), fps=0), "fps", "must be a number from"),
+        (
+            {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64,YQ=="}},
+            "video_url[0]",
+            "no picture",
+        ),
+        (
+            {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,YQ=="}},
+            "video_url",
+            "send frames",
+        ),
+    ],
+)
+def test_bad_video_is_refused_where_it_was_sent(
+    seeing: Running, part: dict[str, Any], param: str, words: str
+) -> None:
+    reply = ask(seeing, part)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == f"messages[0].content[1].{param}"
+    assert words in reply.json()["error"]["message"]
 
 
 def test_pictures_to_responses_are_those_of_a_chat(seeing: Running) -> None:
