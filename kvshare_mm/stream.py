@@ -140,8 +140,12 @@ class SegmentStream:
     @property
     def rope_delta(self) -> int:
         """Rotary position minus index of whatever is written behind this stream."""
-        # Behind rows and columns: the last picture of a video may be later than what follows it.
-        return 0 if self.positions is None else int(self.positions[1:].max()) + 1 - len(self)
+        if self.positions is None:
+            return 0
+        # A video may end later than the text that follows it.
+        text = self.segments[-1].modality is Modality.TEXT
+        last = self.positions[:, -1] if text else self.positions
+        return int(last.max()) + 1 - len(self)
 
     def positions_to(self, length: int) -> np.ndarray | None:
         """``[3, length]`` positions of the stream and of the text written behind it, or None."""

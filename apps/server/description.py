@@ -67,8 +67,9 @@ _LIMITS: dict[str, dict[str, Any]] = {
 }
 
 
-def _part(kind: str, value: dict[str, Any]) -> dict[str, Any]:
-    return {"properties": {"type": {"const": kind}, kind: value}, "required": ["type", kind]}
+def _part(kind: str, value: dict[str, Any], **more: dict[str, Any]) -> dict[str, Any]:
+    named = {"type": {"const": kind}, kind: value, **more}
+    return {"properties": named, "required": ["type", kind]}
 
 
 _URL = {"type": "object", "properties": {"url": {"type": "string"}}, "required": ["url"]}
@@ -81,7 +82,7 @@ _PARTS = [
     _part("text", {"type": "string"}),
     _part("image_url", {"anyOf": [{"type": "string"}, _URL]}),
     _part("input_audio", _SOUND),
-    _part("video_url", {"anyOf": [{"type": "string"}, _URL]}),
+    _part("video_url", {"anyOf": [{"type": "string"}, _URL]}, fps={"type": "number"}),
 ]
 
 

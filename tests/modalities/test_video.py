@@ -13,6 +13,7 @@ from PIL import Image
 
 from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.modalities.data_url import MAX_FRAMES
+from kvshare_mm.modalities.decode_pool import DecodePool
 from kvshare_mm.modalities.decoding import InProcess
 from kvshare_mm.modalities.picture_file import Picture
 from kvshare_mm.modalities.sources import MediaSources
@@ -129,6 +130,22 @@ def test_files_that_were_seen_are_not_decoded_again(video_processor: Any) -> Non
     read(adapter, files, "another tenant")
     read(adapter, files, fps=2)
     assert decoder.counters["decoded"] == 12
+
+
+def test_frames_are_decoded_by_the_pool(video_processor: Any) -> None:
+    files = [encoded(frame) for frame in film(3)]
+    pool = DecodePool(1, 30.0, 1_000_000)
+    try:
+        adapter = VideoAdapter(video_processor, MediaSources(), decoder=pool)
+        found = [item.digest for item in read(adapter, files)]
+        assert pool.counters == {"decoded": 3}
+        with pytest.raises(InvalidRequestError, match="damaged") as caught:
+            read(adapter, [*files, files[0][:300]])
+        assert caught.value.field == f"{WHERE}.video[3]"
+    finally:
+        pool.close()
+    here = VideoAdapter(video_processor, MediaSources())
+    assert found == [item.digest for item in read(here, files)]
 
 
 def test_what_people_are_shown_of_a_group_is_its_first_frame(videos: VideoAdapter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_media_keys_are_of_the_whole_digest():
 
 # -- media ------------------------------------------------------------------------------------
 
-PLACES = {Modality.IMAGE: 901, Modality.AUDIO: 902}
+PLACES = {Modality.IMAGE: 901, Modality.AUDIO: 902, Modality.VIDEO: 903}
 
 
 def _item(modality=Modality.IMAGE, *, grid=None, length=None, digest="ab" * 16) -> MediaItem:
@@ -104,6 +105,42 @@ def test_positions_of_a_picture():
     assert stream.pictures.tolist() == [False, False, *[True] * 6, False]
     assert stream.positions_to(11)[:, 9:].tolist() == [[6, 7]] * 3
     assert stream.positions_to(9).tolist() == stream.positions.tolist()
+
+
+def _film(*times) -> MediaItem:
+    """A video whose pictures have two columns."""
+    first, *others = (
+        dataclasses.replace(_item(Modality.VIDEO, grid=(1, 2), digest=f"{i:032x}"), time=time)
+        for i, time in enumerate((None, *times))
+    )
+    return dataclasses.replace(first, behind=tuple(others))
+
+
+def test_pictures_of_a_video_stand_at_one_placeholder():
+    film = _film(0, 9)
+    stream = media_stream([1, 903, 2, 901], [_item(grid=(1, 1)), film], PLACES, mrope=True)
+    assert stream.token_ids.tolist() == [1, *[903] * 6, 2, 901]
+    assert stream.items[:3] == (film, *film.behind)
+    assert [(s.modality, s.start, s.end) for s in stream.media] == [
+        (Modality.VIDEO, 1, 3),
+        (Modality.VIDEO, 3, 5),
+        (Modality.VIDEO, 5, 7),
+        (Modality.IMAGE, 8, 9),
+    ]
+    assert stream.align_keys[3:5].tolist() == media_keys(film.behind[0].digest, 2).tolist()
+    assert stream.pictures.tolist() == [False, *[True] * 6, False, True]
+    assert stream.positions.tolist() == [
+        [0, 1, 1, 1, 1, 10, 10, 3, 4],
+        [0, 1, 1, 1, 1, 1, 1, 3, 4],
+        [0, 1, 2, 1, 2, 1, 2, 3, 4],
+    ]
+
+
+def test_an_answer_follows_the_text_that_it_answers():
+    late, end = (media_stream([903, *text], [_film(9)], PLACES, mrope=True) for text in ([2], []))
+    assert late.positions[:, -1].tolist() == [2, 2, 2]
+    assert late.positions_to(6)[:, -1].tolist() == [3, 3, 3]
+    assert end.positions_to(5)[:, -1].tolist() == [10, 10, 10]
 
 
 def test_sound_alone_needs_no_axes():
