@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.qwen2_5_omni import Qwen2_5OmniTextConfig
 
 from kvshare_mm.models.decoder import Decoder
-from kvshare_mm.models.family import MEDIA
+from kvshare_mm.models.family import BOTH_WAYS, MEDIA
 from kvshare_mm.models.loader import locate, read_config
 from kvshare_mm.models.shape import KVShape
 from kvshare_mm.models.states import CachedModel, state_bytes
@@ -128,6 +128,8 @@ def check_config(config: Any) -> Checked:
         except Exception as error:  # of any architecture's own code
             words = (str(error).splitlines() or [type(error).__name__])[0][:200]
             support, shape = Support(f"no model of its kind could be made ({words})"), None
+    if support.reason and config.model_type in BOTH_WAYS:
+        media = ()
     return Checked(
         text.model_type,
         support.reason,

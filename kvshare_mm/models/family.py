@@ -22,6 +22,8 @@ MEDIA: dict[str, tuple[Modality, ...]] = {
     "qwen2_5_omni_thinker": (Modality.IMAGE, Modality.AUDIO),
     "qwen2_audio": (Modality.AUDIO,),
 }
+# Those that take media where their KV can be reused, and nowhere else: see `Family.both_ways`.
+BOTH_WAYS = frozenset({"gemma3"})
 
 
 class Family(Protocol):

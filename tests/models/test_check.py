@@ -115,6 +115,13 @@ def test_pictures() -> None:
     )
 
 
+def test_pictures_that_see_both_ways_need_partial_attention() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+    text = {"num_hidden_layers": 6, "rope_parameters": {"full_attention": rope}}
+    checked = check_config(AutoConfig.for_model("gemma3", text_config=text))
+    assert checked.reason is not None and checked.media == ()
+
+
 def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="Could not read"):
         check_model(str(tmp_path))
