@@ -21,12 +21,16 @@ class _Standing(Collector):
         self._replicas = replicas
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        up = GaugeMetricFamily("kvshare_router_up", "1: it answers.", labels=["replica"])
+        up = GaugeMetricFamily(
+            "kvshare_router_up",
+            "1: it answers, and has not just failed several requests in a row.",
+            labels=["replica"],
+        )
         flying = GaugeMetricFamily(
             "kvshare_router_in_flight", "Requests there.", labels=["replica"]
         )
         for replica in self._replicas:
-            up.add_metric([str(replica.number)], replica.healthy)
+            up.add_metric([str(replica.number)], replica.healthy and not replica.rests)
             flying.add_metric([str(replica.number)], replica.in_flight)
         yield from (up, flying)
 

@@ -144,15 +144,17 @@ class Proxy:
         await next((r for r in refused if r.status == 429), refused[-1]).send(client.send)
 
     def _left(self, tried: Sequence[Replica], told: bool) -> list[Replica]:
-        """Replicas that can still be asked. Where nobody is healthy, those that are not: a busy
-        machine answers late to checks, and answers requests.
+        """Replicas that can still be asked: those that are healthy and have not just failed several
+        requests, or else the healthy ones, or where nobody is, those that are not: a busy machine
+        answers late to checks, and answers requests.
 
         Args:
             told: one that is healthy has said that it has no room. That is passed on: others may
                 take long to say nothing.
         """
         left = [r for r in self._replicas if r not in tried]
-        return [r for r in left if r.healthy] or ([] if told else left)
+        healthy = [r for r in left if r.healthy]
+        return [r for r in healthy if not r.rests] or healthy or ([] if told else left)
 
     async def _ask(
         self,

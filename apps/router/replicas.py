@@ -21,6 +21,9 @@ _CHECK_TIMEOUT_S = 2.0
 _FIRST_GUESS_S = 1e-3
 _LEARNING = 0.1
 _HALF_LIFE_S = 60.0
+# Envoy's outlier detection: consecutive_5xx and base_ejection_time.
+_FAILURES_IN_A_ROW = 5
+_REST_S = 30.0
 
 
 class Replica:
@@ -54,6 +57,8 @@ class Replica:
         self._work = 0.0
         self._seconds: float | None = None
         self._measured_at = clock()
+        self._failures = 0
+        self._rests_until = clock()
 
     def url(self, target: str) -> httpcore2.URL:
         """Of a path with its query, percent-encoded, on this server and no other."""
@@ -76,6 +81,24 @@ class Replica:
     def seconds_per_word(self) -> float | None:
         """As measured; None: not yet."""
         return self._seconds
+
+    @property
+    def rests(self) -> bool:
+        """Whether it gets nothing while another can be asked, however healthy it says it is."""
+        return self._clock() < self._rests_until
+
+    def answered(self, status: int) -> None:
+        """It answered a request. Who fails several in a row is left alone for a while: an error is
+        made sooner than an answer, so it would get more requests than the others. Then it is tried
+        with one."""
+        self._failures = self._failures + 1 if status >= 500 else 0
+        if self._failures >= _FAILURES_IN_A_ROW and not self.rests:
+            self._rests_until = self._clock() + _REST_S
+            logger.warning(
+                "replica %d, %s, failed %d requests in a row, the last with status %d: it gets "
+                "none for %.0f s",
+                *(self.number, self.origin, self._failures, status, _REST_S),
+            )
 
     def begin(self, choice: Choice) -> Flight:
         return Flight(self, choice, self._ahead)

@@ -149,6 +149,7 @@ async def pass_on(
             stream = reply.status == 200 and _is_stream(reply)
             if reply.status in {429, 503} or (client.headed and not stream):
                 return await _whole(reply, replica, _MOST_HELD)
+            replica.answered(reply.status)
             chunks = reply.aiter_stream().__aiter__()
             first = asyncio.ensure_future(_next(chunks))
             try:

@@ -53,6 +53,28 @@ def test_speed_is_measured_by_what_was_ahead_and_soon_forgotten() -> None:
     assert replica.standing(typical_s=0.5).seconds == pytest.approx(0.3)
 
 
+def test_who_fails_five_in_a_row_rests_and_is_then_tried_with_one() -> None:
+    clock = Clock()
+    replica = Replica(1, "http://a", clock)
+    for status in [500, 502, 500, 500, 404, 500, 500, 500, 500]:
+        replica.answered(status)
+    assert not replica.rests
+    replica.answered(500)
+    assert replica.rests
+    clock.now += 29
+    replica.answered(500)  # it was in flight, and makes the rest no longer
+    assert replica.rests
+    clock.now += 2
+    assert not replica.rests
+    replica.answered(500)
+    assert replica.rests
+    clock.now += 31
+    replica.answered(200)
+    for _ in range(4):
+        replica.answered(500)
+    assert not replica.rests
+
+
 def test_a_path_leads_to_no_other_server() -> None:
     url = Replica(1, "https://[::1]:2").url("/v1/x?y")
     assert (url.scheme, url.host, url.port, url.target) == (b"https", b"::1", 2, b"/v1/x?y")
