@@ -11,6 +11,8 @@ from binascii import a2b_base64
 from collections.abc import Iterable, Iterator
 from urllib.parse import unquote_to_bytes
 
+from kvshare_mm.errors import InvalidRequestError
+
 _PIECE = 1 << 15
 _SHORT = 1 << 19  # bytes that are decoded without a pause
 _PAUSE_S = 50e-6
@@ -36,28 +38,40 @@ def decoded(url: str) -> bytes:
     return from_base64(body) if in_base64 else b"".join(body)
 
 
-def frames(url: str, max_bytes: int) -> list[bytes]:
+def frames(url: str, max_bytes: int, where: str) -> list[bytes]:
     """The pictures of a video in a data URL, as vLLM takes them: base64, with commas between.
 
     Args:
         max_bytes: so many bytes may be in all of them.
+        where: its field, for errors.
 
     Raises:
-        ValueError: it is no such URL, malformed, or there is more; or more than `MAX_FRAMES`.
+        InvalidRequestError: it is no such URL, malformed, or there is more; or more than
+            `MAX_FRAMES`.
 
-    >>> frames("data:video/jpeg;base64,aGk=,aG8=", 100)
+    >>> frames("data:video/jpeg;base64,aGk=,aG8=", 100, "url")
     [b'hi', b'ho']
     """
+
+    def bad(why: str, at: str = "") -> InvalidRequestError:
+        return InvalidRequestError(f"{where}{at}{why}", where + at)
+
     comma = url.find(",", 0, 1000)
     if url[: max(0, comma)].lower().replace(" ", "") != _FRAMES:
-        raise ValueError(f"video files are not read; send frames, as {_FRAMES},<frame>,<frame>")
+        raise bad(f": video files are not read; send frames, as {_FRAMES},<frame>,<frame>")
     # Four characters for three bytes: what is too large is known before it is decoded.
     if len(url) - comma > max_bytes // 3 * 4 + 5 * MAX_FRAMES:
-        raise ValueError(f"there are more than {max_bytes} bytes, the most that is taken")
+        raise bad(f" has more than {max_bytes} bytes, the most that is taken")
     found = url[comma + 1 :].split(",", MAX_FRAMES)
     if len(found) > MAX_FRAMES:
-        raise ValueError(f"there are more than {MAX_FRAMES} frames, the most that are taken")
-    return [from_base64(pieces(frame)) for frame in found]
+        raise bad(f" has more than {MAX_FRAMES} frames, the most that are taken")
+    made = []
+    for i, frame in enumerate(found):
+        try:
+            made.append(from_base64(pieces(frame)))
+        except ValueError as error:
+            raise bad(f" is no base64: {error}", f"[{i}]") from error
+    return made
 
 
 def from_base64(pieces: Iterable[bytes]) -> bytes:

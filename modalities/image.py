@@ -85,7 +85,7 @@ class ImageAdapter:
         given = part.get(kind)
         if kind == "image_url" and isinstance(given, Mapping):
             given = given.get("url")
-        if given is None or given == "":
+        if given is None or (isinstance(given, str) and not given):
             raise InvalidRequestError(f"{field} is missing", field)
         if kind == "image" and isinstance(given, Image.Image):
             return given, field

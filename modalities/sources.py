@@ -39,6 +39,8 @@ class MediaSources:
             raise InvalidRequestError(
                 f"{where} is neither a path nor bytes but a {type(place).__name__}", where
             )
+        if not place:
+            raise InvalidRequestError(f"{where} is empty", where)
         return self._checked(self._file(os.fspath(place), where), where)
 
     def base64(self, text: object, where: str) -> bytes:
@@ -82,6 +84,8 @@ class MediaSources:
             return file.read_bytes()
         except FileNotFoundError as error:
             raise InvalidRequestError(f"{where}: there is no file {file}", where) from error
+        except InvalidRequestError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise InvalidRequestError(f"{where} cannot be read: {error}", where) from error
 

@@ -108,11 +108,8 @@ class VideoAdapter:
         if part["type"] == "video_url":
             given = given.get("url") if isinstance(given, Mapping) else given
             if isinstance(given, str) and given:
-                try:
-                    given = data_url.frames(given, self._sources.max_bytes)
-                except ValueError as error:
-                    raise InvalidRequestError(f"{field}: {error}", field) from error
-        if given is None or given == "":
+                given = data_url.frames(given, self._sources.max_bytes, field)
+        if given is None or (isinstance(given, str) and not given):
             raise InvalidRequestError(f"{field} is missing", field)
         if not isinstance(given, list | tuple):
             kind = type(given).__name__
@@ -175,9 +172,12 @@ class VideoAdapter:
     def _patches(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """``[groups, rows, columns, pixels]`` uint8: of each group its patches, those that become
         one position behind each other."""
+        # Of pictures that are one or three pixels high, the processor would take these for colours.
+        frames = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in pictures]))
         # Not rescaled and not normalized: the pixels themselves, as uint8.
         made = self._processor(
-            videos=[[picture.image for picture in pictures]],
+            videos=[frames.permute(0, 3, 1, 2).contiguous()],
+            input_data_format="channels_first",
             do_rescale=False,
             do_normalize=False,
             do_sample_frames=False,
@@ -246,8 +246,10 @@ def _fps(given: object, field: str) -> float:
     number = isinstance(given, int | float) and not isinstance(given, bool)
     # A whole number may be too large to be any other.
     if not number or not _LEAST_FPS <= given <= _MOST_FPS:  # type: ignore[operator]
+        # Not shown: it may be of any length, and Python writes no number of thousands of digits.
+        what = "" if number else f", and is a {type(given).__name__}"
         raise InvalidRequestError(
-            f"{field} is {given!r}; it must be a number from {_LEAST_FPS:g} to {_MOST_FPS:g}", field
+            f"{field} must be a number from {_LEAST_FPS:g} to {_MOST_FPS:g}{what}", field
         )
     return float(given)  # type: ignore[arg-type]
 

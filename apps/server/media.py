@@ -96,12 +96,13 @@ async def _fetched(
 ) -> bytes | list[bytes]:
     """A picture, or the frames of a video."""
     place = f"{place}.{kind}"
-    content: bytes | list[bytes]
+    if kind == "video_url":
+        frames: list[bytes] = await aside(data_url.frames, url, fetcher.policy.max_bytes, place)
+        return frames
+    content: bytes
     try:
-        if kind == "video_url":
-            content = await aside(data_url.frames, url, fetcher.policy.max_bytes)
         # A URL that long holds the medium itself.
-        elif len(url) > LARGE:
+        if len(url) > LARGE:
             content = await aside(fetcher.fetch, url)
         else:
             content = await fetcher.afetch(url)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +17,7 @@ from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.modalities.data_url import MAX_FRAMES
 from kvshare_mm.modalities.decode_pool import DecodePool
 from kvshare_mm.modalities.decoding import InProcess
+from kvshare_mm.modalities.image import ImageAdapter
 from kvshare_mm.modalities.picture_file import Picture
 from kvshare_mm.modalities.sources import MediaSources
 from kvshare_mm.modalities.video import VideoAdapter
@@ -55,6 +58,18 @@ def test_inputs_are_the_processors(
         ((rows // 2, columns // 2), rows * columns // 4)
     }
     assert [item.time is None for item in items] == [True, *[False] * (groups - 1)]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (3, 3), (2, 3), (100, 1), (100, 3)])
+def test_a_frame_of_few_lines_is_seen_as_a_picture_of_few_lines(
+    videos: VideoAdapter, images: ImageAdapter, size: tuple[int, int]
+) -> None:
+    """Transformers' own processor takes one or three lines for colours."""
+    shown = picture(*size)
+    [frame] = read(videos, [shown])
+    still = images.read({"type": "image", "image": shown}, WHERE, "")
+    assert frame.grid == still.grid
+    assert torch.equal(frame.inputs()["pixel_values_videos"], still.inputs()["pixel_values"])
 
 
 def test_a_group_is_known_by_its_frames_wherever_it_stands(videos: VideoAdapter) -> None:
@@ -165,10 +180,13 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "a file": (MP4, "video", "video files are not read: send a list of frames"),
     "a path": ("clip.mp4", "video", "video files are not read"),
     "a number": (7, "video", "is a int"),
+    "an array": (np.zeros((2, 56, 56, 3), np.uint8), "video", "is a ndarray"),
+    "arrays": ([np.zeros((56, 56, 3), np.uint8)], "video[0]", "neither a path nor bytes"),
     "one that is no frame": ([*still(1), 7], "video[1]", "neither a path nor bytes"),
     "one that is a file": ([*still(1), MP4], "video[1]", "no picture"),
     "one that is broken": ([*still(2), encoded(picture())[:500]], "video[2]", "damaged"),
     "one that is empty": ([b""], "video[0]", "empty"),
+    "one of no name": ([*still(1), ""], "video[1]", "video[1] is empty"),
     "one that is nowhere": ([*still(1), "/nowhere.png"], "video[1]", "no file"),
     "of two sizes": ([*still(2), *still(1, 56, 84)], "video[2]", "is 56x84, and the first frame"),
     "a large frame": (still(1, 1001, 1000), "video[0]", "at most 1 million"),
@@ -188,11 +206,14 @@ def test_bad_video_is_refused_and_the_part_is_named(videos: VideoAdapter, name: 
 
 
 @pytest.mark.parametrize(
-    "fps", [0, -1, 0.001, 10**400, math.nan, math.inf, -math.inf, "2", True, [2]]
+    "fps",
+    [0, -1, 0.001, 10**400, 10**5000, math.nan, math.inf, -math.inf, "2", "2" * 5000, True, [2]],
+    ids=itertools.count(),
 )
 def test_bad_speeds(videos: VideoAdapter, fps: Any) -> None:
     with pytest.raises(InvalidRequestError, match="must be a number from") as caught:
         read(videos, film(2), fps=fps)
+    assert len(str(caught.value)) < 200
     assert caught.value.field == f"{WHERE}.fps"
 
 
@@ -202,7 +223,8 @@ URLS: dict[str, tuple[Any, str]] = {
     "of a file": ("https://example.com/clip.mp4", "video files are not read; send frames"),
     "with a file": ("data:video/mp4;base64,AAAA", "video files are not read; send frames"),
     "a path": ("clip.mp4", "video files are not read; send frames"),
-    "no base64": (HEAD + "AAA*", "base64"),
+    "no base64": (HEAD + "AAA*", r"video_url\[0\] is no base64"),
+    "no base64 behind some": (HEAD + "QUJD,AAA", r"video_url\[1\] is no base64: its end"),
     "beyond ascii": (HEAD + "ä", "ascii"),
     "no frame": (HEAD, r"video_url\[0\] is empty"),
     "no last frame": (HEAD + "QUJD,", r"video_url\[1\] is empty"),
@@ -218,6 +240,7 @@ def test_bad_urls(videos: VideoAdapter, name: str) -> None:
     with pytest.raises(InvalidRequestError, match=says) as caught:
         videos.read({"type": "video_url", "video_url": {"url": url}}, WHERE, "")
     assert str(caught.value.field).startswith(f"{WHERE}.video_url")
+    assert str(caught.value).startswith(str(caught.value.field))
 
 
 def test_all_frames_together_are_bounded(video_processor: Any) -> None:

@@ -98,7 +98,10 @@ def test_only_role_and_content_pass() -> None:
         ([{"type": "video_url", "video_url": ["/etc/passwd"]}], "must be a URL"),
         ([{"type": "video_url", "video_url": {"url": "https://x"}}], "video files are not read"),
         ([{"type": "video_url", "video_url": "data:video/mp4;base64,AAAA"}], "send frames"),
-        ([{"type": "video_url", "video_url": "data:video/jpeg;base64,*"}], "video_url: "),
+        (
+            [{"type": "video_url", "video_url": "data:video/jpeg;base64,QUJD,*"}],
+            r"^messages\[0\].content\[0\].video_url\[1\] is no base64",
+        ),
         ([{"type": "video_url", "video_url": "data:video/jpeg;base64,YQ=="}] * 4, "more than 3"),
         ([{"type": "text"}], "must be text"),
         ([{"type": "text", "text": 5}], "must be text"),
