@@ -152,8 +152,9 @@ class VideoAdapter:
         # Small ones are made larger.
         least = self._processor.size.get("shortest_edge") or 0
         if len(frames) * max(width * height, least) > self._max_pixels:
+            seen = f", each seen as {least} pixels" if width * height < least else ""
             raise InvalidRequestError(
-                f"{field} has {len(frames)} frames of {width}x{height}; at most "
+                f"{field} has {len(frames)} frames of {width}x{height}{seen}; at most "
                 f"{self._max_pixels / 1e6:g} million pixels are taken in all of them",
                 field,
             )
@@ -172,11 +173,14 @@ class VideoAdapter:
     def _patches(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """``[groups, rows, columns, pixels]`` uint8: of each group its patches, those that become
         one position behind each other."""
+        width, height = pictures[0].image.size
         # Of pictures that are one or three pixels high, the processor would take these for colours.
-        frames = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in pictures]))
+        frames = np.empty((len(pictures), 3, height, width), dtype=np.uint8)
+        for frame, picture in zip(frames, pictures, strict=True):
+            frame[:] = np.asarray(picture.image).transpose(2, 0, 1)
         # Not rescaled and not normalized: the pixels themselves, as uint8.
         made = self._processor(
-            videos=[frames.permute(0, 3, 1, 2).contiguous()],
+            videos=[torch.from_numpy(frames)],
             input_data_format="channels_first",
             do_rescale=False,
             do_normalize=False,

@@ -191,7 +191,11 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "of two sizes": ([*still(2), *still(1, 56, 84)], "video[2]", "is 56x84, and the first frame"),
     "a large frame": (still(1, 1001, 1000), "video[0]", "at most 1 million"),
     "too large together": (still(11, 300, 310), "video", "at most 1 million pixels"),
-    "small ones that are made larger": (still(320, 2, 2), "video", "at most 1 million pixels"),
+    "small ones that are made larger": (
+        still(320, 2, 2),
+        "video",
+        "2x2, each seen as 3136 pixels; at most 1 million pixels",
+    ),
 }
 
 
