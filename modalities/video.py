@@ -84,7 +84,7 @@ class VideoAdapter:
         self._decoder = decoder or InProcess()
         self._tokens_per_second = tokens_per_second
         self._settings = settings_digest(processor)
-        self._seen: Seen[_Known] = Seen()
+        self._seen: Seen[_Known] = Seen(256)  # one may have hundreds of digests
 
     def read(self, part: Mapping[str, Any], where: str, tenant: str) -> MediaItem:
         """The first group of a video's frames, with the others behind it; see `ModalityAdapter`."""
