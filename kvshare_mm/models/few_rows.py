@@ -33,15 +33,15 @@ class FewRowsLinear(nn.Linear):
         turned: numbers of rows for which `_turned` is faster.
     """
 
-    turned: frozenset[int]
+    turned: frozenset[int] = frozenset()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = input.numel() // self.in_features
-        if rows not in self.turned:
+        rows = input.shape[:-1].numel()
+        if rows not in self.turned or not _measurable(self.weight):
             return super().forward(input)
         out = _turned(input.reshape(rows, -1), self.weight)
         if self.bias is not None:
-            out = out + self.bias
+            out += self.bias  # of its dtype, which autocast may have made another
         return out.reshape(*input.shape[:-1], -1)
 
 
@@ -55,8 +55,8 @@ def speed_up(model: nn.Module) -> None:
     for layer in model.modules():
         if (
             type(layer) is nn.Linear
-            and layer.weight.device.type == "cpu"
-            and layer.weight.dtype == torch.float32
+            and type(layer.weight) is nn.Parameter
+            and _measurable(layer.weight)
             and layer.weight.numel() >= _SMALL
         ):
             alike[layer.weight.shape].append(layer)
@@ -65,6 +65,11 @@ def speed_up(model: nn.Module) -> None:
             for layer in layers:
                 layer.__class__ = FewRowsLinear
                 layer.turned = turned  # type: ignore[assignment]
+
+
+def _measurable(weight: torch.Tensor) -> bool:
+    """Whether measurements are of weights like these: a model may be moved after them."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def _turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

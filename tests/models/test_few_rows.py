@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +44,47 @@ def test_the_product_is_the_same(shape: tuple[int, ...], bias: bool, chosen: Cho
     found = layer(x)
     assert found.shape == expected.shape and found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_another_width_are_refused(chosen: Chosen) -> None:
+    """As many numbers as one row has may be two rows that are too short."""
+    chosen({1, 2, 3, 4})
+    layer = nn.Linear(320, 256)
+    speed_up(layer)
+    for shape in ((2, 160), (640,), (1, 2, 160)):
+        with pytest.raises(RuntimeError, match="shape"):
+            layer(torch.ones(shape))
+
+
+def test_what_autocast_computes_has_its_dtype(chosen: Chosen) -> None:
+    chosen({2})
+    layer, x = nn.Linear(320, 256), torch.randn(2, 320)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = layer(x)
+        speed_up(layer)
+        found = layer(x)
+    assert isinstance(layer, FewRowsLinear) and found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_a_layer_of_another_dtype_by_now_is_as_it_was(chosen: Chosen) -> None:
+    chosen({1, 2, 3, 4})
+    layer, x = nn.Linear(320, 256), torch.randn(2, 320, dtype=torch.bfloat16)
+    speed_up(layer)
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer(x), functional.linear(x, layer.weight, layer.bias))
+
+
+def test_copies_are_as_fast_and_new_ones_are_layers_too(chosen: Chosen) -> None:
+    chosen({2})
+    layer, x = nn.Linear(320, 256), torch.randn(2, 320)
+    speed_up(layer)
+    assert isinstance(layer, FewRowsLinear)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert copied.turned == {2} and torch.equal(copied(x), layer(x))
+    new = type(layer)(320, 256)
+    new.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(new(x), layer(x))
 
 
 def test_rows_take_the_way_that_is_faster_for_them(
@@ -104,6 +148,25 @@ def test_other_layers_stay(chosen: Chosen) -> None:
     )
     speed_up(model)
     assert [type(layer) for layer in model] == [nn.Linear, nn.Linear, Quantised]
+
+
+def test_weights_of_other_kinds_stay(chosen: Chosen) -> None:
+    """Quantised ones may be tensors that say they are float32, in a plain linear layer."""
+
+    class Packed(torch.Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, what: Any, types: Any, args: Any = (), given: Any = None
+        ) -> Any:
+            if what in (torch.mm, torch.Tensor.split):
+                raise NotImplementedError
+            return super().__torch_function__(what, types, args, given or {})
+
+    chosen({1, 2, 3, 4})
+    layer = nn.Linear(320, 256)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed))
+    speed_up(layer)
+    assert type(layer) is nn.Linear
 
 
 def test_both_ways_are_timed() -> None:
