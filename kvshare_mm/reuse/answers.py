@@ -6,6 +6,7 @@ import numpy as np
 
 from kvshare_mm.node import Node
 from kvshare_mm.reuse.plan import ReusePlan
+from kvshare_mm.stream import MEDIA_BIT
 
 _LONGEST_VALUE = 16
 """Tokens of an edit that is taken for a value; a longer one is another text."""
@@ -47,7 +48,8 @@ def _values(
         mine = run.donor == donor.node_id
         if mine and start and end < run.start and start < run.donor_start:
             old, new = keys[start - 1 : run.donor_start], target[end - 1 : run.start]
-            if len(old) <= _LONGEST_VALUE and len(new) <= _LONGEST_VALUE and old[0] == new[0]:
+            short = max(len(old), len(new)) <= _LONGEST_VALUE
+            if short and old[0] == new[0] and not (new & MEDIA_BIT).any():  # nobody says pictures
                 found[tuple(old.astype(np.int64).tolist())] = tuple(new.astype(np.int64).tolist())
         if mine or run.exact:  # what is exact is the donor's, too, as far as the two are the same
             same = run.exact and np.array_equal(keys[: run.end], target[: run.end])

@@ -10,6 +10,7 @@ from kvshare_mm.node import Node
 from kvshare_mm.reuse.answers import likely_answer
 from kvshare_mm.reuse.plan import ReusePlan
 from kvshare_mm.reuse.planner import make_plan
+from kvshare_mm.stream import MEDIA_BIT
 
 from .plans import EAGER, blocks, donor_of, to_keys
 
@@ -46,6 +47,13 @@ def test_what_is_long_is_no_value() -> None:
     old = [*_HEAD, *blocks("X"), *_END]
     new = [*_HEAD, *blocks("Y"), *_END]
     answer = [_HEAD[-1], *blocks("X")]
+    assert likely(old, answer, new) == answer
+
+
+def test_a_picture_is_not_said_in_a_words_place() -> None:
+    old = [*_HEAD, 7, 8, *_MIDDLE]
+    new = [*_HEAD, MEDIA_BIT + 1, MEDIA_BIT + 2, *_MIDDLE]
+    answer = [100, _HEAD[-1], 7, 8, 101]
     assert likely(old, answer, new) == answer
 
 
