@@ -7,6 +7,7 @@ own logits, in order, and drafts only decide how many tokens one forward gives.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import eq
 
 import numpy as np
 
@@ -36,14 +37,15 @@ class Drafter:
         self._length = len(prompt)
         self._answer = np.concatenate((prompt[-_LONGEST:], answer))
         self._goes_on = min(_LONGEST, len(prompt))  # where the donor's answer is expected to
-        self._drafted = ("", 0)  # the last draft's kind and length
+        self._kind, self._draft = "", list[int]()  # the last draft
 
     def add(self, tokens: Sequence[int]) -> None:
-        """The answer goes on: with what of the last draft was right, and a token behind that."""
-        kind, drafted = self._drafted
-        if drafted:
-            self._acceptance.learn(kind, drafted, min(drafted, len(tokens) - 1))
-            self._drafted = ("", 0)
+        """The answer goes on: with what of the last draft was right, and a token behind that
+        unless it is over."""
+        if self._draft:
+            tried = min(len(self._draft), len(tokens))
+            self._acceptance.learn(self._kind, tried, sum(map(eq, self._draft, tokens)))
+            self._draft = []
         self._goes_on += len(tokens)
         while self._length + len(tokens) > len(self._said):
             self._said = np.concatenate((self._said, np.empty_like(self._said)))
@@ -68,8 +70,8 @@ class Drafter:
             kind = "sure" if own >= _SURE else "unsure"
         most = min(most, _MOST, 2 * agree, len(source) - at)
         most = self._acceptance.length(kind, most, batch)
-        self._drafted = (kind, most)
-        return source[at : at + most].tolist()  # type: ignore[no-any-return]
+        self._kind, self._draft = kind, source[at : at + most].tolist()
+        return self._draft
 
 
 def _found(source: np.ndarray, said: np.ndarray, near: int) -> tuple[int, int]:

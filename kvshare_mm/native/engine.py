@@ -323,11 +323,12 @@ class NativeEngine:
         said = len(request.token_ids)
         for drafted, logits in zip((*request.draft, None), rows, strict=True):
             self._accept(request, logits)
-            if request not in self._active or request.token_ids[-1] != drafted:
+            if request.cancelled or request not in self._active or request.token_ids[-1] != drafted:
                 break
         new = request.token_ids[said:]
         self.counters["draft_tokens"] += len(request.draft)
-        self.counters["draft_accepted"] += max(0, len(new) - 1)
+        right = sum(a == b for a, b in zip(request.draft, new, strict=False))
+        self.counters["draft_accepted"] += right
         if request.drafter is not None:
             request.drafter.add(new)
 

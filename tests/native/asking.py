@@ -84,7 +84,11 @@ class Gate:
 
 
 class Inbox:
-    """A sink, and the request submitted with it."""
+    """A sink, and the request submitted with it.
+
+    Args:
+        cancelled_after: chunks behind which it is cancelled, by the sink.
+    """
 
     def __init__(
         self,
@@ -92,12 +96,16 @@ class Inbox:
         prompt: str,
         sampling: SamplingParams,
         options: RequestOptions | None = None,
+        cancelled_after: int | None = None,
     ) -> None:
+        self._llm, self._cancelled_after = llm, cancelled_after
+        self._submitted = threading.Event()
         self.chunks: list[StreamChunk] = []
         self.error: Exception | None = None
         self._done = threading.Event()
         spec = llm.read(prompt, sampling, options)
         self.request_id = inside(llm).engine.submit(spec, self)
+        self._submitted.set()
 
     def __call__(self, chunk: StreamChunk | Exception) -> None:
         if isinstance(chunk, Exception):
@@ -105,6 +113,9 @@ class Inbox:
             self._done.set()
         else:
             self.chunks.append(chunk)
+            if len(self.chunks) == self._cancelled_after:
+                assert self._submitted.wait(PATIENCE_S)
+                inside(self._llm).engine.cancel(self.request_id)
             if chunk.output is not None:
                 self._done.set()
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from kvshare_mm import KVShare, RequestOptions, RequestOutput
+from kvshare_mm.native.acceptance import Acceptance
 from kvshare_mm.native.drafts import Drafter
 
+from ..helpers import until
 from .asking import _DONOR, _PROMPTS, _TARGET, Inbox, OpenLLM, inside, outcomes, params
 from .schemas import an_object, json_schema
 
@@ -63,6 +65,15 @@ def test_what_brings_nothing_is_not_tried_at_every_token() -> None:
         tried += bool(one.draft(8))
         one.add([int(rng.integers(100, 1000))])
     assert 5 < tried < 20
+
+
+def test_an_answer_that_ends_within_a_draft_says_nothing_against_it() -> None:
+    known = Acceptance()
+    for _ in range(40):
+        one = Drafter(np.arange(20), np.arange(50, 70), known)
+        assert one.draft(2)
+        one.add([50])  # the whole answer
+    assert known.length("donor", 8) == 8
 
 
 def test_long_answers_are_remembered() -> None:
@@ -159,6 +170,31 @@ def test_right_drafts_save_steps_and_requests_at_once_share_them(
     assert [b.result().token_ids for b in boxes] == [alone[i].token_ids for i in asked]
     assert len(steps) < len(asked) * 11 / 2
     assert max(steps) <= 4 + 16
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+def test_a_cancelled_answer_ends_with_its_next_token(
+    open_llm: OpenLLM, alone: list[RequestOutput], drafted: Callable[[Draft], None], drafts: bool
+) -> None:
+    llm = open_llm(drafts=drafts)
+    answer = list(alone[0].token_ids)
+    drafted(lambda said, most: answer[len(said) :][:most])
+    box = Inbox(llm, _PROMPTS[0], params(), _OFF, cancelled_after=3)
+    output = box.result()
+    assert output.finish_reason == "abort" and list(output.token_ids) == answer[:3]
+
+
+def test_a_draft_is_right_up_to_the_answers_end(
+    open_llm: OpenLLM, alone: list[RequestOutput], drafted: Callable[[Draft], None]
+) -> None:
+    llm, answer = open_llm(), list(alone[0].token_ids)
+    said = "".join(chunk.text for chunk in [*llm.stream(_PROMPTS[0], params(), _OFF)][:6])
+    before = outcomes(llm)
+    drafted(lambda said, most: answer[len(said) :][:most])
+    output = llm.generate(_PROMPTS[0], params(stop=said), _OFF)
+    assert 2 < len(output.token_ids) < len(answer), "it ends within the first draft"
+    right = before["draft_accepted"] + len(output.token_ids) - 1
+    until(lambda: outcomes(llm)["draft_accepted"] == right)
 
 
 @pytest.mark.parametrize("most", [1, 2, 5])
