@@ -77,7 +77,7 @@ def _ask(
 ) -> _Asked | None:
     """Both answers; None: they are too short to be timed."""
     outputs: dict[bool, RequestOutput] = {}
-    before = _accepted(drafting)
+    before = _forwards(drafting)
     for drafts in (drafts_first, not drafts_first):
         llm = drafting if drafts else plain
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
@@ -93,13 +93,13 @@ def _ask(
     return _Asked(
         outputs[False].token_ids == outputs[True].token_ids,
         (seconds[0], seconds[1]),
-        tokens - (_accepted(drafting) - before),
+        _forwards(drafting) - before,
         tokens,
     )
 
 
-def _accepted(llm: KVShare) -> int:
-    return int(llm.stats()["requests"].get("draft_accepted", 0))
+def _forwards(llm: KVShare) -> int:
+    return int(llm.stats()["requests"].get("answer_forwards", 0))
 
 
 def _summed(rows: Sequence[_Asked]) -> dict[str, Any]:

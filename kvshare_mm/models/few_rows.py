@@ -48,8 +48,9 @@ class FewRowsLinear(nn.Linear):
 def speed_up(model: nn.Module) -> None:
     """Let a model's linear layers compute few rows in the way that is faster here.
 
-    Nothing changes but rounding, and nothing at all where weights are not float32 on a CPU. Layers
-    of other kinds, quantised ones for example, stay as they are.
+    Nothing changes but rounding, which may be another one after a restart, and nothing at all where
+    weights are not float32 on a CPU. Layers of other kinds, quantised ones for example, stay as
+    they are.
     """
     alike: dict[torch.Size, list[nn.Linear]] = defaultdict(list)
     for layer in model.modules():

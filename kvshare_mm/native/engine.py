@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from functools import partial
+from operator import eq
 
 import torch
 
@@ -326,9 +327,9 @@ class NativeEngine:
             if request.cancelled or request not in self._active or request.token_ids[-1] != drafted:
                 break
         new = request.token_ids[said:]
+        self.counters["answer_forwards"] += 1
         self.counters["draft_tokens"] += len(request.draft)
-        right = sum(a == b for a, b in zip(request.draft, new, strict=False))
-        self.counters["draft_accepted"] += right
+        self.counters["draft_accepted"] += sum(map(eq, request.draft, new))
         if request.drafter is not None:
             request.drafter.add(new)
 

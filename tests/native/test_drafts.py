@@ -219,6 +219,8 @@ def test_a_request_like_another_is_answered_in_fewer_steps(open_llm: OpenLLM) ->
     assert found[0].provenance.reused and found[0].token_ids == found[1].token_ids
     assert outcomes(llm)["draft_tokens"] >= outcomes(llm)["draft_accepted"] > 0
     assert outcomes(plain)["draft_tokens"] == 0
+    until(lambda: outcomes(plain)["answer_forwards"] == outcomes(plain)["generation_tokens"] - 2)
+    assert outcomes(llm)["answer_forwards"] < outcomes(plain)["answer_forwards"]
 
 
 def test_what_was_drafted_wrongly_is_not_in_what_is_stored(
