@@ -14,7 +14,7 @@ from kvshare_mm.errors import InvalidRequestError
 from kvshare_mm.modalities.decoding import QUICK_S, Decoder, InProcess
 from kvshare_mm.modalities.hashing import Seen, content_digest, row_hashes, settings_digest
 from kvshare_mm.modalities.picture_file import Picture, load_picture
-from kvshare_mm.modalities.sources import MediaSources
+from kvshare_mm.modalities.sources import MediaSources, given
 from kvshare_mm.stream import MediaItem, Modality
 
 
@@ -82,17 +82,13 @@ class ImageAdapter:
     def _source(self, part: Mapping[str, Any], where: str) -> tuple[bytes | Image.Image, str]:
         kind = part["type"]
         field = f"{where}.{kind}"
-        given = part.get(kind)
-        if kind == "image_url" and isinstance(given, Mapping):
-            given = given.get("url")
-        if given is None or (isinstance(given, str) and not given):
-            raise InvalidRequestError(f"{field} is missing", field)
-        if kind == "image" and isinstance(given, Image.Image):
-            return given, field
+        source = given(part, field)
+        if kind == "image" and isinstance(source, Image.Image):
+            return source, field
         # Bytes: the server has fetched it, and errors name the part as its client sent it.
-        if kind == "image_url" and not isinstance(given, str | bytes):
+        if kind == "image_url" and not isinstance(source, str | bytes):
             raise InvalidRequestError(f"{field} must be a URL or an object with a url", field)
-        return self._sources.read(given, field), field
+        return self._sources.read(source, field), field
 
     def _here(self, source: bytes | Image.Image, field: str) -> Picture:
         """Decoded in this process: what was decoded before, or is open already."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,20 @@ from kvshare_mm.errors import InvalidRequestError, KVShareError
 from kvshare_mm.modalities import data_url
 
 _FETCHED = ("http:", "https:", "data:")
+
+
+def given(part: Mapping[str, Any], field: str) -> Any:
+    """What a part of a message holds: of an ``..._url``, the URL itself.
+
+    Raises:
+        InvalidRequestError: nothing.
+    """
+    value = part.get(part["type"])
+    if part["type"].endswith("_url") and isinstance(value, Mapping):
+        value = value.get("url")
+    if value is None or (isinstance(value, str) and not value):
+        raise InvalidRequestError(f"{field} is missing", field)
+    return value
 
 
 class MediaSources:

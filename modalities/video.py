@@ -23,7 +23,7 @@ from kvshare_mm.modalities.decoding import QUICK_S, Decoder, InProcess
 from kvshare_mm.modalities.hashing import Seen, content_digest, row_hashes, settings_digest
 from kvshare_mm.modalities.image import normalized_patches
 from kvshare_mm.modalities.picture_file import Picture, load_picture
-from kvshare_mm.modalities.sources import MediaSources
+from kvshare_mm.modalities.sources import MediaSources, given
 from kvshare_mm.stream import MediaItem, Modality
 
 _FPS = 24.0  # transformers' own, where nobody says it
@@ -104,25 +104,21 @@ class VideoAdapter:
         return self._item(known, frames, field, lambda: patches)
 
     def _frames(self, part: Mapping[str, Any], field: str) -> Frames:
-        given = part.get(part["type"])
-        if part["type"] == "video_url":
-            given = given.get("url") if isinstance(given, Mapping) else given
-            if isinstance(given, str) and given:
-                given = data_url.frames(given, self._sources.max_bytes, field)
-        if given is None or (isinstance(given, str) and not given):
-            raise InvalidRequestError(f"{field} is missing", field)
-        if not isinstance(given, list | tuple):
-            kind = type(given).__name__
+        sent = given(part, field)
+        if part["type"] == "video_url" and isinstance(sent, str):
+            sent = data_url.frames(sent, self._sources.max_bytes, field)
+        if not isinstance(sent, list | tuple):
+            kind = type(sent).__name__
             raise InvalidRequestError(
                 f"{field} is a {kind}, and video files are not read: {_SEND_FRAMES}", field
             )
-        if not 0 < len(given) <= MAX_FRAMES:
+        if not 0 < len(sent) <= MAX_FRAMES:
             raise InvalidRequestError(
-                f"{field} has {len(given)} frames; it must have 1 to {MAX_FRAMES}", field
+                f"{field} has {len(sent)} frames; it must have 1 to {MAX_FRAMES}", field
             )
         frames: list[bytes | Image.Image] = []
         most = left = self._sources.max_bytes
-        for i, frame in enumerate(given):
+        for i, frame in enumerate(sent):
             if isinstance(frame, Image.Image):
                 frames.append(frame)
                 continue

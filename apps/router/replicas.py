@@ -97,7 +97,11 @@ class Replica:
             logger.warning(
                 "replica %d, %s, failed %d requests in a row, the last with status %d: it gets "
                 "none for %.0f s",
-                *(self.number, self.origin, self._failures, status, _REST_S),
+                self.number,
+                self.origin,
+                self._failures,
+                status,
+                _REST_S,
             )
 
     def begin(self, choice: Choice) -> Flight:

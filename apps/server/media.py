@@ -67,7 +67,7 @@ async def resolved(
                     f"more than {max_media} pictures, clips and videos", place
                 )
             if kind in ("image_url", "video_url"):
-                seen = {"type": kind} | {k: part[k] for k in ("fps",) if k in part}
+                seen = {name: part[name] for name in ("type", "fps") if name in part}
                 fetches.append((seen, _url(part.get(kind), kind, place), place))
                 parts.append(seen)
             elif kind == "input_audio":
@@ -106,7 +106,7 @@ async def _fetched(
             content = await aside(fetcher.fetch, url)
         else:
             content = await fetcher.afetch(url)
-    except ValueError as error:
+    except InvalidRequestError as error:
         raise InvalidRequestError(f"{place}: {error}", place) from error
     if not content:
         raise InvalidRequestError(f"{place}: there is nothing at this URL", place)

@@ -26,6 +26,14 @@ MEDIA: dict[str, tuple[Modality, ...]] = {
 BOTH_WAYS = frozenset({"gemma3"})
 
 
+def placeholders_of(config: Any) -> dict[Modality, int]:
+    """The token that stands for a medium in the prompt, of each that a model takes."""
+    return {
+        modality: int(getattr(config, f"{modality}_token_id"))
+        for modality in MEDIA[config.model_type]
+    }
+
+
 class Family(Protocol):
     """One loaded multimodal model."""
 

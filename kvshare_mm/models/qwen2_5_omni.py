@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kvshare_mm.models.decoder import Decoder
+from kvshare_mm.models.family import placeholders_of
 from kvshare_mm.stream import Modality
 
 
@@ -20,10 +21,7 @@ class Qwen25Omni:
     def __init__(self, model: Any) -> None:
         self._model = model
         self.decoder = Decoder(model.model, model.lm_head, model.generation_config)
-        self.placeholders = {
-            Modality.IMAGE: int(model.config.image_token_id),
-            Modality.AUDIO: int(model.config.audio_token_id),
-        }
+        self.placeholders = placeholders_of(model.config)
 
     def encode(self, modality: Modality, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if modality is Modality.IMAGE:

@@ -9,6 +9,7 @@ import torch
 from transformers.masking_utils import create_bidirectional_mask
 
 from kvshare_mm.models.decoder import Decoder
+from kvshare_mm.models.family import placeholders_of
 from kvshare_mm.stream import Modality
 
 
@@ -21,7 +22,7 @@ class Qwen2Audio:
     def __init__(self, model: Any) -> None:
         self._model = model
         self.decoder = Decoder(model.model.language_model, model.lm_head, model.generation_config)
-        self.placeholders = {Modality.AUDIO: int(model.config.audio_token_id)}
+        self.placeholders = placeholders_of(model.config)
 
     def encode(self, modality: Modality, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         tower = self._model.model.audio_tower

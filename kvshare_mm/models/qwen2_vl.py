@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvshare_mm.models.decoder import Decoder
-from kvshare_mm.models.family import MEDIA
+from kvshare_mm.models.family import placeholders_of
 from kvshare_mm.stream import Modality
 
 
@@ -25,13 +25,9 @@ class Qwen2VL:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        config = model.config
         self.decoder = Decoder(model.model.language_model, model.lm_head, model.generation_config)
-        self.placeholders = {
-            modality: int(getattr(config, f"{modality}_token_id"))
-            for modality in MEDIA[config.model_type]
-        }
-        vision = getattr(config, "vision_config", None)
+        self.placeholders = placeholders_of(model.config)
+        vision = getattr(model.config, "vision_config", None)
         self.tokens_per_second: float | None = getattr(vision, "tokens_per_second", None)
 
     def encode(self, modality: Modality, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

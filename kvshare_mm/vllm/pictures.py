@@ -14,7 +14,7 @@ from kvshare_mm.assemble import media_of
 from kvshare_mm.chat import TEXT_ONLY, MediaSupport
 from kvshare_mm.config import KVShareConfig
 from kvshare_mm.errors import ModelLoadError
-from kvshare_mm.models.family import MEDIA
+from kvshare_mm.models.family import placeholders_of
 from kvshare_mm.outputs import MediaUse
 from kvshare_mm.stream import Modality, SegmentStream
 
@@ -50,11 +50,8 @@ def picture_support(
     except Exception as error:  # of transformers, the hub, or code from the hub
         raise ModelLoadError(f"Could not load the processor of {source!r}. {error}") from error
     tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
-    placeholders: dict[Modality, int] = {
-        modality: int(getattr(model, f"{modality}_token_id"))
-        for modality in MEDIA[model.model_type]
-        if modality is not Modality.VIDEO  # vLLM lays out its frames itself
-    }
+    placeholders = placeholders_of(model)
+    placeholders.pop(Modality.VIDEO, None)  # vLLM lays out its frames itself
     return media_of(config, processor, placeholders, _MROPE[model.model_type])
 
 
