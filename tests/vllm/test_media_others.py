@@ -59,7 +59,7 @@ def llava(made: Path) -> None:
 
 
 def qwen(made: Path) -> None:
-    """M-RoPE; its videos are what the native engine does not take."""
+    """M-RoPE; its videos are laid out by vLLM itself."""
     media_models.build("qwen2_5_vl", made, for_vllm=True)
 
 
