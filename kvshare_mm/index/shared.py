@@ -27,6 +27,7 @@ _VERSION = 1
 # one template (recall at 4: 0.64 with 64, 0.97 with 256).
 _NGRAMS = 256
 _MEDIUM = 32**0.5  # a picture or clip that both have counts as 32 n-grams
+_OTHER_CLOCKS_S = 86_400  # nobody's clock is that far behind
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -130,8 +131,11 @@ class SharedCatalogue:
         self._delete(f"node_id in [{gone}]")
 
     def remove_expired(self) -> None:
-        """Forget what nobody finds any more."""
-        self._delete(f"expires < {int(time.time())}")
+        """Forget what nobody finds any more: this replica's rows, and those that others, whose
+        clocks may be behind, let expire long ago."""
+        now = int(time.time())
+        mine = f'(replica == "{self._replica}" and expires < {now})'
+        self._delete(f"{mine} or expires < {now - _OTHER_CLOCKS_S}")
 
     def close(self) -> None:
         self._milvus.close()

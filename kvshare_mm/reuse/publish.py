@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _MAX_QUEUED, _BATCH = 256, 16
 _PURGE_S = 60.0
 _RETRY_S = 5.0
+_LAST_S = 0.1  # for a thread that has nothing left to do
 
 
 class _Do(Enum):
@@ -103,10 +104,11 @@ class Publisher:
 
     def close(self, timeout_s: float) -> None:
         """Do what is left, for so many seconds at most, then stop."""
+        until = time.monotonic() + timeout_s
         self.flush(timeout_s)
         self._closing.set()
         self._queue.put(None)
-        self._thread.join(timeout_s)
+        self._thread.join(max(_LAST_S, until - time.monotonic()))
         if self._deleted:
             logger.warning("%d deleted donors stay shared until they expire", len(self._deleted))
 

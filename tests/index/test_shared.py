@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvshare_mm.index import shared
 from kvshare_mm.index.base import IndexLeftAloneError, IndexUnavailableError
 from kvshare_mm.index.shared import Fingerprints, SharedCatalogue
 from kvshare_mm.node import Node, Span
@@ -91,16 +94,33 @@ def test_the_same_picture_counts_as_much_as_many_words(replica: Open) -> None:
     assert found(two, node(2, media=(photo,)))[:2] == [2, 1]
 
 
+def left(catalogue: SharedCatalogue) -> list[int]:
+    with catalogue._milvus.use("list") as client:
+        rows = client.query(catalogue.collection, filter="tokens > 0", output_fields=["node_id"])
+    assert all(row.keys() == {"node_id"} for row in rows)
+    return sorted(int(row["node_id"], 16) for row in rows)
+
+
 def test_rows_expire_and_are_removed(replica: Open) -> None:
     one, two = replica("one", ttl_s=-1), replica("two")
     publish(one, node(1))
     assert found(two, node(1)) == []
     publish(replica("three"), node(2))
-    two.remove_expired()
-    with two._milvus.use("list") as client:
-        rows = client.query(two.collection, filter="tokens > 0", output_fields=["node_id"])
-    assert [row["node_id"] for row in rows] == [node(2).node_id]
-    assert rows[0].keys() == {"node_id"}
+    one.remove_expired()
+    assert left(two) == [2]
+
+
+def test_a_clock_that_is_ahead_removes_nothing_of_others(
+    replica: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, ahead, gone = replica("one"), replica("ahead"), replica("gone", ttl_s=-3 * 86_400)
+    publish(one, node(1))
+    publish(gone, node(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "time", SimpleNamespace(time=lambda: time.time() + 7200))
+        ahead.remove_expired()
+    assert left(one) == [1]
+    assert found(replica("two"), node(1)) == [1]
 
 
 def test_ids_that_no_replica_made_are_passed_over(replica: Open) -> None:
