@@ -88,9 +88,11 @@ class Replica:
         return self._clock() < self._rests_until
 
     def answered(self, status: int) -> None:
-        """It answered a request. Who fails several in a row is left alone for a while: an error is
-        made sooner than an answer, so it would get more requests than the others. Then it is tried
-        with one."""
+        """It answered a request; or it did not, and the status is a proxy's word for that.
+
+        Who fails several in a row is left alone for a while: an error is made sooner than an
+        answer, so it would get more requests than the others. Then it is tried with one.
+        """
         self._failures = self._failures + 1 if status >= 500 else 0
         if self._failures >= _FAILURES_IN_A_ROW and not self.rests:
             self._rests_until = self._clock() + _REST_S
@@ -103,6 +105,10 @@ class Replica:
                 status,
                 _REST_S,
             )
+
+    def came_back(self) -> None:
+        """It answers checks again: what it failed before, another process may have failed."""
+        self.healthy, self._failures, self._rests_until = True, 0, self._clock()
 
     def begin(self, choice: Choice) -> Flight:
         return Flight(self, choice, self._ahead)
@@ -162,7 +168,10 @@ async def check(replica: Replica, pool: httpcore2.AsyncConnectionPool) -> None:
     except Exception as error:  # whatever it is, requests would meet it too
         why = str(error) or type(error).__name__
     if replica.healthy == bool(why):
-        replica.healthy = not why
+        if why:
+            replica.healthy = False
+        else:
+            replica.came_back()
         level = logging.WARNING if why else logging.INFO
         said = f"does not answer: {why}" if why else "answers"
         logger.log(level, "replica %d, %s, %s", replica.number, replica.origin, said)

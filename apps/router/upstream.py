@@ -142,14 +142,16 @@ async def pass_on(
         LostError: the replica went away.
         ApiError: it took too long, or the request cannot be sent.
     """
-    begun = False
+    begun = answered = False
     start = time.perf_counter()
     try:
         async with _asked(pool, replica, asked, timeout_s) as reply:
             stream = reply.status == 200 and _is_stream(reply)
             if reply.status in {429, 503} or (client.headed and not stream):
-                return await _whole(reply, replica, _MOST_HELD)
-            replica.answered(reply.status)
+                refusal = await _whole(reply, replica, _MOST_HELD)
+                if reply.status >= 500 and refusal.is_final:
+                    replica.answered(reply.status)
+                return refusal
             chunks = reply.aiter_stream().__aiter__()
             first = asyncio.ensure_future(_next(chunks))
             try:
@@ -164,7 +166,8 @@ async def pass_on(
                         {"type": "http.response.start", "status": reply.status, "headers": headers}
                     )
                 chunk = await first
-                begun = True
+                begun = answered = True
+                replica.answered(reply.status)
                 asked.body.release()
             finally:
                 first.cancel()
@@ -178,6 +181,8 @@ async def pass_on(
             return None
     except _ERRORS as error:
         begun = begun or (client.headed and _is_late(error, asked))
+        if not answered and not isinstance(error, httpcore2.LocalProtocolError):
+            replica.answered(504 if _is_late(error, asked) else 502)
         raise _lost(error, asked, begun) from error
 
 
@@ -204,7 +209,7 @@ async def _whole(reply: httpcore2.Response, replica: Replica, most: int) -> Whol
     async for chunk in reply.aiter_stream():
         body += chunk
         if len(body) > most:
-            raise ApiError(502, f"an answer of a replica is longer than {most} bytes")
+            raise LostError(ValueError(f"its answer is longer than {most} bytes"), True, False)
     return Whole(reply.status, to_client(reply.headers, replica.number), body)
 
 

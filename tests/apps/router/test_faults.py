@@ -16,7 +16,6 @@ import httpx2
 import pytest
 from prometheus_client import CollectorRegistry
 
-from kvshare_mm.apps.router import replicas as replicas_module
 from kvshare_mm.apps.router import upstream as upstream_module
 from kvshare_mm.apps.router.replicas import Replica
 from kvshare_mm.apps.server import run
@@ -115,22 +114,6 @@ def test_a_client_that_leaves_takes_nothing_from_another(
         assert routed.chat(text).status_code == 200
     until(lambda: routed.replicas[0].in_flight == 0)
     assert routed.metric("kvshare_router_requests_known") == 1
-
-
-def test_a_replica_that_is_healthy_and_fails_all_requests_draws_none_away(
-    upstreams: Upstreams, route: Route, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(replicas_module, "_REST_S", 3600.0)
-    failing, good = behind = upstreams(2)
-    failing.answer = refusing(500, b"out of memory")
-    routed = route([u.url for u in behind])
-    found = [routed.chat(f"{number} nothing alike").status_code for number in range(60)]
-    assert found.count(500) == len(failing.asked) == 5
-    assert found[-20:] == [200] * 20 and len(good.asked) == 55
-    assert routed.metric('kvshare_router_up{replica="1"}') == 0
-    # Where it is the only one that is left, it is asked.
-    routed.replicas[1:] = []
-    assert routed.chat("hello").status_code == 500
 
 
 def test_who_is_told_that_there_is_no_room_is_told_at_once(
