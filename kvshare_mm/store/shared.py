@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -95,16 +96,22 @@ class SharedTier:
         node, key = stored.node, _key(stored.node.namespace, stored.node.node_id)
         record = record_bytes(replace(stored, embedding=None))
         self.remote.delete(key)
-        checksums = []
-        for block, start in enumerate(range(0, node.num_owned, BLOCK)):
-            rows = slice(start, start + BLOCK)
-            content = b"".join(tensor_bytes(x[:, :, rows]) for x in (stored.kv.k, stored.kv.v))
-            checksums.append(xxhash.xxh3_128_digest(content))
-            self.remote.put(key, str(block), content, self.ttl_s)
-        body = b"".join(checksums) + record
-        head = _HEAD.pack(_head_checksum(len(checksums), body), len(checksums)) + body
-        # The last: a node whose record is there is whole.
-        self.remote.put(key, RECORD, head, self.ttl_s)
+        try:
+            checksums = []
+            for block, start in enumerate(range(0, node.num_owned, BLOCK)):
+                rows = slice(start, start + BLOCK)
+                content = b"".join(tensor_bytes(x[:, :, rows]) for x in (stored.kv.k, stored.kv.v))
+                checksums.append(xxhash.xxh3_128_digest(content))
+                self.remote.put(key, str(block), content, self.ttl_s)
+            body = b"".join(checksums) + record
+            head = _HEAD.pack(_head_checksum(len(checksums), body), len(checksums)) + body
+            # The last: a node whose record is there is whole.
+            self.remote.put(key, RECORD, head, self.ttl_s)
+        except KVUnavailableError:
+            # A full store would be full of nodes of which some is there, until they expire.
+            with suppress(KVUnavailableError):
+                self.remote.delete(key)
+            raise
 
     def head(self, node_id: str, namespace: str) -> Head:
         """A node without its KV, kept for another while.

@@ -194,7 +194,12 @@ def test_a_server_that_is_full_keeps_what_it_has(
         assert reason(lambda: tier.put(large)) == "shared_full"
     assert tier.remote.agree("secret", b"another") == secret == b"mine"
     assert reason(lambda: tier.head("b", "ns")) == "evicted"
-    assert_same(all_of(tier, "a"), small)
+    # What it took of a node before it was full does not fill it.
+    kept = server.nodes()
+    server.client.config_set("maxmemory", server.client.info("memory")["used_memory"] + (3 << 20))
+    larger = make_stored("c", 6 * BLOCK, k_dim=2048)
+    assert reason(lambda: tier.put(larger)) == "shared_full"
+    assert server.nodes() == kept
     server.client.config_set("maxmemory", 0)
 
 
