@@ -185,7 +185,10 @@ class KVShareConfig(BaseModel):
         "that keeps donors for other replicas, who find them in index_uri's Milvus server",
     )
     shared_ttl_s: float = Field(
-        3600, gt=0, description="seconds that a donor stays there after its last use"
+        3600,
+        gt=0,
+        le=1e9,  # 30 years: Redis and Milvus count in integers
+        description="seconds that a donor stays there after its last use",
     )
     shared_deadline_ms: float = Field(
         15,

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -344,8 +345,11 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         ({}, "needs index_uri"),
         ({"index_uri": "here.db"}, "needs index_uri"),
         ({"index_uri": "http://there:19530", "engine": "vllm"}, "engine='native'"),
+        # Nothing would be published: neither Redis nor Milvus has such a moment.
+        ({"index_uri": "http://there:19530", "shared_ttl_s": float("inf")}, "shared_ttl_s"),
+        ({"index_uri": "http://there:19530", "shared_ttl_s": 1e300}, "shared_ttl_s"),
     ],
 )
-def test_options_that_cannot_work_are_refused(options: dict[str, str], message: str) -> None:
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         KVShareConfig.of(shared_store="redis://there", **options)
