@@ -52,6 +52,9 @@ class Publisher:
         fingerprints: of a namespace. Raises KVUnavailableError.
         foreign: ids of donors here that other replicas made.
         counters: events by name are counted here.
+
+    Attributes:
+        withdrawn: ids of nodes that were withdrawn and are shared still.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Publisher:
         foreign: set[str],
         counters: Counter[str],
     ) -> None:
+        self.withdrawn: set[str] = set()
         self._stored = stored
         self._tier = tier
         self._catalogue = catalogue
@@ -91,6 +95,7 @@ class Publisher:
 
     def withdraw(self, node_id: str, ns: str) -> None:
         """Share a donor no longer. Replicas that have taken it over keep it."""
+        self.withdrawn.add(node_id)
         self._order(_Do.WITHDRAW, node_id, ns)
 
     def check(self, node_id: str, ns: str) -> None:
@@ -186,6 +191,7 @@ class Publisher:
             for node_id, ns in [*self._deleted.items()]:
                 self._tier.delete(node_id, ns)
                 del self._deleted[node_id]
+                self.withdrawn.discard(node_id)
             # Now, not when it was doubted: it may have been published again since.
             self._doubted = {n: ns for n, ns in self._doubted.items() if not self._tier.keep(n, ns)}
             gone = set(self._doubted)

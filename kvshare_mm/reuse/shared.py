@@ -172,6 +172,8 @@ class SharedDonors:
         missing: KVUnavailableError | None = None
         todo = list(dict.fromkeys(node_ids))
         for node_id in todo:
+            if node_id in self._publisher.withdrawn:
+                continue  # deleted here, and what others borrow from it must not bring it back
             clock()
             try:
                 head = self._tier.head(node_id, ns)

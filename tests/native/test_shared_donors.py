@@ -422,6 +422,25 @@ def test_a_donor_deleted_while_another_borrows_from_it_is_shared_no_more(
     assert not any(owner.encode() in key for key in server.nodes())
 
 
+def test_a_deleted_donor_does_not_come_back_while_it_is_still_to_be_withdrawn(
+    replica: OpenReplica, server: SharedServer
+) -> None:
+    one, two = replica(), replica()
+    ask(one, _DONOR)
+    donors = inside(one).donors
+    [owner] = (node.node_id for node in donors.nodes())
+    assert ask(two, _TARGET).provenance.shared > 0  # it borrows, and is found by the first
+    writing = Gate(donors.shared._publisher, "_write")
+    one.cache.delete(owner)
+    use = one.generate(_TARGET.replace("77", "78"), params(4), RequestOptions()).provenance
+    assert owner not in donors.tree and donors.store.resident(owner) is None
+    assert use.shared < 100, "no more than what the other computed"
+    writing.open()
+    assert one.flush(60)
+    assert not any(owner.encode() in key for key in server.nodes())
+    assert not donors.shared._publisher.withdrawn
+
+
 def test_an_owner_of_which_a_part_was_written_comes_with_the_next_that_borrows(
     replica: OpenReplica, server: SharedServer
 ) -> None:
