@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -87,7 +88,7 @@ class MilvusIndex:
         self._patience = timeout if self._path is None else PATIENCE
         embedder = xxhash.xxh3_64_hexdigest(embedder_name.encode())[:8]
         self.collection = f"kvshare_v{milvus_rows.SCHEMA_VERSION}_{dim}_{embedder}"
-        self._milvus = LazyClient(f"Milvus at {uri}", self._connect, self._disconnect, retry_after)
+        self._milvus = LazyClient(named(uri), self._connect, self._disconnect, retry_after)
         self._lite = self._path is not None
         self._unflushed = 0
         # Milvus Lite does not serialise writers of one collection.
@@ -237,6 +238,11 @@ class MilvusIndex:
         client.close()
         if self._path is not None:
             _release_lite(self._path)
+
+
+def named(uri: str) -> str:
+    """What messages call a Milvus; a URI may hold a password."""
+    return "Milvus at " + re.sub(r"//[^/]*@", "//", uri)
 
 
 def connected(uri: str, token: str, timeout: float) -> Any:

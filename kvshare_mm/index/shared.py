@@ -93,7 +93,7 @@ class SharedCatalogue:
         self._replica = replica
         self._ttl_s = ttl_s
         self._milvus = LazyClient(
-            f"Milvus at {uri}", self._connect, lambda client: client.close(), retry_after
+            milvus.named(uri), self._connect, lambda client: client.close(), retry_after
         )
 
     def row(self, node: Node, fingerprints: Fingerprints) -> dict[str, Any] | None:

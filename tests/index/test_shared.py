@@ -149,6 +149,16 @@ def test_a_server_that_is_not_there_is_asked_once() -> None:
     catalogue.close()
 
 
+def test_the_password_of_a_server_is_in_no_message(caplog: pytest.LogCaptureFixture) -> None:
+    port = free_port()
+    catalogue = SharedCatalogue(f"http://bob:pass@word@127.0.0.1:{port}", "a", 60.0, timeout=0.2)
+    with pytest.raises(IndexUnavailableError) as caught:
+        catalogue.remove_expired()
+    assert f"http://127.0.0.1:{port}" in str(caught.value)
+    for told in (str(caught.value), caplog.text):
+        assert told and "pass" not in told and "word" not in told
+
+
 @given(texts, st.text(max_size=8), st.text(max_size=8), st.binary(max_size=8))
 def test_fingerprints_of_one_text_have_nothing_in_common_elsewhere(
     text: list[int], one: str, other: str, secret: bytes
