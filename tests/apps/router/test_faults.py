@@ -153,7 +153,7 @@ def test_a_refusal_is_better_than_that_another_took_too_long(
 def test_who_takes_no_body_costs_no_request(
     upstreams: Upstreams, route: Route, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upstream_module, "_WRITE_S", 0.5)
+    monkeypatch.setattr(upstream_module, "_WRITE_S", 3.0)
     [free] = upstreams(1)
     url, taken, end = dropping(reads=False)
     routed = route([url, free.url], max_body_bytes=32 << 20)
