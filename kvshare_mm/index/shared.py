@@ -73,7 +73,7 @@ class SharedCatalogue:
 
     Args:
         uri: the server, ``http://host:19530``.
-        replica: this process's name: its own rows are not searched.
+        replica: this process's name.
         ttl_s: seconds after which a row is no longer found.
         token: ``user:password`` or API key.
         timeout: seconds for a search.
@@ -119,11 +119,14 @@ class SharedCatalogue:
         # Milvus Lite indexes what is new in the next search, which shall not be a request's.
         self._search(rows[0]["namespace"], rows[0]["sparse"], 1, milvus.PATIENCE)
 
-    def search(self, fingerprints: Fingerprints, sparse: dict[int, float], limit: int) -> list[str]:
-        """Ids of other replicas' nodes that have most in common with ``sparse``, best first."""
+    def search(
+        self, fingerprints: Fingerprints, sparse: dict[int, float], limit: int, own: bool = False
+    ) -> list[str]:
+        """Ids of the nodes that have most in common with ``sparse``, best first: of other replicas,
+        or else this one's `own`."""
         if not sparse:
             return []
-        return self._search(fingerprints.namespace, sparse, limit, self._timeout)
+        return self._search(fingerprints.namespace, sparse, limit, self._timeout, own)
 
     def remove(self, node_ids: Iterable[str]) -> None:
         """Forget nodes; unknown ids are not an error."""
@@ -145,10 +148,15 @@ class SharedCatalogue:
             client.delete(self.collection, filter=condition, timeout=milvus.PATIENCE)
 
     def _search(
-        self, namespace: str, sparse: dict[int, float], limit: int, timeout: float
+        self,
+        namespace: str,
+        sparse: dict[int, float],
+        limit: int,
+        timeout: float,
+        own: bool = False,
     ) -> list[str]:
         condition = (
-            f'namespace == "{namespace}" and replica != "{self._replica}"'
+            f'namespace == "{namespace}" and replica {"==" if own else "!="} "{self._replica}"'
             f" and expires > {int(time.time())}"
         )
         options: dict[str, Any] = {"anns_field": "sparse", "filter": condition, "limit": limit}

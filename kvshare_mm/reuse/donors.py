@@ -222,13 +222,13 @@ class DonorPool:
         """The store no longer holds a node: out of the tree and all indexes."""
         self.reuse.forget(node_id)
         if self.shared is not None:
-            self.shared.taken.discard(node_id)
+            self.shared.forget(node_id)
 
     def delete(self, node_id: str) -> None:
         """Delete a donor everywhere, and the states that hold its tokens; of other replicas, where
         it was not taken over yet."""
         shared = self.shared
-        ours = shared is not None and node_id not in shared.taken
+        ours = shared is not None and shared.made_here(node_id)
         if (node := self.tree.get(node_id)) is not None:
             self.states.forget(node.namespace, node.wide_keys)
         self.store.delete(node_id)

@@ -1,4 +1,5 @@
-"""Donors that other replicas made: found in a shared catalogue, taken over from a shared store.
+"""Donors that other replicas made, or that were here once: found in a shared catalogue, taken over
+from a shared store.
 
 What is taken over is a donor like any other from then on, with holes where no plan needed its KV.
 So the engine plans and edits as ever, and waits for nobody: all of this happens on threads of its
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 _SECRET = "kvshare:secret"
 # Prompts of which less is left to compute are not worth asking for.
 _LEAST_COMPUTED = 64
+# Donors of this replica that are gone and are known to be its own when they come back.
+_MAX_GONE = 65_536
 # Tokens a second that are computed, until it was measured, and how fast a measurement replaces it.
 _FIRST_RATE, _NEW_SHARE = 2000.0, 0.3
 
@@ -62,11 +66,12 @@ class SharedDonors:
         catalogue: where all are found.
 
     Attributes:
-        taken: ids of donors here that other replicas made.
+        taken: ids of donors here that were taken over.
     """
 
     def __init__(self, donors: Donors, tier: SharedTier, catalogue: SharedCatalogue) -> None:
         self.taken: set[str] = set()
+        self._gone: OrderedDict[str, None] = OrderedDict()  # made here, and had to go since
         self._donors = donors
         self._tier = tier
         self._catalogue = catalogue
@@ -133,7 +138,9 @@ class SharedDonors:
         # Twice as many as are looked at: some may be here already.
         most = 2 * self._donors.reuse.catalogue.max_candidates
         found = self._catalogue.search(prints, sparse, most)
-        if not (found := [node_id for node_id in found if not self._whole_here(node_id)]):
+        own = self._catalogue.search(prints, sparse, most, own=True) if self._gone else []
+        found = [node_id for node_id in (*found, *own) if not self._whole_here(node_id)][:most]
+        if not found:
             return
         if not more_time(alone.num_computed / self._tokens_per_s):
             self._counters["shared_late"] += 1
@@ -280,10 +287,20 @@ class SharedDonors:
         self._publisher.publish(node_id, ns)
 
     def withdraw(self, node_id: str, ns: str) -> None:
-        """Share a donor no longer. Replicas that have taken it over keep it, and who took it over
-        does not withdraw it."""
-        if node_id not in self.taken:
-            self._publisher.withdraw(node_id, ns)
+        """Share a donor no longer. Replicas that have taken it over keep it."""
+        self._publisher.withdraw(node_id, ns)
+
+    def made_here(self, node_id: str) -> bool:
+        """Whether a donor that is here is withdrawn from all if it is deleted."""
+        return node_id not in self.taken or node_id in self._gone
+
+    def forget(self, node_id: str) -> None:
+        """A donor is here no longer."""
+        if self.made_here(node_id):
+            self._gone[node_id] = None
+            if len(self._gone) > _MAX_GONE:
+                self._gone.popitem(last=False)
+        self.taken.discard(node_id)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was given so far is published, or failed; False: time ran out."""

@@ -441,6 +441,25 @@ def test_a_deleted_donor_does_not_come_back_while_it_is_still_to_be_withdrawn(
     assert not donors.shared._publisher.withdrawn
 
 
+def test_a_donor_that_had_to_go_comes_back_from_the_shared_store(
+    replica: OpenReplica, server: SharedServer
+) -> None:
+    """And is this replica's still: who deletes it there, deletes it for all."""
+    one = replica()
+    ask(one, _DONOR)
+    donors = inside(one).donors
+    [owner] = (node.node_id for node in donors.nodes())
+    donors.store.reserve(1 << 40)  # no room for anything
+    donors.store.reserve(0)
+    assert owner not in donors.tree
+    use = ask(one, _TARGET, store=False).provenance
+    assert use.shared == use.exact + use.reused > 100
+    assert owner in donors.tree and events(one)["shared_taken"] == 1
+    one.cache.delete(owner)
+    assert one.flush(60)
+    assert not server.nodes()
+
+
 def test_an_owner_of_which_a_part_was_written_comes_with_the_next_that_borrows(
     replica: OpenReplica, server: SharedServer
 ) -> None:
