@@ -193,7 +193,8 @@ class KVShareConfig(BaseModel):
     shared_deadline_ms: float = Field(
         15,
         gt=0,
-        description="longest that a prompt waits to hear whether another replica has a donor",
+        description="longest that a prompt waits to hear whether another replica has a donor, or "
+        "2% of the time that computing it takes, where that is more",
     )
     embedder: str | None = Field(
         "all-MiniLM-L6-v2", description="sentence-transformers model for dense search; none: off"

@@ -15,6 +15,9 @@ from kvshare_mm.reuse.donors import DonorPool
 
 logger = logging.getLogger(__name__)
 
+# Of the time that computing a prompt takes, what it may wait in vain for other replicas' word.
+_PATIENCE = 0.02
+
 
 class Searcher:
     """One kind of search.
@@ -56,7 +59,8 @@ class Searches:
         donors: this engine's; None: nothing is searched.
         prefiller: plans with them.
         changed: the engine's lock.
-        help_s: longest that a request waits to hear whether other replicas have a donor for it.
+        help_s: longest that a request waits to hear whether other replicas have a donor for it,
+            unless it takes long to compute.
     """
 
     def __init__(
@@ -78,8 +82,9 @@ class Searches:
 
     def hold(self, request: SlotRequest) -> None:
         """Have a request wait for other replicas. Lock held."""
-        if self._elsewhere is not None:
-            request.help_until = time.perf_counter() + self._help_s
+        if self._shared is not None:
+            patience = _PATIENCE * self._shared.seconds(len(request.spec.stream))
+            request.help_until = time.perf_counter() + max(self._help_s, patience)
 
     def look(self, request: SlotRequest, must_wait: bool) -> None:
         """Search for a request that was queued; `must_wait`: for a slot."""

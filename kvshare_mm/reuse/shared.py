@@ -88,6 +88,10 @@ class SharedDonors:
         if tokens >= _LEAST_COMPUTED and seconds > 0:
             self._tokens_per_s += _NEW_SHARE * (tokens / seconds - self._tokens_per_s)
 
+    def seconds(self, tokens: int) -> float:
+        """How long it takes to compute so many."""
+        return tokens / self._tokens_per_s
+
     # -- others' donors ---------------------------------------------------------------------
 
     def bring(
@@ -142,14 +146,14 @@ class SharedDonors:
         found = [node_id for node_id in (*found, *own) if not self._whole_here(node_id)][:most]
         if not found:
             return
-        if not more_time(alone.num_computed / self._tokens_per_s):
+        if not more_time(self.seconds(alone.num_computed)):
             self._counters["shared_late"] += 1
             return
         begun = time.perf_counter()
-        heads = self._heads(found, ns, Deadline(alone.num_computed / self._tokens_per_s))
+        heads = self._heads(found, ns, Deadline(self.seconds(alone.num_computed)))
         nodes = [head.node for head in heads.values()]
         plan = plan_with(nodes)
-        saved_s = (alone.num_computed - plan.num_computed) / self._tokens_per_s
+        saved_s = self.seconds(alone.num_computed - plan.num_computed)
         if alone.num_computed - plan.num_computed < options.min_gain_tokens:
             self._counters["shared_no_gain"] += 1
             return

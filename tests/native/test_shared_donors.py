@@ -256,6 +256,16 @@ def test_a_request_does_not_wait_for_a_catalogue_that_is_slow(replica: OpenRepli
     assert two.stats()["donors"]["nodes"] == 0
 
 
+@pytest.mark.parametrize(("tokens_per_s", "waits"), [(1e-3, True), (1e9, False)])
+def test_who_takes_long_to_compute_waits_longer(
+    replica: OpenReplica, tokens_per_s: float, waits: bool
+) -> None:
+    one, two = replica(), replica(shared_deadline_ms=0.001)
+    inside(two).donors.shared._tokens_per_s = tokens_per_s
+    ask(one, _DONOR)
+    assert (ask(two, _TARGET).provenance.shared > 0) == waits
+
+
 def test_a_fetch_that_takes_longer_than_computing_is_given_up(replica: OpenReplica) -> None:
     one, two = replica(), replica()
     ask(one, _DONOR)
