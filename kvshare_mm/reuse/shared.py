@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 _SECRET = "kvshare:secret"
 # Prompts of which less is left to compute are not worth asking for.
 _LEAST_COMPUTED = 64
-# Donors of this replica that are gone and are known to be its own when they come back.
-_MAX_GONE = 65_536
+# Donors of this replica that are known to be its own when they had to go and come back.
+_MAX_MADE = 65_536
 # Tokens a second that are computed, until it was measured, and how fast a measurement replaces it.
 _FIRST_RATE, _NEW_SHARE = 2000.0, 0.3
 
@@ -71,7 +71,8 @@ class SharedDonors:
 
     def __init__(self, donors: Donors, tier: SharedTier, catalogue: SharedCatalogue) -> None:
         self.taken: set[str] = set()
-        self._gone: OrderedDict[str, None] = OrderedDict()  # made here, and had to go since
+        self._made: OrderedDict[str, None] = OrderedDict()  # and published, by this replica
+        self._missed = False  # some of these had to go
         self._donors = donors
         self._tier = tier
         self._catalogue = catalogue
@@ -142,7 +143,7 @@ class SharedDonors:
         # Twice as many as are looked at: some may be here already.
         most = 2 * self._donors.reuse.catalogue.max_candidates
         found = self._catalogue.search(prints, sparse, most)
-        own = self._catalogue.search(prints, sparse, most, own=True) if self._gone else []
+        own = self._catalogue.search(prints, sparse, most, own=True) if self._missed else []
         found = [node_id for node_id in (*found, *own) if not self._whole_here(node_id)][:most]
         if not found:
             return
@@ -288,22 +289,24 @@ class SharedDonors:
 
     def publish(self, node_id: str, ns: str) -> None:
         """Share a donor, or its new version, some time later."""
+        if node_id not in self.taken:
+            self._made[node_id] = None
+            if len(self._made) > _MAX_MADE:
+                self._made.popitem(last=False)
         self._publisher.publish(node_id, ns)
 
     def withdraw(self, node_id: str, ns: str) -> None:
         """Share a donor no longer. Replicas that have taken it over keep it."""
+        self._made.pop(node_id, None)
         self._publisher.withdraw(node_id, ns)
 
     def made_here(self, node_id: str) -> bool:
         """Whether a donor that is here is withdrawn from all if it is deleted."""
-        return node_id not in self.taken or node_id in self._gone
+        return node_id not in self.taken or node_id in self._made
 
     def forget(self, node_id: str) -> None:
         """A donor is here no longer."""
-        if self.made_here(node_id):
-            self._gone[node_id] = None
-            if len(self._gone) > _MAX_GONE:
-                self._gone.popitem(last=False)
+        self._missed |= node_id in self._made
         self.taken.discard(node_id)
 
     def flush(self, timeout_s: float | None = None) -> bool:

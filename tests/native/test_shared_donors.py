@@ -470,6 +470,24 @@ def test_a_donor_that_had_to_go_comes_back_from_the_shared_store(
     assert not server.nodes()
 
 
+def test_a_donor_of_another_that_had_to_go_stays_the_others(
+    replica: OpenReplica, server: SharedServer
+) -> None:
+    one, two = replica(), replica()
+    ask(one, _DONOR)
+    [owner] = (node.node_id for node in inside(one).donors.nodes())
+    donors = inside(two).donors
+    for _ in range(2):
+        assert ask(two, _TARGET, store=False).provenance.shared > 0
+        donors.store.reserve(1 << 40)
+        donors.forget(owner)  # as if there had been no room for it from the start
+        donors.store.reserve(0)
+    assert ask(two, _TARGET, store=False).provenance.shared > 0
+    two.cache.delete(owner)
+    assert two.flush(60)
+    assert len(server.nodes()) == 1
+
+
 def test_an_owner_of_which_a_part_was_written_comes_with_the_next_that_borrows(
     replica: OpenReplica, server: SharedServer
 ) -> None:
